@@ -1,0 +1,127 @@
+"""The Engine contract: three calls, encode / denoise / decode, and nothing about files or prompts sets.
+
+Importing this module imports no torch: configs are composed and validated without it.
+"""
+
+from __future__ import annotations
+
+import abc
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from zimage_runner.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from zimage_runner.compile import Compile
+    from zimage_runner.memory import Memory
+    from zimage_runner.model import Model
+    from zimage_runner.weights.checkpoint import Checkpoint
+
+
+class Device(enum.Enum):
+    """Where the model runs. ``auto`` is cuda where there is a GPU, else cpu."""
+
+    auto = "auto"
+    cuda = "cuda"
+    cpu = "cpu"
+
+
+@dataclass(kw_only=True, slots=True)
+class EngineConfig(abc.ABC):
+    """Common fields of the ``engine`` group. Subclasses add their own and create the engine."""
+
+    device: Device = Device.auto
+    batch_size: int = 1
+    """Most items of one bucket denoised together."""
+    noise_device: Device = Device.cpu
+    """Where each item's initial noise is drawn. Noise from the CPU is the same on every machine."""
+    attention: str = "auto"
+    """Attention backend by its diffusers name, or auto: the fastest that this machine has."""
+
+    @abc.abstractmethod
+    def check(self, model: Model, memory: Memory, compile: Compile) -> None:
+        """Raise UserError for combinations this engine cannot run. Imports no torch."""
+
+    @abc.abstractmethod
+    def create(self, *, checkpoint: Checkpoint, model: Model, memory: Memory, compile: Compile) -> Engine:
+        """Load the checkpoint, place it as ``memory`` says, and prepare ``compile``. Imports torch here, not before."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class DenoiseRequest:
+    """One batch of pictures of the same shape and the same padded caption length."""
+
+    prompt_embeds: Sequence[torch.Tensor]
+    """B tensors [L_i, cap_feat_dim] without padding rows."""
+    negative_prompt_embeds: Sequence[torch.Tensor] | None
+    """B tensors as above when ``params.uses_guidance``, else None."""
+    noise: torch.Tensor
+    """[B, latent_channels, height/8, width/8], float32, drawn per item."""
+    params: SamplingParams
+    """height, width, num_inference_steps (= transformer forwards), guidance_scale, cfg_*."""
+
+
+class PendingImages(abc.ABC):
+    """Pictures on their way to the host."""
+
+    @abc.abstractmethod
+    def wait(self) -> np.ndarray:
+        """Block until done; uint8 [B, height, width, 3]. May be called from another thread, once.
+
+        Raises BadPictureError if the decoder's output holds NaN or Inf.
+        """
+
+
+class ReadyImages(PendingImages):
+    """Pictures that were computed synchronously."""
+
+    def __init__(self, images: np.ndarray) -> None:
+        self._images = images
+
+    def wait(self) -> np.ndarray:
+        return self._images
+
+
+class Engine(abc.ABC):
+    """A loaded model. Not thread-safe: one thread calls encode, denoise and decode."""
+
+    name: str
+    device: str
+    """cuda or cpu."""
+    dtype: str
+    """Compute dtype of transformer and text encoder, as torch names it: bfloat16, float32."""
+    attention: str
+    """The attention backend in use."""
+    latent_channels: int = 16
+    vae_scale_factor: int = 8
+    load_phases: dict[str, float]
+    """Seconds of each part of loading, in order, for the summary."""
+
+    @abc.abstractmethod
+    def encode(self, texts: Sequence[str], max_sequence_length: int) -> list[torch.Tensor]:
+        """Caption features of each text: [L_i, cap_feat_dim], padding removed, truncated to max_sequence_length."""
+
+    @abc.abstractmethod
+    def denoise(self, request: DenoiseRequest) -> torch.Tensor:
+        """Latents [B, latent_channels, height/8, width/8] float32 after all steps, on the engine's device."""
+
+    @abc.abstractmethod
+    def decode(self, latents: torch.Tensor) -> PendingImages:
+        """Pictures of the latents. Work may still run on the device when this returns."""
+
+    @abc.abstractmethod
+    def synchronize(self) -> None:
+        """Block until the device has finished all submitted work (for timing)."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Free the model's memory. The engine cannot be used afterwards."""
+
+    def numerics(self) -> dict[str, Any]:
+        """What decides the last bits of a picture; part of an item's fingerprint."""
+        return {"engine": self.name, "dtype": self.dtype, "device": self.device, "attention": self.attention}

@@ -1,0 +1,70 @@
+"""Which weights a run uses: the ``model`` config group."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any
+
+from zimage_runner.errors import UserError
+
+
+class Source(enum.Enum):
+    """Where the checkpoint comes from. ``model.path`` wins over it."""
+
+    embedded = "embedded"
+    modelscope = "modelscope"
+    huggingface = "huggingface"
+    local = "local"
+
+
+class Dtype(enum.Enum):
+    """Compute dtype; ``auto`` is bfloat16 on a GPU and float32 on the CPU. float16 is refused for Z-Image."""
+
+    auto = "auto"
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+    float16 = "float16"
+
+
+@dataclass(kw_only=True, slots=True)
+class Model:
+    """A Z-Image checkpoint in diffusers layout and what its makers recommend for sampling."""
+
+    name: str
+    source: Source = Source.modelscope
+    repo: str | None = None
+    """Repository id on the hub, owner/name."""
+    revision: str | None = None
+    """Hub branch, tag or commit; null is the hub's default branch."""
+    path: str | None = None
+    """A local diffusers-format directory to use instead of the hub."""
+    cache_dir: str | None = None
+    """Where downloads live; exported as MODELSCOPE_CACHE and HF_HOME. null keeps the hubs' own defaults."""
+    offline: bool = False
+    """Never touch the network; say what is missing instead."""
+    dtype: Dtype = Dtype.auto
+    native_sizes: list[int] = field(default_factory=list)
+    """Sides in pixels the model can draw; empty means any multiple of 16."""
+    recommended: dict[str, Any] = field(default_factory=dict)
+    """Every field of ``sampling``, as the model's makers advise."""
+
+    def __post_init__(self) -> None:
+        if self.dtype is Dtype.float16:
+            raise UserError(
+                "model.dtype=float16 overflows with Z-Image and gives black or broken pictures: "
+                "use bfloat16 (same size) or float32"
+            )
+        if self.path is None and self.source is Source.local:
+            raise UserError("model.path is not set: model=local needs model.path=DIRECTORY (diffusers format)")
+        if self.path is None and self.source in (Source.modelscope, Source.huggingface) and not self.repo:
+            raise UserError(f"model.repo is not set: model.source={self.source.value} needs model.repo=OWNER/NAME")
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise UserError for a size this model cannot draw."""
+        if self.native_sizes and (height != width or height not in self.native_sizes):
+            sizes = " or ".join(f"{s}x{s}" for s in self.native_sizes)
+            raise UserError(
+                f"sampling.width={width} sampling.height={height}: {self.name} can only draw {sizes} pictures; "
+                f"set sampling.height and sampling.width to {self.native_sizes[0]}, or choose another model"
+            )

@@ -1,0 +1,1 @@
+"""Finding, downloading, verifying and preparing checkpoints."""
