@@ -1,0 +1,37 @@
+# Seven targets; `make` lists them.
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-faults lint format clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	# torch by itself first, so that the pinned build is taken before another package asks for a newer one
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+quickstart: $(STAMP) ## install, then draw 12 pictures with the embedded model on the CPU
+	$(BIN)/python -m zimage_runner +experiment=quickstart
+
+test: $(STAMP) ## run the test suite (CPU, minutes)
+	$(BIN)/python -m pytest -n 2
+
+test-faults: $(STAMP) ## the long fault campaign: kills, full disks, broken engines
+	$(BIN)/python -m pytest -m slow -n 2
+
+lint: $(STAMP) ## ruff and pyright
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+format: $(STAMP) ## let ruff rewrite the code
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+clean: ## remove caches of tools and builds; never outputs, environments or model caches
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+	find zimage_runner tests benchmarks training -name __pycache__ -type d -prune -exec rm -rf {} +

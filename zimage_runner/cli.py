@@ -1,0 +1,88 @@
+"""The command line: the only ``@hydra.main``, and what each exit code means.
+
+0 all items done; 1 some items failed; 2 bad config or input, nothing started; 130 interrupted, resumable.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from zimage_runner.config.free_text import quote_free_text
+from zimage_runner.config.messages import CONFIG_ERRORS, explain
+from zimage_runner.config.registry import CONFIG_DIR, register
+from zimage_runner.config.schema import RunConfig
+from zimage_runner.errors import UserError
+
+EXIT_OK, EXIT_ITEMS_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+_exit_codes: list[int] = []
+"""One per job of this process: Hydra returns nothing from main."""
+
+
+def entry_point() -> None:
+    """Console script and ``python -m``."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command line and return its exit code. Messages go to stderr, results to stdout."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us instead of Hydra's own report and exit code 1
+    sys.argv = [sys.argv[0], *quote_free_text(argv)]
+    _exit_codes.clear()
+    register()
+    try:
+        job()
+    except UserError as error:
+        return _refuse(str(error))
+    except CONFIG_ERRORS as error:
+        return _refuse(explain(error))
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    return max(_exit_codes, default=EXIT_OK)
+
+
+def _refuse(message: str) -> int:
+    print(f"zimage_runner: {' '.join(message.split())}", file=sys.stderr)
+    return EXIT_BAD_INPUT
+
+
+@hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")
+def job(cfg: DictConfig) -> None:
+    """One job: a single run, or one of a multirun's."""
+    from zimage_runner.runner import run
+
+    directory = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        config = OmegaConf.to_object(cfg)
+        assert isinstance(config, RunConfig)
+        _exit_codes.append(run(config, directory, composed_files(cfg)))
+    finally:
+        _remove_if_empty(directory, Path(cfg.output.root))
+
+
+def composed_files(cfg: DictConfig) -> dict[str, str]:
+    """What Hydra leaves in ``.hydra/``: the config, its own settings and the overrides, as YAML texts."""
+    hydra_cfg = HydraConfig.get()
+    return {
+        "config.yaml": OmegaConf.to_yaml(cfg),
+        "hydra.yaml": OmegaConf.to_yaml(OmegaConf.create({"hydra": hydra_cfg})),
+        "overrides.yaml": OmegaConf.to_yaml(hydra_cfg.overrides.task),
+    }
+
+
+def _remove_if_empty(directory: Path, root: Path) -> None:
+    """Hydra makes the run directory before the config is validated; leave none behind when nothing ran."""
+    for folder in (directory, *directory.parents):
+        if not folder.is_relative_to(root.absolute()) or (folder == root and root.is_absolute()):
+            return
+        try:
+            folder.rmdir()
+        except OSError:
+            return

@@ -1,0 +1,83 @@
+"""Hydra's and OmegaConf's errors in one line that names the field, the value and the remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+
+from hydra.errors import ConfigCompositionException, HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+CONFIG_ERRORS = (HydraException, ConfigCompositionException, OmegaConfBaseException)
+
+
+def explain(error: BaseException) -> str:
+    """One line for a composition error; the cause's text is used where Hydra wraps it."""
+    texts = [str(e) for e in _chain(error)]
+    text = "\n".join(texts)
+    return _unknown_option(text) or _unknown_field(text) or _wrong_type(text) or _one_line(texts[-1] or texts[0])
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    chain: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in chain:
+        chain.append(current)
+        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
+    return chain
+
+
+def _unknown_option(text: str) -> str | None:
+    match = re.search(r"Could not find '(?P<option>[^']+)'(?:.*?Available options in '[^']*':\n(?P<options>.*?))?(?:\n\n|\n[^\t]|$)", text, re.S)
+    if not match:
+        return None
+    group, _, option = match["option"].rpartition("/")
+    options = re.findall(r"\t([^\n]+)", match["options"] or "")
+    if not group or not options:
+        return f"{option or match['option']}: no such config group or file; --help lists the groups"
+    close = difflib.get_close_matches(option, options, 1)
+    hint = f"did you mean {group}={close[0]}? " if close else ""
+    return f"{group}={option}: no such option; {hint}available: {', '.join(options)}"
+
+
+def _unknown_field(text: str) -> str | None:
+    match = re.search(r"Key '(?P<key>[^']+)' (?:is )?not in (?:struct|'(?P<type>\w+)')", text)
+    if not match:
+        return None
+    full_key = re.search(r"full_key: (\S+)", text)
+    full = full_key[1] if full_key else match["key"]
+    source = re.search(r"In '([^']+)': ", text)
+    known = _known_fields(full.rpartition(".")[0])
+    close = difflib.get_close_matches(match["key"], known, 1)
+    hint = f"; did you mean {close[0]}?" if close else (f"; fields here: {', '.join(known)}" if known else "")
+    where = f"{source[1]}.yaml: " if source else ""
+    return f"{where}{full}: no such field{hint}"
+
+
+def _wrong_type(text: str) -> str | None:
+    match = re.search(r"Value '(?P<value>.*?)' (?:of type '[^']*' )?(?P<problem>could not be converted to .*|is not a valid .*|is not .*)", text)
+    full_key = re.search(r"full_key: (\S+)", text)
+    if not match:
+        match = re.search(r"Invalid value '(?P<value>.*?)', (?P<problem>expected one of .*)", text)
+    if not match or not full_key:
+        return None
+    source = re.search(r"In '([^']+)': ", text)
+    where = f"{source[1]}.yaml: " if source else ""
+    return f"{where}{full_key[1]}={match['value']}: {match['problem'].strip()}"
+
+
+def _known_fields(parent: str) -> list[str]:
+    """Field names of the node at ``parent``: of every option that can stand there."""
+    from zimage_runner.config.registry import SCHEMAS
+    from zimage_runner.config.schema import RunConfig
+
+    if not parent:
+        return [f.name for f in dataclasses.fields(RunConfig)] + ["experiment"]
+    options = SCHEMAS.get(parent, {}).values()
+    return sorted({f.name for option in options for f in dataclasses.fields(option)})
+
+
+def _one_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip() and "object_type=" not in line]
+    return " ".join(line for line in lines if not line.startswith("full_key:"))

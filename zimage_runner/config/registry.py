@@ -1,0 +1,45 @@
+"""Every option of every group, on one screen: the schema that each YAML under conf/ names in its defaults list."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hydra.core.config_store import ConfigStore
+
+from zimage_runner.compile import Compile
+from zimage_runner.config.schema import RunConfig
+from zimage_runner.engines.diffusers import DiffusersEngine
+from zimage_runner.executors.inline import InlineExecutorConfig
+from zimage_runner.memory import Resident
+from zimage_runner.model import Model
+from zimage_runner.outputs.config import Output
+from zimage_runner.prompts.inline import Inline
+from zimage_runner.prompts.jsonl import Jsonl
+from zimage_runner.prompts.text_file import TextFile
+from zimage_runner.sampling import Sampling
+from zimage_runner.warmup import Generate, NoWarmup
+
+SCHEMAS: dict[str, dict[str, type]] = {
+    "model": {"checkpoint": Model},
+    "engine": {"diffusers": DiffusersEngine},
+    "memory": {"resident": Resident},
+    "warmup": {"none": NoWarmup, "generate": Generate},
+    "compile": {"none": Compile},
+    "sampling": {"sampling": Sampling},
+    "prompts": {"inline": Inline, "text_file": TextFile, "jsonl": Jsonl},
+    "output": {"output": Output},
+    "executor": {"inline": InlineExecutorConfig},
+}
+
+PACKAGE = Path(__file__).resolve().parent.parent
+# conf/ lies inside the package in a wheel and beside it in a checkout or an editable install.
+CONFIG_DIR = next(d for d in (PACKAGE / "conf", PACKAGE.parent / "conf") if d.is_dir())
+
+
+def register() -> None:
+    """Store the schemas under schema/<group>/<option>; calling it twice is harmless."""
+    store = ConfigStore.instance()
+    store.store(group="schema", name="run", node=RunConfig)
+    for group, options in SCHEMAS.items():
+        for name, node in options.items():
+            store.store(group=f"schema/{group}", name=name, node=node)

@@ -1,0 +1,51 @@
+"""The typed shape of a whole run: what Hydra composes and one ``OmegaConf.to_object`` instantiates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from zimage_runner.compile import Compile
+from zimage_runner.engines.base import EngineConfig
+from zimage_runner.errors import UserError
+from zimage_runner.executors.base import ExecutorConfig
+from zimage_runner.memory import Memory
+from zimage_runner.model import Model
+from zimage_runner.outputs.config import Output
+from zimage_runner.prompts.base import PromptSource
+from zimage_runner.sampling import Sampling
+from zimage_runner.warmup import Warmup
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """One run. Groups are typed by their abstract class; ``conf/`` says which option fills each."""
+
+    name: str = "run"
+    """First folder below the output root; letters, digits, dot, dash and underscore."""
+    prompt: str | None = None
+    """Free text: one prompt instead of the prompts group."""
+    output_file: str | None = None
+    """Also put the (single) picture here."""
+    seeds: Any = field(default_factory=lambda: [42])
+    """List, "0-9,42", or a mapping {count, base} or {count, derive: prompt}."""
+    dry_run: bool = False
+    """Print the plan and generate nothing."""
+
+    model: Model = MISSING
+    engine: EngineConfig = MISSING
+    memory: Memory = MISSING
+    warmup: Warmup = MISSING
+    compile: Compile = MISSING
+    sampling: Sampling = MISSING
+    prompts: PromptSource = MISSING
+    output: Output = MISSING
+    executor: ExecutorConfig = MISSING
+
+    def __post_init__(self) -> None:
+        if not self.name or not all(c.isalnum() or c in "._-" for c in self.name) or self.name.startswith("."):
+            raise UserError(f"name={self.name!r} is not a folder name: use letters, digits, '.', '-' and '_'")
+        if self.prompt is not None and not self.prompt.strip():
+            raise UserError("prompt='' is empty: write prompt='what the picture should show'")
