@@ -72,7 +72,7 @@ class DiffusersPipelineEngine(Engine):
         memory.apply_limits(device)
         with _phase(phases, "read"):
             pipe = ZImagePipeline.from_pretrained(
-                str(checkpoint.path), torch_dtype=getattr(torch, dtype), low_cpu_mem_usage=True, local_files_only=True
+                str(checkpoint.path), dtype=getattr(torch, dtype), low_cpu_mem_usage=True, local_files_only=True
             )
         with _phase(phases, "to_device"):
             pipe.to(device)
