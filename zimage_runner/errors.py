@@ -12,3 +12,8 @@ class UserError(Exception):
 
 class BadPictureError(RuntimeError):
     """A picture that must not be saved as good: NaN or Inf in it, or a single colour throughout."""
+
+
+def error_text(error: BaseException) -> str:
+    """Exception type and message on one line's worth of text, for records."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

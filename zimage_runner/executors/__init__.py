@@ -1,0 +1,1 @@
+"""Where the loop runs: in this process, or in a supervised child process."""

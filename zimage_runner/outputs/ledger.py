@@ -1,0 +1,132 @@
+"""records.jsonl: what is done, one JSON line for each finished or failed item, appended and never rewritten.
+
+The last line of an item wins. A process killed in the middle of a line leaves a torn tail, which the next one cuts off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from zimage_runner.outputs import atomic
+from zimage_runner.outputs.json_text import compact_json
+
+
+class Entry(NamedTuple):
+    """What the ledger remembers of one item."""
+
+    ok: bool
+    """Whether its picture is on disk; False means that it failed."""
+    sha256: str
+    """Hex digest of image.png; empty when failed."""
+    size: int
+    """Bytes of image.png; 0 when failed."""
+    fingerprint: str
+    """What the picture depends on; another fingerprint means another picture."""
+
+
+class Ledger:
+    """The state of a run, item directory -> Entry, and the open file that it is appended to.
+
+    ``append`` may be called from any thread.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], entries: dict[str, Entry], damaged: int = 0) -> None:
+        self.path = Path(path)
+        self.entries = entries
+        self.damaged = damaged
+        """Lines that could not be read (a torn tail is not counted); their items count as not done."""
+        self._fd = -1
+        self._lock = threading.Lock()
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a ledger without changing it; a missing file is an empty ledger."""
+        entries: dict[str, Entry] = {}
+        damaged = 0
+        with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break  # torn: its item is not done
+                try:
+                    item, entry = _parse(line)
+                    entries[item] = entry
+                except (ValueError, KeyError, TypeError):
+                    damaged += line != b"\n"
+        return cls(path, entries, damaged)
+
+    def open(self, dir_fd: int | None = None) -> Self:
+        """Open for appending, cutting off a torn last line. Raises DiskError."""
+        name = self.path if dir_fd is None else self.path.name
+        try:
+            self._fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666, dir_fd=dir_fd)
+            _cut_torn_tail(self._fd)
+        except OSError as error:
+            raise atomic.disk_error(error, str(self.path)) from error
+        return self
+
+    def append(self, record: dict[str, Any], *, sync: bool = False) -> None:
+        """Add one line: item, status (ok or failed), sha256, bytes, fingerprint and whatever else. Raises DiskError."""
+        line = compact_json(record).encode() + b"\n"
+        item, entry = _parse(line)
+        with self._lock:
+            try:
+                self._append(line)
+                if sync:
+                    os.fsync(self._fd)
+            except OSError as error:
+                raise atomic.disk_error(error, str(self.path)) from error
+            self.entries[item] = entry
+
+    def _append(self, line: bytes) -> None:
+        before = os.fstat(self._fd)
+        if before.st_nlink == 0:
+            raise FileNotFoundError("the ledger was deleted")
+        try:
+            atomic.write_all(self._fd, line)
+        except OSError:
+            os.ftruncate(self._fd, before.st_size)  # a full disk takes part of a line
+            raise
+
+    def is_done(self, item_dir: str, fingerprint: str) -> bool:
+        """Whether this very picture was finished."""
+        entry = self.entries.get(item_dir)
+        return entry is not None and entry.ok and entry.fingerprint == fingerprint
+
+    def sync(self) -> None:
+        """Force the ledger onto the disk."""
+        if self._fd >= 0:
+            os.fsync(self._fd)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _parse(line: bytes) -> tuple[str, Entry]:
+    record = json.loads(line)
+    ok = record["status"] == "ok"
+    sha256, size = (record["sha256"], record["bytes"]) if ok else ("", 0)
+    item, fingerprint = record["item"], record["fingerprint"]
+    if not (type(item) is type(sha256) is type(fingerprint) is str and type(size) is int):
+        raise TypeError("a field has the wrong type")
+    return item, Entry(ok, sha256, size, fingerprint)
+
+
+def _cut_torn_tail(fd: int) -> None:
+    """Shorten the file to the end of its last whole line."""
+    size = end = os.fstat(fd).st_size
+    while end > 0:
+        start = max(0, end - 65_536)
+        newline = os.pread(fd, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            end = start + newline + 1
+            break
+        end = start
+    if end != size:
+        os.ftruncate(fd, end)

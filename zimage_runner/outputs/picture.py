@@ -1,0 +1,32 @@
+"""Pixels to PNG bytes, and the test of whether pixels are a picture at all."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from zimage_runner.errors import BadPictureError
+from zimage_runner.outputs.config import Output
+from zimage_runner.outputs.metadata import png_info
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def encode_png(pixels: np.ndarray, recipe: dict[str, Any], output: Output) -> bytes:
+    """PNG file of uint8 [height, width, 3]. The same pixels, recipe and options give the same bytes."""
+    buffer = io.BytesIO()
+    info = png_info(recipe) if output.metadata else None
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=output.png_compress_level, pnginfo=info)
+    return buffer.getvalue()
+
+
+def check_pixels(pixels: np.ndarray, *, allow_constant: bool) -> None:
+    """Raise BadPictureError for a picture of a single colour, which is how overflow shows after rounding."""
+    if allow_constant:
+        return
+    first = pixels[0, 0]
+    if (pixels == first).all():
+        raise BadPictureError(f"the picture is of one colour throughout, rgb({', '.join(map(str, first))})")

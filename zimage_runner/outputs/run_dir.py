@@ -1,0 +1,144 @@
+"""The run directory: its layout, its lock, and the checks that it can take the plan's pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import Self
+
+from zimage_runner.errors import UserError
+from zimage_runner.outputs import atomic
+from zimage_runner.outputs.atomic import DiskError
+from zimage_runner.outputs.config import Output
+from zimage_runner.outputs.lock import RunLock
+
+GB = 1e9
+RECORD_BYTES = 16_384
+"""Room for a picture's record, its ledger line and the blocks of its two folders."""
+
+
+class RunDirectory:
+    """An open run directory, locked for this process until ``close``.
+
+    Layout: items/<index>_<slug>/seed_<seed>/{image.png,record.json}, records.jsonl, summary.json, run.log, .hydra/
+    """
+
+    def __init__(self, path: Path, dir_fd: int, lock: RunLock) -> None:
+        self.path = path
+        self.dir_fd = dir_fd
+        """Everything below is written relative to this descriptor; see atomic.py."""
+        self._lock = lock
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str]) -> Self:
+        """A new run. Raises UserError if it cannot be written, is in use, or already holds a run's ledger."""
+        directory = cls._open(Path(path), make=True)
+        if directory.records_path.exists():
+            directory.close()
+            raise UserError(f"{path} already holds a run: continue it with resume={path}, or choose another directory")
+        return directory
+
+    @classmethod
+    def resume(cls, path: str | os.PathLike[str]) -> Self:
+        """An earlier run, to be continued. Raises UserError if there is none, or it is in use or not writable."""
+        if not Path(path).is_dir():
+            raise UserError(f"resume={path} is not a directory: give the run directory that the first run printed")
+        return cls._open(Path(path), make=False)
+
+    @classmethod
+    def _open(cls, path: Path, *, make: bool) -> Self:
+        lock = RunLock(path)
+        try:
+            if make:
+                path.mkdir(parents=True, exist_ok=True)
+            lock.acquire()  # creates a file, so it also proves that the directory is writable
+            return cls(path, atomic.open_dir(path), lock)
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {path} ({error.strerror}): set output.root to a directory you can write to"
+            ) from None
+
+    @property
+    def records_path(self) -> Path:
+        """The ledger: one JSON line for each finished or failed item."""
+        return self.path / "records.jsonl"
+
+    @property
+    def summary_path(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def log_path(self) -> Path:
+        return self.path / "run.log"
+
+    @property
+    def hydra_path(self) -> Path:
+        return self.path / ".hydra"
+
+    def item_path(self, item_dir: str) -> Path:
+        """Absolute folder of an item; the name is checked."""
+        return self.path / checked_item_dir(item_dir)
+
+    def free_bytes(self) -> int:
+        """Bytes that an ordinary user may still write on this file system."""
+        fs = os.fstatvfs(self.dir_fd)
+        return fs.f_bavail * fs.f_frsize
+
+    def check_space(self, sizes: Iterable[tuple[int, int]], output: Output) -> None:
+        """Raise UserError unless pictures of these (height, width) fit, with ``output.min_free_gb`` to spare."""
+        per_pixel = output.estimated_bytes_per_pixel
+        needed = sum(h * w * per_pixel + RECORD_BYTES for h, w in sizes) if per_pixel else 0.0
+        free = self.free_bytes()
+        if free < needed + output.min_free_gb * GB:
+            raise UserError(
+                f"{self.path} has {free / GB:.2f} GB free, the run needs about {needed / GB:.2f} GB and "
+                f"output.min_free_gb={output.min_free_gb:g} to spare: free some space or use another output.root"
+            )
+
+    def check_free(self, output: Output) -> None:
+        """Raise DiskError when less than ``output.min_free_gb`` is left. Cheap: called for every batch."""
+        if output.min_free_gb and (free := self.free_bytes()) < output.min_free_gb * GB:
+            raise DiskError(
+                f"the disk of {self.path} has only {free / GB:.2f} GB free (output.min_free_gb={output.min_free_gb:g})"
+            )
+
+    def write_file(self, name: str, data: bytes, *, sync: bool = False) -> None:
+        """Write a file of the run directory whole or not at all. Raises DiskError."""
+        try:
+            parent = str(PurePosixPath(name).parent)
+            if parent != ".":
+                atomic.make_dirs(self.dir_fd, parent, sync=sync)
+            atomic.write_file(self.dir_fd, name, data, sync=sync)
+        except OSError as error:
+            raise atomic.disk_error(error, str(self.path / name)) from error
+
+    def close(self) -> None:
+        """Release the lock. Harmless when called twice."""
+        if self.dir_fd < 0:
+            return
+        with contextlib.suppress(OSError):  # the directory may be gone
+            self._lock.release()
+        os.close(self.dir_fd)
+        self.dir_fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def checked_item_dir(item_dir: str) -> str:
+    """``item_dir`` if it is a plain relative path below the run directory; ValueError otherwise.
+
+    Plans make safe names; this is the last gate before the file system.
+    """
+    parts = item_dir.split("/")
+    plain = all(part not in ("", ".", "..") and len(part.encode("utf-8", "replace")) <= 255 for part in parts)
+    # Category C holds control characters, NUL, bidi overrides and surrogates.
+    if not plain or any(unicodedata.category(c).startswith("C") or c == "\\" for c in item_dir):
+        raise ValueError(f"unsafe item directory {item_dir!r}")
+    return item_dir

@@ -1,0 +1,150 @@
+"""The end of a run: summary.json and the table that is printed."""
+
+from __future__ import annotations
+
+import shlex
+import statistics
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from zimage_runner.outputs.writer import Outcome
+
+LISTED = 1000
+"""Failures named in summary.json; all are in records.jsonl."""
+PRINTED = 10
+
+
+def resume_command(run_dir: Path) -> str:
+    """What to type to finish the run."""
+    return f"{shlex.quote(Path(sys.executable).name)} -m zimage_runner {shlex.quote(f'resume={run_dir}')}"
+
+
+class Summary:
+    """Collects outcomes (from any thread) and tells the run's story.
+
+    Phases are timed apart: load and warm-up come from the session's report; the first image is the time from
+    ``start_clock`` to its pixels on the host; the images after it are timed from arrival to arrival.
+    """
+
+    def __init__(self, run_dir: Path, *, planned: int, already_done: int = 0) -> None:
+        self.run_dir = run_dir
+        self.planned = planned
+        """Items of the whole plan."""
+        self.already_done = already_done
+        """Of these, finished by an earlier process."""
+        self.ok = 0
+        self.failed: list[dict[str, str]] = []
+        self.truncated: list[dict[str, Any]] = []
+        """Prompts cut to max_sequence_length: {"prompt", "tokens", "limit"} or whatever the caller records."""
+        self._lock = threading.Lock()
+        self._started = time.perf_counter()
+        self._clock = self._started
+        self._arrivals: list[tuple[float, float]] = []
+
+    def start_clock(self) -> None:
+        """The session is ready: the first image counts from here."""
+        self._clock = time.perf_counter()
+
+    def add(self, outcome: Outcome) -> None:
+        """Count a finished or failed item."""
+        with self._lock:
+            if outcome.status == "ok":
+                self.ok += 1
+                self._arrivals.append((outcome.arrived, outcome.seconds))
+            elif outcome.status == "failed":
+                self.failed.append({"item": outcome.job.item_dir, "error": outcome.error or ""})
+
+    def to_dict(self, report: dict[str, Any], *, stopped: str | None = None) -> dict[str, Any]:
+        """summary.json. ``report`` is the executor's; ``stopped`` is why the run ended early."""
+        remaining = self.planned - self.already_done - self.ok - len(self.failed)
+        unfinished = bool(remaining or self.failed)
+        return {
+            "run_dir": str(self.run_dir),
+            "status": "stopped" if stopped or remaining else "failures" if self.failed else "complete",
+            "stopped": stopped,
+            "items": {
+                "planned": self.planned,
+                "done_before": self.already_done,
+                "ok": self.ok,
+                "failed": len(self.failed),
+                "remaining": remaining,
+            },
+            "phases": report.get("phases", {}),
+            "images": self._image_seconds(),
+            "total_seconds": time.perf_counter() - self._started,
+            "session": report,
+            "failed": self.failed[:LISTED],
+            "truncated": self.truncated,
+            "resume": resume_command(self.run_dir) if unfinished else None,
+        }
+
+    def _image_seconds(self) -> dict[str, float]:
+        if not self._arrivals:
+            return {}
+        arrivals = sorted(self._arrivals)
+        first = arrivals[0][0]
+        found = {"first_seconds": first - self._clock}
+        after = sorted(seconds for arrived, seconds in arrivals if arrived > first)
+        if after:
+            found["mean_seconds"] = statistics.fmean(after)
+            found["median_seconds"] = statistics.median(after)
+            found["p95_seconds"] = after[min(len(after) - 1, round(0.95 * (len(after) - 1)))]
+            found["images_per_second"] = len(after) / max(1e-9, arrivals[-1][0] - first)
+        return found
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The table printed at the end of a run."""
+    items, images = summary["items"], summary["images"]
+    rows = [(name.replace("_", " "), f"{seconds:.2f} s") for name, seconds in summary["phases"].items()]
+    if images:
+        rows.append(("first image", f"{images['first_seconds']:.2f} s"))
+    if "mean_seconds" in images:
+        rows.append(
+            (
+                "images after that",
+                f"mean {images['mean_seconds']:.3f} s, median {images['median_seconds']:.3f} s, "
+                f"p95 {images['p95_seconds']:.3f} s",
+            )
+        )
+        rows.append(("throughput", f"{images['images_per_second']:.2f} images/s"))
+    rows += _memory_rows(summary["session"])
+    rows.append(("total", f"{summary['total_seconds']:.2f} s"))
+    counts = f"{items['ok']} done"
+    for key, words in (("done_before", "done before"), ("failed", "failed"), ("remaining", "not done")):
+        counts += f", {items[key]} {words}" if items[key] else ""
+    rows.append(("items", counts))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join([f"  {name:<{width}}  {value}" for name, value in rows] + _notes(summary))
+
+
+def _memory_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    gpu, host = report.get("gpu_memory") or {}, report.get("peak_host_gb")
+    rows = []
+    if gpu:
+        rows.append(
+            ("peak GPU memory", f"{gpu['peak_allocated_gb']:.2f} GB ({gpu['peak_reserved_gb']:.2f} GB reserved)")
+        )
+    if host:
+        rows.append(("peak host memory", f"{host:.2f} GB"))
+    return rows
+
+
+def _notes(summary: dict[str, Any]) -> list[str]:
+    notes = [f"  failed: {f['item']}: {one_line(f['error'])}" for f in summary["failed"][:PRINTED]]
+    if (more := summary["items"]["failed"] - PRINTED) > 0:
+        notes.append(f"  ... and {more} more failed: see records.jsonl")
+    if summary["stopped"]:
+        notes.append(f"  stopped: {one_line(summary['stopped'])}")
+    if summary["resume"]:
+        notes.append(f"  to finish this run: {summary['resume']}")
+    return notes
+
+
+def one_line(text: str, limit: int = 300) -> str:
+    """Text safe for a terminal: no line breaks, control or bidi characters, and not endless."""
+    clean = "".join(c if c.isprintable() else " " for c in text)
+    return clean if len(clean) <= limit else clean[: limit - 3] + "..."

@@ -1,0 +1,95 @@
+"""Ending a run from outside: the first signal finishes what is in flight, the second exits at once.
+
+Signals are counted by a thread of their own (through a wake-up pipe), so that the second one works even while the
+main thread is inside a long call of the model's libraries.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+EXIT_INTERRUPTED = 130
+
+
+class StopRequest:
+    """Whether the run was asked to end."""
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+        """SIGINT, SIGTERM or SIGHUP once one has arrived."""
+        self._interruptible = False
+
+    def __bool__(self) -> bool:
+        return self.signal_name is not None
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """For phases with nothing to lose (download, load): the first signal raises KeyboardInterrupt there."""
+        if self:
+            raise KeyboardInterrupt
+        self._interruptible = True
+        try:
+            yield
+        finally:
+            self._interruptible = False
+
+    def on_signal(self, number: int, _frame: FrameType | None) -> None:
+        """Python-level handler, in the main thread."""
+        self.signal_name = self.signal_name or signal.Signals(number).name
+        if self._interruptible:
+            self._interruptible = False
+            raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def graceful_stop() -> Iterator[StopRequest]:
+    """Install the handlers for a run and restore the old ones after it.
+
+    SIGHUP counts as a request to stop unless it is ignored already, which is what ``nohup`` does. Outside the main
+    thread, where Python allows no handlers, the request is simply never set.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        numbers.append(signal.SIGHUP)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    threading.Thread(target=_count, args=(reader, frozenset(numbers), request), name="signals", daemon=True).start()
+    old_wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    old_handlers = {number: signal.signal(number, request.on_signal) for number in numbers}
+    try:
+        yield request
+    finally:
+        for number, handler in old_handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(old_wakeup)
+        os.close(writer)  # ends the thread
+
+
+def _count(reader: int, numbers: frozenset[int], request: StopRequest) -> None:
+    count = 0
+    while received := os.read(reader, 64):
+        for number in received:
+            if number not in numbers:
+                continue
+            count += 1
+            if count == 1:
+                request.signal_name = request.signal_name or signal.Signals(number).name
+                _say(f"{signal.Signals(number).name}: finishing the pictures in flight; once more to exit at once")
+            else:
+                _say("exiting at once; finished pictures are kept")
+                os._exit(EXIT_INTERRUPTED)
+    os.close(reader)
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        os.write(2, f"\n{text}\n".encode())
