@@ -19,6 +19,7 @@ from zimage_runner.config.messages import CONFIG_ERRORS, explain
 from zimage_runner.config.registry import CONFIG_DIR, register
 from zimage_runner.config.schema import RunConfig
 from zimage_runner.errors import UserError
+from zimage_runner.logs import log_to_terminal
 
 EXIT_OK, EXIT_ITEMS_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -37,6 +38,7 @@ def main(argv: Sequence[str]) -> int:
     sys.argv = [sys.argv[0], *quote_free_text(argv)]
     _exit_codes.clear()
     register()
+    log_to_terminal()
     try:
         job()
     except UserError as error:

@@ -7,15 +7,17 @@ import platform
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from zimage_runner import monitor
 from zimage_runner.compile import Compile
-from zimage_runner.engines.base import DenoiseRequest, Engine, EngineConfig, PendingImages
+from zimage_runner.engines.base import DenoiseRequest, Engine, EngineConfig
+from zimage_runner.executors.base import GeneratedBatch
 from zimage_runner.memory import Memory
 from zimage_runner.model import Model
 from zimage_runner.sampling import SamplingParams
-from zimage_runner.warmup import Warmup, WarmupPass
+from zimage_runner.warmup import Warmup
 from zimage_runner.weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -48,57 +50,35 @@ class SessionConfig:
         return repr((kinds, parts))
 
 
-@dataclass(kw_only=True, slots=True)
-class SessionReport:
-    """What starting the session did and how long each phase took, in seconds."""
-
-    load_seconds: float = 0.0
-    load_phases: dict[str, float] = field(default_factory=dict)
-    warmup_seconds: float = 0.0
-    warmup_passes: list[WarmupPass] = field(default_factory=list)
-    device: str = ""
-    device_name: str = ""
-    dtype: str = ""
-    attention: str = ""
-    numerics: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class GeneratedBatch:
-    """Pictures on their way to the host, and the seconds that submitting each stage took."""
-
-    images: PendingImages
-    timings: dict[str, float]
-
-
 class Session:
     """Owns the engine. Loading happens in ``start``; ``generate`` may then be called any number of times."""
 
-    def __init__(self, config: SessionConfig) -> None:
+    def __init__(self, config: SessionConfig, shapes: Sequence[SamplingParams]) -> None:
+        """``shapes``: one SamplingParams for each shape that the plan contains; warm-up draws each."""
         self.config = config
-        self.report = SessionReport()
+        self._shapes = list(shapes)
+        self._report: dict[str, Any] = {}
         self._engine: Engine | None = None
         self._embeds: OrderedDict[tuple[str, int], torch.Tensor] = OrderedDict()
-        self._warm_shapes: set[SamplingParams] = set()
 
     @property
     def engine(self) -> Engine:
         assert self._engine is not None, "Session.start was not called"
         return self._engine
 
-    def start(self, shapes: Sequence[SamplingParams]) -> SessionReport:
-        """Environment, load, memory, compile, warm-up, in that order. Later calls warm only new shapes."""
-        if self._engine is None:
-            self._load()
-        new = [shape for shape in shapes if shape not in self._warm_shapes]
-        started = time.perf_counter()
-        self.report.warmup_passes = self.config.warmup.run(self.engine, new)
-        self.report.warmup_seconds = time.perf_counter() - started
-        self._warm_shapes.update(new)
-        return self.report
+    def start(self) -> None:
+        """Environment, load, memory, compile, warm-up, in that order."""
+        self._load()
+        self.warm_up(self._shapes)
 
-    def generate(self, items: Sequence[WorkItem]) -> GeneratedBatch:
+    def warm_up(self, shapes: Sequence[SamplingParams]) -> None:
+        """Run the warm-up for these shapes. Called again when another job brings shapes that are not warm yet."""
+        started = time.perf_counter()
+        passes = self.config.warmup.run(self.engine, shapes)
+        self._report["phases"]["warm_up"] = time.perf_counter() - started
+        self._report["warmup_passes"] = [asdict(p) for p in passes]
+
+    def generate(self, items: Sequence[WorkItem], *, attempt: int = 1) -> GeneratedBatch:
         """Draw one batch: items of one bucket, so of equal sampling params and padded caption length."""
         params = items[0].params
         clock = _Clock()
@@ -114,7 +94,7 @@ class Session:
         clock.lap("denoise")
         images = self.engine.decode(latents)
         clock.lap("decode")
-        return GeneratedBatch(images=images, timings=clock.laps)
+        return GeneratedBatch(images=images, details={"timings": clock.laps})
 
     def encode(self, texts: Sequence[str], max_sequence_length: int) -> list[torch.Tensor]:
         """Caption features of each text; each unique text is encoded once and kept while memory allows."""
@@ -132,7 +112,6 @@ class Session:
     def close(self) -> None:
         """Free the model. Safe to call twice."""
         self._embeds.clear()
-        self._warm_shapes.clear()
         if self._engine is not None:
             self._engine.close()
             self._engine = None
@@ -146,16 +125,25 @@ class Session:
         )
         self._engine.synchronize()
         engine = self._engine
-        self.report = SessionReport(
-            load_seconds=time.perf_counter() - started,
-            load_phases=engine.load_phases,
-            device=engine.device,
-            device_name=_device_name(engine.device),
-            dtype=engine.dtype,
-            attention=engine.attention,
-            numerics=engine.numerics() | {"compile": config.compile.label},
-            versions=library_versions(),
-        )
+        self._report = {
+            "phases": {"load": time.perf_counter() - started},
+            "load_phases": engine.load_phases,
+            "device": engine.device,
+            "device_name": _device_name(engine.device),
+            "dtype": engine.dtype,
+            "attention": engine.attention,
+            "numerics": self.numerics(),
+            "versions": monitor.versions(),
+        }
+
+    def numerics(self) -> dict[str, Any]:
+        """What decides the last bits of a picture besides its item; part of every fingerprint."""
+        noise = self.config.engine.noise_device.value
+        return self.engine.numerics() | {"compile": self.config.compile.label, "noise_device": noise}
+
+    def report(self) -> dict[str, Any]:
+        """Plain data: seconds of each phase, device, numerics, versions, and GPU memory as it is now."""
+        return self._report | {"gpu_memory": monitor.gpu_memory(), "peak_host_gb": monitor.peak_host_gb()}
 
     def _noise(self, items: Sequence[WorkItem]) -> torch.Tensor:
         from zimage_runner.engines.noise import draw_noise
@@ -182,21 +170,6 @@ class _Clock:
         now = time.perf_counter()
         self.laps[name] = now - self._last
         self._last = now
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of the libraries that decide a picture, without importing them."""
-    from importlib import metadata
-
-    import zimage_runner
-
-    versions = {"zimage_runner": zimage_runner.__version__, "python": platform.python_version()}
-    for name in ("torch", "diffusers", "transformers", "safetensors"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def _device_name(device: str) -> str:

@@ -29,11 +29,12 @@ def _chain(error: BaseException) -> list[BaseException]:
 
 
 def _unknown_option(text: str) -> str | None:
-    match = re.search(r"Could not find '(?P<option>[^']+)'(?:.*?Available options in '[^']*':\n(?P<options>.*?))?(?:\n\n|\n[^\t]|$)", text, re.S)
+    match = re.search(r"Could not find '(?P<option>[^']+)'(?P<rest>.*)", text, re.S)
     if not match:
         return None
     group, _, option = match["option"].rpartition("/")
-    options = re.findall(r"\t([^\n]+)", match["options"] or "")
+    listed = match["rest"].partition("Available options in")[2].partition("\n\n")[0]
+    options = re.findall(r"\t([^\n]+)", listed)
     if not group or not options:
         return f"{option or match['option']}: no such config group or file; --help lists the groups"
     close = difflib.get_close_matches(option, options, 1)
@@ -56,7 +57,8 @@ def _unknown_field(text: str) -> str | None:
 
 
 def _wrong_type(text: str) -> str | None:
-    match = re.search(r"Value '(?P<value>.*?)' (?:of type '[^']*' )?(?P<problem>could not be converted to .*|is not a valid .*|is not .*)", text)
+    problems = "could not be converted to .*|is not .*|is incompatible with .*"
+    match = re.search(rf"Value '(?P<value>.*?)' (?:of type '[^']*' )?(?P<problem>{problems})", text)
     full_key = re.search(r"full_key: (\S+)", text)
     if not match:
         match = re.search(r"Invalid value '(?P<value>.*?)', (?P<problem>expected one of .*)", text)

@@ -1,0 +1,110 @@
+"""From a validated config to what is to be done: plan, checkpoint and session. Generates nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from zimage_runner.config.schema import RunConfig
+from zimage_runner.engines.native.tokenizer import CaptionTokenizer
+from zimage_runner.errors import UserError
+from zimage_runner.plan import CountTokens, Plan, WorkItem, build_plan
+from zimage_runner.prompts import read_prompts
+from zimage_runner.prompts.base import PromptSource
+from zimage_runner.prompts.inline import Inline
+from zimage_runner.sampling import SamplingParams, resolve_sampling
+from zimage_runner.seeds import parse_seeds
+from zimage_runner.session import SessionConfig
+from zimage_runner.weights.checkpoint import Checkpoint
+from zimage_runner.weights.resolve import resolve
+
+
+UNTRUNCATED = 1 << 24
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """One run, ready to start."""
+
+    config: RunConfig
+    plan: Plan
+    checkpoint: Checkpoint
+    session: SessionConfig
+
+    @property
+    def shapes(self) -> list[SamplingParams]:
+        """One SamplingParams for each shape of the plan, for warm-up: sizes, steps and guidance on or off."""
+        shapes: dict[tuple[int, int, int, bool], SamplingParams] = {}
+        for item in self.plan.items:
+            p = item.params
+            shapes.setdefault((p.height, p.width, p.num_inference_steps, p.uses_guidance), p)
+        return list(shapes.values())
+
+    def recipe(self, item: WorkItem, report: dict[str, Any]) -> dict[str, Any]:
+        """All that decides the item's picture; goes into its record and its PNG."""
+        model = self.config.model
+        prompt = item.prompt
+        return {
+            "prompt": prompt.text,
+            "params": item.params.to_dict(),
+            "seed": item.seed,
+            "model": {
+                "name": model.name,
+                "repo": model.repo,
+                "revision": self.checkpoint.revision,
+                "digest": self.checkpoint.digest,
+            },
+            "numerics": report["numerics"],
+            "versions": report["versions"],
+            **({"id": prompt.id} if prompt.id is not None else {}),
+            **({"metadata": dict(prompt.metadata)} if prompt.metadata else {}),
+        }
+
+
+def prepare(config: RunConfig) -> Job:
+    """Validate everything that can be without torch, read the prompts, find the weights, and plan.
+
+    Raises UserError with one line for whatever the user can mend.
+    """
+    params = resolve_sampling(config.sampling, config.model.recommended)
+    config.model.check_size(params.height, params.width)
+    seeds = parse_seeds(config.seeds)
+    config.engine.check(config.model, config.memory, config.compile)
+    prompts = read_prompts(prompt_source(config))
+    checkpoint = resolve(config.model)
+    plan = build_plan(
+        prompts, seeds, params, check_size=config.model.check_size, count_tokens=token_counter(checkpoint.path)
+    )
+    if config.output_file is not None and len(plan) > 1:
+        raise UserError(
+            f"output_file={config.output_file!r} takes one picture, but this run draws {len(plan)}: "
+            "give one prompt and one seed, or leave output_file out"
+        )
+    session = SessionConfig(
+        model=config.model,
+        engine=config.engine,
+        memory=config.memory,
+        warmup=config.warmup,
+        compile=config.compile,
+        checkpoint=checkpoint,
+    )
+    return Job(config=config, plan=plan, checkpoint=checkpoint, session=session)
+
+
+def token_counter(checkpoint: Path) -> CountTokens | None:
+    """Counts caption tokens, template included and not truncated; None where the checkpoint has no tokenizer.json."""
+    folder = checkpoint / "tokenizer"
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    tokenizer = CaptionTokenizer(folder)
+    return lambda texts: [len(ids) for ids in tokenizer(texts, UNTRUNCATED)]
+
+
+def prompt_source(config: RunConfig) -> PromptSource:
+    """``prompt=TEXT`` stands for an inline source of one prompt; both at once are refused."""
+    if config.prompt is None:
+        return config.prompts
+    if isinstance(config.prompts, Inline) and not config.prompts.texts:
+        return replace(config.prompts, texts=[config.prompt])
+    raise UserError("prompt and prompts are both set: use prompt=TEXT for one prompt, or the prompts group for many")

@@ -1,0 +1,134 @@
+"""The loop: plan, session, progress, failure policy. One screen, no Hydra, no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from tqdm import tqdm
+
+from zimage_runner.config.schema import RunConfig
+from zimage_runner.executors.base import Batch, Executor
+from zimage_runner.job import Job, prepare
+from zimage_runner.logs import run_log
+from zimage_runner.outputs.json_text import readable_json
+from zimage_runner.outputs.ledger import Ledger
+from zimage_runner.outputs.run_dir import RunDirectory
+from zimage_runner.outputs.summary import Summary, table
+from zimage_runner.outputs.writer import Outcome, PictureJob, Writer
+from zimage_runner.plan import Fingerprints, WorkItem
+from zimage_runner.session import Session
+
+log = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 2
+"""A picture that comes out bad (NaN, one single colour) is drawn once more before its item counts as failed."""
+
+
+def run(config: RunConfig, directory: Path, composed: Mapping[str, str]) -> int:
+    """Do one job in ``directory``; ``composed`` are the files of its ``.hydra`` folder. Returns the exit code."""
+    job = prepare(config)
+    if config.dry_run:
+        from zimage_runner.dry_run import describe
+
+        print(describe(job))
+        return 0
+    with RunDirectory.create(directory) as run_dir:
+        run_dir.check_space([(i.params.height, i.params.width) for i in job.plan.items], config.output)
+        executor = config.executor.create(functools.partial(Session, job.session, job.shapes))
+        try:
+            executor.start()  # before anything is written: a refusal leaves no run directory behind
+            for name, text in composed.items():
+                run_dir.write_file(f".hydra/{name}", text.encode())
+            with run_log(run_dir.log_path):
+                return Run(job, run_dir, executor).execute()
+        finally:
+            executor.close()
+
+
+class Run:
+    """One pass over the plan in an open run directory."""
+
+    def __init__(self, job: Job, run_dir: RunDirectory, executor: Executor) -> None:
+        self.job = job
+        self.run_dir = run_dir
+        self.executor = executor
+        self.report = executor.report()
+        self.fingerprints = Fingerprints(job.checkpoint.digest, self.report["numerics"])
+        self.summary = Summary(run_dir.path, planned=len(job.plan))
+        self._again: list[WorkItem] = []
+        self._items: dict[str, WorkItem] = {}
+        self._bar = tqdm(total=len(job.plan), unit="image", disable=not sys.stderr.isatty(), smoothing=0.1)
+
+    def execute(self) -> int:
+        """Draw and write every item, report, and return the exit code."""
+        for truncation in self.job.plan.truncations:
+            log.warning("%s", truncation)
+            self.summary.truncated.append({"prompt": truncation.prompt.source, "message": str(truncation)})
+        ledger = Ledger.load(self.run_dir.records_path).open(self.run_dir.dir_fd)
+        with contextlib.closing(ledger), self._bar:
+            self.writer = Writer(self.run_dir, ledger, self.job.config.output, self._on_done)
+            self.summary.start_clock()
+            self.writer.start_clock()
+            try:
+                self._draw(self._batches())
+            finally:
+                self.writer.close()
+        return self._finish()
+
+    def _batches(self) -> Iterator[Batch]:
+        for items in self.job.plan.batches(self.job.config.engine.batch_size):
+            yield Batch(items=items)
+
+    def _draw(self, batches: Iterator[Batch]) -> None:
+        """Draw the plan's batches, then whatever came out bad once more."""
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            for result in self.executor.run(batches):
+                jobs = [self._picture_job(item, {**result.details, "attempt": attempt}) for item in result.items]
+                if result.images is not None:
+                    self.writer.submit(jobs, result.images)
+                else:
+                    for picture in jobs:
+                        self.writer.fail(picture, result.error or "unknown error")
+            self.writer.flush()
+            again, self._again = self._again, []
+            if not again:
+                return
+            batches = iter([Batch(items=[item], attempt=attempt + 1) for item in again])
+
+    def _picture_job(self, item: WorkItem, details: dict) -> PictureJob:
+        self._items[item.item_dir] = item
+        return PictureJob(
+            item_dir=item.item_dir,
+            index=item.prompt_index,
+            seed=item.seed,
+            fingerprint=self.fingerprints(item),
+            recipe=self.job.recipe(item, self.report),
+            details=details,
+            output_file=self.job.config.output_file,
+        )
+
+    def _on_done(self, outcome: Outcome) -> None:
+        """Called from the writer's threads."""
+        item = self._items.pop(outcome.job.item_dir)
+        if outcome.status == "bad":
+            if outcome.job.details["attempt"] < MAX_ATTEMPTS:
+                log.warning("%s: %s, drawing it once more", outcome.job.item_dir, outcome.error)
+                self._again.append(item)
+            else:
+                self._items[outcome.job.item_dir] = item
+                self.writer.fail(outcome.job, outcome.error or "bad picture")
+            return
+        self.summary.add(outcome)
+        self._bar.update()
+
+    def _finish(self) -> int:
+        summary = self.summary.to_dict(self.executor.report())
+        self.run_dir.write_file("summary.json", readable_json(summary))
+        print(table(summary), file=sys.stderr)
+        print(self.run_dir.path)
+        return 1 if self.summary.failed else 0
