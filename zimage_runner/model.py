@@ -27,6 +27,27 @@ class Dtype(enum.Enum):
     float16 = "float16"
 
 
+class Verify(enum.Enum):
+    """How much of the weights is checked before loading. Sizes and safetensors headers always are."""
+
+    headers = "headers"
+    first_use = "first_use"
+    """sha256 once for each file, remembered by path, size, mtime and inode."""
+    always = "always"
+    """sha256 at every start: tens of seconds for Z-Image-Turbo."""
+
+
+class Prepare(enum.Enum):
+    """When an engine that can use a prepared checkpoint (bf16, one file a component) makes one."""
+
+    auto = "auto"
+    """On first use of weights larger than 1 GB, where the disk has room for it."""
+    always = "always"
+    """As auto, for small models too."""
+    never = "never"
+    """Load the published files."""
+
+
 @dataclass(kw_only=True, slots=True)
 class Model:
     """A Z-Image checkpoint in diffusers layout and what its makers recommend for sampling."""
@@ -44,6 +65,10 @@ class Model:
     offline: bool = False
     """Never touch the network; say what is missing instead."""
     dtype: Dtype = Dtype.auto
+    verify: Verify = Verify.first_use
+    """Checks of the weights before loading: headers, first_use or always."""
+    prepare: Prepare = Prepare.auto
+    """Whether a faster-loading copy of the weights is made in the runner's cache: auto, always or never."""
     native_sizes: list[int] = field(default_factory=list)
     """Sides in pixels the model can draw; empty means any multiple of 16."""
     recommended: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,196 @@
+"""model.source=modelscope with the real client against a ModelScope-speaking server on loopback."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from modelscope_hub.config import set_default_config
+from modelscope_server import ModelScopeServer, files_of
+
+from zimage_runner.errors import UserError
+from zimage_runner.model import Model, Source
+from zimage_runner.weights.resolve import EMBEDDED, download, resolve
+
+REPO = "some-maker/Z-Image-0.1"
+EXTRA_FILES = {"README.md": b"# a model card", "assets/teaser.png": b"\x89PNG", "transformer/old.bin": b"\x80\x04."}
+"""What repositories also hold and a run does not need."""
+SHARD = "transformer/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ModelScopeServer]:
+    files = files_of(EMBEDDED) | EXTRA_FILES
+    scheduler = json.loads(files["scheduler/scheduler_config.json"]) | {"shift": 6.0}
+    other = files | {"scheduler/scheduler_config.json": json.dumps(scheduler).encode()}
+    with ModelScopeServer(REPO, {"master": files, "v1.0": other}) as running:
+        monkeypatch.setenv("MODELSCOPE_ENDPOINT", running.endpoint)
+        monkeypatch.setenv("MODELSCOPE_HOME", str(tmp_path / "modelscope_home"))
+        set_default_config(None)  # the client remembers the endpoint of the test before
+        yield running
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Model:
+    return Model(name="z", source=Source.modelscope, repo=REPO, cache_dir=str(tmp_path / "hub"))
+
+
+def test_downloads_what_is_needed_and_nothing_else(server: ModelScopeServer, model: Model, tmp_path: Path) -> None:
+    checkpoint = resolve(model)
+    assert files_of(checkpoint.path) == files_of(EMBEDDED)
+    assert tmp_path / "hub" in checkpoint.path.parents
+    assert checkpoint.revision == "master"
+    assert not set(server.fetched()) & set(EXTRA_FILES)
+    assert os.environ["MODELSCOPE_CACHE"] == os.environ["HF_HOME"] == str(tmp_path / "hub")
+
+
+def test_digest_is_that_of_the_files(server: ModelScopeServer, model: Model) -> None:
+    assert resolve(model).digest == resolve(Model(name="n", source=Source.embedded)).digest
+
+
+def test_second_start_asks_nothing(server: ModelScopeServer, model: Model) -> None:
+    first = resolve(model)
+    server.requests.clear()
+    assert resolve(model) == first
+    assert server.requests == []
+
+
+def test_second_start_does_not_import_the_client(server: ModelScopeServer, model: Model) -> None:
+    first = resolve(model)
+    code = (
+        "import sys; from zimage_runner.model import *; from zimage_runner.weights.resolve import resolve\n"
+        f"m = Model(name='z', source=Source.modelscope, repo={REPO!r}, cache_dir={model.cache_dir!r})\n"
+        "print(resolve(m).digest); assert not {'modelscope', 'modelscope_hub', 'torch'} & set(sys.modules)"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == first.digest
+
+
+def test_revision_is_pinned(server: ModelScopeServer, model: Model) -> None:
+    model.revision = "v1.0"
+    pinned = resolve(model)
+    assert json.loads((pinned.path / "scheduler/scheduler_config.json").read_text())["shift"] == 6.0
+    assert pinned.revision == "v1.0"
+    assert {request.revision for request in server.requests if REPO in request.path} == {"v1.0"}
+    model.revision = None
+    assert resolve(model).digest != pinned.digest
+
+
+def test_connection_cut_midway_is_resumed_with_range(server: ModelScopeServer, model: Model) -> None:
+    server.cut_after[SHARD] = 5_000_000
+    assert files_of(resolve(model).path) == files_of(EMBEDDED)
+    ranges = [request.range for request in server.requests if request.file == SHARD]
+    assert ranges == [None, "bytes=5000000-"]
+
+
+def test_killed_download_leaves_nothing_half_made_and_resumes(server: ModelScopeServer, model: Model) -> None:
+    server.stall_after[SHARD] = 7_000_000
+    code = (
+        "from zimage_runner.model import *; from zimage_runner.weights.resolve import resolve\n"
+        f"resolve(Model(name='z', source=Source.modelscope, repo={REPO!r}, cache_dir={model.cache_dir!r}))"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert server.stalled.wait(60)
+    child.send_signal(signal.SIGKILL)
+    child.wait(10)
+    model.offline = True
+    with pytest.raises(UserError, match=r"incomplete: .*diffusion_pytorch_model.safetensors .*is missing"):
+        resolve(model)
+    model.offline = False
+    server.requests.clear()
+    assert files_of(resolve(model).path) == files_of(EMBEDDED)
+    resumed = [request.range for request in server.requests if request.file == SHARD]
+    assert len(resumed) == 1
+    assert resumed[0] is not None
+
+
+def test_checksum_mismatch_is_refused(server: ModelScopeServer, model: Model) -> None:
+    server.garbled.add(SHARD)
+    with pytest.raises(UserError, match=rf"cannot download {REPO} from ModelScope: .*{SHARD}.*[Hh]ash") as error:
+        resolve(model)
+    assert "\n" not in str(error.value)
+    assert not list(Path(str(model.cache_dir)).rglob("diffusion_pytorch_model.safetensors"))[1:]  # the VAE's at most
+    server.garbled.clear()
+    assert files_of(resolve(model).path) == files_of(EMBEDDED)
+
+
+def test_unknown_repository_and_revision(server: ModelScopeServer, model: Model) -> None:
+    model.revision = "v9"
+    with pytest.raises(UserError, match=f"cannot download {REPO} at revision v9 from ModelScope: .*not found"):
+        resolve(model)
+
+
+def test_unreachable_hub(model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MODELSCOPE_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("MODELSCOPE_HOME", str(tmp_path / "modelscope_home"))
+    set_default_config(None)
+    monkeypatch.setattr("modelscope_hub._legacy_api.REPO_TREE_PAGE_MAX_ATTEMPTS", 1)
+    with pytest.raises(UserError, match=f"cannot download {REPO} from ModelScope: .*Connection failed"):
+        resolve(model)
+
+
+def test_offline_after_download_touches_no_network(server: ModelScopeServer, model: Model, runner_cache: Path) -> None:
+    first = resolve(model)
+    server.requests.clear()
+    model.offline = True
+    assert resolve(model) == first
+    for entry in runner_cache.rglob("*.json"):  # nothing remembered: the client itself looks, offline
+        entry.unlink()
+    assert resolve(model) == first
+    assert server.requests == []
+
+
+def test_offline_without_download_says_where_it_looked(server: ModelScopeServer, model: Model) -> None:
+    model.offline = True
+    with pytest.raises(UserError, match="model.offline=true") as error:
+        resolve(model)
+    assert REPO in str(error.value)
+    assert str(model.cache_dir) in str(error.value)
+    assert server.requests == []
+
+
+def test_offline_with_a_missing_file_names_it(server: ModelScopeServer, model: Model) -> None:
+    path = resolve(model).path
+    (path / "text_encoder/model.safetensors").unlink()
+    server.requests.clear()
+    model.offline = True
+    with pytest.raises(UserError, match=r"text_encoder/model\.safetensors .*is missing") as error:
+        resolve(model)
+    assert str(path) in str(error.value)
+    assert server.requests == []
+    model.offline = False
+    resolve(model)
+    assert server.fetched() == ["text_encoder/model.safetensors"]
+
+
+def test_truncated_file_is_fetched_again(server: ModelScopeServer, model: Model) -> None:
+    path = resolve(model).path
+    os.truncate(path / SHARD, 1_000_000)
+    resolve(model)
+    assert files_of(path) == files_of(EMBEDDED)
+
+
+def test_altered_file_is_found_and_download_repairs_it(server: ModelScopeServer, model: Model) -> None:
+    path = resolve(model).path
+    raw = bytearray((path / SHARD).read_bytes())
+    raw[-1000] ^= 1
+    (path / SHARD).write_bytes(raw)
+    with pytest.raises(UserError, match=rf"{SHARD} was altered: .*prepare download"):
+        resolve(model)
+    download(model)
+    assert files_of(resolve(model).path) == files_of(EMBEDDED)
+
+
+def test_read_only_cache_is_used_as_it_is(server: ModelScopeServer, model: Model) -> None:
+    path = resolve(model).path
+    before = {p: p.stat().st_mtime_ns for p in Path(str(model.cache_dir)).rglob("*")}
+    server.requests.clear()
+    resolve(model)
+    assert {p: p.stat().st_mtime_ns for p in Path(str(model.cache_dir)).rglob("*")} == before
+    assert server.requests == []
+    assert path.is_dir()

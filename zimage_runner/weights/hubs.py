@@ -1,0 +1,106 @@
+"""The two hubs a checkpoint can come from, each through its own client, imported only when it is used.
+
+Nothing is deleted from a hub's cache by this project: it may be a read-only mount, and it is 33 GB to get again.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from zimage_runner.errors import UserError
+from zimage_runner.model import Model, Source
+from zimage_runner.weights.layout import HUB_PATTERNS
+
+HUB_NAMES = {Source.modelscope: "ModelScope", Source.huggingface: "Hugging Face"}
+DEFAULT_CACHES = {
+    Source.modelscope: ("MODELSCOPE_CACHE", ".cache/modelscope"),
+    Source.huggingface: ("HF_HOME", ".cache/huggingface"),
+}
+"""The variable that names a hub's cache, and where it is without it, from the home directory."""
+
+
+class NotCached(UserError):
+    """The hub's cache holds nothing of this repository and revision."""
+
+
+def export_cache_dir(cache_dir: str | None) -> None:
+    """Set MODELSCOPE_CACHE and HF_HOME, for this process and its children; the clients read them when imported."""
+    if cache_dir is None:
+        return
+    path = str(Path(cache_dir).expanduser().absolute())
+    os.environ["MODELSCOPE_CACHE"] = path
+    os.environ["HF_HOME"] = path
+
+
+def cache_dir_of(model: Model) -> Path:
+    """Where this model's hub keeps its files."""
+    if model.cache_dir is not None:
+        return Path(model.cache_dir).expanduser().absolute()
+    variable, default = DEFAULT_CACHES[model.source]
+    return Path(os.environ.get(variable) or Path.home() / default).expanduser().absolute()
+
+
+def snapshot(model: Model, *, local_files_only: bool) -> Path:
+    """The repository's directory, from the cache alone or downloaded as needed.
+
+    Raises UserError when the cache has nothing (local_files_only) or the hub cannot deliver.
+    """
+    export_cache_dir(model.cache_dir)
+    fetch = _from_modelscope if model.source is Source.modelscope else _from_huggingface
+    return Path(fetch(model, local_files_only)).absolute()
+
+
+def _from_modelscope(model: Model, local_files_only: bool) -> str:
+    from modelscope import snapshot_download
+    from modelscope_hub.errors import HubError
+
+    try:
+        return snapshot_download(
+            model.repo,
+            revision=model.revision,
+            # The client's own default differs from MODELSCOPE_CACHE in older versions, so it is always explicit.
+            cache_dir=str(cache_dir_of(model)),
+            local_files_only=local_files_only,
+            allow_patterns=HUB_PATTERNS,
+        )
+    except (HubError, OSError, ValueError) as error:
+        raise _failed(model, error, local_files_only) from error
+
+
+def _from_huggingface(model: Model, local_files_only: bool) -> str:
+    if model.offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    assert model.repo is not None  # Model's own check
+    try:
+        return snapshot_download(
+            model.repo,
+            revision=model.revision,
+            cache_dir=cache_dir_of(model) / "hub",
+            local_files_only=local_files_only,
+            allow_patterns=HUB_PATTERNS,
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise _failed(model, error, local_files_only) from error
+
+
+def _failed(model: Model, error: Exception, local_files_only: bool) -> UserError:
+    what = f"{model.repo}{f' at revision {model.revision}' if model.revision else ''}"
+    if local_files_only:
+        return NotCached(
+            f"model.offline=true and {what} is not in {HUB_NAMES[model.source]}'s cache {cache_dir_of(model)}: "
+            "run once with model.offline=false, or set model.cache_dir or model.path to where it is"
+        )
+    return UserError(f"cannot download {what} from {HUB_NAMES[model.source]}: {_reason(error)}")
+
+
+def _reason(error: BaseException) -> str:
+    """The client's own words in one line, and which files failed where it says so."""
+    text = " ".join(str(error).split())
+    failed = getattr(error, "failed_files", None)
+    if failed:
+        text += "; " + "; ".join(f"{name}: {' '.join(str(cause).split())}" for name, cause in list(failed.items())[:3])
+    return text[:600] or type(error).__name__

@@ -1,0 +1,220 @@
+"""A diffusers-format directory: which files a Z-Image checkpoint needs, and whether they are all there and whole.
+
+Reads JSON and safetensors headers only. Nothing in a model directory is ever executed or unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zimage_runner.errors import UserError
+from zimage_runner.weights.safetensors_header import BadWeightsFile, WeightsFile, read_header
+
+PIPELINES = ("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline")
+"""Pipelines that are made of the same five components."""
+CLASSES = {
+    "text_encoder": ("transformers", ("Qwen3Model", "Qwen3ForCausalLM")),
+    "transformer": ("diffusers", ("ZImageTransformer2DModel",)),
+    "vae": ("diffusers", ("AutoencoderKL",)),
+    "scheduler": ("diffusers", ("FlowMatchEulerDiscreteScheduler",)),
+    "tokenizer": ("transformers", None),
+}
+WEIGHT_STEMS = {
+    "text_encoder": "model",
+    "transformer": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+}
+"""Components with weights, and the file name that diffusers and transformers give them."""
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
+HUB_PATTERNS = [
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "tokenizer/*.json",
+    "tokenizer/*.txt",
+    "tokenizer/*.jinja",
+    *(f"{folder}/config.json" for folder in WEIGHT_STEMS),
+    "text_encoder/generation_config.json",
+    *(f"{folder}/*.safetensors" for folder in WEIGHT_STEMS),
+    *(f"{folder}/*.safetensors.index.json" for folder in WEIGHT_STEMS),
+]
+"""What is downloaded of a repository: no pictures, no pickles."""
+
+
+class IncompleteCheckpoint(UserError):
+    """Files are missing or damaged; a hub can deliver them again."""
+
+    def __init__(self, path: Path, problems: list[str]) -> None:
+        self.path = path
+        self.problems = problems
+        shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
+        super().__init__(f"{path}: {shown}")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A directory whose files are all there and as long as their headers say."""
+
+    path: Path
+    configs: dict[str, dict[str, Any]]
+    """config.json of each component with weights, and the scheduler's."""
+    weights: dict[str, list[WeightsFile]]
+    """Files of each component with weights, in name order."""
+    config_files: list[Path]
+    """Every small file that shapes a picture: configs, scheduler, tokenizer; in name order."""
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(file.size for files in self.weights.values() for file in files)
+
+    @property
+    def weight_paths(self) -> list[Path]:
+        return [file.path for folder in WEIGHT_STEMS for file in self.weights[folder]]
+
+
+def inspect(path: Path, field: str = "model.path") -> Layout:
+    """Check a diffusers-format Z-Image directory and list its files.
+
+    Raises UserError for what cannot be repaired (not a directory, another pipeline, pickles, custom code) and
+    IncompleteCheckpoint, a UserError, when files are missing or damaged. ``field`` names the directory in messages.
+    """
+    index = _model_index(path, field)
+    _check_classes(path, index)
+    problems: list[str] = []
+    configs = {folder: _json(path / folder / "config.json", problems) for folder in WEIGHT_STEMS}
+    configs["scheduler"] = _json(path / "scheduler" / "scheduler_config.json", problems)
+    for folder, config in configs.items():
+        if "auto_map" in config:
+            raise UserError(
+                f"{path / folder / 'config.json'}: auto_map asks to run code from the model directory, which is "
+                "never done: use a checkpoint of plain Z-Image"
+            )
+    weights = {folder: _weights(path / folder, stem, problems) for folder, stem in WEIGHT_STEMS.items()}
+    tokenizer = _tokenizer_files(path / "tokenizer", problems)
+    if problems:
+        raise IncompleteCheckpoint(path, problems)
+    small = [path / "model_index.json", *tokenizer, path / "scheduler" / "scheduler_config.json"]
+    small += [path / folder / "config.json" for folder in WEIGHT_STEMS]
+    return Layout(path, configs, weights, sorted(small))
+
+
+def _model_index(path: Path, field: str) -> dict[str, Any]:
+    if path.is_file():
+        raise UserError(f"{field}={path} is a file: give the diffusers-format directory that holds model_index.json")
+    if not path.is_dir():
+        raise UserError(f"{field}={path}: no such directory")
+    file = path / "model_index.json"
+    if not file.exists():
+        found = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
+        raise IncompleteCheckpoint(
+            path, [f"not a diffusers-format directory: model_index.json is missing (it holds {found})"]
+        )
+    problems: list[str] = []
+    index = _json(file, problems)
+    if problems:
+        raise IncompleteCheckpoint(path, problems)
+    return index
+
+
+def _check_classes(path: Path, index: dict[str, Any]) -> None:
+    file = path / "model_index.json"
+    pipeline = index.get("_class_name")
+    if isinstance(pipeline, list):
+        raise UserError(
+            f"{file}: _class_name={pipeline} asks to run code from the model directory, which is never done"
+        )
+    if pipeline not in PIPELINES:
+        raise UserError(f"{file}: _class_name={pipeline!r} is not a Z-Image pipeline: need {PIPELINES[0]}")
+    for component, (library, classes) in CLASSES.items():
+        named = index.get(component)
+        if not isinstance(named, list) or len(named) != 2:
+            raise UserError(f"{file}: {component} is missing: a Z-Image checkpoint names all of {', '.join(CLASSES)}")
+        if named[0] != library:
+            raise UserError(
+                f"{file}: {component} comes from {named[0]!r}, which may be code in the model directory and is never "
+                f"run: need {library!r}"
+            )
+        if classes and named[1] not in classes:
+            raise UserError(
+                f"{file}: {component} is a {named[1]}, not a Z-Image component: need {' or '.join(classes)}"
+            )
+
+
+def _json(file: Path, problems: list[str]) -> dict[str, Any]:
+    name = f"{file.parent.name}/{file.name}" if file.name != "model_index.json" else file.name
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        problems.append(f"{name} is missing")
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        problems.append(f"{name} cannot be read ({error})")
+        return {}
+    if not isinstance(value, dict):
+        problems.append(f"{name} does not hold a JSON object")
+        return {}
+    return value
+
+
+def _weights(folder: Path, stem: str, problems: list[str]) -> list[WeightsFile]:
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if single.exists() and index.exists():
+        # diffusers and transformers disagree on which of the two they would load.
+        problems.append(f"{folder.name}/ holds both {single.name} and {index.name}: remove one of them")
+        return []
+    if index.exists():
+        return _shards(folder, index, problems)
+    if single.exists():
+        file = _checked(single, problems)
+        return [file] if file else []
+    pickles = sorted(p.name for p in folder.glob("*") if p.suffix in PICKLES) if folder.is_dir() else []
+    if pickles:
+        raise UserError(
+            f"{folder}: only pickle weights ({pickles[0]}), which can run code and are never loaded: "
+            "get or convert to safetensors"
+        )
+    problems.append(f"{folder.name}/{single.name} (or its index and shards) is missing")
+    return []
+
+
+def _shards(folder: Path, index: Path, problems: list[str]) -> list[WeightsFile]:
+    weight_map = _json(index, problems).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        problems.append(f"{folder.name}/{index.name} has no weight_map")
+        return []
+    files: dict[str, WeightsFile | None] = {}
+    for shard in sorted({str(name) for name in weight_map.values()}):
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            problems.append(f"{folder.name}/{index.name} names {shard!r}, which is not a safetensors file beside it")
+        elif not (folder / shard).exists():
+            problems.append(f"{folder.name}/{shard} is missing")
+        else:
+            files[shard] = _checked(folder / shard, problems)
+    for tensor, shard in weight_map.items():
+        file = files.get(str(shard))
+        if file and tensor not in file.tensors:
+            problems.append(f"{folder.name}/{shard} lacks tensor {tensor!r} that the index promises")
+            break
+    return [file for file in files.values() if file]
+
+
+def _checked(file: Path, problems: list[str]) -> WeightsFile | None:
+    try:
+        return read_header(file)
+    except (BadWeightsFile, OSError) as error:
+        problems.append(
+            f"{file.parent.name}/{file.name} is {error}" if isinstance(error, BadWeightsFile) else str(error)
+        )
+        return None
+
+
+def _tokenizer_files(folder: Path, problems: list[str]) -> list[Path]:
+    files = sorted(p for p in folder.glob("*") if p.suffix in (".json", ".txt", ".jinja") and p.is_file())
+    names = {file.name for file in files}
+    if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
+        problems.append("tokenizer/tokenizer.json is missing")
+    if "tokenizer_config.json" not in names:
+        problems.append("tokenizer/tokenizer_config.json is missing")
+    return files

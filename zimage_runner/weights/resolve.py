@@ -1,0 +1,140 @@
+"""From the ``model`` config group to a checked checkpoint on disk."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from zimage_runner.errors import UserError
+from zimage_runner.model import Model, Source, Verify
+from zimage_runner.weights import hubs
+from zimage_runner.weights.cache import read_entry, write_entry
+from zimage_runner.weights.checkpoint import Checkpoint
+from zimage_runner.weights.digest import weights_digest
+from zimage_runner.weights.layout import IncompleteCheckpoint, Layout, inspect
+from zimage_runner.weights.verify import FileDigest, file_digests
+
+log = logging.getLogger(__name__)
+
+_INCOMPLETE_HUB = "the hub's own copy is incomplete, or model.revision predates these files"
+
+EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "zimage_nano"
+
+
+def resolve(model: Model) -> Checkpoint:
+    """Find, download if needed, and check the checkpoint that ``model`` names.
+
+    A complete snapshot in the hub's cache is used as it is, without asking the hub whether a newer one exists: pin
+    ``model.revision`` or run ``python -m zimage_runner.prepare download`` to follow the hub. Sizes and headers of the
+    weights are always checked, their sha256 as ``model.verify`` says. Raises UserError; imports no torch.
+    """
+    layout = locate(model)
+    check_digests(model, layout)
+    digest = weights_digest(layout)
+    return Checkpoint(path=layout.path, revision=_revision(model, layout.path) or digest[:12], digest=digest)
+
+
+def locate(model: Model) -> Layout:
+    """The checkpoint's directory and files, sizes and headers checked; downloads what is missing unless offline."""
+    if model.path is not None or model.source is Source.local:
+        return _local(Path(model.path or "").expanduser().absolute())
+    if model.source is Source.embedded:
+        return _repairable(EMBEDDED, "model.source=embedded", "reinstall zimage-runner")
+    return _cached(model) or _in_hub_cache(model) or download(model)
+
+
+def download(model: Model) -> Layout:
+    """Bring the hub's snapshot up to date: files that changed on the hub, or fail its checksum, are fetched again."""
+    if model.path is not None or model.source not in hubs.HUB_NAMES:
+        raise UserError(f"model.source={model.source.value}: nothing to download, choose a model that a hub holds")
+    if model.offline:
+        raise UserError("model.offline=true: nothing can be downloaded; set model.offline=false")
+    log.info("downloading %s from %s to %s", model.repo, hubs.HUB_NAMES[model.source], hubs.cache_dir_of(model))
+    path = hubs.snapshot(model, local_files_only=False)
+    layout = _repairable(path, f"{model.repo} from {hubs.HUB_NAMES[model.source]}", _INCOMPLETE_HUB)
+    write_entry("snapshots", _snapshot_key(model), {"path": str(path)})
+    return layout
+
+
+def check_digests(model: Model, layout: Layout) -> None:
+    """Compare sha256 with the hub's or the first use's, as ``model.verify`` says. Raises UserError naming the file."""
+    embedded = model.path is None and model.source is Source.embedded  # a part of this package, as pip installed it
+    if embedded or model.verify is Verify.headers:
+        return
+    altered = [d for d in file_digests(layout.weight_paths, force=model.verify is Verify.always) if d.is_altered]
+    if altered:
+        raise UserError(f"{_describe(altered)}: {_repair(model, layout)}")
+
+
+def _local(path: Path) -> Layout:
+    return _repairable(path, f"model.path={path}", "copy or download the files again")
+
+
+def _repairable(path: Path, field: str, remedy: str) -> Layout:
+    try:
+        return inspect(path)
+    except IncompleteCheckpoint as error:
+        raise UserError(f"{field}: {_problems(error)}: {remedy}") from error
+
+
+def _cached(model: Model) -> Layout | None:
+    """The snapshot that was complete last time, if it still is: without importing the hub's client."""
+    entry = read_entry("snapshots", _snapshot_key(model))
+    if entry is None or not isinstance(entry.get("path"), str):
+        return None
+    try:
+        return inspect(Path(entry["path"]))
+    except UserError as error:
+        log.info("the snapshot of the last run is no longer usable: %s", error)
+        return None
+
+
+def _in_hub_cache(model: Model) -> Layout | None:
+    """A complete snapshot in the hub's cache. Offline, whatever is missing is an error."""
+    try:
+        layout = inspect(hubs.snapshot(model, local_files_only=True))
+    except IncompleteCheckpoint as error:
+        if model.offline:
+            raise UserError(
+                f"model.offline=true and the cached {model.repo} in {error.path} is incomplete: {_problems(error)}: "
+                "run once with model.offline=false, which fetches only those files"
+            ) from error
+        log.info("%s; fetching what is missing", error)
+        return None
+    except hubs.NotCached:
+        if model.offline:
+            raise
+        return None
+    write_entry("snapshots", _snapshot_key(model), {"path": str(layout.path)})
+    return layout
+
+
+def _problems(error: IncompleteCheckpoint) -> str:
+    return str(error).removeprefix(f"{error.path}: ")
+
+
+def _snapshot_key(model: Model) -> str:
+    return "\0".join((model.source.value, model.repo or "", model.revision or "", str(hubs.cache_dir_of(model))))
+
+
+def _revision(model: Model, path: Path) -> str | None:
+    """Hubs keep a snapshot in snapshots/<revision>; Hugging Face writes the commit there, ModelScope the name."""
+    if model.path is None and path.parent.name == "snapshots":
+        return path.name
+    return model.revision if model.path is None and model.source in hubs.HUB_NAMES else None
+
+
+def _describe(altered: list[FileDigest]) -> str:
+    first = altered[0]
+    more = f" (and {len(altered) - 1} more files)" if len(altered) > 1 else ""
+    return (
+        f"{first.path} was altered: sha256 {first.sha256[:16]}... instead of {str(first.expected)[:16]}... "
+        f"of {first.expected_from}{more}"
+    )
+
+
+def _repair(model: Model, layout: Layout) -> str:
+    accept = "or accept it as it is with `python -m zimage_runner.prepare accept` and the same model options"
+    if model.path is None and model.source in hubs.HUB_NAMES:
+        return f"repair it with `python -m zimage_runner.prepare download` and the same model options, {accept}"
+    return f"copy {layout.path.name} again, {accept}"

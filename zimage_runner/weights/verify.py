@@ -1,0 +1,118 @@
+"""Full sha256 of weights files: on request and on first use, remembered in the runner's cache.
+
+A digest is remembered under the file's path together with its size, mtime and inode, so that an unchanged file is
+hashed once. Nothing is ever written beside the weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zimage_runner.weights.cache import read_entry, write_entry
+
+log = logging.getLogger(__name__)
+
+THREADS = 8
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileDigest:
+    """What is known of one file."""
+
+    path: Path
+    sha256: str
+    remembered: bool
+    """The digest was not computed now: size, mtime and inode are those of the last time."""
+    expected: str | None
+    """The hub's digest where the file's place tells it, else that of the first use; None at the first use."""
+    expected_from: str = ""
+    """Where the expectation comes from, for messages."""
+
+    @property
+    def is_altered(self) -> bool:
+        return self.expected is not None and self.expected != self.sha256
+
+
+def file_digests(paths: Sequence[Path], force: bool = False) -> list[FileDigest]:
+    """sha256 of each file, from memory where its stat is unchanged, unless ``force``. Files are hashed side by side.
+
+    The first digest of a path is what later ones are compared with; ``forget`` makes the present one the first.
+    """
+    known = {path: None if force else _unchanged_entry(path) for path in paths}
+    missing = [path for path, entry in known.items() if entry is None]
+    if missing:
+        size = sum(path.stat().st_size for path in missing)
+        level = logging.INFO if size > 1_000_000_000 else logging.DEBUG
+        log.log(
+            level, "computing sha256 of %d files (%.1f GB) in %s", len(missing), size / 1e9, missing[0].parent.parent
+        )
+    with ThreadPoolExecutor(max_workers=THREADS) as pool:
+        computed = dict(zip(missing, pool.map(sha256_of, missing), strict=True))
+    return [_compare(path, known[path], computed.get(path)) for path in paths]
+
+
+def forget(paths: Sequence[Path]) -> None:
+    """Accept files as they are now: the next digest becomes the one to compare with."""
+    for path in paths:
+        write_entry("sha256", str(path.resolve()), {})
+
+
+def remember(path: Path, sha256: str) -> None:
+    """Record a digest that was computed elsewhere, for the file as it is now."""
+    write_entry("sha256", str(path.resolve()), {**_stat(path), "sha256": sha256, "first": sha256, "first_time": _now()})
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _compare(path: Path, entry: dict[str, Any] | None, computed: str | None) -> FileDigest:
+    entry = entry or read_entry("sha256", str(path.resolve())) or {}
+    sha256 = computed or entry["sha256"]
+    hub = _hub_sha256(path)
+    first, first_time = entry.get("first"), entry.get("first_time") or _now()
+    if computed:
+        write_entry(
+            "sha256",
+            str(path.resolve()),
+            {**_stat(path), "sha256": sha256, "first": first or sha256, "first_time": first_time},
+        )
+    return FileDigest(
+        path=path,
+        sha256=sha256,
+        remembered=computed is None,
+        expected=hub or first,
+        expected_from="the hub" if hub else f"its first use on {first_time}",
+    )
+
+
+def _unchanged_entry(path: Path) -> dict[str, Any] | None:
+    entry = read_entry("sha256", str(path.resolve()))
+    if not entry or not isinstance(entry.get("sha256"), str):
+        return None
+    return entry if all(entry.get(name) == value for name, value in _stat(path).items()) else None
+
+
+def _stat(path: Path) -> dict[str, int]:
+    stat = path.stat()
+    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "inode": stat.st_ino}
+
+
+def _hub_sha256(path: Path) -> str | None:
+    """Hugging Face's cache names a large file's blob by its sha256 and links to it."""
+    target = path.resolve()
+    return target.name if path.is_symlink() and _SHA256.fullmatch(target.name) else None
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S")
