@@ -1,0 +1,178 @@
+"""Prompts x seeds become a plan. Pure: the same input gives the same plan on every machine."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from zimage_runner.errors import UserError
+from zimage_runner.plan.items import Bucket, WorkItem
+from zimage_runner.plan.plan import Duplicate, Plan, Truncation
+from zimage_runner.prompts.base import Prompt
+from zimage_runner.sampling import SamplingParams
+from zimage_runner.seeds import Seeds
+
+CAPTION_MULTIPLE = 32
+"""The transformer pads captions to this multiple with a token that is attended to (facts.md)."""
+MAX_ITEMS = 10_000_000
+_TEXTS_AT_ONCE = 1024
+
+CountTokens = Callable[[Sequence[str]], Sequence[int]]
+"""Caption tokens of each text, chat template included, before truncation."""
+
+
+def build_plan(
+    prompts: Sequence[Prompt],
+    seeds: Seeds,
+    params: SamplingParams,
+    *,
+    check_size: Callable[[int, int], None],
+    count_tokens: CountTokens | None = None,
+) -> Plan:
+    """Expand prompts x seeds. Raises UserError, naming the prompt's line, for sampling that cannot be drawn."""
+    _check_count(prompts, seeds)
+    resolved = _resolve(prompts, params, check_size)
+    counts = _count(prompts, resolved, count_tokens)
+    buckets = _buckets(prompts, resolved, counts)
+    rank = {id(b): place for place, b in enumerate(sorted(set(buckets), key=lambda b: b.cost, reverse=True))}
+    order = sorted(range(len(prompts)), key=lambda i: rank[id(buckets[i])])
+    items = [
+        WorkItem(
+            prompt_index=number,
+            seed=seed,
+            prompt=prompts[i],
+            params=resolved[i],
+            bucket=buckets[i],
+        )
+        for i, number in ((i, _number(prompts[i], i)) for i in order)
+        for seed in _seeds_of(prompts[i], seeds)
+    ]
+    return Plan(
+        items=items,
+        prompts=list(prompts),
+        truncations=_truncations(prompts, resolved, counts),
+        duplicates=_duplicates(prompts, resolved, seeds),
+        tokens_counted=count_tokens is not None,
+    )
+
+
+def _number(prompt: Prompt, place: int) -> int:
+    return place if prompt.index is None else prompt.index
+
+
+def _seeds_of(prompt: Prompt, seeds: Seeds) -> tuple[int, ...]:
+    return seeds.for_text(prompt.text) if prompt.seeds is None else prompt.seeds
+
+
+def _check_count(prompts: Sequence[Prompt], seeds: Seeds) -> None:
+    count = sum(len(seeds) if p.seeds is None else len(p.seeds) for p in prompts)
+    if count > MAX_ITEMS:
+        raise UserError(
+            f"{len(prompts):,} prompts x seeds are {count:,} pictures: use at most {MAX_ITEMS:,} a run, "
+            "or split it with prompts.shard"
+        )
+
+
+def _resolve(
+    prompts: Sequence[Prompt], params: SamplingParams, check_size: Callable[[int, int], None]
+) -> list[SamplingParams]:
+    """Each prompt's sampling; prompts with equal overrides share one instance."""
+    check_size(params.height, params.width)
+    shared: dict[tuple[tuple[str, Any], ...], SamplingParams] = {(): params}
+    resolved = []
+    for prompt in prompts:
+        key = tuple(sorted(prompt.overrides.items()))
+        if key not in shared:
+            try:
+                shared[key] = params.overridden(dict(prompt.overrides))
+                check_size(shared[key].height, shared[key].width)
+            except UserError as error:
+                raise UserError(f"{prompt.source}: {error}") from None
+        resolved.append(shared[key])
+    return resolved
+
+
+def _count(
+    prompts: Sequence[Prompt], resolved: Sequence[SamplingParams], count_tokens: CountTokens | None
+) -> dict[str, int]:
+    """Caption tokens of each unique text; empty when they cannot be counted."""
+    if count_tokens is None:
+        return {}
+    unique = dict.fromkeys(p.text for p in prompts)
+    unique |= dict.fromkeys(params.negative_prompt for params in set(resolved) if params.uses_guidance)
+    texts = list(unique)
+    counts: dict[str, int] = {}
+    for start in range(0, len(texts), _TEXTS_AT_ONCE):
+        part = texts[start : start + _TEXTS_AT_ONCE]
+        counts.update(zip(part, count_tokens(part), strict=True))
+    return counts
+
+
+def padded(tokens: int, max_sequence_length: int) -> int:
+    """Caption length after truncation and the transformer's own padding."""
+    return -(-min(tokens, max_sequence_length) // CAPTION_MULTIPLE) * CAPTION_MULTIPLE
+
+
+def _buckets(prompts: Sequence[Prompt], resolved: Sequence[SamplingParams], counts: Mapping[str, int]) -> list[Bucket]:
+    """Each prompt's bucket; equal buckets are one instance, so that batches compare by identity."""
+    shared: dict[tuple[int, int, int], Bucket] = {}
+    unique: dict[Bucket, Bucket] = {}
+    result = []
+    for prompt, params in zip(prompts, resolved, strict=True):
+        length = params.max_sequence_length
+        caption = padded(counts.get(prompt.text, 0), length)
+        negative = padded(counts.get(params.negative_prompt, 0), length) if params.uses_guidance else 0
+        key = (id(params), caption, negative)
+        if key not in shared:
+            bucket = _bucket(params, caption, negative)
+            shared[key] = unique.setdefault(bucket, bucket)
+        result.append(shared[key])
+    return result
+
+
+def _bucket(params: SamplingParams, caption: int, negative: int) -> Bucket:
+    guided = params.uses_guidance
+    return Bucket(
+        height=params.height,
+        width=params.width,
+        num_inference_steps=params.num_inference_steps,
+        guidance_scale=params.guidance_scale,
+        cfg_normalization=params.cfg_normalization if guided else 0.0,
+        cfg_truncation=params.cfg_truncation if guided else 1.0,
+        caption_tokens=caption,
+        negative_caption_tokens=negative,
+    )
+
+
+def _truncations(
+    prompts: Sequence[Prompt], resolved: Sequence[SamplingParams], counts: Mapping[str, int]
+) -> list[Truncation]:
+    found = []
+    for prompt, params in zip(prompts, resolved, strict=True):
+        texts = {"text": prompt.text} | ({"negative_prompt": params.negative_prompt} if params.uses_guidance else {})
+        for name, text in texts.items():
+            tokens = counts.get(text, 0)
+            if tokens > params.max_sequence_length:
+                found.append(
+                    Truncation(prompt=prompt, field=name, tokens=tokens, max_sequence_length=params.max_sequence_length)
+                )
+    return found
+
+
+def _duplicates(prompts: Sequence[Prompt], resolved: Sequence[SamplingParams], seeds: Seeds) -> list[Duplicate]:
+    """Pictures that an earlier prompt of the plan already draws."""
+    occurrences = Counter(zip((p.text for p in prompts), resolved, strict=True))
+    drawn: dict[tuple[str, SamplingParams, int], Prompt] = {}
+    found = []
+    for prompt, params in zip(prompts, resolved, strict=True):
+        if occurrences[prompt.text, params] == 1:
+            continue
+        again: dict[int, Prompt] = {}
+        for seed in _seeds_of(prompt, seeds):
+            first = drawn.setdefault((prompt.text, params, seed), prompt)
+            if first is not prompt:
+                again[seed] = first
+        if again:
+            found.append(Duplicate(prompt=prompt, first=next(iter(again.values())), seeds=tuple(again)))
+    return found

@@ -1,0 +1,88 @@
+"""One picture to draw, and the batch it may join."""
+
+from __future__ import annotations
+
+import functools
+import re
+import unicodedata
+from dataclasses import dataclass
+
+from zimage_runner.prompts.base import Prompt
+from zimage_runner.sampling import SamplingParams
+
+SLUG_CHARACTERS = 40
+"""In CJK 120 bytes; with index and temporary suffixes below the 143 bytes that the strictest file systems allow."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bucket:
+    """Items that can be one batch: same tensor shapes, same schedule, same guidance."""
+
+    height: int
+    width: int
+    num_inference_steps: int
+    guidance_scale: float
+    cfg_normalization: float
+    cfg_truncation: float
+    caption_tokens: int
+    """Padded length; 0 when no tokenizer was at hand to count."""
+    negative_caption_tokens: int
+    """Padded length of the negative prompt; 0 without guidance or when not counted."""
+
+    @property
+    def cost(self) -> tuple[float, ...]:
+        """Grows with memory and time; the plan runs the largest first, so that what cannot fit fails early."""
+        return (self.height * self.width, self.guidance_scale > 0, self.caption_tokens, *self.sort_key)
+
+    @property
+    def sort_key(self) -> tuple[float, ...]:
+        return tuple(getattr(self, name) for name in self.__slots__)
+
+    def __str__(self) -> str:
+        guidance = f", guidance {self.guidance_scale:g}" if self.guidance_scale > 0 else ""
+        tokens = f", {self.caption_tokens} caption tokens" if self.caption_tokens else ""
+        return f"{self.width}x{self.height}, {self.num_inference_steps} steps{guidance}{tokens}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkItem:
+    """One picture to draw. Prompt, params and bucket are shared between items."""
+
+    prompt_index: int
+    """The prompt's number in its source."""
+    seed: int
+    prompt: Prompt
+    params: SamplingParams
+    bucket: Bucket
+
+    @property
+    def item_dir(self) -> str:
+        """Its directory below the run directory, unique in the run; also its key in the ledger."""
+        return f"items/{self.prompt_index:05d}_{slug(self.prompt.id or self.prompt.text)}/seed_{self.seed}"
+
+
+def item_encodings(item: WorkItem) -> list[tuple[str, int]]:
+    """(text, max_sequence_length) of the caption and, with guidance, of the negative prompt."""
+    length = item.params.max_sequence_length
+    keys = [(item.prompt.text, length)]
+    return [*keys, (item.params.negative_prompt, length)] if item.params.uses_guidance else keys
+
+
+@functools.lru_cache(maxsize=1024)
+def slug(text: str) -> str:
+    """A folder name that a person recognises: ASCII and CJK letters and digits, at most 40 characters.
+
+    Everything else, control and bidirectional characters included, becomes one underscore.
+    """
+    plain = unicodedata.normalize("NFKD", text[:400])
+    plain = unicodedata.normalize("NFC", re.sub("[\u0300-\u036f]", "", plain)).lower()
+    words = re.sub(_UNSAFE, "_", plain).strip("_")
+    return words[:SLUG_CHARACTERS].strip("_") or "prompt"
+
+
+_UNSAFE = re.compile(
+    "[^a-z0-9"
+    "\u3005\u3007\u3041-\u3096\u30a1-\u30fa\u30fc"  # iteration mark, zero, hiragana, katakana
+    "\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3"  # Han, hangul
+    "\U00020000-\U0003134f]+"  # Han extensions B to G
+)

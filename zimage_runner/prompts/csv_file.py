@@ -1,0 +1,70 @@
+"""Comma- or tab-separated tables with a header line."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zimage_runner.errors import UserError
+from zimage_runner.prompts.base import Prompt
+from zimage_runner.prompts.rows import RowReader, TableSource
+from zimage_runner.prompts.text import MAX_LINE_BYTES, file_lines, input_path
+
+
+@dataclass(kw_only=True, slots=True)
+class Csv(TableSource):
+    """``prompts=csv prompts.path=FILE``: the first line names the columns; empty cells mean "not set"."""
+
+    path: str | None = None
+    delimiter: str | None = None
+    """One character; null is a tab for .tsv and .tab files, else a comma."""
+
+    def read(self) -> Iterator[Prompt]:
+        file = input_path(self.path, "csv")
+        delimiter = self.delimiter or ("\t" if file.suffix.lower() in (".tsv", ".tab") else ",")
+        if len(delimiter) != 1 or delimiter in '\r\n"':
+            raise UserError(f"prompts.delimiter={delimiter!r} is not one character, such as ',' or ';'")
+        reader = RowReader(self)
+        rows = _rows(file, delimiter)
+        where, names = next(rows)
+        _check_names(names, where)
+        reader.check_header(tuple(names), where)
+        for where, cells in rows:
+            yield reader.prompt(_row(names, cells, where), where)
+
+
+def _rows(file: Path, delimiter: str) -> Iterator[tuple[str, list[str]]]:
+    """``file:line`` of each row's first line, and its cells; blank lines are skipped."""
+    csv.field_size_limit(MAX_LINE_BYTES)
+    lines = (line + "\n" for _, line in file_lines(file))
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    while True:
+        where = f"{file}:{reader.line_num + 1}"
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise UserError(f"{where}: broken CSV: {error}") from None
+        if cells:
+            yield where, cells
+
+
+def _check_names(names: list[str], where: str) -> None:
+    for name in names:
+        if not name.strip():
+            raise UserError(f"{where}: column {names.index(name) + 1} has no name: the first line names the columns")
+        if names.count(name) > 1:
+            raise UserError(f"{where}: two columns are called {name!r}: rename one")
+
+
+def _row(names: list[str], cells: list[str], where: str) -> dict[str, Any]:
+    if len(cells) != len(names):
+        raise UserError(
+            f"{where}: {len(cells)} cells, but the header names {len(names)} columns: "
+            'put text that holds the delimiter in "quotes"'
+        )
+    return {name: cell if cell.strip() else None for name, cell in zip(names, cells, strict=True)}

@@ -1,0 +1,60 @@
+"""One JSON object a line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from zimage_runner.errors import UserError
+from zimage_runner.prompts.base import Prompt
+from zimage_runner.prompts.rows import RowReader, TableSource
+from zimage_runner.prompts.text import file_lines, input_path
+
+
+@dataclass(kw_only=True, slots=True)
+class Jsonl(TableSource):
+    """``prompts=jsonl prompts.path=FILE``: lines such as {"text": "a cat", "id": "c1", "width": 768, "seeds": [1]}."""
+
+    path: str | None = None
+
+    def read(self) -> Iterator[Prompt]:
+        file = input_path(self.path, "jsonl")
+        yield from prompts_of_json_lines(file_lines(file), str(file), self)
+
+
+def prompts_of_json_lines(lines: Iterable[tuple[int, str]], name: str, source: TableSource) -> Iterator[Prompt]:
+    """Prompts of numbered lines; blank lines are skipped."""
+    reader = RowReader(source)
+    for number, line in lines:
+        if line.strip():
+            where = f"{name}:{number}"
+            yield reader.prompt(parse_object(line, where), where)
+
+
+def parse_object(line: str, where: str) -> dict[str, Any]:
+    """One line of JSON as an object; UserError says what is wrong and at which column."""
+    try:
+        value = json.loads(line, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: broken JSON at column {error.colno}: {error.msg}") from None
+    except RecursionError:
+        raise UserError(f"{where}: broken JSON: nested too deeply") from None
+    except ValueError as error:
+        raise UserError(f"{where}: broken JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f'{where}: not an object: write {{"text": "a cat"}}')
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{max(keys, key=keys.count)!r} is given twice")
+    return result
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")

@@ -1,0 +1,42 @@
+"""Parquet tables, read batch by batch through pyarrow (extra: parquet)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from zimage_runner.errors import UserError
+from zimage_runner.prompts.base import Prompt
+from zimage_runner.prompts.rows import RowReader, TableSource
+from zimage_runner.prompts.text import input_path, open_input
+
+_ROWS_AT_ONCE = 4096
+
+
+@dataclass(kw_only=True, slots=True)
+class Parquet(TableSource):
+    """``prompts=parquet prompts.path=FILE``; rows are numbered from 1 in messages."""
+
+    path: str | None = None
+
+    def read(self) -> Iterator[Prompt]:
+        file = input_path(self.path, "parquet")
+        with open_input(file):
+            pass  # a missing file is told before a missing library
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError:
+            raise UserError("prompts=parquet needs pyarrow: pip install 'zimage-runner[parquet]'") from None
+        reader = RowReader(self)
+        try:
+            with pyarrow.parquet.ParquetFile(file) as table:
+                names = table.schema_arrow.names
+                reader.check_header(tuple(names), str(file))
+                number = 0
+                for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE):
+                    for row in batch.to_pylist():
+                        number += 1
+                        yield reader.prompt(row, f"{file}:{number}")
+        except pyarrow.ArrowException as error:
+            raise UserError(f"prompts.path={file} is not a Parquet file: {str(error).splitlines()[0]}") from None

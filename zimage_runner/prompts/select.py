@@ -1,0 +1,72 @@
+"""From a source to the list of prompts of a run: offset, limit, sample, shard, and ids that are unique."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+
+from zimage_runner.errors import UserError
+from zimage_runner.prompts.base import Prompt, PromptSource
+
+
+def read_prompts(source: PromptSource) -> list[Prompt]:
+    """All prompts of a run, in order. Raises UserError for bad input and when nothing is left to draw."""
+    _check_selection(source)
+    shard = None if source.shard is None else _parse_shard(source.shard)
+    stop = None if source.limit is None else source.offset + source.limit
+    prompts = list(itertools.islice(source.read(), source.offset, stop))
+    if source.offset or source.sample is not None or shard is not None:
+        # Folder names keep the number a prompt has in the whole source, so that parts of one set fit together.
+        prompts = [replace(p, index=source.offset + place) for place, p in enumerate(prompts)]
+    if source.sample is not None:
+        prompts = _sample(prompts, source.sample, source.sample_seed)
+    if shard is not None:
+        prompts = prompts[shard[0] - 1 :: shard[1]]
+    if not prompts:
+        raise UserError(_why_nothing(source))
+    _check_ids(prompts)
+    return prompts
+
+
+def _check_selection(source: PromptSource) -> None:
+    for name, low in (("offset", 0), ("limit", 1), ("sample", 1)):
+        value = getattr(source, name)
+        if value is not None and value < low:
+            raise UserError(f"prompts.{name}={value} is out of range: use {low} or more")
+
+
+def _parse_shard(shard: str) -> tuple[int, int]:
+    match = re.fullmatch(r"\s*([0-9]{1,9})\s*/\s*([0-9]{1,9})\s*", shard)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise UserError(f"prompts.shard={shard!r} is not a shard: write 1/4, 2/4, 3/4 or 4/4 for one of four runs")
+    return int(match[1]), int(match[2])
+
+
+def _sample(prompts: list[Prompt], count: int, seed: int) -> list[Prompt]:
+    if count >= len(prompts):
+        return prompts
+    # Random(int) and sample() are stable across Python versions and machines.
+    chosen = sorted(random.Random(seed).sample(range(len(prompts)), count))
+    return [prompts[i] for i in chosen]
+
+
+def _why_nothing(source: PromptSource) -> str:
+    where = getattr(source, "path", None) or getattr(source, "glob", None) or "the prompts"
+    picks = {name: getattr(source, name) for name in ("offset", "limit", "sample", "shard")}
+    used = " ".join(f"prompts.{name}={value}" for name, value in picks.items() if value)
+    if used:
+        return f"{used} leaves none of the prompts in {where}: take a larger part"
+    return f"{where}: there are no prompts in it: put one a line"
+
+
+def _check_ids(prompts: Iterable[Prompt]) -> None:
+    first: dict[str, str] = {}
+    for prompt in prompts:
+        if prompt.id is None:
+            continue
+        if prompt.id in first:
+            raise UserError(f"{prompt.source}: id={prompt.id!r} is already used at {first[prompt.id]}: make ids unique")
+        first[prompt.id] = prompt.source

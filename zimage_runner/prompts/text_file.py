@@ -1,0 +1,43 @@
+"""One prompt a line, with the flags that users of other tools know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from zimage_runner.prompts.base import NOTHING, Prompt, PromptSource
+from zimage_runner.prompts.flags import parse_flags
+from zimage_runner.prompts.text import check_text, file_lines, input_path
+
+
+@dataclass(kw_only=True, slots=True)
+class TextFile(PromptSource):
+    """``prompts=text_file prompts.path=FILE``: UTF-8; blank lines and lines starting with # are skipped."""
+
+    path: str | None = None
+    flags: bool = True
+    """Read ``--w --h --s --d --n --g`` at the end of a line; false keeps every line as it is."""
+
+    def read(self) -> Iterator[Prompt]:
+        file = input_path(self.path, "text_file")
+        yield from prompts_of_lines(file_lines(file), str(file), flags=self.flags)
+
+
+def prompts_of_lines(lines: Iterable[tuple[int, str]], name: str, *, flags: bool) -> Iterator[Prompt]:
+    """Prompts of numbered lines. A prompt that starts with # is written with a backslash before it."""
+    for number, line in lines:
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        where = f"{name}:{number}"
+        text = line[1:] if line.startswith("\\#") else line
+        if not flags or "--" not in text:
+            yield Prompt(text=check_text(text, where), source=where)
+            continue
+        parsed = parse_flags(text, where)
+        yield Prompt(
+            text=check_text(parsed.text, where),
+            source=where,
+            overrides=parsed.overrides or NOTHING,
+            seeds=parsed.seeds,
+        )

@@ -1,0 +1,132 @@
+"""Seeds of a run: a list, a range, a count from a base, or derived from each prompt's own text."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from zimage_runner.errors import UserError
+
+MAX_SEED = 2**63 - 1
+"""The largest seed that torch and every tool that reads our metadata accept as a signed integer."""
+MAX_SEEDS = 1_000_000
+DERIVED_BITS = 32
+"""Derived seeds stay this short so that file names stay readable and other tools accept them."""
+_FORMS = 'write a list [1,2,3], a range "0-9,42", {count: 4, base: 0} or {count: 4, derive: prompt}'
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Seeds:
+    """Which seeds a prompt is drawn with."""
+
+    values: tuple[int, ...] = ()
+    """The same seeds for every prompt; empty when they are derived."""
+    derived_count: int = 0
+    """This many seeds from each prompt's text."""
+    base: int = 0
+    """Changes all derived seeds at once."""
+
+    def for_text(self, text: str) -> tuple[int, ...]:
+        """Seeds of one prompt. Derived ones depend on its text and ``base`` alone."""
+        return self.values or _derive(text, self.derived_count, self.base)
+
+    def __len__(self) -> int:
+        return len(self.values) or self.derived_count
+
+
+def parse_seeds(value: Any, field: str = "seeds") -> Seeds:
+    """The config field ``seeds`` in any of its forms. Raises UserError naming ``field``."""
+    if isinstance(value, Mapping):
+        return _parse_mapping(value, field)
+    return Seeds(values=parse_seed_list(value, field))
+
+
+def parse_seed_list(value: Any, field: str = "seeds") -> tuple[int, ...]:
+    """Explicit seeds: an integer, "0-9,42", or a list of those. Unique, 0 to 2**63-1, in the order given."""
+    if isinstance(value, int | str):
+        value = [value]
+    if not isinstance(value, list | tuple):
+        raise UserError(f"{field}={_short(value)} is not a seed list: {_FORMS}")
+    ranges = [r for entry in value for r in _parse_entry(entry, field)]
+    if not ranges:
+        raise UserError(f"{field}={_short(value)} is empty: {_FORMS}")
+    count = sum(r.stop - r.start for r in ranges)
+    if count > MAX_SEEDS:
+        raise UserError(f"{field} names {count:,} seeds: use at most {MAX_SEEDS:,}")
+    seeds = tuple(seed for r in ranges for seed in r)
+    _check_unique(seeds, field)
+    return seeds
+
+
+def _parse_entry(entry: Any, field: str) -> Iterable[range]:
+    if isinstance(entry, int) and not isinstance(entry, bool):
+        return [_range(entry, entry, field)]
+    if isinstance(entry, str):
+        return [_parse_range(part.strip(), entry, field) for part in entry.split(",")]
+    raise UserError(f"{field}: {_short(entry)} is not an integer: {_FORMS}")
+
+
+def _parse_range(part: str, whole: str, field: str) -> range:
+    match = re.fullmatch(r"(-?[0-9]{1,30})(?:\s*-\s*([0-9]{1,30}))?", part)
+    if not match:
+        raise UserError(f"{field}={_short(whole)}: {_short(part)} is neither a seed nor a range: {_FORMS}")
+    first = int(match[1])
+    return _range(first, first if match[2] is None else int(match[2]), field)
+
+
+def _range(first: int, last: int, field: str) -> range:
+    for seed in (first, last):
+        if not 0 <= seed <= MAX_SEED:
+            raise UserError(f"{field}: {seed} is out of range: use 0 to {MAX_SEED}")
+    if last < first:
+        raise UserError(f"{field}: the range {first}-{last} runs backwards: write {last}-{first}")
+    return range(first, last + 1)
+
+
+def _check_unique(seeds: tuple[int, ...], field: str) -> None:
+    seen: set[int] = set()
+    for seed in seeds:
+        if seed in seen:
+            raise UserError(f"{field}: {seed} is given twice: the same picture would be drawn twice, remove one")
+        seen.add(seed)
+
+
+def _parse_mapping(value: Mapping[str, Any], field: str) -> Seeds:
+    unknown = set(value) - {"count", "base", "derive"}
+    if unknown:
+        raise UserError(f"{field}.{min(map(str, unknown))} is unknown: {_FORMS}")
+    count = _whole(value.get("count"), f"{field}.count", 1, MAX_SEEDS)
+    base = _whole(value.get("base", 0), f"{field}.base", 0, MAX_SEED)
+    derive = value.get("derive")
+    if derive is None:
+        return Seeds(values=tuple(_range(base, base + count - 1, field)))
+    if derive != "prompt":
+        raise UserError(f"{field}.derive={_short(derive)} is unknown: write derive: prompt, or leave it out")
+    return Seeds(derived_count=count, base=base)
+
+
+def _whole(value: Any, field: str, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise UserError(f"{field}={_short(value)} is not an integer from {low} to {high}")
+    return value
+
+
+def _derive(text: str, count: int, base: int) -> tuple[int, ...]:
+    """Distinct seeds from SHA-256 of base and text; the first n stay the same when count grows."""
+    prefix = hashlib.sha256(f"zimage_runner seed {base}\n{text}".encode())
+    seeds: dict[int, None] = {}
+    attempt = 0
+    while len(seeds) < count:
+        digest = prefix.copy()
+        digest.update(b"\n%d" % attempt)
+        seeds[int.from_bytes(digest.digest()[: DERIVED_BITS // 8], "big")] = None
+        attempt += 1
+    return tuple(seeds)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
