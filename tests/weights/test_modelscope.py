@@ -147,7 +147,7 @@ def test_offline_after_download_touches_no_network(server: ModelScopeServer, mod
 
 def test_offline_without_download_says_where_it_looked(server: ModelScopeServer, model: Model) -> None:
     model.offline = True
-    with pytest.raises(UserError, match="model.offline=true") as error:
+    with pytest.raises(UserError, match=r"model\.offline=true") as error:
         resolve(model)
     assert REPO in str(error.value)
     assert str(model.cache_dir) in str(error.value)

@@ -58,7 +58,8 @@ def _from_modelscope(model: Model, local_files_only: bool) -> str:
     try:
         return snapshot_download(
             model.repo,
-            revision=model.revision,
+            # Without a revision the client would take any single cached one for the default branch.
+            revision=model.revision or (None if model.offline else "master"),
             # The client's own default differs from MODELSCOPE_CACHE in older versions, so it is always explicit.
             cache_dir=str(cache_dir_of(model)),
             local_files_only=local_files_only,
