@@ -24,7 +24,7 @@ from zimage_runner.logs import log_to_terminal
 EXIT_OK, EXIT_ITEMS_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 _exit_codes: list[int] = []
-"""One per job of this process: Hydra returns nothing from main."""
+"""One per job of this process, added when it starts to run: Hydra returns nothing from main."""
 
 
 def entry_point() -> None:
@@ -45,6 +45,10 @@ def main(argv: Sequence[str]) -> int:
         return _refuse(str(error))
     except CONFIG_ERRORS as error:
         return _refuse(explain(error))
+    except OSError as error:
+        if _exit_codes:
+            raise
+        return _refuse(f"cannot make the run directory ({error}): set output.root to a directory you can write to")
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     return max(_exit_codes, default=EXIT_OK)
@@ -61,10 +65,13 @@ def job(cfg: DictConfig) -> None:
     from zimage_runner.runner import run
 
     directory = Path(HydraConfig.get().runtime.output_dir)
+    _exit_codes.append(EXIT_OK)
     try:
         config = OmegaConf.to_object(cfg)
         assert isinstance(config, RunConfig)
-        _exit_codes.append(run(config, directory, composed_files(cfg)))
+        _exit_codes[-1] = run(config, directory, composed_files(cfg))
+    except UserError as error:  # here and not in main: Hydra would print a line of its own
+        _exit_codes[-1] = _refuse(str(error))
     finally:
         _remove_if_empty(directory, Path(cfg.output.root))
 

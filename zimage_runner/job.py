@@ -13,12 +13,12 @@ from zimage_runner.plan import CountTokens, Plan, WorkItem, build_plan
 from zimage_runner.prompts import read_prompts
 from zimage_runner.prompts.base import PromptSource
 from zimage_runner.prompts.inline import Inline
-from zimage_runner.sampling import SamplingParams, resolve_sampling
+from zimage_runner.sampling import resolve_sampling
 from zimage_runner.seeds import parse_seeds
 from zimage_runner.session import SessionConfig
+from zimage_runner.warmup import WarmupShape
 from zimage_runner.weights.checkpoint import Checkpoint
 from zimage_runner.weights.resolve import resolve
-
 
 UNTRUNCATED = 1 << 24
 
@@ -33,13 +33,30 @@ class Job:
     session: SessionConfig
 
     @property
-    def shapes(self) -> list[SamplingParams]:
-        """One SamplingParams for each shape of the plan, for warm-up: sizes, steps and guidance on or off."""
-        shapes: dict[tuple[int, int, int, bool], SamplingParams] = {}
+    def shapes(self) -> list[WarmupShape]:
+        """Each shape of the plan, for warm-up: sizes and guidance on or off, and caption lengths for compiled code."""
+        counts = self.plan.buckets()
+        shapes: dict[tuple[Any, ...], WarmupShape] = {}
+        last = None
         for item in self.plan.items:
-            p = item.params
-            shapes.setdefault((p.height, p.width, p.num_inference_steps, p.uses_guidance), p)
+            params, bucket = item.params, item.bucket
+            if bucket is last:
+                continue
+            last = bucket
+            captions = (bucket.caption_tokens, bucket.negative_caption_tokens)
+            caption, negative = captions if self.config.compile.specializes else (0, 0)
+            batch = min(self.config.engine.batch_size, counts[bucket])
+            key = (params.height, params.width, params.uses_guidance, caption, negative, batch)
+            if key not in shapes:
+                shapes[key] = WarmupShape(
+                    params=params, caption_tokens=caption, negative_caption_tokens=negative, batch_size=batch
+                )
         return list(shapes.values())
+
+    @property
+    def texts(self) -> list[tuple[str, int]]:
+        """What the session should encode before it loads the denoiser; nothing unless memory=staged."""
+        return list(self.plan.encodings()) if self.config.memory.staged else []
 
     def recipe(self, item: WorkItem, report: dict[str, Any]) -> dict[str, Any]:
         """All that decides the item's picture; goes into its record and its PNG."""

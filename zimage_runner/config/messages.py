@@ -9,12 +9,18 @@ import re
 from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from zimage_runner.errors import UserError
+
 CONFIG_ERRORS = (HydraException, ConfigCompositionException, OmegaConfBaseException)
 
 
 def explain(error: BaseException) -> str:
     """One line for a composition error; the cause's text is used where Hydra wraps it."""
-    texts = [str(e) for e in _chain(error)]
+    chain = _chain(error)
+    ours = next((e for e in chain if isinstance(e, UserError)), None)
+    if ours is not None:
+        return str(ours)
+    texts = [str(e) for e in chain]
     text = "\n".join(texts)
     return _unknown_option(text) or _unknown_field(text) or _wrong_type(text) or _one_line(texts[-1] or texts[0])
 
@@ -33,8 +39,8 @@ def _unknown_option(text: str) -> str | None:
     if not match:
         return None
     group, _, option = match["option"].rpartition("/")
-    listed = match["rest"].partition("Available options in")[2].partition("\n\n")[0]
-    options = re.findall(r"\t([^\n]+)", listed)
+    listed = re.findall(r"\t([^\n]+)", match["rest"].partition("Available options in")[2])
+    options = [line for line in listed if "=" not in line]  # the search path follows, as provider=..., path=...
     if not group or not options:
         return f"{option or match['option']}: no such config group or file; --help lists the groups"
     close = difflib.get_close_matches(option, options, 1)

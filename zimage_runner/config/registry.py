@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 
 from zimage_runner.compile import Compile
-from zimage_runner.config.schema import RunConfig
+from zimage_runner.config.schema import RunConfig, folder_name
 from zimage_runner.engines.diffusers import DiffusersEngine
 from zimage_runner.executors.inline import InlineExecutorConfig
 from zimage_runner.memory import Resident
@@ -38,6 +39,7 @@ CONFIG_DIR = next(d for d in (PACKAGE / "conf", PACKAGE.parent / "conf") if d.is
 
 def register() -> None:
     """Store the schemas under schema/<group>/<option>; calling it twice is harmless."""
+    OmegaConf.register_new_resolver("folder_name", lambda name: folder_name(str(name)), replace=True)
     store = ConfigStore.instance()
     store.store(group="schema", name="run", node=RunConfig)
     for group, options in SCHEMAS.items():

@@ -45,7 +45,15 @@ class RunConfig:
     executor: ExecutorConfig = MISSING
 
     def __post_init__(self) -> None:
-        if not self.name or not all(c.isalnum() or c in "._-" for c in self.name) or self.name.startswith("."):
-            raise UserError(f"name={self.name!r} is not a folder name: use letters, digits, '.', '-' and '_'")
+        folder_name(self.name)
         if self.prompt is not None and not self.prompt.strip():
             raise UserError("prompt='' is empty: write prompt='what the picture should show'")
+        if self.engine.batch_size < 1:
+            raise UserError(f"engine.batch_size={self.engine.batch_size} is below 1: use 1 or more")
+
+
+def folder_name(name: str) -> str:
+    """``name`` if it is a plain folder name, else UserError. Also a resolver, so that Hydra makes no other folder."""
+    if not name or name.startswith(".") or not all(c.isalnum() or c in "._-" for c in name):
+        raise UserError(f"name={name!r} is not a folder name: use letters, digits, '.', '-' and '_'")
+    return name

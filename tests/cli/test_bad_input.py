@@ -1,0 +1,109 @@
+"""What a user reads after a mistake: one line that names field, value and remedy, exit code 2, nothing half-made."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Cli = Callable[..., tuple[int, str, str]]
+
+TABLE: list[tuple[list[str], str]] = [
+    (["+experiment=nope"], "experiment=nope: no such option; available: .*quickstart"),
+    (["+experiment=quickstrat"], "did you mean experiment=quickstart?"),
+    (["engine=comfyui"], "engine=comfyui: no such option; available: .*diffusers"),
+    (["bogus=1"], "bogus: no such field; fields here: name"),
+    (["sampling.heigth=128"], "sampling.heigth: no such field; did you mean height?"),
+    (["memory.fraction=1"], "memory.fraction: no such field"),
+    (["sampling.num_inference_steps=four"], "sampling.num_inference_steps=four: could not be converted to Integer"),
+    (["model.dtype=float8"], "model.dtype=float8: .*expected one of .*bfloat16"),
+    (["sampling.height=100"], "sampling.height=100 is not a positive multiple of 16: use 96"),
+    (["sampling.height=0"], "sampling.height=0 is not a positive multiple of 16: use 16"),
+    (["sampling.height=-128"], "sampling.height=-128 is not a positive multiple"),
+    (["sampling.width=160000"], "sampling.width=160000 is larger than 4096 pixels"),
+    (["sampling.height=256", "sampling.width=256"], "zimage_nano can only draw"),
+    (["sampling.num_inference_steps=0"], "sampling.num_inference_steps=0 is out of range: use 1 to"),
+    (["sampling.guidance_scale=-1"], "sampling.guidance_scale=-1.0 is out of range"),
+    (["sampling.guidance_scale=nan"], "sampling.guidance_scale=nan is out of range"),
+    (["sampling.negative_prompt=blurry"], "negative_prompt='blurry' has no effect with guidance_scale=0"),
+    (["seeds=[-1]"], "seeds: -1 is out of range"),
+    (["seeds=[1,1]"], "seeds: 1 is given twice"),
+    (["seeds=[]"], "seeds=.* is empty"),
+    (["seeds=9-0"], "seeds: the range 9-0 runs backwards"),
+    (["model.dtype=float16"], "model.dtype=float16 overflows with Z-Image .*use bfloat16"),
+    (["engine.device=cuda"], "engine.device=cuda but .*use engine.device=cpu"),
+    (["engine.batch_size=0"], "engine.batch_size=0 is below 1"),
+    (["model=local"], "model.path is not set"),
+    (["model.path=nowhere"], "model.path=.*nowhere.*no such directory"),
+    (["name=../up"], "name='../up' is not a folder name"),
+    (["output.png_compress_level=11"], "output.png_compress_level=11 is out of range"),
+    (["output.root=/proc/nowhere"], "cannot make the run directory .*set output.root"),
+    (["output_file=x.png", "seeds=[1,2]"], "output_file='x.png' takes one picture, but this run draws 2"),
+    (["prompts.texts=[a]"], "prompt and prompts are both set"),
+]
+
+
+@pytest.mark.parametrize(("argv", "expected"), TABLE, ids=[" ".join(argv) for argv, _ in TABLE])
+def test_one_line(cli: Cli, tmp_path: Path, argv: list[str], expected: str) -> None:
+    code, out, err = cli("prompt=a cat", *argv)
+    assert_refused(code, out, err, expected)
+    assert not list(tmp_path.iterdir())
+
+
+NO_PROMPT: list[tuple[list[str], bytes | None, str]] = [
+    ([], None, "prompts.texts is empty: write prompt='a cat'"),
+    (["prompt="], None, "prompt='' is empty"),
+    (["prompts.texts=['']"], None, r"prompts.texts\[0\]"),
+    (["prompts=text_file"], None, "prompts.path"),
+    (["prompts=text_file", "prompts.path=p"], None, "prompts.path=p does not exist"),
+    (["prompts=text_file", "prompts.path=p"], b"", "prompts.path=p is empty"),
+    (["prompts=text_file", "prompts.path=p"], b"a cat\n\xff\n", "p:2: .*UTF-8"),
+    (["prompts=jsonl", "prompts.path=p"], b'{"prompt": "a"}\n{"prompt": \n', "p:2: "),
+    (["prompts=jsonl", "prompts.path=p"], b'{"prompt": "a", "heigth": 128}\n', "p:1: .*heigth"),
+    (["prompts=jsonl", "prompts.path=p"], b'{"prompt": "a", "height": "tall"}\n', "p:1: .*height"),
+    (["prompts=jsonl", "prompts.path=p"], b'{"prompt": "a", "height": 100}\n', "p:1: .*height=100"),
+]
+
+
+@pytest.mark.parametrize(("argv", "content", "expected"), NO_PROMPT)
+def test_bad_prompts(cli: Cli, tmp_path: Path, argv: list[str], content: bytes | None, expected: str) -> None:
+    if content is not None:
+        (tmp_path / "p").write_bytes(content)
+    code, out, err = cli(*argv)
+    assert_refused(code, out, err, expected)
+    assert [p.name for p in tmp_path.iterdir()] == ([] if content is None else ["p"])
+
+
+def test_typo_in_an_experiment_file_names_the_file(cli: Cli, tmp_path: Path) -> None:
+    folder = tmp_path / "my_conf" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text("# @package _global_\nsampling:\n  stepz: 3\n")
+    code, out, err = cli("--config-dir", "my_conf", "+experiment=mine", "prompt=a")
+    assert_refused(code, out, err, "mine.*stepz: no such field")
+
+
+@pytest.mark.parametrize(("damage", "expected"), [("truncate", "transformer.*(truncated|bytes)"), ("remove", "missing")])
+def test_damaged_model_directory(cli: Cli, tmp_path: Path, nano: Path, damage: str, expected: str) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(nano, model)
+    shard = model / "transformer" / "diffusion_pytorch_model.safetensors"
+    if damage == "truncate":
+        os.truncate(shard, shard.stat().st_size // 2)
+    else:
+        shard.unlink()
+    code, out, err = cli("prompt=a cat", "model.path=model")
+    assert_refused(code, out, err, expected)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def assert_refused(code: int, out: str, err: str, expected: str) -> None:
+    assert code == 2
+    assert out == ""
+    lines = err.strip().splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith("zimage_runner: ")
+    assert re.search(expected, lines[0]), lines[0]

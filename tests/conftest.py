@@ -1,0 +1,35 @@
+"""Fixtures for the whole suite."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Two workers share two cores: threads of one would only get in the other's way.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+NANO = Path(__file__).parent.parent / "zimage_runner" / "assets" / "zimage_nano"
+
+
+@pytest.fixture
+def nano() -> Path:
+    """The embedded checkpoint."""
+    return NANO
+
+
+@pytest.fixture
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    """Run one command line in this process, in an empty folder: (exit code, stdout, stderr)."""
+    from zimage_runner.cli import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv: str) -> tuple[int, str, str]:
+        capfd.readouterr()
+        code = main(argv)
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return run
