@@ -223,6 +223,7 @@ class Writer:
 
 
 def _copy_to(path: Path, png: bytes, sync: bool) -> None:
-    """The one-shot job's extra file, replaced as a whole."""
+    """The one-shot job's extra file, replaced as a whole; its folder is made if it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic.directory(path.parent) as folder:
         atomic.write_file(folder, path.name, png, sync=sync)

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from tests.outputs.helpers import PARAMS, noise_pictures
+from zimage_runner.errors import UserError
+from zimage_runner.outputs.config import Output
+from zimage_runner.outputs.metadata import parameters_text, read_metadata
+from zimage_runner.outputs.picture import encode_png
+
+ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=60)  # surrogates and controls too
+
+
+def recipe(prompt: str, negative: str = "", **fields) -> dict:
+    params = {**PARAMS, "negative_prompt": negative, "guidance_scale": 4.0 if negative else 0.0}
+    return {
+        "prompt": prompt,
+        "seed": 42,
+        "params": params,
+        "model": {"name": "zimage_turbo", "digest": "0123456789abcdef"},
+        "versions": {"zimage_runner": "1.0"},
+        **fields,
+    }
+
+
+def save(tmp_path, png: bytes):
+    path = tmp_path / "x.png"
+    path.write_bytes(png)
+    return path
+
+
+def test_parameters_follow_the_convention():
+    assert parameters_text(recipe("a cat", "blurry")).splitlines() == [
+        "a cat",
+        "Negative prompt: blurry",
+        "Steps: 8, Sampler: Euler, Schedule type: Simple, CFG scale: 4, Seed: 42, Size: 48x32, "
+        "Model hash: 0123456789, Model: zimage_turbo, Version: zimage_runner 1.0",
+    ]
+    assert "Negative" not in parameters_text(recipe("a cat"))
+
+
+def test_values_with_separators_are_quoted():
+    assert 'Model: "a, b: c"' in parameters_text(recipe("x", model={"name": "a, b: c"}))
+
+
+@given(prompt=ANY_TEXT, extra=ANY_TEXT)
+def test_any_recipe_comes_back_exactly(tmp_path_factory, prompt, extra):
+    wanted = recipe(prompt, metadata={"note": extra})
+    pixels = noise_pictures()[0]
+    path = save(tmp_path_factory.mktemp("png"), encode_png(pixels, wanted, Output()))
+    assert read_metadata(path).recipe == wanted
+    assert np.array_equal(np.asarray(Image.open(path)), pixels)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chunk"),
+    [("a café", b"tEXtparameters"), ("一只猫 🐈", b"iTXtparameters"), ("é\0\0x", b"tEXtparameters")],
+)
+def test_text_chunk_fits_the_text(tmp_path, prompt, chunk):
+    png = encode_png(noise_pictures()[0], recipe(prompt), Output())
+    assert chunk in png
+    parameters = read_metadata(save(tmp_path, png)).parameters
+    assert parameters is not None
+    assert parameters.startswith(prompt.replace("\0", "") + "\n")
+
+
+def test_megabyte_prompt(tmp_path):
+    prompt = "猫" * 400_000
+    metadata = read_metadata(save(tmp_path, encode_png(noise_pictures()[0], recipe(prompt), Output())))
+    assert metadata.recipe is not None
+    assert metadata.recipe["prompt"] == prompt
+
+
+def test_off_and_foreign_pictures(tmp_path):
+    bare = save(tmp_path, encode_png(noise_pictures()[0], recipe("x"), Output(metadata=False)))
+    assert read_metadata(bare).recipe is read_metadata(bare).parameters is None
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(buffer, "JPEG")
+    with pytest.raises(UserError, match="cannot be read as a PNG"):
+        read_metadata(save(tmp_path, buffer.getvalue()))
+    with pytest.raises(UserError, match="cannot be read"):
+        read_metadata(tmp_path / "missing.png")
+
+
+@pytest.mark.parametrize("level", [0, 1, 9])
+def test_bytes_depend_on_pixels_recipe_and_options_alone(level):
+    output = Output(png_compress_level=level)
+    pixels = noise_pictures()[0]
+    assert encode_png(pixels, recipe("x"), output) == encode_png(pixels.copy(), recipe("x"), output)
+
+
+def test_compress_level_matters():
+    flat = np.tile(np.arange(48, dtype=np.uint8)[None, :, None], (32, 1, 3))
+    sizes = [len(encode_png(flat, {}, Output(metadata=False, png_compress_level=n))) for n in (0, 9)]
+    assert sizes[1] < sizes[0] / 4
