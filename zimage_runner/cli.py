@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import hydra
@@ -40,7 +42,8 @@ def main(argv: Sequence[str]) -> int:
     register()
     log_to_terminal()
     try:
-        job()
+        with _without_schemas() if {"--help", "-h"} & set(argv) else contextlib.nullcontext():
+            job()
     except UserError as error:
         return _refuse(str(error))
     except CONFIG_ERRORS as error:
@@ -52,6 +55,18 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     return max(_exit_codes, default=EXIT_OK)
+
+
+@contextlib.contextmanager
+def _without_schemas() -> Iterator[None]:
+    """Leave the internal ``schema/...`` groups out of --help."""
+    stdout, shown = sys.stdout, io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        try:
+            yield
+        finally:
+            lines = shown.getvalue().splitlines(keepends=True)
+            stdout.write("".join(line for line in lines if not line.startswith("schema")))
 
 
 def _refuse(message: str) -> int:

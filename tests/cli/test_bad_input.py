@@ -86,7 +86,9 @@ def test_typo_in_an_experiment_file_names_the_file(cli: Cli, tmp_path: Path) -> 
     assert_refused(code, out, err, "mine.*stepz: no such field")
 
 
-@pytest.mark.parametrize(("damage", "expected"), [("truncate", "transformer.*(truncated|bytes)"), ("remove", "missing")])
+@pytest.mark.parametrize(
+    ("damage", "expected"), [("truncate", "transformer.*(truncated|bytes)"), ("remove", "missing")]
+)
 def test_damaged_model_directory(cli: Cli, tmp_path: Path, nano: Path, damage: str, expected: str) -> None:
     model = tmp_path / "model"
     shutil.copytree(nano, model)

@@ -32,7 +32,9 @@ def test_prompt_as_a_person_types_it(text: str) -> None:
     assert parse(quote_free_text([f"prompt={text}"])) == text
 
 
-@pytest.mark.parametrize("arg", ['prompt="a cat"', "prompt='a cat'", "prompt=null", "seeds=[1,2]", "+experiment=x", "-m"])
+@pytest.mark.parametrize(
+    "arg", ['prompt="a cat"', "prompt='a cat'", "prompt=null", "seeds=[1,2]", "+experiment=x", "-m"]
+)
 def test_left_alone(arg: str) -> None:
     assert quote_free_text([arg]) == [arg]
 

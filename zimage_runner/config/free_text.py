@@ -9,7 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-FREE_TEXT_FIELDS = frozenset({"prompt", "output_file", "sampling.negative_prompt"})
+FREE_TEXT_FIELDS = frozenset(
+    {"prompt", "output_file", "sampling.negative_prompt", "prompts.path", "prompts.glob", "model.path", "resume"}
+)
+"""Texts and paths, which may hold blanks, brackets and any script.
+
+A path is a sweep in a multirun only when its values are quoted one by one, like a prompt's."""
 _ASSIGNMENT = re.compile(r"(?s)(?P<key>\+{0,2}[\w./@]+)=(?P<value>.*)")
 
 

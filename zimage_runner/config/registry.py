@@ -7,27 +7,47 @@ from pathlib import Path
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from zimage_runner.compile import Compile
+from zimage_runner.compile import Full, NoCompile, Regional
 from zimage_runner.config.schema import RunConfig, folder_name
 from zimage_runner.engines.diffusers import DiffusersEngine
 from zimage_runner.executors.inline import InlineExecutorConfig
-from zimage_runner.memory import Resident
+from zimage_runner.memory import GroupOffload, ModelOffload, Resident, SequentialOffload, Staged
 from zimage_runner.model import Model
 from zimage_runner.outputs.config import Output
+from zimage_runner.prompts.csv_file import Csv
+from zimage_runner.prompts.files import FileGlob
+from zimage_runner.prompts.hf_dataset import HfDataset
 from zimage_runner.prompts.inline import Inline
 from zimage_runner.prompts.jsonl import Jsonl
+from zimage_runner.prompts.parquet import Parquet
+from zimage_runner.prompts.stdin import Stdin
 from zimage_runner.prompts.text_file import TextFile
 from zimage_runner.sampling import Sampling
-from zimage_runner.warmup import Generate, NoWarmup
+from zimage_runner.warmup import Article, Generate, Hardware, NoWarmup
 
 SCHEMAS: dict[str, dict[str, type]] = {
     "model": {"checkpoint": Model},
     "engine": {"diffusers": DiffusersEngine},
-    "memory": {"resident": Resident},
-    "warmup": {"none": NoWarmup, "generate": Generate},
-    "compile": {"none": Compile},
+    "memory": {
+        "resident": Resident,
+        "staged": Staged,
+        "model_offload": ModelOffload,
+        "sequential_offload": SequentialOffload,
+        "group_offload": GroupOffload,
+    },
+    "warmup": {"none": NoWarmup, "hardware": Hardware, "generate": Generate, "article": Article},
+    "compile": {"none": NoCompile, "regional": Regional, "full": Full},
     "sampling": {"sampling": Sampling},
-    "prompts": {"inline": Inline, "text_file": TextFile, "jsonl": Jsonl},
+    "prompts": {
+        "inline": Inline,
+        "text_file": TextFile,
+        "jsonl": Jsonl,
+        "csv": Csv,
+        "parquet": Parquet,
+        "hf_dataset": HfDataset,
+        "files": FileGlob,
+        "stdin": Stdin,
+    },
     "output": {"output": Output},
     "executor": {"inline": InlineExecutorConfig},
 }
