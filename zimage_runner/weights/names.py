@@ -10,10 +10,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-COMPONENTS = ("text_encoder", "transformer", "vae_decoder")
-"""Prepared components in use order: the text encoder is needed first, the decoder last."""
-SOURCE_FOLDER = {"text_encoder": "text_encoder", "transformer": "transformer", "vae_decoder": "vae"}
-"""The diffusers folder that each prepared component comes from."""
+COMPONENTS = ("text_encoder", "transformer", "vae")
+"""Components with weights, in use order: the text encoder is needed first, the picture decoder last."""
 
 FUSIONS = {
     "text_encoder": (
@@ -24,7 +22,7 @@ FUSIONS = {
         ("attention.qkv.", ("attention.to_q.", "attention.to_k.", "attention.to_v.")),
         ("feed_forward.w1w3.", ("feed_forward.w1.", "feed_forward.w3.")),
     ),
-    "vae_decoder": (),
+    "vae": (),
 }
 """Fused name and the published names that are concatenated along dimension 0 (output features) to make it.
 
@@ -37,7 +35,7 @@ _FIRST = {
         "cap_embedder.", "cap_pad_token", "context_refiner.", "t_embedder.", "all_x_embedder.", "x_pad_token",
         "noise_refiner.", "layers.", "all_final_layer.",
     ),
-    "vae_decoder": ("post_quant_conv.", "decoder.conv_in.", "decoder.mid_block.", "decoder.up_blocks."),
+    "vae": ("post_quant_conv.", "decoder.conv_in.", "decoder.mid_block.", "decoder.up_blocks."),
 }  # fmt: skip
 
 
@@ -74,7 +72,7 @@ def prepared_tensors(component: str, published: Iterable[str], *, num_hidden_lay
 
 
 def _is_used(component: str, name: str, num_hidden_layers: int) -> bool:
-    if component == "vae_decoder":
+    if component == "vae":
         return name.startswith(("decoder.", "post_quant_conv."))
     if component == "text_encoder":
         return not name.startswith(("lm_head.", "norm.", f"layers.{num_hidden_layers - 1}."))

@@ -1,0 +1,63 @@
+"""Proof that a prepared checkpoint equals its source: bitwise, every tensor."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from zimage_runner.weights.layout import Layout
+from zimage_runner.weights.names import COMPONENTS
+from zimage_runner.weights.pieces import Piece, pieces, plan_component, read_bfloat16, read_exactly
+from zimage_runner.weights.prepare import THREADS
+from zimage_runner.weights.prepared import Prepared
+
+
+@dataclass(slots=True)
+class Comparison:
+    """What was compared and what differs."""
+
+    tensors: int = 0
+    nbytes: int = 0
+    differences: list[str] = field(default_factory=list)
+
+
+def compare(layout: Layout, prepared: Prepared) -> Comparison:
+    """Compare every prepared byte with the source rounded to bfloat16, and every config file with its original."""
+    result = Comparison()
+    for component in COMPONENTS:
+        _compare_component(layout, prepared, component, result)
+    for name in prepared.manifest["config_files"]:
+        if (layout.path / name).read_bytes() != (prepared.path / name).read_bytes():
+            result.differences.append(f"{name} differs")
+    return result
+
+
+def _compare_component(layout: Layout, prepared: Prepared, component: str, result: Comparison) -> None:
+    plan, file = plan_component(layout, component), prepared.weights[component]
+    for tensor in plan:
+        info = file.tensors.get(tensor.name)
+        if info is None or info.shape != tensor.shape or info.dtype != "BF16":
+            result.differences.append(f"{component}: {tensor.name} is missing or of another shape or dtype")
+    extra = set(file.tensors) - {tensor.name for tensor in plan}
+    result.differences += [f"{component}: {name} is not in the source" for name in sorted(extra)]
+    common = [tensor for tensor in plan if tensor.name in file.tensors]
+    places = {name: info.start for name, info in file.tensors.items()}
+    result.tensors += len(common)
+    different: dict[str, None] = {}
+    with ThreadPoolExecutor(max_workers=THREADS) as pool:
+        for piece, equal in pool.map(lambda piece: (piece, _equal(piece, file.path)), pieces(common, places)):
+            result.nbytes += 2 * piece.count
+            if not equal:
+                different[piece.tensor] = None
+    result.differences += [f"{component}: {name} differs from the source" for name in different]
+
+
+def _equal(piece: Piece, path: Path) -> bool:
+    """Bit by bit, so that NaN equals itself and -0 differs from 0."""
+    import torch
+
+    expected = read_bfloat16(piece).view(torch.uint8)
+    stored = torch.empty_like(expected)
+    read_exactly(path, piece.offset, stored.numpy().data)
+    return torch.equal(expected, stored)

@@ -1,0 +1,97 @@
+"""From published tensors to prepared ones, piece by piece: which bytes go where, and their rounding to bfloat16."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from zimage_runner.errors import UserError
+from zimage_runner.weights.layout import Layout
+from zimage_runner.weights.names import prepared_tensors
+from zimage_runner.weights.safetensors_header import TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+
+PIECE = 8 * 1024 * 1024
+"""Elements handled at a time by each thread."""
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """A tensor of a prepared file and the published tensors it is made of, stacked along dimension 0."""
+
+    name: str
+    shape: tuple[int, ...]
+    sources: tuple[tuple[str, Path, TensorInfo], ...]
+
+    @property
+    def nbytes(self) -> int:
+        return 2 * math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Consecutive elements of one tensor: where they lie in the source and in the prepared file."""
+
+    tensor: str
+    source: Path
+    source_offset: int
+    dtype: str
+    count: int
+    offset: int
+
+
+def plan_component(layout: Layout, component: str) -> list[PlannedTensor]:
+    """The tensors of one prepared component, in file order. Raises UserError for dtypes that are not floats."""
+    stored = {name: (file.path, info) for file in layout.weights[component] for name, info in file.tensors.items()}
+    for name, (path, info) in stored.items():
+        if info.dtype not in DTYPES:
+            raise UserError(f"{path}: tensor {name!r} is {info.dtype}: only {', '.join(DTYPES)} can be prepared")
+    layers = int(layout.configs[component].get("num_hidden_layers", 0))
+    planned = []
+    for tensor in prepared_tensors(component, stored, num_hidden_layers=layers):
+        sources = tuple((name, *stored[name]) for name in tensor.sources)
+        shapes = [info.shape for _, _, info in sources]
+        shape = shapes[0] if len(shapes) == 1 else (sum(s[0] for s in shapes), *shapes[0][1:])
+        planned.append(PlannedTensor(tensor.name, shape, sources))
+    # A tensor of odd size would put all that follow it on addresses that matrix kernels do not like.
+    return sorted(planned, key=lambda tensor: tensor.nbytes % 64 != 0)
+
+
+def pieces(plan: Iterable[PlannedTensor], places: dict[str, int]) -> Iterator[Piece]:
+    """Cut the tensors into pieces; ``places`` has the file offset of each prepared tensor."""
+    for tensor in plan:
+        offset = places[tensor.name]
+        for _, path, info in tensor.sources:
+            total, size = math.prod(info.shape), 4 if info.dtype == "F32" else 2
+            for begin in range(0, total, PIECE):
+                count = min(PIECE, total - begin)
+                yield Piece(tensor.name, path, info.start + begin * size, info.dtype, count, offset + 2 * begin)
+            offset += 2 * total
+
+
+def read_bfloat16(piece: Piece) -> torch.Tensor:
+    """The piece's elements rounded to bfloat16 (round to nearest even, as ``Tensor.to`` does)."""
+    import torch
+
+    dtype = getattr(torch, DTYPES[piece.dtype])
+    tensor = torch.empty(piece.count, dtype=dtype)
+    read_exactly(piece.source, piece.source_offset, tensor.view(torch.uint8).numpy().data)
+    return tensor.to(torch.bfloat16)
+
+
+def read_exactly(path: Path, offset: int, buffer: memoryview) -> None:
+    """Fill ``buffer`` from the file. Raises OSError where the file ends early."""
+    with path.open("rb", buffering=0) as file:
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(file.fileno(), [buffer[done:]], offset + done)
+            if count == 0:
+                raise OSError(f"{path} ended at byte {offset + done} while it was read")
+            done += count

@@ -1,0 +1,250 @@
+"""Making a prepared checkpoint: bf16, one file a component, in use order, fused, without what inference never reads.
+
+Streams: no more than a few pieces of 32 MB are in memory at a time, whatever the checkpoint's size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from zimage_runner import __version__
+from zimage_runner.errors import UserError
+from zimage_runner.model import Model, Prepare
+from zimage_runner.weights import prepared
+from zimage_runner.weights.cache import write_json
+from zimage_runner.weights.checkpoint import Checkpoint
+from zimage_runner.weights.digest import sampled_digests
+from zimage_runner.weights.layout import Layout, inspect
+from zimage_runner.weights.names import COMPONENTS
+from zimage_runner.weights.pieces import Piece, PlannedTensor, pieces, plan_component, read_bfloat16
+from zimage_runner.weights.prepared import Prepared, UnusablePrepared
+from zimage_runner.weights.safetensors_header import WeightsFile, read_header
+from zimage_runner.weights.safetensors_writer import create
+
+log = logging.getLogger(__name__)
+
+THREADS = 4
+SPARE_BYTES = 512 * 1024 * 1024
+"""Room left on the disk beyond the prepared files."""
+AUTO_BYTES = 1_000_000_000
+"""``model.prepare=auto`` leaves smaller checkpoints as they are: they load in no time."""
+
+
+def ensure_prepared(checkpoint: Checkpoint, model: Model, dtype: str) -> Prepared | None:
+    """The prepared form of ``checkpoint`` for an engine computing in ``dtype``, made now if ``model.prepare`` allows.
+
+    None when the published files should be loaded: ``model.prepare=never``; a checkpoint that is small (auto); float32
+    computation of weights that preparing would round; no writable disk with room (warned about).
+    """
+    if model.prepare is Prepare.never:
+        return None
+    found = prepared.find(checkpoint, model)
+    if found is None:
+        layout = inspect(checkpoint.path)
+        if model.prepare is Prepare.auto and layout.weight_bytes < AUTO_BYTES:
+            return None
+        if dtype != "bfloat16" and not _is_bfloat16(layout):
+            return None
+        try:
+            found = build(checkpoint, model)
+        except (UserError, OSError) as error:
+            log.warning("loading the published files, which is slower: %s", error)
+            return None
+    return found if dtype == "bfloat16" or found.is_lossless else None
+
+
+def build(checkpoint: Checkpoint, model: Model) -> Prepared:
+    """Find or make the prepared form. Raises UserError when no place has room or the checkpoint cannot be prepared.
+
+    Appears under its name only when complete; a second process making the same one waits and takes the first's.
+    """
+    found = prepared.find(checkpoint, model)
+    if found is not None:
+        return found
+    layout = inspect(checkpoint.path)
+    plan = {component: plan_component(layout, component) for component in COMPONENTS}
+    root = _root_with_room(model, sum(tensor.nbytes for tensors in plan.values() for tensor in tensors))
+    target = root / prepared.folder_name(model, checkpoint.digest)
+    with _lock(root / f".{target.name}.lock"):
+        try:
+            return prepared.open_prepared(target, checkpoint.digest)
+        except UnusablePrepared:
+            _make(checkpoint, layout, plan, target)
+        _remove_superseded(checkpoint, target)
+    return prepared.open_prepared(target, checkpoint.digest)
+
+
+def _make(checkpoint: Checkpoint, layout: Layout, plan: dict[str, list[PlannedTensor]], target: Path) -> None:
+    began = time.perf_counter()
+    total = sum(tensor.nbytes for tensors in plan.values() for tensor in tensors)
+    log.info("preparing %s (%.1f GB, once) in %s", layout.path, total / 1e9, target)
+    # The lock is held, so a temporary folder of this name is what a killed process left.
+    temporary = target.with_name(f".{target.name}.tmp")
+    for leftover in (temporary, target):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    temporary.mkdir(parents=True)
+    try:
+        for component, tensors in plan.items():
+            _write_component(prepared.component_file(temporary, component), component, tensors)
+        names = _copy_configs(layout, temporary)
+        files = {c: read_header(prepared.component_file(temporary, c)) for c in COMPONENTS}
+        write_json(temporary / prepared.MANIFEST, _manifest(checkpoint, layout, plan, files, names))
+        os.rename(temporary, target)
+        _sync_folder(target.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    log.info("prepared in %.1f s", time.perf_counter() - began)
+
+
+def _write_component(path: Path, component: str, plan: list[PlannedTensor]) -> None:
+    import torch
+    from tqdm import tqdm
+
+    path.parent.mkdir()
+    places = create(path, {tensor.name: ("BF16", tensor.shape) for tensor in plan}, {"format": "pt"})
+
+    def convert(piece: Piece) -> int:
+        data = read_bfloat16(piece).view(torch.uint8).numpy().data
+        written = 0
+        while written < len(data):
+            written += os.pwrite(handle, data[written:], piece.offset + written)
+        return written
+
+    handle = os.open(path, os.O_WRONLY)
+    bar = tqdm(
+        total=sum(tensor.nbytes for tensor in plan),
+        unit="B",
+        unit_scale=True,
+        desc=f"prepare {component}",
+        disable=None,
+    )
+    try:
+        with bar, ThreadPoolExecutor(max_workers=THREADS) as pool:
+            for written in pool.map(convert, pieces(plan, places)):
+                bar.update(written)
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _copy_configs(layout: Layout, target: Path) -> list[str]:
+    names = []
+    for path in layout.config_files:
+        name = path.relative_to(layout.path)
+        if name.as_posix() == "model_index.json":
+            continue  # only a published checkpoint has it: no other software may take this one for that
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target / name)
+        names.append(name.as_posix())
+    return names
+
+
+def _manifest(
+    checkpoint: Checkpoint,
+    layout: Layout,
+    plan: dict[str, list[PlannedTensor]],
+    files: dict[str, WeightsFile],
+    config_files: list[str],
+) -> dict[str, Any]:
+    import torch
+
+    sampled = dict(zip(files, sampled_digests(list(files.values())), strict=True))
+    return {
+        "format": prepared.FORMAT,
+        "version": prepared.VERSION,
+        "source": {
+            "path": str(layout.path),
+            "revision": checkpoint.revision,
+            "digest": checkpoint.digest,
+            "files": {path.relative_to(layout.path).as_posix(): path.stat().st_size for path in layout.weight_paths},
+        },
+        "dtype": "bfloat16",
+        "lossless": _is_bfloat16(layout),
+        "versions": {"zimage_runner": __version__, "torch": torch.__version__},
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "config_files": config_files,
+        "components": {
+            component: {
+                "file": prepared.component_file(Path(), component).as_posix(),
+                "size": files[component].size,
+                "sampled_sha256": sampled[component],
+                "tensors": len(tensors),
+                "fused": {t.name: [name for name, _, _ in t.sources] for t in tensors if len(t.sources) > 1},
+                "left_out": _left_out(layout, component, tensors),
+            }
+            for component, tensors in plan.items()
+        },
+    }
+
+
+def _left_out(layout: Layout, component: str, plan: list[PlannedTensor]) -> list[str]:
+    used = {name for tensor in plan for name, _, _ in tensor.sources}
+    return sorted(name for file in layout.weights[component] for name in file.tensors if name not in used)
+
+
+def _is_bfloat16(layout: Layout) -> bool:
+    infos = (info for files in layout.weights.values() for file in files for info in file.tensors.values())
+    return all(info.dtype == "BF16" for info in infos)
+
+
+def _root_with_room(model: Model, nbytes: int) -> Path:
+    """The first place that can be written and has room. Raises UserError saying what each lacks."""
+    reasons = []
+    for root in prepared.roots(model):
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reasons.append(f"{root} cannot be made ({error.strerror})")
+            continue
+        free = prepared.free_bytes(root)
+        if not os.access(root, os.W_OK):
+            reasons.append(f"{root} cannot be written")
+        elif free < nbytes + SPARE_BYTES:
+            reasons.append(f"{root} has {free / 1e9:.1f} GB free of the {(nbytes + SPARE_BYTES) / 1e9:.1f} GB needed")
+        else:
+            return root
+    raise UserError(
+        f"cannot prepare {model.name}: {'; '.join(reasons)}: free some space, "
+        "set ZIMAGE_RUNNER_CACHE to a larger disk, or set model.prepare=never"
+    )
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Held by one process at a time; the kernel lets go of it when the process dies."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _remove_superseded(checkpoint: Checkpoint, target: Path) -> None:
+    """Delete our own prepared copies of the same source folder whose weights are no longer what it holds."""
+    for other in target.parent.iterdir():
+        if other == target or other.name.startswith(".") or not (other / prepared.MANIFEST).is_file():
+            continue
+        try:
+            source = prepared.read_manifest(other)["source"]
+        except UnusablePrepared:
+            continue
+        if source["path"] == str(checkpoint.path) and source["digest"] != checkpoint.digest:
+            log.info("removing %s: its source has changed", other)
+            shutil.rmtree(other)
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

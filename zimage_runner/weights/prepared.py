@@ -1,0 +1,124 @@
+"""Prepared checkpoints on disk: where they are, what their manifest says, whether they are whole. No torch here.
+
+Layout, beside nothing that was downloaded:
+``<root>/<model name>-<source digest>/`` with ``manifest.json``, ``tokenizer/``, ``scheduler/scheduler_config.json``
+and, for each of text_encoder, transformer and vae, ``config.json`` and one safetensors file under its published name.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zimage_runner.model import Model
+from zimage_runner.weights.cache import cache_root
+from zimage_runner.weights.checkpoint import Checkpoint
+from zimage_runner.weights.digest import sampled_digests
+from zimage_runner.weights.layout import WEIGHT_STEMS
+from zimage_runner.weights.names import COMPONENTS
+from zimage_runner.weights.safetensors_header import BadWeightsFile, WeightsFile, read_header
+
+log = logging.getLogger(__name__)
+
+FORMAT = "zimage-runner-prepared"
+VERSION = 1
+"""Raised whenever the rules in names.py change what a prepared file holds."""
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A prepared checkpoint that was found whole."""
+
+    path: Path
+    manifest: dict[str, Any]
+    weights: dict[str, WeightsFile]
+    """One file a component."""
+
+    @property
+    def is_lossless(self) -> bool:
+        """Every tensor was bfloat16 already: nothing was rounded."""
+        return bool(self.manifest["lossless"])
+
+
+def component_file(path: Path, component: str) -> Path:
+    return path / component / f"{WEIGHT_STEMS[component]}.safetensors"
+
+
+def roots(model: Model) -> list[Path]:
+    """Where prepared checkpoints of this model may be: beside its downloads, or in the runner's cache."""
+    own = cache_root() / "prepared"
+    if model.cache_dir is None:
+        return [own]
+    return [Path(model.cache_dir).expanduser().absolute() / "zimage_runner" / "prepared", own]
+
+
+def folder_name(model: Model, digest: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", model.name) + _suffix(digest)
+
+
+def _suffix(digest: str) -> str:
+    return f"-{digest[:16]}"
+
+
+def find(checkpoint: Checkpoint, model: Model) -> Prepared | None:
+    """The prepared form of exactly this checkpoint, if there is one and it is whole."""
+    candidates = [path for root in roots(model) for path in sorted(root.glob(f"[!.]*{_suffix(checkpoint.digest)}"))]
+    for path in candidates:
+        try:
+            return open_prepared(path, checkpoint.digest)
+        except UnusablePrepared as error:
+            log.warning("not using the prepared checkpoint %s: %s", path, error)
+    return None
+
+
+class UnusablePrepared(Exception):
+    """A prepared checkpoint that is damaged, of another source or of another version."""
+
+
+def open_prepared(path: Path, source_digest: str | None = None) -> Prepared:
+    """Read the manifest and check sizes, headers and sampled digests of the files against it.
+
+    Raises UnusablePrepared naming the file and what is wrong.
+    """
+    manifest = read_manifest(path)
+    if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
+        raise UnusablePrepared(f"{MANIFEST} is of version {manifest.get('version')}, not {VERSION}")
+    if source_digest is not None and manifest["source"]["digest"] != source_digest:
+        raise UnusablePrepared("it was made from other weights")
+    try:
+        weights = {component: read_header(component_file(path, component)) for component in COMPONENTS}
+    except (OSError, BadWeightsFile) as error:
+        raise UnusablePrepared(str(error)) from error
+    sampled = sampled_digests(list(weights.values()))
+    for (component, file), digest in zip(weights.items(), sampled, strict=True):
+        if digest != manifest["components"][component]["sampled_sha256"]:
+            raise UnusablePrepared(f"{file.path.relative_to(path)} was altered")
+    missing = [name for name in manifest["config_files"] if not (path / name).is_file()]
+    if missing:
+        raise UnusablePrepared(f"{missing[0]} is missing")
+    return Prepared(path=path, manifest=manifest, weights=weights)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a prepared folder. Raises UnusablePrepared."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UnusablePrepared(f"{MANIFEST} cannot be read: {error}") from error
+    if not isinstance(manifest, dict) or not {"source", "components", "config_files", "lossless"} <= manifest.keys():
+        raise UnusablePrepared(f"{MANIFEST} is not a manifest")
+    return manifest
+
+
+def free_bytes(path: Path) -> int:
+    """Free space for this user on the disk that will hold ``path``."""
+    while not path.exists():
+        path = path.parent
+    stat = os.statvfs(path)
+    return stat.f_bavail * stat.f_frsize
