@@ -1,44 +1,23 @@
-"""What a prompt is, and what every source of prompts must do."""
+"""What every source of prompts must do."""
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
-NOTHING: Mapping[str, Any] = {}
-"""The one empty mapping that prompts without overrides or metadata share, so that a million of them stay small."""
+from zimage_runner.prompts.prompt import NOTHING, Prompt
+from zimage_runner.prompts.template import Template
 
-
-def _nothing() -> Mapping[str, Any]:
-    return NOTHING
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Prompt:
-    """One prompt of a run, before it is multiplied by seeds."""
-
-    text: str
-    """Caption as it goes to the text encoder (after template expansion)."""
-    source: str = ""
-    """Where it came from, as ``file:line`` or a config field, for messages."""
-    id: str | None = None
-    """The user's own name for it; free text, unique within a run when given."""
-    index: int | None = None
-    """Its number in the whole source, before offset, sample or shard; null means its place in the list."""
-    overrides: Mapping[str, Any] = field(default_factory=_nothing)
-    """Sampling fields that differ for this prompt; keys are names in ``sampling.SAMPLING_FIELDS``."""
-    seeds: tuple[int, ...] | None = None
-    """Seeds for this prompt alone, instead of the run's."""
-    metadata: Mapping[str, Any] = field(default_factory=_nothing)
-    """Carried unchanged into the record; holds only what JSON can."""
+__all__ = ["NOTHING", "Prompt", "PromptSource"]
 
 
 @dataclass(kw_only=True, slots=True)
 class PromptSource(abc.ABC):
     """An option of the ``prompts`` group. The fields here pick from what the source yields, in this order."""
 
+    template: Template = field(default_factory=Template)
+    """Blanks and variants in the prompts; what they make is what the fields below count."""
     offset: int = 0
     """Skip this many prompts first."""
     limit: int | None = None

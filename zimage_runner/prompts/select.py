@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from zimage_runner.errors import UserError
 from zimage_runner.prompts.base import Prompt, PromptSource
+from zimage_runner.prompts.template import expand
 
 
 def read_prompts(source: PromptSource) -> list[Prompt]:
@@ -17,7 +18,7 @@ def read_prompts(source: PromptSource) -> list[Prompt]:
     _check_selection(source)
     shard = None if source.shard is None else _parse_shard(source.shard)
     stop = None if source.limit is None else source.offset + source.limit
-    prompts = list(itertools.islice(source.read(), source.offset, stop))
+    prompts = list(itertools.islice(expand(source.read(), source.template), source.offset, stop))
     if source.offset or source.sample is not None or shard is not None:
         # Folder names keep the number a prompt has in the whole source, so that parts of one set fit together.
         prompts = [replace(p, index=source.offset + place) for place, p in enumerate(prompts)]

@@ -1,0 +1,34 @@
+"""What a prompt is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+NOTHING: Mapping[str, Any] = {}
+"""The one empty mapping that prompts without overrides or metadata share, so that a million of them stay small."""
+
+
+def _nothing() -> Mapping[str, Any]:
+    return NOTHING
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """One prompt of a run, before it is multiplied by seeds."""
+
+    text: str
+    """Caption as it goes to the text encoder (after template expansion)."""
+    source: str = ""
+    """Where it came from, as ``file:line`` or a config field, for messages."""
+    id: str | None = None
+    """The user's own name for it; free text, unique within a run when given."""
+    index: int | None = None
+    """Its number in the whole source, before offset, sample or shard; null means its place in the list."""
+    overrides: Mapping[str, Any] = field(default_factory=_nothing)
+    """Sampling fields that differ for this prompt; keys are names in ``sampling.SAMPLING_FIELDS``."""
+    seeds: tuple[int, ...] | None = None
+    """Seeds for this prompt alone, instead of the run's."""
+    metadata: Mapping[str, Any] = field(default_factory=_nothing)
+    """Carried unchanged into the record; holds only what JSON can."""
