@@ -39,7 +39,7 @@ def run(config: RunConfig, directory: Path, composed: Mapping[str, str]) -> int:
         return 0
     with RunDirectory.create(directory) as run_dir:
         run_dir.check_space([(i.params.height, i.params.width) for i in job.plan.items], config.output)
-        executor = config.executor.create(functools.partial(Session, job.session, job.shapes))
+        executor = config.executor.create(functools.partial(Session, job.session, job.shapes, job.texts))
         try:
             executor.start()  # before anything is written: a refusal leaves no run directory behind
             for name, text in composed.items():

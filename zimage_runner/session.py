@@ -14,10 +14,9 @@ from zimage_runner import monitor
 from zimage_runner.compile import Compile
 from zimage_runner.engines.base import DenoiseRequest, Engine, EngineConfig
 from zimage_runner.executors.base import GeneratedBatch
-from zimage_runner.memory import Memory
+from zimage_runner.memory import HealthCheck, Memory
 from zimage_runner.model import Model
-from zimage_runner.sampling import SamplingParams
-from zimage_runner.warmup import Warmup
+from zimage_runner.warmup import WARMUP_PROMPT, Warmup, WarmupShape
 from zimage_runner.weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -53,10 +52,18 @@ class SessionConfig:
 class Session:
     """Owns the engine. Loading happens in ``start``; ``generate`` may then be called any number of times."""
 
-    def __init__(self, config: SessionConfig, shapes: Sequence[SamplingParams]) -> None:
-        """``shapes``: one SamplingParams for each shape that the plan contains; warm-up draws each."""
+    def __init__(
+        self, config: SessionConfig, shapes: Sequence[WarmupShape], texts: Sequence[tuple[str, int]] = ()
+    ) -> None:
+        """``shapes``: each shape that the plan contains; warm-up draws each.
+
+        ``texts``: every (text, max_sequence_length) of the plan. Only ``memory=staged`` wants them: it encodes them
+        all before the denoiser is loaded.
+        """
         self.config = config
         self._shapes = list(shapes)
+        self._texts = list(texts)
+        self._health = HealthCheck(config.memory.health)
         self._report: dict[str, Any] = {}
         self._engine: Engine | None = None
         self._embeds: OrderedDict[tuple[str, int], torch.Tensor] = OrderedDict()
@@ -69,18 +76,21 @@ class Session:
     def start(self) -> None:
         """Environment, load, memory, compile, warm-up, in that order."""
         self._load()
+        if self.config.memory.staged:
+            self._encode_ahead(self._texts)
         self.warm_up(self._shapes)
 
-    def warm_up(self, shapes: Sequence[SamplingParams]) -> None:
+    def warm_up(self, shapes: Sequence[WarmupShape]) -> None:
         """Run the warm-up for these shapes. Called again when another job brings shapes that are not warm yet."""
         started = time.perf_counter()
-        passes = self.config.warmup.run(self.engine, shapes)
+        passes = self.config.warmup.run(self.engine, shapes, self.encode)
         self._report["phases"]["warm_up"] = time.perf_counter() - started
         self._report["warmup_passes"] = [asdict(p) for p in passes]
 
     def generate(self, items: Sequence[WorkItem], *, attempt: int = 1) -> GeneratedBatch:
         """Draw one batch: items of one bucket, so of equal sampling params and padded caption length."""
         params = items[0].params
+        health = self._check_health()
         clock = _Clock()
         embeds = self.encode([item.prompt.text for item in items], params.max_sequence_length)
         negatives = None
@@ -94,7 +104,7 @@ class Session:
         clock.lap("denoise")
         images = self.engine.decode(latents)
         clock.lap("decode")
-        return GeneratedBatch(images=images, details={"timings": clock.laps})
+        return GeneratedBatch(images=images, details={"timings": clock.laps} | health)
 
     def encode(self, texts: Sequence[str], max_sequence_length: int) -> list[torch.Tensor]:
         """Caption features of each text; each unique text is encoded once and kept while memory allows."""
@@ -105,9 +115,36 @@ class Session:
         result = [self._embeds[text, max_sequence_length] for text in texts]
         for text in texts:
             self._embeds.move_to_end((text, max_sequence_length))
-        while len(self._embeds) > EMBEDS_IN_MEMORY:
+        # memory=staged keeps all: encoding one again would unload the denoiser.
+        while len(self._embeds) > EMBEDS_IN_MEMORY and not self.config.memory.staged:
             self._embeds.popitem(last=False)
         return result
+
+    def _encode_ahead(self, texts: Sequence[tuple[str, int]]) -> None:
+        """Encode every text of the plan and of the warm-up while the text encoder is loaded."""
+        started = time.perf_counter()
+        lengths = {shape.params.max_sequence_length for shape in self._shapes}
+        warmup = [(WARMUP_PROMPT, length) for length in lengths] if self.config.warmup.generates else []
+        by_length: dict[int, list[str]] = {}
+        for text, length in dict.fromkeys([*warmup, *texts]):
+            by_length.setdefault(length, []).append(text)
+        for length, same_length in by_length.items():
+            self.encode(same_length, length)
+        self._report["phases"]["encode"] = time.perf_counter() - started
+
+    def _check_health(self) -> dict[str, Any]:
+        """Read the GPU's memory when it is due; rebuild the session when the policy says so. For the record."""
+        reading = self._health.poll()
+        if reading is None:
+            return {}
+        if reading.recycle:
+            self._engine, engine = None, self.engine
+            engine.close()
+            recycled = self._report.get("recycled", 0) + 1
+            self._load()
+            self.warm_up(self._shapes)
+            self._report["recycled"] = recycled
+        return {"gpu_memory": reading.memory} | ({"recovery": ["session recycled"]} if reading.recycle else {})
 
     def close(self) -> None:
         """Free the model. Safe to call twice."""
@@ -119,6 +156,7 @@ class Session:
     def _load(self) -> None:
         config = self.config
         config.memory.apply_environment()
+        config.compile.apply_environment()
         started = time.perf_counter()
         self._engine = config.engine.create(
             checkpoint=config.checkpoint, model=config.model, memory=config.memory, compile=config.compile

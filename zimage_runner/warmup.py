@@ -1,20 +1,50 @@
-"""What is run once before the first item: the ``warmup`` config group."""
+"""What is run once before the first item: the ``warmup`` config group.
+
+Warm-up draws its own prompt through the same calls as the work, after the model was loaded, placed and compiled;
+its pictures are thrown away. Every pass is timed, so that one sees when the engine is warm.
+"""
 
 from __future__ import annotations
 
 import abc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from zimage_runner.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from zimage_runner.engines.base import Engine
     from zimage_runner.sampling import SamplingParams
 
 WARMUP_PROMPT = "a quiet lake at dawn, warm-up picture that is never saved"
+WARMUP_SEED = 0
+HARDWARE_PASSES = 3
+"""The article's step 4."""
+
+Encode = Callable[[Sequence[str], int], "list[torch.Tensor]"]
+"""Caption features of texts, as ``Engine.encode``; the session's own call, so that features are kept."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WarmupShape:
+    """A batch shape that the plan contains."""
+
+    params: SamplingParams
+    caption_tokens: int = 0
+    """Padded caption length to warm; 0 takes the warm-up prompt's own. Matters to compiled code alone."""
+    negative_caption_tokens: int = 0
+    batch_size: int = 1
+
+    @property
+    def label(self) -> str:
+        """What a pass is called in the report: 1024x1024, 1024x1024 b4, 1024x1024 c64."""
+        batch = f" b{self.batch_size}" if self.batch_size > 1 else ""
+        caption = f" c{self.caption_tokens}" if self.caption_tokens else ""
+        return f"{self.params.width}x{self.params.height}{batch}{caption}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,16 +60,29 @@ class Warmup(abc.ABC):
     """An option of the ``warmup`` group."""
 
     @abc.abstractmethod
-    def run(self, engine: Engine, shapes: Sequence[SamplingParams]) -> list[WarmupPass]:
+    def run(self, engine: Engine, shapes: Sequence[WarmupShape], encode: Encode) -> list[WarmupPass]:
         """Warm the engine for every shape that the plan contains; return the seconds of each pass."""
+
+    @property
+    def generates(self) -> bool:
+        """True when the warm-up draws pictures, so that its prompt has to be encoded."""
+        return False
 
 
 @dataclass(kw_only=True, slots=True)
 class NoWarmup(Warmup):
     """Start with the first item at once: the fastest way to the first picture."""
 
-    def run(self, engine: Engine, shapes: Sequence[SamplingParams]) -> list[WarmupPass]:
+    def run(self, engine: Engine, shapes: Sequence[WarmupShape], encode: Encode) -> list[WarmupPass]:
         return []
+
+
+@dataclass(kw_only=True, slots=True)
+class Hardware(Warmup):
+    """The article's step 4: a few small bf16 convolutions, which create the CUDA context and load cuDNN."""
+
+    def run(self, engine: Engine, shapes: Sequence[WarmupShape], encode: Encode) -> list[WarmupPass]:
+        return convolutions(engine)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -50,22 +93,82 @@ class Generate(Warmup):
     """Generations per shape."""
 
     def __post_init__(self) -> None:
-        if self.passes < 1:
-            raise UserError(f"warmup.passes={self.passes} is below 1: use 1 or more, or warmup=none")
+        check_passes(self.passes)
 
-    def run(self, engine: Engine, shapes: Sequence[SamplingParams]) -> list[WarmupPass]:
-        return [
-            timed_pass(engine, params, f"{params.width}x{params.height} #{n + 1}")
-            for params in shapes
-            for n in range(self.passes)
-        ]
+    def run(self, engine: Engine, shapes: Sequence[WarmupShape], encode: Encode) -> list[WarmupPass]:
+        return generations(engine, shapes, encode, self.passes)
+
+    @property
+    def generates(self) -> bool:
+        return True
 
 
-def timed_pass(engine: Engine, params: SamplingParams, label: str) -> WarmupPass:
-    """One whole generation (encode, denoise, decode) of the warm-up prompt."""
-    from zimage_runner.engines.generate import generate_one
+@dataclass(kw_only=True, slots=True)
+class Article(Warmup):
+    """The article's steps 3 and 4 in its order: a generation, then the convolutions. After compiling, not before."""
+
+    passes: int = 1
+    """Generations per shape."""
+
+    def __post_init__(self) -> None:
+        check_passes(self.passes)
+
+    def run(self, engine: Engine, shapes: Sequence[WarmupShape], encode: Encode) -> list[WarmupPass]:
+        return generations(engine, shapes, encode, self.passes) + convolutions(engine)
+
+    @property
+    def generates(self) -> bool:
+        return True
+
+
+def check_passes(passes: int) -> None:
+    if passes < 1:
+        raise UserError(f"warmup.passes={passes} is below 1: use 1 or more, or warmup=none")
+
+
+def generations(engine: Engine, shapes: Sequence[WarmupShape], encode: Encode, passes: int) -> list[WarmupPass]:
+    """``passes`` whole generations (encode, denoise, decode) of the warm-up prompt at each shape."""
+    results = []
+    for shape in shapes:
+        for n in range(passes):
+            started = time.perf_counter()
+            _generate(engine, shape, encode)
+            engine.synchronize()
+            results.append(WarmupPass(label=f"{shape.label} #{n + 1}", seconds=time.perf_counter() - started))
+    return results
+
+
+def convolutions(engine: Engine) -> list[WarmupPass]:
+    """Three 3x3 convolutions on a bf16 tensor [1, 3, 64, 64], as the article prints them: unpadded, so it shrinks."""
+    import torch
 
     started = time.perf_counter()
-    generate_one(engine, WARMUP_PROMPT, params, seed=0).wait()
+    dummy = torch.randn(1, 3, 64, 64, device=engine.device, dtype=torch.bfloat16)
+    kernel = torch.randn(3, 3, 3, 3, device=engine.device, dtype=torch.bfloat16)
+    for _ in range(HARDWARE_PASSES):
+        dummy = torch.nn.functional.conv2d(dummy, kernel)
     engine.synchronize()
-    return WarmupPass(label=label, seconds=time.perf_counter() - started)
+    return [WarmupPass(label="hardware", seconds=time.perf_counter() - started)]
+
+
+def _generate(engine: Engine, shape: WarmupShape, encode: Encode) -> None:
+    from zimage_runner.engines.base import DenoiseRequest
+    from zimage_runner.engines.noise import draw_noise
+
+    params, n, scale = shape.params, shape.batch_size, engine.vae_scale_factor
+    caption = _sized(encode([WARMUP_PROMPT], params.max_sequence_length)[0], shape.caption_tokens)
+    negatives = None
+    if params.uses_guidance:
+        negative = encode([params.negative_prompt], params.max_sequence_length)[0]
+        negatives = [_sized(negative, shape.negative_caption_tokens)] * n
+    seeds = range(WARMUP_SEED, WARMUP_SEED + n)
+    noise = draw_noise(list(seeds), engine.latent_channels, params.height // scale, params.width // scale)
+    request = DenoiseRequest(prompt_embeds=[caption] * n, negative_prompt_embeds=negatives, noise=noise, params=params)
+    engine.decode(engine.denoise(request)).wait()
+
+
+def _sized(embeds: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Caption features repeated and cut to ``tokens`` rows; unchanged for 0."""
+    if not tokens:
+        return embeds
+    return embeds.repeat(-(-tokens // len(embeds)), 1)[:tokens].contiguous()

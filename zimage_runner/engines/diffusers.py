@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import time
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from zimage_runner.attention import MASKLESS, check_name, choose_backend, this_machine
 from zimage_runner.engines.base import (
     DenoiseRequest,
     Device,
@@ -18,6 +17,7 @@ from zimage_runner.engines.base import (
     ReadyImages,
 )
 from zimage_runner.engines.device import choose_device, choose_dtype
+from zimage_runner.engines.diffusers_setup import Setup, Stage, check_compile, phase, synchronize
 from zimage_runner.errors import BadPictureError, UserError
 
 if TYPE_CHECKING:
@@ -28,62 +28,85 @@ if TYPE_CHECKING:
     from zimage_runner.model import Model
     from zimage_runner.weights.checkpoint import Checkpoint
 
-log = logging.getLogger(__name__)
+CAPTION_MULTIPLE = 32
+"""The transformer pads captions to this multiple."""
 
 
 @dataclass(kw_only=True, slots=True)
 class DiffusersEngine(EngineConfig):
     """Reference engine: every feature of ZImagePipeline, at its speed."""
 
+    vae_channels_last: bool = False
+    """Decode in NHWC memory layout: faster convolutions on GPUs, other rounding."""
+
     def check(self, model: Model, memory: Memory, compile: Compile) -> None:
         if self.device is Device.cpu and self.noise_device is Device.cuda:
             raise UserError("engine.noise_device=cuda needs engine.device=cuda: use engine.noise_device=cpu")
+        check_name(self.attention)
+        check_compile(memory, compile)
 
     def create(self, *, checkpoint: Checkpoint, model: Model, memory: Memory, compile: Compile) -> Engine:
-        return DiffusersPipelineEngine.load(self, checkpoint, model, memory, compile)
+        return DiffusersPipelineEngine(self, checkpoint, model, memory, compile)
 
 
 class DiffusersPipelineEngine(Engine):
-    """A loaded ZImagePipeline behind the Engine contract."""
+    """A loaded ZImagePipeline behind the Engine contract.
+
+    With ``memory=staged`` the pipeline holds either the text encoder or the denoiser and the VAE; entering the other
+    stage frees one and loads the other.
+    """
 
     name = "diffusers"
 
-    def __init__(self, pipe: Any, device: str, dtype: str, attention: str, load_phases: dict[str, float]) -> None:
-        self.pipe = pipe
-        self.device = device
-        self.dtype = dtype
-        self.attention = attention
-        self.load_phases = load_phases
-        self.latent_channels = pipe.transformer.config.in_channels
-        self.vae_scale_factor = pipe.vae_scale_factor
-
-    @classmethod
-    def load(
-        cls, config: DiffusersEngine, checkpoint: Checkpoint, model: Model, memory: Memory, compile: Compile
-    ) -> DiffusersPipelineEngine:
-        phases: dict[str, float] = {}
-        with _phase(phases, "import"):
-            import torch
-            from diffusers import ZImagePipeline
+    def __init__(
+        self, config: DiffusersEngine, checkpoint: Checkpoint, model: Model, memory: Memory, compile: Compile
+    ) -> None:
+        self.load_phases = {}
+        with phase(self.load_phases, "import"):
+            import diffusers  # noqa: F401
+            from diffusers import ZImagePipeline  # noqa: F401
 
             quiet_libraries()
-        device = choose_device(config.device)
-        dtype = choose_dtype(model.dtype, device)
-        memory.apply_limits(device)
-        with _phase(phases, "read"):
-            pipe = ZImagePipeline.from_pretrained(
-                str(checkpoint.path), dtype=getattr(torch, dtype), low_cpu_mem_usage=True, local_files_only=True
-            )
-        with _phase(phases, "to_device"):
-            pipe.to(device)
-            _synchronize(device)
-        pipe.set_progress_bar_config(disable=True)
-        attention = _set_attention(pipe, config.attention)
-        return cls(pipe, device, dtype, attention, phases)
+        self.device = choose_device(config.device)
+        self.dtype = choose_dtype(model.dtype, self.device)
+        self.attention = choose_backend(config.attention, this_machine(self.device, self.dtype))
+        self._setup = Setup(
+            path=checkpoint.path,
+            device=self.device,
+            dtype=self.dtype,
+            attention=self.attention,
+            memory=memory,
+            compile=compile,
+            vae_channels_last=config.vae_channels_last,
+        )
+        memory.apply_limits(self.device)
+        self.latent_channels = self._setup.transformer_config()["in_channels"]
+        self.pipe: Any = None
+        self._stage: Stage | None = None
+        self._enter(Stage.encoder if memory.staged else Stage.whole)
+        self.vae_scale_factor = self.pipe.vae_scale_factor
+
+    def _enter(self, stage: Stage) -> None:
+        """Load the components of a stage, after freeing those of the one before."""
+        if self._stage in (stage, Stage.whole):
+            return
+        self._free()
+        self.pipe = self._setup.load(stage, self.load_phases)
+        self._stage = stage
+
+    def _free(self) -> None:
+        self.pipe = None
+        self._stage = None
+        gc.collect()
+        if self.device == "cuda":
+            import torch
+
+            torch.cuda.empty_cache()
 
     def encode(self, texts: Sequence[str], max_sequence_length: int) -> list[torch.Tensor]:
         import torch
 
+        self._enter(Stage.encoder)
         # One text a call: the pipeline pads every text to max_sequence_length anyway, and its encoder's rounding
         # depends on the batch. A fresh list each time, because _encode_prompt writes into the one it is given.
         with torch.inference_mode():
@@ -91,16 +114,22 @@ class DiffusersPipelineEngine(Engine):
                 self.pipe.encode_prompt(
                     [text], device=self._input_device, do_classifier_free_guidance=False,
                     max_sequence_length=max_sequence_length,
-                )[0][0].clone()
+                )[0][0].to(self._embeds_device, copy=True)
                 for text in texts
             ]  # fmt: skip
 
     def denoise(self, request: DenoiseRequest) -> torch.Tensor:
+        self._enter(Stage.denoiser)
         params = request.params
         steps = params.num_inference_steps
+        device = self._input_device
+        captions = [embeds.to(device) for embeds in request.prompt_embeds]
+        negatives = [embeds.to(device) for embeds in request.negative_prompt_embeds or []]
+        self._choose_attention([*captions, *negatives])
+        self._setup.mark_step()
         return self.pipe(
-            prompt_embeds=list(request.prompt_embeds),
-            negative_prompt_embeds=list(request.negative_prompt_embeds or []),
+            prompt_embeds=captions,
+            negative_prompt_embeds=negatives,
             latents=request.noise,
             height=params.height,
             width=params.width,
@@ -111,11 +140,14 @@ class DiffusersPipelineEngine(Engine):
             cfg_normalization=params.cfg_normalization,
             cfg_truncation=params.cfg_truncation,
             output_type="latent",
+            callback_on_step_end=self._setup.mark_step,
+            callback_on_step_end_tensor_inputs=[],
         ).images
 
     def decode(self, latents: torch.Tensor) -> PendingImages:
         import torch
 
+        self._enter(Stage.denoiser)
         vae = self.pipe.vae
         with torch.inference_mode():
             scaled = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
@@ -124,21 +156,30 @@ class DiffusersPipelineEngine(Engine):
         return ReadyImages(images.cpu().numpy())
 
     def synchronize(self) -> None:
-        _synchronize(self.device)
+        synchronize(self.device)
 
     def close(self) -> None:
-        import gc
+        self._free()
 
-        del self.pipe
-        gc.collect()
-        if self.device == "cuda":
-            import torch
+    def numerics(self) -> dict[str, Any]:
+        # Spelled out because super() is the base class's four entries, and these add what else changes a pixel.
+        extra = {"vae_tiling": self._setup.memory.vae_tiling, "vae_channels_last": self._setup.vae_channels_last}
+        return super().numerics() | {name: True for name, on in extra.items() if on}
 
-            torch.cuda.empty_cache()
+    def _choose_attention(self, embeds: Sequence[torch.Tensor]) -> None:
+        """Captions of different padded lengths get an attention mask, which the flash and sage backends refuse."""
+        if self.attention not in MASKLESS:
+            return
+        mixed = len({-(-len(e) // CAPTION_MULTIPLE) for e in embeds}) > 1
+        self.pipe.transformer.set_attention_backend("native" if mixed else self.attention)
 
     @property
     def _input_device(self) -> Any:
         return self.pipe._execution_device
+
+    @property
+    def _embeds_device(self) -> Any:
+        return "cpu" if self._setup.memory.staged else self._input_device
 
 
 def sigma_schedule(num_inference_steps: int) -> list[float]:
@@ -166,26 +207,3 @@ def quiet_libraries() -> None:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-
-
-def _set_attention(pipe: Any, backend: str) -> str:
-    if backend == "auto":
-        return "native"
-    pipe.transformer.set_attention_backend(backend)
-    return backend
-
-
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        import torch
-
-        torch.cuda.synchronize()
-
-
-@contextlib.contextmanager
-def _phase(phases: dict[str, float], name: str):
-    started = time.perf_counter()
-    yield
-    phases[name] = time.perf_counter() - started
-
-
