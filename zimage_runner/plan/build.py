@@ -53,7 +53,7 @@ def build_plan(
         prompts=list(prompts),
         truncations=_truncations(prompts, resolved, counts),
         duplicates=_duplicates(prompts, resolved, seeds),
-        tokens_counted=count_tokens is not None,
+        caption_tokens=counts,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from zimage_runner.plan.items import Bucket, WorkItem, item_encodings
@@ -44,7 +44,8 @@ class Plan:
     prompts: list[Prompt]
     truncations: list[Truncation] = field(default_factory=list)
     duplicates: list[Duplicate] = field(default_factory=list)
-    tokens_counted: bool = False
+    caption_tokens: Mapping[str, int] = field(default_factory=dict)
+    """Tokens of each unique text before truncation, template included; empty when no tokenizer was at hand."""
 
     def __len__(self) -> int:
         return len(self.items)

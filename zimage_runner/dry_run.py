@@ -1,0 +1,155 @@
+"""``dry_run=true``: what a run would do, in words. Imports no torch and loads no model."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zimage_runner.job import Job
+from zimage_runner.outputs.run_dir import RECORD_BYTES
+from zimage_runner.outputs.summary import one_line
+from zimage_runner.plan import Bucket, WorkItem
+
+LISTED = 5
+"""Truncations and duplicates that are named; the rest are counted."""
+RUNS_READ = 200
+"""Earlier summaries looked at for the ETA, newest first."""
+
+
+def describe(job: Job, done: Callable[[WorkItem], bool] | None = None) -> str:
+    """The plan as a table. ``done`` tells which items an earlier process finished."""
+    items = job.plan.items if done is None else [item for item in job.plan.items if not done(item)]
+    rows = [("items", _items(job, len(items)))]
+    rows += _bucket_rows(job, done)
+    rows.append(("prompts to encode", f"{sum(1 for _ in job.plan.encodings()):,}"))
+    rows.append(("caption tokens", _tokens(job)))
+    rows += _listed("truncated", [str(t) for t in job.plan.truncations])
+    rows += _listed("drawn twice", [_duplicate(d) for d in job.plan.duplicates])
+    rows.append(("disk", f"about {_size(_disk_bytes(job, items))} in {job.config.output.root}"))
+    rows.append(("time", _eta(job, items)))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
+
+
+def work(item: WorkItem) -> float:
+    """Transformer work of a picture: proportional to its pixels, steps, and twice that with guidance."""
+    params = item.params
+    return params.height * params.width * params.num_inference_steps * (2 if params.uses_guidance else 1)
+
+
+def mean_work(items: Iterable[WorkItem]) -> float:
+    """What summary.json keeps, so that a later run of another size can be estimated."""
+    return statistics.fmean([work(item) for item in items] or [0.0])
+
+
+def _items(job: Job, remaining: int) -> str:
+    total, prompts = len(job.plan), len(job.plan.prompts)
+    text = f"{total:,} pictures of {prompts:,} prompts"
+    return text if remaining == total else f"{text}; {total - remaining:,} are done, {remaining:,} remain"
+
+
+def _bucket_rows(job: Job, done: Callable[[WorkItem], bool] | None) -> list[tuple[str, str]]:
+    batch_size = job.config.engine.batch_size
+    batches: dict[Bucket, tuple[int, int]] = {}
+    for batch in job.plan.batches(batch_size, done):
+        items, count = batches.get(batch[0].bucket, (0, 0))
+        batches[batch[0].bucket] = (items + len(batch), count + 1)
+    rows = [("batches", f"{sum(n for _, n in batches.values()):,} of at most {batch_size}, {len(batches)} shapes")]
+    return rows + [
+        ("", f"{items:,} items in {count:,} batches: {bucket}") for bucket, (items, count) in batches.items()
+    ]
+
+
+def _tokens(job: Job) -> str:
+    counts = job.plan.caption_tokens.values()
+    if not counts:
+        return "not counted: the checkpoint has no tokenizer.json"
+    return f"{min(counts)} to {max(counts)}, median {statistics.median(counts):g} (chat template included)"
+
+
+def _listed(name: str, lines: list[str]) -> list[tuple[str, str]]:
+    if not lines:
+        return [(name, "none")]
+    more = [("", f"... and {len(lines) - LISTED:,} more")] if len(lines) > LISTED else []
+    return [(name, f"{len(lines):,}"), *(("", one_line(line)) for line in lines[:LISTED]), *more]
+
+
+def _duplicate(duplicate: Any) -> str:
+    seeds = ",".join(map(str, duplicate.seeds[:5])) + (",..." if len(duplicate.seeds) > 5 else "")
+    return f"{duplicate.prompt.source} is the same picture as {duplicate.first.source}, seed {seeds}"
+
+
+def _disk_bytes(job: Job, items: list[WorkItem]) -> float:
+    per_pixel = job.config.output.estimated_bytes_per_pixel
+    return sum(item.params.height * item.params.width * per_pixel + RECORD_BYTES for item in items)
+
+
+def _size(number: float) -> str:
+    for unit in ("KB", "MB", "GB"):
+        number /= 1000
+        if number < 1000:
+            return f"{number:.1f} {unit}"
+    return f"{number / 1000:.1f} TB"
+
+
+@dataclass(frozen=True, slots=True)
+class _EarlierRun:
+    path: Path
+    seconds: float
+    """Per picture, in the steady state."""
+    start: float
+    """Seconds until the first picture could be drawn."""
+    work: float
+    device: str
+
+
+def _eta(job: Job, items: list[WorkItem]) -> str:
+    if not items:
+        return "nothing to draw"
+    earlier = _last_comparable(job)
+    if earlier is None:
+        return "unknown: no earlier run of this model and engine to compare with"
+    mine = mean_work(items)
+    seconds = earlier.start + len(items) * earlier.seconds * mine / earlier.work
+    scaled = "" if abs(mine - earlier.work) < 0.01 * earlier.work else ", scaled from its size and steps"
+    each = f"{earlier.seconds:.2g} s a picture on {earlier.device}"
+    return f"about {_duration(seconds)}, going by {earlier.path} ({each}{scaled})"
+
+
+def _last_comparable(job: Job) -> _EarlierRun | None:
+    root = Path(job.config.output.root)
+    summaries = [*root.glob("*/*/summary.json"), *root.glob("multirun/*/*/*/summary.json")]
+    summaries.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in summaries[:RUNS_READ]:
+        run = _read(path, job)
+        if run is not None:
+            return run
+    return None
+
+
+def _read(path: Path, job: Job) -> _EarlierRun | None:
+    """The run if it used the same weights and engine and drew at least two pictures."""
+    try:
+        summary = json.loads(path.read_bytes())
+        comparable = summary["comparable"]
+        if comparable["digest"] != job.checkpoint.digest or comparable["engine"] != engine_name(job):
+            return None
+        seconds, start = summary["images"]["mean_seconds"], sum(summary["phases"].values())
+        return _EarlierRun(path.parent, seconds, start, comparable["work"], summary["session"]["device_name"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # another version's file, or one cut short: it cannot be compared
+
+
+def engine_name(job: Job) -> str:
+    """The option of the engine group, as recorded for comparison."""
+    return type(job.config.engine).__name__
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
