@@ -1,0 +1,145 @@
+"""Evaluation cases and reference pictures, made once and committed: `python -m training.cases`.
+
+`reference/cases.jsonl`: one prompt a line with the pictures that count as right. `reference/pictures.webp`: all training
+pictures at 48x48 RGBA. `reference/pictures.json`: their emoji, labels and whether they may be mirrored.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from training.captions import COLORS, CaptionWriter, held_back, with_article
+from training.config import TrainingConfig, command
+from training.lexicon import colors, held_out, phrases
+from training.names import Picture, load_pictures, sharing
+from training.render import load_rgba
+from training.retrieval import SIDE, thumbnails
+from training.scenes import SceneWriter
+
+COLUMNS = 37
+EACH = 300  # label cases a language
+POPULAR_ONLY = 100  # coloured and pair cases
+
+
+@dataclass(slots=True)
+class Case:
+    """A prompt. `right` holds one list of picture indices a thing; `tint` is the colour asked for, -1 for none."""
+
+    set: str
+    prompt: str
+    right: list[list[int]] = field(default_factory=list)
+    tint: int = -1
+
+
+class CaseWriter:
+    """Draws evaluation cases from a fixed seed."""
+
+    def __init__(self, pictures: list[Picture], seed: int) -> None:
+        self.pictures, self.rng = pictures, random.Random(f"{seed} cases")
+        self.popular = [p for p in pictures if p.popular and p.group != 8]
+
+    def phrase(self, noun: str, zh: bool) -> str:
+        """The noun with an article or a measure word, three in ten with an adjective."""
+        rng, p = self.rng, phrases("zh" if zh else "en")
+        if rng.random() < 0.3:
+            noun = rng.choice(p.adjectives) + ("" if zh else " ") + noun
+        return rng.choice(p.determiners) + noun if zh else with_article(rng.choice(["a", "a", "a", "the"]), noun)
+
+    def held_out_phrasing(self, name: str, k: int, zh: bool) -> str:
+        """The k-th held-out phrasing, filled."""
+        templates = held_out("zh" if zh else "en")
+        return templates[k % len(templates)].replace("{np}", self.phrase(name, zh)).replace("{n}", name)
+
+    def named(self, title: str, chosen: list[tuple[Picture, str]], zh: bool) -> list[Case]:
+        """Cases of one held-out set."""
+        return [Case(title, self.held_out_phrasing(n, k, zh), [sharing(self.pictures, n)]) for k, (_, n) in enumerate(chosen)]
+
+    def all(self) -> list[Case]:
+        """Every case, set by set."""
+        rng, sample = self.rng, self.rng.sample(self.pictures, min(EACH, len(self.pictures)))
+        aliased = [(p, rng.choice(p.aliases)) for p in self.popular if p.aliases]
+        aliased_zh = [(p, rng.choice(p.aliases_zh)) for p in self.popular if p.aliases_zh]
+        cases = self.named("en_label", [(p, p.label) for p in sample], zh=False)
+        cases += self.named("en_alias", aliased, zh=False)
+        cases += self.named("zh_label", [(p, p.label_zh) for p in sample if p.label_zh], zh=True)
+        cases += self.named("zh_alias", aliased_zh, zh=True)
+        cases += [Case("bare", p.label, [sharing(self.pictures, p.label)]) for p in sample[:200]]
+        return cases + self.colored() + self.pairs()
+
+    def colored(self) -> list[Case]:
+        """Combinations of a colour and a thing that training holds back, half of them in Chinese."""
+        scenes = SceneWriter(CaptionWriter(self.pictures, self.rng))
+        found = []
+        for p in self.popular:
+            for tint, name in enumerate(COLORS):
+                nouns, nouns_zh = p.plain_nouns, p.plain_nouns_zh
+                clash = any(f"{name} {n}" in scenes.taken for n in nouns)
+                if p.colorable and nouns_zh and held_back(name, p.label) and not clash:
+                    found.append((tint, name, nouns[-1], nouns_zh[0]))
+        cases = []
+        for k, (tint, name, noun, noun_zh) in enumerate(self.rng.sample(found, min(POPULAR_ONLY, len(found)))):
+            prompt = f"{colors()[name]['zh']}色的{noun_zh}" if k % 2 else with_article("a", f"{name} {noun}")
+            cases.append(Case("colored", prompt, [sharing(self.pictures, noun_zh if k % 2 else noun)], tint))
+        return cases
+
+    def pairs(self) -> list[Case]:
+        """Pairs that training holds back, half of them in Chinese."""
+        cases: list[Case] = []
+        while len(cases) < POPULAR_ONLY and len(self.popular) > 30:
+            a, b = self.rng.sample(self.popular, 2)
+            if not held_back(a.label, b.label):
+                continue
+            zh = len(cases) % 2 == 1
+            x, y = (self.rng.choice(p.nouns_zh if zh else p.nouns) for p in (a, b))
+            prompt = f"{x}和{y}" if zh else f"{with_article('a', x)} and {with_article('a', y)}"
+            cases.append(Case("pairs", prompt, [sharing(self.pictures, x), sharing(self.pictures, y)]))
+        return cases
+
+
+def save_reference(folder: Path, pictures: list[Picture], thumbs: Tensor) -> None:
+    """Write the thumbnails as one WebP mosaic and the names as JSON."""
+    rows = -(-len(thumbs) // COLUMNS)
+    mosaic = np.zeros((rows * SIDE, COLUMNS * SIDE, 4), np.uint8)
+    for i, tile in enumerate(thumbs.permute(0, 2, 3, 1).numpy()):
+        r, c = divmod(i, COLUMNS)
+        mosaic[r * SIDE : (r + 1) * SIDE, c * SIDE : (c + 1) * SIDE] = tile
+    Image.fromarray(mosaic).save(folder / "pictures.webp", quality=92, method=6)
+    names = [{"emoji": p.emoji, "label": p.label, "label_zh": p.label_zh, "flippable": p.flippable} for p in pictures]
+    (folder / "pictures.json").write_text(json.dumps(names, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
+
+
+def load_reference(folder: Path) -> tuple[Tensor, list[dict]]:
+    """(uint8 [N, 4, 48, 48], names) of the committed reference."""
+    names = json.loads((folder / "pictures.json").read_text(encoding="utf-8"))
+    mosaic = torch.from_numpy(np.array(Image.open(folder / "pictures.webp").convert("RGBA")))
+    tiles = mosaic.view(-1, SIDE, COLUMNS, SIDE, 4).permute(0, 2, 4, 1, 3).reshape(-1, 4, SIDE, SIDE)
+    return tiles[: len(names)].contiguous(), names
+
+
+def load_cases(folder: Path) -> list[Case]:
+    """The committed cases."""
+    return [Case(**json.loads(line)) for line in (folder / "cases.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def main(cfg: TrainingConfig) -> None:
+    """Write the reference folder."""
+    folder = Path(cfg.data.reference)
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = load_pictures(Path(cfg.data.packed), cfg.data.limit)
+    save_reference(folder, pictures, thumbnails(load_rgba(Path(cfg.data.packed), cfg.data.limit)))
+    cases = CaseWriter(pictures, cfg.seed).all()
+    lines = [json.dumps(asdict(case), ensure_ascii=False) for case in cases]
+    (folder / "cases.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"{len(cases)} cases, {len(pictures)} pictures in {folder}")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,47 @@
+"""Write a diffusers checkpoint that plain `ZImagePipeline.from_pretrained` loads: `python -m training.export`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ZImagePipeline
+
+from training.config import TrainingConfig, command
+from training.models import build_scheduler
+
+ASSETS = Path("zimage_runner/assets/zimage_nano")
+
+
+def save_checkpoint(folder: Path, transformer: Any, encoder: Any, vae: Any, tokenizer: Any, dtype: torch.dtype) -> None:
+    """Save copies of the parts in `dtype`, complete before they replace an earlier checkpoint in `folder`."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    build_scheduler().save_pretrained(partial / "scheduler")
+    tokenizer.save_pretrained(partial / "tokenizer")
+    for name, module in {"transformer": transformer, "text_encoder": encoder, "vae": vae}.items():
+        original = type(module)
+        state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in module.state_dict().items()}
+        copy = original(module.config) if name == "text_encoder" else original.from_config(module.config)
+        copy.load_state_dict(state)
+        copy.to(dtype).save_pretrained(partial / name)
+    pipeline = ZImagePipeline(
+        scheduler=build_scheduler(), vae=vae, text_encoder=encoder, tokenizer=tokenizer, transformer=transformer
+    )
+    pipeline.save_config(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def main(cfg: TrainingConfig) -> None:
+    """Put the trained checkpoint into the package."""
+    source = Path(cfg.data.work) / "nano"
+    shutil.copytree(source, ASSETS, dirs_exist_ok=True)
+    size = sum(f.stat().st_size for f in ASSETS.rglob("*") if f.is_file())
+    print(f"{ASSETS}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    command(main)
