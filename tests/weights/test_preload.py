@@ -1,0 +1,78 @@
+"""Preloading against a driver made of host memory: every byte arrives, failures surface, nothing hangs."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from zimage_runner.weights import preload
+from zimage_runner.weights.cuda_driver import CudaDriver, CudaUnavailable
+from zimage_runner.weights.preload import Preload
+
+pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc for the fake driver")
+
+
+@pytest.fixture
+def driver(tmp_path: Path) -> CudaDriver:
+    library = tmp_path / "libcuda_fake.so"
+    source = Path(__file__).with_name("fake_cuda.c")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
+    return CudaDriver(library=str(library))
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preload, "CHUNK_BYTES", 4096)
+
+
+def content(name: str, size: int) -> bytes:
+    return (name.encode() * (size // len(name) + 1))[:size]
+
+
+def on_device(buffer: preload.DeviceBuffer) -> bytes:
+    interface = buffer.__cuda_array_interface__
+    return ctypes.string_at(interface["data"][0], interface["shape"][0])
+
+
+def test_every_byte_arrives(driver: CudaDriver, tmp_path: Path) -> None:
+    sizes = {"text_encoder": 100_001, "transformer": 1_000_000, "empty": 0, "vae": 4096}
+    for name, size in sizes.items():
+        (tmp_path / name).write_bytes(b"header!!" + content(name, size))
+    load = Preload([(tmp_path / name, 8, size) for name, size in sizes.items()], driver=driver)
+    for name, size in sizes.items():
+        assert on_device(load.take(tmp_path / name)) == content(name, size)
+    assert load.seconds.keys() == {tmp_path / name for name, size in sizes.items() if size}
+
+
+def test_the_switch_interval_is_given_back(driver: CudaDriver, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"x" * 10)
+    before = sys.getswitchinterval()
+    Preload([(tmp_path / "a", 0, 10)], driver=driver).take(tmp_path / "a")
+    assert sys.getswitchinterval() == before
+
+
+def test_a_file_that_ends_early_is_an_error(driver: CudaDriver, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"x" * 5000)
+    load = Preload([(tmp_path / "a", 0, 9000)], driver=driver)
+    with pytest.raises(OSError, match="ends [0-9]+ bytes early"):
+        load.take(tmp_path / "a")
+    load.close()
+
+
+def test_a_failing_copy_is_an_error(driver: CudaDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_CUDA_FAIL_AFTER", "2")
+    (tmp_path / "a").write_bytes(b"x" * 100_000)
+    load = Preload([(tmp_path / "a", 0, 100_000)], driver=driver)
+    with pytest.raises(CudaUnavailable, match="cuMemcpyHtoDAsync_v2 failed with CUDA error 700"):
+        load.take(tmp_path / "a")
+    load.close()
+
+
+def test_without_a_driver_there_is_no_preload(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preload, "CudaDriver", lambda: CudaDriver(library="libnowhere.so"))
+    assert preload.try_preload([]) is None

@@ -1,0 +1,85 @@
+"""The few CUDA driver calls that loading needs, through ctypes: weights can travel before torch is imported.
+
+Every call releases the GIL. Memory comes from plain cuMemAlloc in the device's primary context, which is the one
+that torch uses too. Names and signatures: CUDA Driver API reference.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import byref, c_int, c_size_t, c_uint64, c_void_p
+
+LIBRARY = "libcuda.so.1"
+_EVENT_DISABLE_TIMING = 0x2
+_STREAM_NON_BLOCKING = 0x1
+
+
+class CudaUnavailable(Exception):
+    """There is no usable CUDA driver or device; the caller loads the slow way."""
+
+
+class CudaDriver:
+    """One device's driver. Each thread calls ``enter`` before anything else."""
+
+    def __init__(self, device: int = 0, library: str = LIBRARY) -> None:
+        try:
+            self._lib = ctypes.CDLL(library)
+        except OSError as error:
+            raise CudaUnavailable(str(error)) from error
+        handle = c_int()
+        self._context = c_void_p()
+        self._call("cuInit", 0)
+        self._call("cuDeviceGet", byref(handle), device)
+        self._call("cuDevicePrimaryCtxRetain", byref(self._context), handle)
+
+    def enter(self) -> None:
+        """Make the device current in this thread."""
+        self._call("cuCtxSetCurrent", self._context)
+
+    def allocate(self, nbytes: int) -> int:
+        """Device memory, 256-byte aligned; the address."""
+        address = c_uint64()
+        self._call("cuMemAlloc_v2", byref(address), c_size_t(nbytes))
+        return address.value
+
+    def free(self, address: int) -> None:
+        self._call("cuMemFree_v2", c_uint64(address))
+
+    def allocate_pinned(self, nbytes: int) -> int:
+        """Page-locked host memory, which the device reads at the bus's speed; the address."""
+        address = c_void_p()
+        self._call("cuMemHostAlloc", byref(address), c_size_t(nbytes), 0)
+        assert address.value is not None
+        return address.value
+
+    def free_pinned(self, address: int) -> None:
+        self._call("cuMemFreeHost", c_void_p(address))
+
+    def stream(self) -> c_void_p:
+        stream = c_void_p()
+        self._call("cuStreamCreate", byref(stream), _STREAM_NON_BLOCKING)
+        return stream
+
+    def destroy_stream(self, stream: c_void_p) -> None:
+        self._call("cuStreamDestroy_v2", stream)
+
+    def event(self) -> c_void_p:
+        event = c_void_p()
+        self._call("cuEventCreate", byref(event), _EVENT_DISABLE_TIMING)
+        return event
+
+    def destroy_event(self, event: c_void_p) -> None:
+        self._call("cuEventDestroy_v2", event)
+
+    def copy_to_device(self, device: int, host: int, nbytes: int, stream: c_void_p, done: c_void_p) -> None:
+        """Start a copy and record ``done`` behind it."""
+        self._call("cuMemcpyHtoDAsync_v2", c_uint64(device), c_void_p(host), c_size_t(nbytes), stream)
+        self._call("cuEventRecord", done, stream)
+
+    def wait(self, event: c_void_p) -> None:
+        self._call("cuEventSynchronize", event)
+
+    def _call(self, name: str, *args: object) -> None:
+        code = getattr(self._lib, name)(*args)
+        if code != 0:
+            raise CudaUnavailable(f"{name} failed with CUDA error {code}")

@@ -1,0 +1,211 @@
+"""Weights on their way to the GPU while torch is still being imported.
+
+Importing torch takes seconds in which disk, bus and GPU would idle. Threads read a prepared checkpoint's files in
+large pieces into small page-locked buffers and copy them to the device; when torch is there it takes the memory
+over without another copy (``__cuda_array_interface__``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from zimage_runner.weights.cuda_driver import CudaDriver, CudaUnavailable
+
+log = logging.getLogger(__name__)
+
+THREADS = 6
+CHUNK_BYTES = 64 << 20
+"""Large, so that a thread seldom needs the GIL, which the import holds for long stretches."""
+SWITCH_INTERVAL = 0.0002
+"""Seconds until the importing thread hands the GIL over; the default 5 ms would add up to seconds."""
+
+
+class DeviceBuffer:
+    """A file's bytes on the GPU. Frees them when the last tensor made from it is gone."""
+
+    def __init__(self, driver: CudaDriver, nbytes: int) -> None:
+        self._driver = driver
+        self.nbytes = nbytes
+        self.address = driver.allocate(nbytes)
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        """Lets torch wrap the memory: ``torch.as_tensor(buffer, device="cuda")`` is uint8 [nbytes]."""
+        return {"shape": (self.nbytes,), "typestr": "|u1", "data": (self.address, False), "version": 3}
+
+    def __del__(self) -> None:
+        with contextlib.suppress(CudaUnavailable):
+            self._driver.enter()
+            self._driver.free(self.address)
+
+
+@dataclass(slots=True, eq=False)
+class _Load:
+    """One file on its way."""
+
+    path: Path
+    offset: int
+    buffer: DeviceBuffer
+    remaining: int = 0
+    done: threading.Event = field(default_factory=threading.Event)
+
+
+class Preload:
+    """Copies byte ranges of files to the GPU in the background.
+
+    Files arrive in the order given. ``take`` waits for one of them. After any failure ``take`` raises it, and the
+    caller loads that file in another way.
+    """
+
+    def __init__(self, ranges: Sequence[tuple[Path, int, int]], *, driver: CudaDriver | None = None) -> None:
+        """``ranges``: (path, first byte, number of bytes) of each file. Raises CudaUnavailable without a GPU."""
+        self._driver = driver or CudaDriver()
+        self._driver.enter()
+        self._error: BaseException | None = None
+        self._lock = threading.Lock()
+        self._started = time.perf_counter()
+        self.seconds: dict[Path, float] = {}
+        """Time from the start until each file was on the device."""
+        self._loads = {path: _Load(path, start, DeviceBuffer(self._driver, size)) for path, start, size in ranges}
+        self._chunks: queue.SimpleQueue[tuple[_Load, int, int] | None] = queue.SimpleQueue()
+        for load in self._loads.values():
+            for start in range(0, load.buffer.nbytes, CHUNK_BYTES):
+                load.remaining += 1
+                self._chunks.put((load, start, min(CHUNK_BYTES, load.buffer.nbytes - start)))
+            if not load.remaining:
+                load.done.set()
+        self._threads = [threading.Thread(target=self._work, name="preload", daemon=True) for _ in range(THREADS)]
+        self._interval = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_INTERVAL)
+        for thread in self._threads:
+            self._chunks.put(None)
+            thread.start()
+
+    def take(self, path: Path) -> DeviceBuffer:
+        """The file's bytes on the device, waiting for them. Each file can be taken once."""
+        load = self._loads.pop(path)
+        load.done.wait()
+        if self._error is not None:
+            raise self._error
+        if not self._loads:
+            self.close()
+        return load.buffer
+
+    def close(self) -> None:
+        """Wait for the threads and give up what was not taken. Harmless when called twice."""
+        for thread in self._threads:
+            thread.join()
+        self._loads.clear()
+        sys.setswitchinterval(self._interval)
+
+    def _work(self) -> None:
+        try:
+            self._driver.enter()
+            with _Lanes(self._driver) as lanes:
+                while (chunk := self._chunks.get()) is not None and self._error is None:
+                    self._finished(lanes.send(*chunk))
+                for load in lanes.drain():
+                    self._finished(load)
+        except BaseException as error:
+            self._fail(error)
+
+    def _finished(self, load: _Load | None) -> None:
+        if load is None:
+            return
+        with self._lock:
+            load.remaining -= 1
+            if load.remaining == 0:
+                self.seconds[load.path] = time.perf_counter() - self._started
+                load.done.set()
+
+    def _fail(self, error: BaseException) -> None:
+        self._error = self._error or error
+        for load in list(self._loads.values()):
+            load.done.set()
+
+
+class _Lanes:
+    """A thread's two page-locked buffers: one is read into while the other is on the bus."""
+
+    def __init__(self, driver: CudaDriver) -> None:
+        self._driver = driver
+        self._stream = driver.stream()
+        self._buffers = [driver.allocate_pinned(CHUNK_BYTES) for _ in range(2)]
+        self._events = [driver.event() for _ in range(2)]
+        self._flying: list[_Load | None] = [None, None]
+        self._turn = 0
+        self._file: tuple[Path, int] | None = None
+
+    def __enter__(self) -> _Lanes:
+        return self
+
+    def send(self, load: _Load, start: int, nbytes: int) -> _Load | None:
+        """Read a chunk and start its copy; returns the load whose chunk was in that buffer before and has arrived."""
+        lane = self._turn
+        self._turn = 1 - lane
+        arrived = self._wait(lane)
+        host = self._buffers[lane]
+        _read(self._descriptor(load.path), host, load.offset + start, nbytes, load.path)
+        self._driver.copy_to_device(load.buffer.address + start, host, nbytes, self._stream, self._events[lane])
+        self._flying[lane] = load
+        return arrived
+
+    def drain(self) -> Iterator[_Load]:
+        """Wait for what is still on the bus."""
+        for lane in (self._turn, 1 - self._turn):
+            load = self._wait(lane)
+            if load is not None:
+                yield load
+
+    def _wait(self, lane: int) -> _Load | None:
+        load, self._flying[lane] = self._flying[lane], None
+        if load is not None:
+            self._driver.wait(self._events[lane])
+        return load
+
+    def _descriptor(self, path: Path) -> int:
+        if self._file is None or self._file[0] != path:
+            if self._file is not None:
+                os.close(self._file[1])
+            self._file = (path, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        return self._file[1]
+
+    def __exit__(self, *_: object) -> None:
+        for lane in (0, 1):
+            self._wait(lane)
+            self._driver.destroy_event(self._events[lane])
+            self._driver.free_pinned(self._buffers[lane])
+        self._driver.destroy_stream(self._stream)
+        if self._file is not None:
+            os.close(self._file[1])
+
+
+def _read(descriptor: int, address: int, offset: int, nbytes: int, path: Path) -> None:
+    """Fill ``nbytes`` of host memory from the file; the GIL is free while the kernel copies."""
+    view = memoryview((ctypes.c_ubyte * nbytes).from_address(address)).cast("B")
+    done = 0
+    while done < nbytes:
+        count = os.preadv(descriptor, [view[done:]], offset + done)
+        if count == 0:
+            raise OSError(f"{path} ends {nbytes - done} bytes early")
+        done += count
+
+
+def try_preload(ranges: Sequence[tuple[Path, int, int]]) -> Preload | None:
+    """A started Preload, or None (logged) on a machine where it cannot work."""
+    try:
+        return Preload(ranges)
+    except CudaUnavailable as error:
+        log.info("weights are loaded after torch is imported: %s", error)
+        return None
