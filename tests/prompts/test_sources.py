@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from zimage_runner.errors import UserError
 from zimage_runner.prompts import read_prompts
 from zimage_runner.prompts.csv_file import Csv
 from zimage_runner.prompts.files import FileGlob
@@ -96,13 +97,40 @@ def test_parquet(tmp_path):
     assert (second.overrides, second.seeds, second.metadata) == ({}, None, {"score": None})
 
 
+def save_dataset(directory, *parts):
+    """The files of datasets' save_to_disk, as its version 4 writes them."""
+    pyarrow = pytest.importorskip("pyarrow")
+    directory.mkdir(parents=True)
+    names = [f"data-{i:05d}-of-{len(parts):05d}.arrow" for i in range(len(parts))]
+    for name, columns in zip(names, parts, strict=True):
+        table = pyarrow.table(columns)
+        with pyarrow.ipc.new_stream(str(directory / name), table.schema) as stream:
+            stream.write_table(table)
+    state = {"_data_files": [{"filename": n} for n in names], "_fingerprint": "f", "_format_type": None, "_split": None}
+    (directory / "state.json").write_text(json.dumps(state))
+
+
 def test_hf_dataset(tmp_path):
-    datasets = pytest.importorskip("datasets")
-    one = datasets.Dataset.from_dict({"text": ["a", "b", "c"]}).select([2, 0])
-    one.save_to_disk(str(tmp_path / "one"))
-    assert texts(HfDataset(path=str(tmp_path / "one"))) == ["c", "a"]
-    datasets.DatasetDict(train=one, test=one).save_to_disk(str(tmp_path / "two"))
-    assert texts(HfDataset(path=str(tmp_path / "two"), split="test")) == ["c", "a"]
+    save_dataset(tmp_path / "one", {"text": ["c", "a"], "seeds": [[1, 2], None]}, {"text": ["b"], "seeds": [[3]]})
+    prompts = read_prompts(HfDataset(path=str(tmp_path / "one")))
+    assert [(p.text, p.seeds) for p in prompts] == [("c", (1, 2)), ("a", None), ("b", (3,))]
+    assert prompts[2].source == f"{tmp_path}/one:3"
+
+
+def test_hf_dataset_splits(tmp_path):
+    save_dataset(tmp_path / "train", {"text": ["a"]})
+    save_dataset(tmp_path / "test", {"text": ["b"]})
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    assert texts(HfDataset(path=str(tmp_path), split="test")) == ["b"]
+    with pytest.raises(UserError, match=r"prompts\.split=None: the dataset's splits are train, test: name one"):
+        texts(HfDataset(path=str(tmp_path)))
+
+
+def test_hf_dataset_reads_only_its_own_folder(tmp_path):
+    save_dataset(tmp_path / "one", {"text": ["a"]})
+    (tmp_path / "one" / "state.json").write_text('{"_data_files": [{"filename": "../../etc/passwd"}]}')
+    with pytest.raises(UserError, match=r"state\.json: not as datasets >= 2 writes it"):
+        texts(HfDataset(path=str(tmp_path / "one")))
 
 
 def test_files_by_extension(tmp_path):

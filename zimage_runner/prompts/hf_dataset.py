@@ -1,14 +1,19 @@
-"""A Hugging Face dataset saved on disk (extra: datasets). Nothing is downloaded and no dataset script runs."""
+"""A Hugging Face dataset saved on disk, read with pyarrow alone (extra: parquet).
+
+``save_to_disk`` writes Arrow stream files and a state.json that lists them. Reading these directly needs neither the
+datasets library (seconds to import) nor anything it may run or download.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from zimage_runner.errors import UserError
 from zimage_runner.prompts.base import Prompt
+from zimage_runner.prompts.parquet import import_pyarrow
 from zimage_runner.prompts.rows import RowReader, TableSource
 
 
@@ -21,13 +26,21 @@ class HfDataset(TableSource):
     """Which split of a DatasetDict; null when there is only one."""
 
     def read(self) -> Iterator[Prompt]:
-        directory = self._directory()
+        directory = self._split_directory(self._directory())
+        files = _data_files(directory)
+        pyarrow = import_pyarrow("hf_dataset")
         reader = RowReader(self)
-        dataset = self._load(directory)
-        names = tuple(dataset.column_names)
-        reader.check_header(names, str(directory))
-        for number, row in enumerate(dataset, start=1):
-            yield reader.prompt(row, f"{directory}:{number}")
+        number = 0
+        for file in files:
+            try:
+                with pyarrow.memory_map(str(file)) as source, pyarrow.ipc.open_stream(source) as stream:
+                    reader.check_header(tuple(stream.schema.names), str(directory))
+                    for batch in stream:
+                        for row in batch.to_pylist():
+                            number += 1
+                            yield reader.prompt(row, f"{directory}:{number}")
+            except (pyarrow.ArrowException, OSError) as error:
+                raise UserError(f"prompts.path={file} cannot be read: {str(error).splitlines()[0]}") from None
 
     def _directory(self) -> Path:
         if not self.path:
@@ -37,20 +50,34 @@ class HfDataset(TableSource):
             raise UserError(f"prompts.path={self.path} is not a directory: give what dataset.save_to_disk wrote")
         return directory
 
-    def _load(self, directory: Path) -> Any:
-        if not any((directory / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            raise UserError(
-                f"prompts.path={self.path} holds no saved dataset: write one with dataset.save_to_disk(DIR)"
-            )
-        try:
-            import datasets
-        except ImportError:
-            raise UserError("prompts=hf_dataset needs datasets: pip install 'zimage-runner[datasets]'") from None
-        loaded = datasets.load_from_disk(str(directory))
-        if not isinstance(loaded, datasets.DatasetDict):
-            return loaded
-        if self.split in loaded:
-            return loaded[self.split]
-        if self.split is None and len(loaded) == 1:
-            return next(iter(loaded.values()))
-        raise UserError(f"prompts.split={self.split}: the dataset's splits are {', '.join(loaded)}: name one")
+    def _split_directory(self, directory: Path) -> Path:
+        listing = directory / "dataset_dict.json"
+        if not listing.is_file():
+            return directory
+        splits = _read_json(listing).get("splits") or []
+        name = splits[0] if self.split is None and len(splits) == 1 else self.split
+        if name not in splits:
+            raise UserError(f"prompts.split={name}: the dataset's splits are {', '.join(map(str, splits))}: name one")
+        return directory / str(name)
+
+
+def _data_files(directory: Path) -> list[Path]:
+    state_file = directory / "state.json"
+    if not state_file.is_file():
+        raise UserError(f"prompts.path={directory} holds no saved dataset: write one with dataset.save_to_disk(DIR)")
+    state = _read_json(state_file)
+    names = [entry.get("filename") for entry in state.get("_data_files") or [] if isinstance(entry, dict)]
+    plain = all(isinstance(name, str) and Path(name).name == name for name in names)
+    if not names or not plain or state.get("_indices_data_files") or state.get("_indices_files"):
+        raise UserError(f"{state_file}: not as datasets >= 2 writes it: save the dataset again with save_to_disk")
+    return [directory / str(name) for name in names]
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from zimage_runner.errors import UserError
 from zimage_runner.prompts.base import Prompt
@@ -23,11 +24,7 @@ class Parquet(TableSource):
         file = input_path(self.path, "parquet")
         with open_input(file):
             pass  # a missing file is told before a missing library
-        try:
-            import pyarrow
-            import pyarrow.parquet
-        except ImportError:
-            raise UserError("prompts=parquet needs pyarrow: pip install 'zimage-runner[parquet]'") from None
+        pyarrow = import_pyarrow("parquet")
         reader = RowReader(self)
         try:
             with pyarrow.parquet.ParquetFile(file) as table:
@@ -40,3 +37,13 @@ class Parquet(TableSource):
                         yield reader.prompt(row, f"{file}:{number}")
         except pyarrow.ArrowException as error:
             raise UserError(f"prompts.path={file} is not a Parquet file: {str(error).splitlines()[0]}") from None
+
+
+def import_pyarrow(option: str) -> Any:
+    """The pyarrow package, or a UserError that says how to get it."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"prompts={option} needs pyarrow: pip install 'zimage-runner[parquet]'") from None
+    return pyarrow
