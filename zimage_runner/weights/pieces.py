@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 PIECE = 8 * 1024 * 1024
 """Elements handled at a time by each thread."""
+ALIGNMENT = 256
+"""Bytes: what CUDA's own allocator gives."""
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -60,8 +62,8 @@ def plan_component(layout: Layout, component: str) -> list[PlannedTensor]:
         shapes = [info.shape for _, _, info in sources]
         shape = shapes[0] if len(shapes) == 1 else (sum(s[0] for s in shapes), *shapes[0][1:])
         planned.append(PlannedTensor(tensor.name, shape, sources))
-    # A tensor of odd size would put all that follow it on addresses that matrix kernels do not like.
-    return sorted(planned, key=lambda tensor: tensor.nbytes % 64 != 0)
+    # A tensor of odd size would put all that follow it on addresses that matrix kernels do not like: those go last.
+    return sorted(planned, key=lambda tensor: tensor.nbytes % ALIGNMENT != 0)
 
 
 def pieces(plan: Iterable[PlannedTensor], places: dict[str, int]) -> Iterator[Piece]:

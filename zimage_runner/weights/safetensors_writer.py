@@ -21,7 +21,8 @@ ALIGNMENT = 4096
 def create(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]) -> dict[str, int]:
     """Create a file with a header for ``tensors`` and room for their bytes, stored in the order given.
 
-    ``tensors``: name -> (safetensors dtype, shape). Returns the file offset of each tensor's bytes. The space is reserved at once, so a full disk shows here: OSError.
+    ``tensors``: name -> (safetensors dtype, shape). Returns the file offset of each tensor's bytes. The space is
+    reserved at once, so a full disk shows here: OSError.
     """
     header: dict[str, object] = {"__metadata__": metadata}
     places: dict[str, int] = {}

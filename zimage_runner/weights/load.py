@@ -1,0 +1,172 @@
+"""Tensors of safetensors files onto a device, as fast as the machine allows.
+
+Four ways, chosen by what is there (``method="auto"``):
+- ``mmap``: the CPU; tensors are views of the mapped file, read when they are touched.
+- ``prefetch``: CUDA with safetensors >= 0.9; the library's own reader threads, pinned staging and device memory.
+- ``staged``: CUDA otherwise; reader threads, a small ring of pinned buffers, one device buffer a file.
+- ``library``: CUDA, ``safe_open(device="cuda")`` from several threads; slower, kept for comparison.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import re
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from zimage_runner.weights.safetensors_header import WeightsFile, read_header
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+METHODS = ("mmap", "prefetch", "staged", "library")
+LIBRARY_THREADS = 8
+READER_THREADS = 8
+
+
+def load_tensors(paths: Sequence[Path], device: str = "cpu", method: str = "auto") -> dict[str, torch.Tensor]:
+    """All tensors of the files, by name, in their stored dtype on ``device`` (cpu, cuda or cuda:N).
+
+    They are complete and may be used on any stream when this returns. Raises ValueError for an unknown method or a
+    method this device does not have, BadWeightsFile or OSError for a damaged file.
+    """
+    if method != "auto":
+        return _load(paths, device, method)
+    method = choose_method(device)
+    if method != "prefetch":
+        return _load(paths, device, method)
+    from safetensors import SafetensorError
+
+    try:
+        return _load(paths, device, method)
+    except (TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        # A young interface with its own device memory; what fails for another reason fails again below.
+        log.warning("safetensors' prefetch failed (%s): loading without it", error)
+        return _load(paths, device, "staged")
+
+
+def _load(paths: Sequence[Path], device: str, method: str) -> dict[str, torch.Tensor]:
+    if method not in METHODS or (method == "mmap") != (device == "cpu"):
+        raise ValueError(f"method={method!r} does not load to {device}: use auto")
+    began = time.perf_counter()
+    tensors: dict[str, torch.Tensor] = {}
+    if method == "staged":
+        from zimage_runner.weights.staged import load_staged
+
+        tensors = load_staged([read_header(path) for path in paths], device, READER_THREADS)
+    elif method == "library":
+        tensors = _load_with_library([read_header(path) for path in paths], device)
+    else:
+        load = _load_mapped if method == "mmap" else _load_prefetched
+        for path in paths:
+            tensors.update(load(path, device))
+    nbytes, seconds = sum(tensor.nbytes for tensor in tensors.values()), time.perf_counter() - began
+    log.debug("%d tensors, %.2f GB to %s by %s in %.3f s", len(tensors), nbytes / 1e9, device, method, seconds)
+    return tensors
+
+
+def choose_method(device: str) -> str:
+    """The fastest way to load to ``device`` with the libraries that are installed."""
+    if device == "cpu":
+        return "mmap"
+    return "prefetch" if has_prefetch() else "staged"
+
+
+def has_prefetch() -> bool:
+    """Whether safetensors can load to CUDA in the background (0.9 and its release candidates)."""
+    import safetensors
+
+    numbers = re.findall(r"\d+", importlib.metadata.version("safetensors"))[:2]
+    return tuple(map(int, numbers)) >= (0, 9) and hasattr(safetensors.safe_open, "prefetch")
+
+
+class BackgroundLoad:
+    """Components loading one after the other in a thread, in the order given; each can be waited for by itself."""
+
+    def __init__(self, components: Mapping[str, Sequence[Path]], device: str = "cpu", method: str = "auto") -> None:
+        self.seconds: dict[str, float] = {}
+        """Seconds each component took, once it is loaded."""
+        self._tensors: dict[str, dict[str, torch.Tensor]] = {}
+        self._errors: dict[str, BaseException] = {}
+        self._loaded = {name: threading.Event() for name in components}
+        self._thread = threading.Thread(
+            target=self._work, args=(dict(components), device, method), daemon=True, name="load-weights"
+        )
+        self._thread.start()
+
+    def wait(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors of one component, handed out once: afterwards only the caller holds them.
+
+        Raises what its loading raised.
+        """
+        self._loaded[name].wait()
+        if name in self._errors:
+            raise self._errors[name]
+        return self._tensors.pop(name)
+
+    def _work(self, components: dict[str, Sequence[Path]], device: str, method: str) -> None:
+        for name, paths in components.items():
+            began = time.perf_counter()
+            try:
+                self._tensors[name] = load_tensors(paths, device, method)
+            except BaseException as error:  # raised again in wait(), where the caller is
+                self._errors[name] = error
+            self.seconds[name] = time.perf_counter() - began
+            self._loaded[name].set()
+
+
+def _load_mapped(path: Path, device: str) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path, device=device)
+
+
+def _load_prefetched(path: Path, device: str) -> dict[str, torch.Tensor]:
+    import torch
+    from safetensors import safe_open
+
+    torch.cuda.init()  # the library looks for the CUDA runtime that torch has loaded
+    with (
+        safe_open(path, framework="pt") as file,
+        file.prefetch(device=_numbered(device), threads=READER_THREADS) as all_,
+    ):  # pyright: ignore[reportAttributeAccessIssue]
+        return dict(all_)
+
+
+def _load_with_library(files: Sequence[WeightsFile], device: str) -> dict[str, torch.Tensor]:
+    from safetensors import safe_open
+
+    def load(file: WeightsFile, names: list[str]) -> dict[str, torch.Tensor]:
+        with safe_open(file.path, framework="pt", device=_numbered(device)) as handle:
+            return {name: handle.get_tensor(name) for name in names}
+
+    shares = [(file, names) for file in files for names in _even_shares(file, LIBRARY_THREADS)]
+    tensors: dict[str, torch.Tensor] = {}
+    with ThreadPoolExecutor(max_workers=LIBRARY_THREADS) as pool:
+        for part in pool.map(lambda share: load(*share), shares):
+            tensors.update(part)
+    return tensors
+
+
+def _even_shares(file: WeightsFile, count: int) -> list[list[str]]:
+    """Names in file order, cut into at most ``count`` runs of about equal bytes."""
+    names = sorted(file.tensors, key=lambda name: file.tensors[name].start)
+    shares: list[list[str]] = [[] for _ in range(count)]
+    span = max(1, file.size - file.data_start)
+    for name in names:
+        shares[min(count - 1, (file.tensors[name].start - file.data_start) * count // span)].append(name)
+    return [share for share in shares if share]
+
+
+def _numbered(device: str) -> str:
+    """cuda:N: the library does not know "the current device"."""
+    import torch
+
+    return f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
