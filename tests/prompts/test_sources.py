@@ -16,6 +16,7 @@ from zimage_runner.prompts.hf_dataset import HfDataset
 from zimage_runner.prompts.inline import Inline
 from zimage_runner.prompts.jsonl import Jsonl
 from zimage_runner.prompts.parquet import Parquet
+from zimage_runner.prompts.snapshot import snapshot
 from zimage_runner.prompts.stdin import LineFormat, Stdin, _stdin_bytes
 from zimage_runner.prompts.text_file import TextFile
 
@@ -187,3 +188,19 @@ def test_limit_reads_no_further_than_it_must(tmp_path):
     file = tmp_path / "p.jsonl"
     file.write_text('{"text": "a"}\nbroken\n')
     assert texts(Jsonl(path=str(file), limit=1)) == ["a"]
+
+
+def test_snapshot_gives_the_same_prompts(tmp_path):
+    from dataclasses import replace
+
+    file = tmp_path / "p.jsonl"
+    file.write_text(
+        '{"text": "a {x} 猫", "id": "i", "width": 512, "guidance_scale": 2, "seeds": [2, 1], "metadata": {"l": 1}}\n'
+        '{"text": "b\\u2028c\\nd", "negative_prompt": "n"}\n{"text": "z"}\n'
+    )
+    prompts = read_prompts(Jsonl(path=str(file), offset=1)) + read_prompts(Jsonl(path=str(file), limit=1))
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(snapshot([replace(p, index=n + 5) for n, p in enumerate(prompts)]))
+    again = read_prompts(Jsonl(path=str(copy)))
+    assert again == [replace(p, index=n + 5) for n, p in enumerate(prompts)]
+    assert [p.index for p in read_prompts(Jsonl(path=str(copy), offset=1, limit=1))] == [6]

@@ -18,10 +18,9 @@ from zimage_runner.seeds import parse_seed_list
 
 SAMPLING_KINDS: dict[str, str] = {f.name: str(f.type) for f in fields(SamplingParams)}
 """Each sampling field's type by name: int, float or str."""
-PROMPT_FIELDS = ("text", "id", "seeds", *SAMPLING_KINDS, "metadata")
+PROMPT_FIELDS = ("text", "id", "seeds", *SAMPLING_KINDS, "metadata", "index", "source")
+"""The last two are written by snapshot.py."""
 ALIASES = {"prompt": "text", "seed": "seeds"}
-CARRIED = "index", "source"
-"""Columns that prompts.jsonl of a run directory has on top."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -104,13 +103,15 @@ def _prompt(values: dict[str, Any], metadata: dict[str, Any], where: str, mapped
     if not isinstance(text, str):
         raise UserError(f'{where}: text={text!r} is not a string: write "..."')
     seeds = values.pop("seeds", None)
+    index, source = values.pop("index", None), values.pop("source", where)
     carried = values.pop("metadata", None)
     if carried is not None:
         metadata = _metadata(carried, where) | metadata
     return Prompt(
         text=check_text(text, where),
-        source=where,
+        source=source if isinstance(source, str) and source else where,
         id=None if name is None else check_id(name, where),
+        index=None if index is None else _check_index(index, where),
         overrides={f: convert(f, v, where) for f, v in values.items()} or NOTHING,
         seeds=None if seeds is None else parse_seed_list(seeds, f"{where}: seeds"),
         metadata=metadata or NOTHING,
@@ -126,6 +127,13 @@ def check_id(value: object, where: str) -> str:
         raise UserError(f"{where}: id={text[:40]!r} has {len(text)} characters: use 1 to 256")
     check_characters(text, f"{where}: id")
     return text
+
+
+def _check_index(value: object, where: str) -> int:
+    number = _number(value)
+    if number is None or number != int(number) or not 0 <= number < 10**9:
+        raise UserError(f"{where}: index={value!r} is not an integer from 0 to 999999999")
+    return int(number)
 
 
 def convert(name: str, value: object, where: str) -> int | float | str:

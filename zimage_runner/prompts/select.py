@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from zimage_runner.errors import UserError
@@ -21,7 +21,7 @@ def read_prompts(source: PromptSource) -> list[Prompt]:
     prompts = list(itertools.islice(expand(source.read(), source.template), source.offset, stop))
     if source.offset or source.sample is not None or shard is not None:
         # Folder names keep the number a prompt has in the whole source, so that parts of one set fit together.
-        prompts = [replace(p, index=source.offset + place) for place, p in enumerate(prompts)]
+        prompts = [replace(p, index=source.offset + n) if p.index is None else p for n, p in enumerate(prompts)]
     if source.sample is not None:
         prompts = _sample(prompts, source.sample, source.sample_seed)
     if shard is not None:
@@ -29,6 +29,7 @@ def read_prompts(source: PromptSource) -> list[Prompt]:
     if not prompts:
         raise UserError(_why_nothing(source))
     _check_ids(prompts)
+    _check_indices(prompts)
     return prompts
 
 
@@ -71,3 +72,17 @@ def _check_ids(prompts: Iterable[Prompt]) -> None:
         if prompt.id in first:
             raise UserError(f"{prompt.source}: id={prompt.id!r} is already used at {first[prompt.id]}: make ids unique")
         first[prompt.id] = prompt.source
+
+
+def _check_indices(prompts: Sequence[Prompt]) -> None:
+    """Numbers decide folder names. They come with the prompts only from another run's prompts.jsonl."""
+    if not any(prompt.index is not None for prompt in prompts):
+        return
+    first: dict[int, Prompt] = {}
+    for place, prompt in enumerate(prompts):
+        index = place if prompt.index is None else prompt.index
+        if index in first:
+            raise UserError(
+                f"{prompt.source}: index={index} is already used at {first[index].source}: make indices unique"
+            )
+        first[index] = prompt

@@ -85,6 +85,7 @@ def _expanded(prompt: Prompt, text: str, values: dict[str, str], number: int | N
         prompt,
         text=check_text(text, prompt.source),
         id=prompt.id if prompt.id is None or number is None else f"{prompt.id}-{number}",
+        index=prompt.index if number is None else None,
         metadata=dict(prompt.metadata) | carried,
     )
 
