@@ -1,0 +1,108 @@
+"""The Engine contract over the native model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.native.conftest import CHECKPOINT
+from zimage_runner.compile import Compile
+from zimage_runner.engines.base import Device, EngineConfig
+from zimage_runner.engines.diffusers import DiffusersEngine
+from zimage_runner.engines.generate import generate_one
+from zimage_runner.engines.native.config import NativeEngine
+from zimage_runner.engines.native.engine import NativeEngineAdapter
+from zimage_runner.errors import UserError
+from zimage_runner.memory import Resident
+from zimage_runner.model import Model, Source
+from zimage_runner.sampling import SamplingParams
+from zimage_runner.weights.checkpoint import Checkpoint
+
+PARAMS = SamplingParams(
+    height=128, width=128, num_inference_steps=4, guidance_scale=0.0, negative_prompt="",
+    max_sequence_length=512, cfg_normalization=0.0, cfg_truncation=1.0,
+)  # fmt: skip
+MODEL = Model(name="nano", source=Source.local, path=str(CHECKPOINT))
+
+
+def create(config: EngineConfig, path: Path = CHECKPOINT):
+    checkpoint = Checkpoint(path=path, revision="test", digest="test")
+    return config.create(checkpoint=checkpoint, model=MODEL, memory=Resident(), compile=Compile())
+
+
+@pytest.fixture(scope="module")
+def engine():
+    engine = create(NativeEngine(device=Device.cpu))
+    yield engine
+    engine.close()
+
+
+def test_describes_itself(engine: NativeEngineAdapter) -> None:
+    assert (engine.device, engine.dtype, engine.attention) == ("cpu", "float32", "native")
+    assert (engine.latent_channels, engine.vae_scale_factor) == (16, 8)
+    assert engine.numerics()["engine"] == "native"
+    assert set(engine.load_phases) == {"load"}
+    engine.synchronize()
+
+
+@pytest.mark.parametrize(
+    "params",
+    [PARAMS, replace(PARAMS, guidance_scale=2.0, negative_prompt="blurry", cfg_truncation=0.7, cfg_normalization=1.0)],
+    ids=["plain", "guided"],
+)
+def test_draws_the_diffusers_engines_picture(engine: NativeEngineAdapter, params: SamplingParams) -> None:
+    reference = create(DiffusersEngine(device=Device.cpu))
+    expected = generate_one(reference, "a red apple", params, seed=7).wait()
+    got = generate_one(engine, "a red apple", params, seed=7).wait()
+    assert got.shape == (1, 128, 128, 3)
+    assert got.dtype == np.uint8
+    assert np.abs(got.astype(int) - expected.astype(int)).max() <= 1
+
+
+def test_a_checkpoint_it_does_not_compute(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    shutil.copytree(CHECKPOINT, path)
+    config = path / "scheduler" / "scheduler_config.json"
+    changed = json.loads(config.read_text()) | {"use_dynamic_shifting": True}
+    config.unlink()
+    config.write_text(json.dumps(changed))
+    with pytest.raises(UserError, match=r"use_dynamic_shifting=True is not supported.*use engine=diffusers"):
+        create(NativeEngine(device=Device.cpu), path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"attention": "xformers"}, "engine.attention=xformers is unknown to engine=native"),
+        ({"cuda_graphs": -1}, "engine.cuda_graphs=-1 is negative"),
+    ],
+)
+def test_fields_that_are_refused(fields: dict, text: str) -> None:
+    with pytest.raises(UserError, match=text):
+        NativeEngine(**fields)
+
+
+def test_combinations_that_are_refused() -> None:
+    class Regional(Compile):
+        @property
+        def label(self) -> str:
+            return "regional"
+
+    check = NativeEngine().check
+    check(MODEL, Resident(), Compile())
+    with pytest.raises(UserError, match=r"compile=regional does nothing for engine=native"):
+        check(MODEL, Resident(), Regional())
+    with pytest.raises(UserError, match=r"noise_device=cuda needs engine\.device=cuda"):
+        NativeEngine(device=Device.cpu, noise_device=Device.cuda).check(MODEL, Resident(), Compile())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_gpus_attention_on_the_cpu() -> None:
+    with pytest.raises(UserError, match=r"engine\.attention=cudnn needs a CUDA GPU"):
+        create(NativeEngine(device=Device.cpu, attention="cudnn"))

@@ -1,0 +1,36 @@
+"""What the native path imports: neither diffusers nor transformers, and its config not even torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.native.conftest import CHECKPOINT
+
+DRAW = f"""
+import sys, torch
+from pathlib import Path
+from zimage_runner.engines.native.engine import NativeEngineAdapter
+from zimage_runner.engines.native.model import Options, load_model
+model = load_model(Path({str(CHECKPOINT)!r}), Options())
+z = torch.randn(1, 16, 8, 8)
+assert model.decode(model.denoise(model.encode(["a cat"], 512), z, 1)).wait().shape == (1, 64, 64, 3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "absent"),
+    [
+        ("import sys; import zimage_runner.engines.native.config", ["torch", "diffusers", "transformers", "numpy"]),
+        # torch._dynamo and sympy take seconds to import, jinja2 is for unknown templates.
+        (DRAW, ["diffusers", "transformers", "accelerate", "torch._dynamo", "jinja2", "triton"]),
+    ],
+    ids=["config", "a picture"],
+)
+def test_never_imported(code: str, absent: list[str]) -> None:
+    report = f"{code}\nprint([name for name in {absent!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", report], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,48 @@
+"""The ``engine=native`` option. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from zimage_runner.engines.base import Device, Engine, EngineConfig
+from zimage_runner.errors import UserError
+
+if TYPE_CHECKING:
+    from zimage_runner.compile import Compile
+    from zimage_runner.memory import Memory
+    from zimage_runner.model import Model
+    from zimage_runner.weights.checkpoint import Checkpoint
+
+ATTENTION_NAMES = ("auto", "native", "flash3", "cudnn", "flash", "efficient", "math")
+
+
+@dataclass(kw_only=True, slots=True)
+class NativeEngine(EngineConfig):
+    """Own modules for the three models: nothing imported, computed or waited for that a batch run does not need."""
+
+    fused_kernels: bool = True
+    """Triton kernels for what lies between two matrix products; off: plain PyTorch, as on machines without Triton."""
+    cuda_graphs: int = 4
+    """Most picture shapes recorded as CUDA graphs at a time (about 0.5 GB of GPU memory for 1024x1024); 0: none."""
+
+    def __post_init__(self) -> None:
+        if self.cuda_graphs < 0:
+            raise UserError(f"engine.cuda_graphs={self.cuda_graphs} is negative: use 0 for none, or a number of shapes")
+        if self.attention not in ATTENTION_NAMES:
+            names = ", ".join(ATTENTION_NAMES)
+            raise UserError(f"engine.attention={self.attention} is unknown to engine=native: use one of {names}")
+
+    def check(self, model: Model, memory: Memory, compile: Compile) -> None:
+        if self.device is Device.cpu and self.noise_device is Device.cuda:
+            raise UserError("engine.noise_device=cuda needs engine.device=cuda: use engine.noise_device=cpu")
+        if compile.label != "none":
+            raise UserError(
+                f"compile={compile.label} does nothing for engine=native, whose kernels are fused already: "
+                "use compile=none, or engine=diffusers"
+            )
+
+    def create(self, *, checkpoint: Checkpoint, model: Model, memory: Memory, compile: Compile) -> Engine:
+        from zimage_runner.engines.native.engine import NativeEngineAdapter
+
+        return NativeEngineAdapter.load(self, checkpoint, model, memory)

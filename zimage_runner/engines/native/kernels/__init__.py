@@ -1,0 +1,39 @@
+"""The few fused operations of the native engine: Triton where there is a GPU, plain PyTorch everywhere else."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Protocol
+
+import torch
+
+
+class Operations(Protocol):
+    """What ``torch_ops`` defines and ``triton_ops`` computes in fewer passes over memory."""
+
+    def scaled_rms_norm(self, x: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor: ...
+
+    def add_gated_norm(
+        self, x: torch.Tensor, update: torch.Tensor, gate: torch.Tensor, next_scale: torch.Tensor | None, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def qk_norm_rope(
+        self, qkv: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+
+    def swiglu(self, w1w3: torch.Tensor) -> torch.Tensor: ...
+
+    def group_norm_silu(
+        self, x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float, silu: bool
+    ) -> torch.Tensor: ...
+
+
+def choose_operations(device: str, fused: bool = True) -> Operations:
+    """Triton's operations on a GPU where Triton is installed and ``fused`` is asked for, else PyTorch's."""
+    if fused and device == "cuda" and importlib.util.find_spec("triton") is not None:
+        from zimage_runner.engines.native.kernels import triton_ops
+
+        return triton_ops  # a module satisfies the protocol by its functions
+    from zimage_runner.engines.native.kernels import torch_ops
+
+    return torch_ops

@@ -1,0 +1,61 @@
+"""The transformer's elementwise operations in plain PyTorch: the reference, and what runs without Triton.
+
+Every norm's learned weight and the step's modulation are multiplied beforehand into one float32 vector, so that
+``rms_norm(x) * weight * (1 + scale)`` is one multiplication. Statistics are taken in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def scaled_rms_norm(x: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / rms(x) * scale. x [..., dim]; scale [dim] float32; result in x's dtype."""
+    if x.dtype == torch.float32:
+        return F.rms_norm(x, x.shape[-1:], scale, eps)
+    return F.rms_norm(x.float(), x.shape[-1:], scale, eps).to(x.dtype)
+
+
+def add_gated_norm(
+    x: torch.Tensor, update: torch.Tensor, gate: torch.Tensor, next_scale: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The residual step and the norm that follows it.
+
+    x' = x + update / rms(update) * gate; h = x' / rms(x') * next_scale. x, update [..., dim]; gate, next_scale [dim]
+    float32. Returns (x', h); h is x' itself without next_scale. x may be overwritten.
+    """
+    x = (x.float() + F.rms_norm(update.float(), update.shape[-1:], gate, eps)).to(x.dtype)
+    return x, x if next_scale is None else scaled_rms_norm(x, next_scale, eps)
+
+
+def qk_norm_rope(
+    qkv: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Normalise each head of query and key, then rotate its channel pairs (2i, 2i + 1) by the token's angles.
+
+    qkv [batch, tokens, 3 * heads * head_dim]; weight [2, head_dim] float32 (query's, key's);
+    cos, sin [tokens, head_dim / 2] float32. Returns query, key, value, each [batch, tokens, heads, head_dim].
+    """
+    heads_and_dim = (3, -1, weight.shape[-1])
+    split = qkv.unflatten(-1, heads_and_dim)
+    normed = F.rms_norm(split[:, :, :2].float(), weight.shape[-1:], None, eps) * weight[:, None, :]
+    pairs = torch.view_as_complex(normed.unflatten(-1, (-1, 2)))
+    turned = torch.view_as_real(pairs * torch.complex(cos, sin)[:, None, None, :]).flatten(-2).to(qkv.dtype)
+    return turned[:, :, 0], turned[:, :, 1], split[:, :, 2]
+
+
+def swiglu(w1w3: torch.Tensor) -> torch.Tensor:
+    """silu(w1 x) * (w3 x) of the fused product [..., 2 * hidden]: w1's half first."""
+    gate, value = w1w3.chunk(2, dim=-1)
+    if w1w3.dtype == torch.float32:
+        return F.silu(gate) * value
+    return (F.silu(gate.float()) * value.float()).to(w1w3.dtype)
+
+
+def group_norm_silu(
+    x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float, silu: bool
+) -> torch.Tensor:
+    """Group norm of x [batch, channels, height, width], then SiLU where asked."""
+    x = F.group_norm(x, groups, weight, bias, eps)
+    return F.silu(x, inplace=True) if silu else x

@@ -1,0 +1,185 @@
+"""Checkpoints into modules: built on the meta device, they take the stored tensors by assignment.
+
+Nothing is initialised and nothing is copied that is already in the right dtype on the right device. Two layouts are
+read: the published one (diffusers' and transformers' tensor names, one file or shards with an index) and the
+modules' own, in which the matrices that are multiplied together are stored together.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from zimage_runner.errors import UserError
+
+M = TypeVar("M", bound=nn.Module)
+
+Rules = tuple[tuple[str, tuple[str, ...]], ...]
+"""(pattern of a module's tensor name, the published tensors that are stacked along the first axis to make it)."""
+
+TRANSFORMER_RULES: Rules = (
+    (r"x_embedder\.(\w+)", (r"all_x_embedder.2-1.\1",)),
+    (r"t_embedder_in\.(\w+)", (r"t_embedder.mlp.0.\1",)),
+    (r"t_embedder_out\.(\w+)", (r"t_embedder.mlp.2.\1",)),
+    (r"cap_norm", ("cap_embedder.0.weight",)),
+    (r"cap_embedder\.(\w+)", (r"cap_embedder.1.\1",)),
+    (r"final_modulation\.(\w+)", (r"all_final_layer.2-1.adaLN_modulation.1.\1",)),
+    (r"final_linear\.(\w+)", (r"all_final_layer.2-1.linear.\1",)),
+    (r"(.+\.attention)\.qkv\.weight", (r"\1.to_q.weight", r"\1.to_k.weight", r"\1.to_v.weight")),
+    (r"(.+\.attention)\.norm_qk", (r"\1.norm_q.weight", r"\1.norm_k.weight")),
+    (r"(.+\.attention)\.out\.weight", (r"\1.to_out.0.weight",)),
+    (r"(.+\.feed_forward)\.w1w3\.weight", (r"\1.w1.weight", r"\1.w3.weight")),
+    (r"(.+_norm[12])", (r"\1.weight",)),
+    (r"(.+\.adaLN_modulation)\.(\w+)", (r"\1.0.\2",)),
+)
+TEXT_ENCODER_RULES: Rules = (
+    (r"(.+\.self_attn)\.qkv_proj\.weight", (r"\1.q_proj.weight", r"\1.k_proj.weight", r"\1.v_proj.weight")),
+    (r"(layers\.\d+)\.gate_up_proj\.weight", (r"\1.mlp.gate_proj.weight", r"\1.mlp.up_proj.weight")),
+    (r"(layers\.\d+)\.down_proj\.weight", (r"\1.mlp.down_proj.weight",)),
+)
+VAE_RULES: Rules = (
+    (r"post_quant_conv\.(\w+)", (r"post_quant_conv.\1",)),
+    (r"mid_resnets\.(.+)", (r"decoder.mid_block.resnets.\1",)),
+    (
+        r"mid_attention\.to_qkv\.(\w+)",
+        tuple(rf"decoder.mid_block.attentions.0.to_{name}.\1" for name in "qkv"),
+    ),
+    (r"mid_attention\.to_out\.(\w+)", (r"decoder.mid_block.attentions.0.to_out.0.\1",)),
+    (r"mid_attention\.(.+)", (r"decoder.mid_block.attentions.0.\1",)),
+    (r"(up_blocks\.\d+)\.upsampler\.(\w+)", (r"decoder.\1.upsamplers.0.conv.\2",)),
+    (r"(.+)", (r"decoder.\1",)),
+)
+
+# Stored tensors that inference does not need.
+TRANSFORMER_UNUSED = r"$^"
+TEXT_ENCODER_UNUSED = r"norm\.weight|lm_head\..+|layers\.{last}\..+|.*rotary_emb\.inv_freq"
+VAE_UNUSED = r"encoder\..+|quant_conv\..+"
+
+FLOAT32 = re.compile(r".*(norm_qk|layernorm\.weight|[qk]_norm\.weight)$")
+"""Small vectors that the modules want in float32 whatever the compute dtype."""
+
+
+class TensorFiles(Mapping[str, torch.Tensor]):
+    """The tensors of one component's folder, each read when it is asked for."""
+
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        from safetensors import safe_open
+
+        self.folder = folder
+        self._files = {path: safe_open(path, framework="pt", device=device) for path in tensor_files(folder)}
+        for handle in self._files.values():
+            prefetch = getattr(handle, "prefetch", None)  # safetensors >= 0.9: several times faster
+            if device != "cpu" and prefetch is not None:
+                prefetch()
+        # A causal language model's checkpoint puts everything but its head below "model.".
+        self._where = {
+            name.removeprefix("model."): (handle, name)
+            for handle in self._files.values()
+            for name in handle.keys()  # noqa: SIM118
+        }
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        handle, stored = self._where[name]
+        return handle.get_tensor(stored)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+
+def tensor_files(folder: Path) -> list[Path]:
+    """A component's safetensors files: those its index names, else the only ones there.
+
+    Raises UserError when there are none or the index names a file that is missing.
+    """
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if indices:
+        names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise UserError(f"{indices[0]} names files that are not there: {_some(missing)}; download the model again")
+        return [folder / name for name in names]
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder} holds no .safetensors file: is it a component of a diffusers-format checkpoint?")
+    return files
+
+
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """A component's configuration. Raises UserError if the file is missing."""
+    path = folder / name
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: is this a diffusers-format checkpoint?") from None
+
+
+def assign(
+    module: M,
+    tensors: Mapping[str, torch.Tensor],
+    rules: Rules,
+    unused: str,
+    device: str,
+    dtype: torch.dtype,
+    label: str,
+) -> M:
+    """Give every parameter of a meta-device module its tensor.
+
+    Raises UserError naming tensors that are missing, of the wrong shape, or known neither to the module nor to
+    ``unused`` (a pattern of whole names): a checkpoint of another architecture must not draw quietly wrong pictures.
+    """
+    taken: set[str] = set()
+    missing: list[str] = []
+    for name, parameter in module.named_parameters():
+        sources = [name] if name in tensors else published_names(name, rules)
+        absent = [source for source in sources if source not in tensors]
+        missing += absent
+        taken.update(sources)
+        if absent:
+            continue
+        kind = torch.float32 if FLOAT32.match(name) else dtype
+        value = _gather([tensors[source] for source in sources], device, kind, parameter.ndim)
+        if value.shape != parameter.shape:
+            shape, expected = list(value.shape), list(parameter.shape)
+            raise UserError(f"{label}: {_some(sources)} has shape {shape}, its config.json says {expected}")
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+    if missing:
+        raise UserError(f"{label}: {len(missing)} tensors are missing: {_some(missing)}")
+    extra = [name for name in tensors if name not in taken and not re.fullmatch(unused, name)]
+    if extra:
+        raise UserError(f"{label}: {len(extra)} tensors belong to no known part of the model: {_some(extra)}")
+    return module.eval()
+
+
+def published_names(name: str, rules: Rules) -> list[str]:
+    """The published tensors that make up a module's tensor."""
+    for pattern, sources in rules:
+        match = re.fullmatch(pattern, name)
+        if match:
+            return [match.expand(source) for source in sources]
+    return [name]
+
+
+def _gather(parts: list[torch.Tensor], device: str, dtype: torch.dtype, ndim: int) -> torch.Tensor:
+    if len(parts) == 1:
+        return parts[0].to(device).to(dtype)  # move, then cast: the device casts faster and fp32 links are wide
+    if parts[0].ndim < ndim:
+        parts = [part[None] for part in parts]
+    rows = [len(part) for part in parts]
+    whole = torch.empty((sum(rows), *parts[0].shape[1:]), device=device, dtype=dtype)
+    for slot, part in zip(whole.split(rows), parts):
+        slot.copy_(part.to(device))
+    return whole
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,245 @@
+"""The loaded model and its three calls: encode, denoise, decode. Knows nothing of configs, files written or runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from zimage_runner.engines.native.attention import Attention, choose_attention
+from zimage_runner.engines.native.graphs import GraphCache
+from zimage_runner.engines.native.images import HostCopy, Ready
+from zimage_runner.engines.native.kernels import Operations, choose_operations
+from zimage_runner.engines.native.loading import (
+    TEXT_ENCODER_RULES,
+    TEXT_ENCODER_UNUSED,
+    TRANSFORMER_RULES,
+    TRANSFORMER_UNUSED,
+    VAE_RULES,
+    VAE_UNUSED,
+    TensorFiles,
+    assign,
+    read_config,
+)
+from zimage_runner.engines.native.rope import (
+    RotaryTable,
+    caption_positions,
+    check_axes,
+    padded_length,
+    rotary_table,
+    sequence_tables,
+)
+from zimage_runner.engines.native.sampler import Guidance, Schedule, euler, make_schedule, read_shift
+from zimage_runner.engines.native.text_encoder import TextEncoder, TextEncoderConfig
+from zimage_runner.engines.native.tokenizer import CaptionTokenizer
+from zimage_runner.engines.native.transformer import PATCH, StepModulation, Transformer, TransformerConfig
+from zimage_runner.engines.native.vae_decoder import VaeConfig, VaeDecoder
+
+CACHED_SHAPES = 32
+CACHED_SCHEDULES = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """How to run, as opposed to what."""
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    attention: str = "auto"
+    fused_kernels: bool = True
+    """Triton's fused operations, where there are a GPU and Triton."""
+    cuda_graphs: int = 0
+    """Most shapes recorded as CUDA graphs at a time."""
+
+
+class NativeModel:
+    """Transformer, text encoder, decoder and tokenizer, and what of their work can be reused."""
+
+    def __init__(
+        self,
+        transformer: Transformer,
+        text_encoder: TextEncoder,
+        vae: VaeDecoder,
+        tokenizer: CaptionTokenizer,
+        shift: float,
+        attention: Attention,
+        options: Options,
+    ) -> None:
+        self.transformer, self.text_encoder, self.vae, self.tokenizer = transformer, text_encoder, vae, tokenizer
+        self.shift = shift
+        self.attention = attention
+        self.options = options
+        self.device = torch.device(options.device)
+        self.graphs = GraphCache(options.cuda_graphs if self.device.type == "cuda" else 0)
+        self._captions = WeakIdKeyDictionary()
+        self._copy_stream = torch.cuda.Stream() if self.device.type == "cuda" else None
+        self._tables = lru_cache(CACHED_SHAPES)(self._make_tables)
+        self._steps = lru_cache(CACHED_SCHEDULES)(self._make_steps)
+
+    @torch.inference_mode()
+    def encode(self, texts: Sequence[str], max_sequence_length: int) -> list[torch.Tensor]:
+        """Caption features [tokens, cap_feat_dim] of each text.
+
+        One text a call of the network: the products' rounding depends on the batch, and a caption's features must
+        not depend on its neighbours. Equal texts share one tensor.
+        """
+        unique = dict.fromkeys(texts)
+        features = {}
+        for text, ids in zip(unique, self.tokenizer(list(unique), max_sequence_length)):
+            features[text] = self.text_encoder(torch.tensor([ids], device=self.device))[0]
+        return [features[text] for text in texts]
+
+    @torch.inference_mode()
+    def denoise(
+        self,
+        prompt_embeds: Sequence[torch.Tensor],
+        noise: torch.Tensor,
+        num_inference_steps: int,
+        guidance: Guidance | None = None,
+        negative_prompt_embeds: Sequence[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Latents [batch, channels, height / 8, width / 8] float32 after all steps, on the model's device.
+
+        prompt_embeds and negative_prompt_embeds: one [tokens, cap_feat_dim] per picture, as ``encode`` gives them;
+        noise float32, standard normal. Raises ValueError for shapes beyond the model's positions.
+        """
+        guidance = guidance or Guidance()
+        schedule, steps = self._steps(num_inference_steps)
+        captions = [self._caption(embeds) for embeds in prompt_embeds]
+        negatives = [self._caption(embeds) for embeds in negative_prompt_embeds or ()]
+        if guidance.scale > 0 and len(negatives) != len(captions):
+            raise ValueError("guidance_scale > 0 needs negative_prompt_embeds, one per picture")
+        groups = {False: group_captions(captions), True: group_captions(captions + negatives)}
+
+        def predict(step: int, latents: torch.Tensor, guided: bool) -> torch.Tensor:
+            if guided:
+                latents = latents.repeat(2, 1, 1, 1)
+            return self._velocity(latents, groups[guided], steps[step], first=step == 0)
+
+        with self.attention.context():
+            return euler(self._to_device(noise.float()), schedule, guidance, predict)
+
+    @torch.inference_mode()
+    def decode(self, latents: torch.Tensor) -> HostCopy | Ready:
+        """Pictures of the latents, on their way to the host: ``wait()`` gives uint8 [batch, height, width, 3]."""
+        pixels = self.vae(latents.to(self.device, torch.float32))
+        return Ready(pixels) if self._copy_stream is None else HostCopy(pixels, self._copy_stream)
+
+    def close(self) -> None:
+        """Free the weights and everything cached."""
+        self.graphs.clear()
+        self._captions.clear()
+        self._tables.cache_clear()
+        self._steps.cache_clear()
+        del self.transformer, self.text_encoder, self.vae
+
+    def _velocity(
+        self, latents: torch.Tensor, groups: list[tuple[list[int], torch.Tensor]], step: StepModulation, first: bool
+    ) -> torch.Tensor:
+        if len(groups) == 1:
+            return self._forward(latents, groups[0][1], step, first)
+        # Captions of different padded lengths, as under guidance: one forward each length, no mask.
+        velocity = torch.empty_like(latents)
+        for rows, caption in groups:
+            index = torch.tensor(rows, device=latents.device)
+            velocity[index] = self._forward(latents[index], caption, step, first)
+        return velocity
+
+    def _forward(self, latents: torch.Tensor, caption: torch.Tensor, step: StepModulation, first: bool) -> torch.Tensor:
+        key = (tuple(latents.shape), caption.shape[1])
+        image_rope, unified_rope = self._tables(latents.shape[2] // PATCH, latents.shape[3] // PATCH, caption.shape[1])
+
+        def forward(latents: torch.Tensor, caption: torch.Tensor, *step: torch.Tensor) -> torch.Tensor:
+            return self.transformer(latents, caption, StepModulation(*step), image_rope, unified_rope)
+
+        return self.graphs.call(key, forward, (latents, caption, *step), first)
+
+    def _caption(self, embeds: torch.Tensor) -> torch.Tensor:
+        """Refined caption [padded tokens, dim]; remembered as long as ``embeds`` itself lives."""
+        refined = self._captions.get(embeds)
+        if refined is None:
+            self._captions[embeds] = refined = self._refine(embeds)
+        return refined
+
+    def _refine(self, embeds: torch.Tensor) -> torch.Tensor:
+        config, dtype = self.transformer.config, self.options.dtype
+        tokens, length = len(embeds), padded_length(len(embeds))
+        check_axes(1, 1, length, config.axes_lens)
+        features = torch.zeros(1, length, config.cap_feat_dim, device=self.device, dtype=dtype)
+        features[0, :tokens] = embeds.to(self.device, dtype)
+        padding = torch.arange(length, device=self.device)[None] >= tokens
+        table = rotary_table(caption_positions(length), config.axes_dims, config.rope_theta)
+        rope = RotaryTable(self._to_device(table.cos), self._to_device(table.sin))
+        with self.attention.context():
+            return self.transformer.embed_caption(features, padding, rope)[0]
+
+    def _make_tables(self, rows: int, columns: int, caption_length: int) -> tuple[RotaryTable, RotaryTable]:
+        config = self.transformer.config
+        check_axes(rows, columns, caption_length, config.axes_lens)
+        return sequence_tables(rows, columns, caption_length, config.axes_dims, config.rope_theta, self.device)
+
+    def _make_steps(self, num_inference_steps: int) -> tuple[Schedule, list[StepModulation]]:
+        schedule = make_schedule(num_inference_steps, self.shift)
+        return schedule, self.transformer.modulation(self._to_device(schedule.times))
+
+    def _to_device(self, x: torch.Tensor) -> torch.Tensor:
+        # From pageable memory the copy would wait for all work that is queued on the GPU.
+        return x if self.device.type == "cpu" else x.pin_memory().to(self.device, non_blocking=True)
+
+
+def group_captions(captions: Sequence[torch.Tensor]) -> list[tuple[list[int], torch.Tensor]]:
+    """Rows of equal padded length together: (row numbers, [rows, tokens, dim]) for each length."""
+    rows: dict[int, list[int]] = {}
+    for row, caption in enumerate(captions):
+        rows.setdefault(len(caption), []).append(row)
+    return [(group, torch.stack([captions[row] for row in group])) for group in rows.values()]
+
+
+def load_model(path: Path, options: Options) -> NativeModel:
+    """Load a diffusers-format checkpoint directory. Raises UserError or ValueError for one that is not supported."""
+    ops = choose_operations(options.device, options.fused_kernels)
+    tokenizer = CaptionTokenizer(path / "tokenizer")
+    shift = read_shift(read_config(path / "scheduler", "scheduler_config.json"))
+    text_encoder = load_text_encoder(path / "text_encoder", options)
+    transformer, attention = load_transformer(path / "transformer", options, ops)
+    vae = load_vae(path / "vae", options, ops)
+    return NativeModel(transformer, text_encoder, vae, tokenizer, shift, attention, options)
+
+
+def load_text_encoder(folder: Path, options: Options) -> TextEncoder:
+    """The caption encoder of a checkpoint's text_encoder folder."""
+    config = TextEncoderConfig.from_published(read_config(folder))
+    with torch.device("meta"):
+        module = TextEncoder(config)
+    tensors = TensorFiles(folder, options.device)
+    unused = TEXT_ENCODER_UNUSED.format(last=config.num_hidden_layers - 1)
+    return assign(module, tensors, TEXT_ENCODER_RULES, unused, options.device, options.dtype, "text_encoder")
+
+
+def load_transformer(folder: Path, options: Options, ops: Operations) -> tuple[Transformer, Attention]:
+    """The transformer of a checkpoint's transformer folder and the attention backend it runs on."""
+    config = TransformerConfig.from_published(read_config(folder))
+    attention = choose_attention(options.attention, options.device, options.dtype, config.head_dim)
+    with torch.device("meta"):
+        module = Transformer(config, ops, attention.attend)
+    tensors = TensorFiles(folder, options.device)
+    module = assign(
+        module, tensors, TRANSFORMER_RULES, TRANSFORMER_UNUSED, options.device, options.dtype, "transformer"
+    )
+    return module, attention
+
+
+def load_vae(folder: Path, options: Options, ops: Operations) -> VaeDecoder:
+    """The decoder of a checkpoint's vae folder, channels last."""
+    with torch.device("meta"):
+        module = VaeDecoder(VaeConfig.from_published(read_config(folder)), ops)
+    tensors = TensorFiles(folder, options.device)
+    module = assign(module, tensors, VAE_RULES, VAE_UNUSED, options.device, options.dtype, "vae")
+    for parameter in module.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return module

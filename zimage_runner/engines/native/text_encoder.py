@@ -1,0 +1,134 @@
+"""The caption encoder: Qwen3 without its last layer, head and cache, because Z-Image reads ``hidden_states[-2]``.
+
+Arithmetic follows transformers' Qwen3Model. Attention is causal and captions are padded on the right, so a
+caption's tokens never see padding and no mask is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from zimage_runner.engines.native.layers import Embedding, Linear
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextEncoderConfig:
+    """The fields of the published ``text_encoder/config.json`` that decide the arithmetic."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+
+    @classmethod
+    def from_published(cls, config: Mapping[str, Any]) -> TextEncoderConfig:
+        """Read a config.json. Raises ValueError for a variant that this module does not compute."""
+        # transformers 5 writes rope_parameters, version 4 rope_theta and rope_scaling.
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        only = {"model_type": "qwen3", "hidden_act": "silu", "attention_bias": False}
+        for name, value in only.items():
+            if config.get(name, value) != value:
+                raise ValueError(f"text_encoder/config.json: {name}={config[name]!r} is not supported, only {value!r}")
+        if rope.get("rope_type", "default") != "default":
+            raise ValueError(f"text_encoder/config.json: rope_type={rope['rope_type']!r} is not supported")
+        if config.get("use_sliding_window"):
+            raise ValueError("text_encoder/config.json: use_sliding_window=true is not supported")
+        derived = {
+            "rope_theta": rope.get("rope_theta", config.get("rope_theta", 10000.0)),
+            "head_dim": config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
+        }
+        return cls(**{f.name: derived.get(f.name) or config[f.name] for f in fields(cls)})
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, statistics in float32."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
+
+
+class Qwen3Attention(nn.Module):
+    """Causal attention with fewer key and value heads than query heads, and a norm per head."""
+
+    def __init__(self, config: TextEncoderConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads, config.num_key_value_heads, config.head_dim,
+        )  # fmt: skip
+        self.qkv_proj = Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
+        self.o_proj = Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+
+    def forward(self, h: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        qkv = self.qkv_proj(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        query, key, value = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        query, key = rotate_halves(self.q_norm(query), cos, sin), rotate_halves(self.k_norm(key), cos, sin)
+        groups = self.heads // self.kv_heads
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class Qwen3Layer(nn.Module):
+    """Attention and SwiGLU feed-forward, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: TextEncoderConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Qwen3Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        gate, up = self.gate_up_proj(self.post_attention_layernorm(x)).chunk(2, dim=-1)
+        return x + self.down_proj(F.silu(gate) * up)
+
+
+class TextEncoder(nn.Module):
+    """Token ids to caption features."""
+
+    def __init__(self, config: TextEncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Qwen3Layer(config) for _ in range(config.num_hidden_layers - 1))
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Hidden states [batch, tokens, hidden_size] before the last layer; ids [batch, tokens] padded on the right."""
+        x = self.embed_tokens(token_ids)
+        cos, sin = self.rotary(token_ids.shape[1], x.device)
+        for layer in self.layers:
+            x = layer(x, cos, sin)
+        return x
+
+    def rotary(self, tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine [tokens, head_dim] float32, both halves alike."""
+        dim = self.config.head_dim
+        frequencies = 1.0 / self.config.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+        angles = torch.outer(torch.arange(tokens, dtype=torch.float32), frequencies).repeat(1, 2).to(device)
+        return angles.cos(), angles.sin()
+
+
+def rotate_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate channel i against channel i + head_dim / 2. x [batch, heads, tokens, head_dim]."""
+    first, second = x.float().chunk(2, dim=-1)
+    return (x.float() * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)

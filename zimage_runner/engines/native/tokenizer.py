@@ -1,0 +1,83 @@
+"""Captions to token ids with the ``tokenizers`` library alone, in the chat template the model was trained with.
+
+A caption becomes the user turn of a conversation, followed by the start of the assistant's turn
+(``add_generation_prompt=True, enable_thinking=True``), cut at max_sequence_length tokens as diffusers does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from zimage_runner.errors import UserError
+
+USER_TURN = ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
+"""What Qwen3's template puts before and after a single user message."""
+
+KNOWN_TEMPLATES = {"94d754f89b5c462771bdd267b01a769ab6c028d5e077e0ade4e9f837c248e31d": USER_TURN}
+"""sha256 of templates whose rendering is known; any other is rendered once with jinja2."""
+
+
+class CaptionTokenizer:
+    """Token ids of captions."""
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise UserError(f"{path} is missing: engine=native needs it; use engine=diffusers for this checkpoint")
+        self._tokenizer = Tokenizer.from_file(str(path))
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self.before, self.after = user_turn(read_chat_template(folder), str(folder))
+
+    def __call__(self, texts: Sequence[str], max_sequence_length: int) -> list[list[int]]:
+        """Ids of each caption in its template, at most ``max_sequence_length`` of them."""
+        self._tokenizer.enable_truncation(max_sequence_length)
+        encodings = self._tokenizer.encode_batch([self.before + text + self.after for text in texts])
+        return [encoding.ids for encoding in encodings]
+
+
+def read_chat_template(folder: Path) -> str:
+    """The checkpoint's template: chat_template.jinja, else the field of tokenizer_config.json."""
+    separate = folder / "chat_template.jinja"
+    if separate.is_file():
+        return separate.read_text(encoding="utf-8")
+    config = folder / "tokenizer_config.json"
+    template = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
+    if not isinstance(template, str):
+        raise UserError(f"{folder} holds no chat template: use engine=diffusers for this checkpoint")
+    return template
+
+
+def user_turn(template: str, where: str) -> tuple[str, str]:
+    """What the template puts before and after a lone user message.
+
+    Raises UserError if the template cannot be rendered or changes the message itself.
+    """
+    known = KNOWN_TEMPLATES.get(hashlib.sha256(template.encode()).hexdigest())
+    if known is not None:
+        return known
+    try:
+        probes = [(message, _render(template, message)) for message in ("a probe", "<other>  probe\n2 ")]
+    except Exception as error:  # a template is a program; whatever it raises, the user is told what to do
+        raise UserError(f"{where}: chat template cannot be rendered ({error}): use engine=diffusers") from None
+    before, found, after = probes[0][1].partition(probes[0][0])
+    if not found or any(rendered != before + message + after for message, rendered in probes):
+        raise UserError(f"{where}: chat template changes the message it wraps: use engine=diffusers")
+    return before, after
+
+
+def _render(template: str, message: str) -> str:
+    """As transformers' apply_chat_template renders it, in its sandbox settings."""
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
+    return environment.from_string(template).render(
+        messages=[{"role": "user", "content": message}], add_generation_prompt=True, enable_thinking=True
+    )
