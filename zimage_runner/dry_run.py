@@ -53,7 +53,7 @@ def _items(job: Job, remaining: int) -> str:
 
 
 def _bucket_rows(job: Job, done: Callable[[WorkItem], bool] | None) -> list[tuple[str, str]]:
-    batch_size = job.config.engine.batch_size
+    batch_size = job.config.engine.largest_batch
     batches: dict[Bucket, tuple[int, int]] = {}
     for batch in job.plan.batches(batch_size, done):
         items, count = batches.get(batch[0].bucket, (0, 0))

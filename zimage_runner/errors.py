@@ -10,6 +10,10 @@ class UserError(Exception):
     """
 
 
+class RunStopped(RuntimeError):
+    """The run cannot go on; what is finished is kept and resuming does the rest. One line, exit code 130."""
+
+
 class BadPictureError(RuntimeError):
     """A picture that must not be saved as good: NaN or Inf in it, or a single colour throughout."""
 

@@ -13,6 +13,8 @@ from zimage_runner.plan import CountTokens, Plan, WorkItem, build_plan
 from zimage_runner.prompts import read_prompts
 from zimage_runner.prompts.base import PromptSource
 from zimage_runner.prompts.inline import Inline
+from zimage_runner.prompts.jsonl import Jsonl
+from zimage_runner.prompts.snapshot import SNAPSHOT_NAME
 from zimage_runner.sampling import resolve_sampling
 from zimage_runner.seeds import parse_seeds
 from zimage_runner.session import SessionConfig
@@ -35,7 +37,7 @@ class Job:
     @property
     def shapes(self) -> list[WarmupShape]:
         """Each shape of the plan, for warm-up: sizes and guidance on or off, and caption lengths for compiled code."""
-        counts = self.plan.buckets()
+        counts, engine = self.plan.buckets(), self.config.engine
         shapes: dict[tuple[Any, ...], WarmupShape] = {}
         last = None
         for item in self.plan.items:
@@ -45,7 +47,7 @@ class Job:
             last = bucket
             captions = (bucket.caption_tokens, bucket.negative_caption_tokens)
             caption, negative = captions if self.config.compile.specializes else (0, 0)
-            batch = min(self.config.engine.batch_size, counts[bucket])
+            batch = 1 if engine.auto_batch else min(engine.largest_batch, counts[bucket])
             key = (params.height, params.width, params.uses_guidance, caption, negative, batch)
             if key not in shapes:
                 shapes[key] = WarmupShape(
@@ -119,7 +121,12 @@ def token_counter(checkpoint: Path) -> CountTokens | None:
 
 
 def prompt_source(config: RunConfig) -> PromptSource:
-    """``prompt=TEXT`` stands for an inline source of one prompt; both at once are refused."""
+    """``prompt=TEXT`` stands for an inline source of one prompt; both at once are refused.
+
+    A resumed run has its prompts beside its pictures.
+    """
+    if config.resume is not None and (saved := Path(config.resume) / SNAPSHOT_NAME).is_file():
+        return Jsonl(path=str(saved))
     if config.prompt is None:
         return config.prompts
     if isinstance(config.prompts, Inline) and not config.prompts.texts:

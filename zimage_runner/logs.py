@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -16,7 +17,7 @@ LOGGER = logging.getLogger("zimage_runner")
 @contextlib.contextmanager
 def run_log(path: Path) -> Iterator[None]:
     """Append this package's log lines from INFO to ``path`` while the block runs."""
-    handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+    handler = _RunLog(path, encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     level = LOGGER.level
     LOGGER.addHandler(handler)
@@ -37,6 +38,17 @@ def log_to_terminal() -> None:
     LOGGER.propagate = False
 
 
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print a line (to stderr) for a person, if anyone can still read it: a closed terminal or pipe ends no run."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=file or sys.stderr, flush=True)
+
+
+class _RunLog(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A full disk or a vanished directory is met and reported by the writer of the pictures."""
+
+
 class _StderrHandler(logging.Handler):
     """Writes above the progress bar instead of through it."""
 
@@ -44,4 +56,5 @@ class _StderrHandler(logging.Handler):
         super().__init__(logging.WARNING)
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(f"zimage_runner: {self.format(record)}", file=sys.stderr)
+        with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
+            tqdm.write(f"zimage_runner: {self.format(record)}", file=sys.stderr)

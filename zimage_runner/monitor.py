@@ -11,20 +11,55 @@ from zimage_runner import __version__
 
 GB = 1e9
 LIBRARIES = ("torch", "diffusers", "transformers", "numpy", "pillow", "hydra-core")
+MEMORY_MARGIN = 0.85
+"""Share of the free memory that engine.batch_size=auto plans with; fragments take some of the rest."""
+
+_peaks_before_reset = {"peak_allocated_gb": 0.0, "peak_reserved_gb": 0.0}
 
 
 def gpu_memory() -> dict[str, float]:
     """GB (1e9 bytes) allocated and reserved by this process on its current GPU, now and at most; {} without a GPU."""
-    torch: Any = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
+    torch = _torch_with_gpu()
+    if torch is None:
         return {}
     stats = torch.cuda.memory_stats()
-    return {
+    reading = {
         "allocated_gb": stats["allocated_bytes.all.current"] / GB,
         "reserved_gb": stats["reserved_bytes.all.current"] / GB,
         "peak_allocated_gb": stats["allocated_bytes.all.peak"] / GB,
         "peak_reserved_gb": stats["reserved_bytes.all.peak"] / GB,
     }
+    return reading | {name: max(before, reading[name]) for name, before in _peaks_before_reset.items()}
+
+
+def free_gpu_bytes() -> int:
+    """Bytes this process may still allocate on its GPU: free ones, its own cache, within its memory fraction."""
+    torch = _torch_with_gpu()
+    if torch is None:
+        return 0
+    free, total = torch.cuda.mem_get_info()
+    allocated = torch.cuda.memory_allocated()
+    free += torch.cuda.memory_reserved() - allocated
+    fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda: 1.0)()
+    return int(min(free, fraction * total - allocated))
+
+
+class BatchMemory:
+    """What one picture needs: made before it is drawn, asked after it."""
+
+    def __init__(self) -> None:
+        self._torch = _torch_with_gpu()
+        if self._torch is not None:
+            _peaks_before_reset.update({k: v for k, v in gpu_memory().items() if k in _peaks_before_reset})
+            self._torch.cuda.reset_peak_memory_stats()
+            self._before = self._torch.cuda.memory_allocated()
+
+    def pictures_that_fit(self, most: int) -> int:
+        """How many pictures like the one just drawn fit at once, 1 to ``most``; 1 without a GPU."""
+        if self._torch is None:
+            return 1
+        one = max(1, self._torch.cuda.max_memory_allocated() - self._before)
+        return max(1, min(most, int(free_gpu_bytes() * MEMORY_MARGIN / one)))
 
 
 def peak_host_gb() -> float:
@@ -43,3 +78,11 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _torch_with_gpu() -> Any:
+    """torch if it is loaded and has used a GPU already, else None."""
+    torch: Any = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return None
+    return torch

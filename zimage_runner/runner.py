@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import sys
 from collections.abc import Iterator, Mapping
@@ -12,9 +13,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from zimage_runner.config.schema import RunConfig
+from zimage_runner.errors import RunStopped
 from zimage_runner.executors.base import Batch, Executor
 from zimage_runner.job import Job, prepare
-from zimage_runner.logs import run_log
+from zimage_runner.logs import run_log, say
 from zimage_runner.outputs.json_text import readable_json
 from zimage_runner.outputs.ledger import Ledger
 from zimage_runner.outputs.run_dir import RunDirectory
@@ -22,6 +24,7 @@ from zimage_runner.outputs.summary import Summary, table
 from zimage_runner.outputs.writer import Outcome, PictureJob, Writer
 from zimage_runner.plan import Fingerprints, WorkItem
 from zimage_runner.session import Session
+from zimage_runner.signals import EXIT_INTERRUPTED, StopRequest, graceful_stop
 
 log = logging.getLogger(__name__)
 
@@ -37,15 +40,21 @@ def run(config: RunConfig, directory: Path, composed: Mapping[str, str]) -> int:
 
         print(describe(job))
         return 0
-    with RunDirectory.create(directory) as run_dir:
+    with graceful_stop() as stop, RunDirectory.create(directory) as run_dir:
         run_dir.check_space([(i.params.height, i.params.width) for i in job.plan.items], config.output)
-        executor = config.executor.create(functools.partial(Session, job.session, job.shapes, job.texts))
+        executor = config.executor.create(
+            functools.partial(Session, job.session, job.shapes, job.texts),
+            auto_batch=config.engine.auto_batch,
+            health=config.memory.health,
+            stop=stop,
+        )
         try:
-            executor.start()  # before anything is written: a refusal leaves no run directory behind
+            with stop.interruptible():
+                executor.start()  # before anything is written: a refusal leaves no run directory behind
             for name, text in composed.items():
                 run_dir.write_file(f".hydra/{name}", text.encode())
             with run_log(run_dir.log_path):
-                return Run(job, run_dir, executor).execute()
+                return Run(job, run_dir, executor, stop).execute()
         finally:
             executor.close()
 
@@ -53,10 +62,11 @@ def run(config: RunConfig, directory: Path, composed: Mapping[str, str]) -> int:
 class Run:
     """One pass over the plan in an open run directory."""
 
-    def __init__(self, job: Job, run_dir: RunDirectory, executor: Executor) -> None:
+    def __init__(self, job: Job, run_dir: RunDirectory, executor: Executor, stop: StopRequest) -> None:
         self.job = job
         self.run_dir = run_dir
         self.executor = executor
+        self.stop = stop
         self.report = executor.report()
         self.fingerprints = Fingerprints(job.checkpoint.digest, self.report["numerics"])
         self.summary = Summary(run_dir.path, planned=len(job.plan))
@@ -74,20 +84,26 @@ class Run:
             self.writer = Writer(self.run_dir, ledger, self.job.config.output, self._on_done)
             self.summary.start_clock()
             self.writer.start_clock()
-            try:
+            stopped = self._draw_all()
+        return self._finish(stopped)
+
+    def _draw_all(self) -> str | None:
+        """Draw and write what can be; why that ended early, if it did."""
+        try:
+            with contextlib.closing(self.writer):
                 self._draw(self._batches())
-            finally:
-                self.writer.close()
-        return self._finish()
+        except RunStopped as error:
+            return str(error)
+        return self.stop.signal_name
 
     def _batches(self) -> Iterator[Batch]:
-        for items in self.job.plan.batches(self.job.config.engine.batch_size):
+        for items in self.job.plan.batches(self.job.config.engine.largest_batch):
             yield Batch(items=items)
 
     def _draw(self, batches: Iterator[Batch]) -> None:
         """Draw the plan's batches, then whatever came out bad once more."""
         for attempt in range(1, MAX_ATTEMPTS + 1):
-            for result in self.executor.run(batches):
+            for result in self.executor.run(itertools.takewhile(lambda _: not self.stop, batches)):
                 jobs = [self._picture_job(item, {**result.details, "attempt": attempt}) for item in result.items]
                 if result.images is not None:
                     self.writer.submit(jobs, result.images)
@@ -96,7 +112,7 @@ class Run:
                         self.writer.fail(picture, result.error or "unknown error")
             self.writer.flush()
             again, self._again = self._again, []
-            if not again:
+            if not again or self.stop:
                 return
             batches = iter([Batch(items=[item], attempt=attempt + 1) for item in again])
 
@@ -126,9 +142,13 @@ class Run:
         self.summary.add(outcome)
         self._bar.update()
 
-    def _finish(self) -> int:
-        summary = self.summary.to_dict(self.executor.report())
-        self.run_dir.write_file("summary.json", readable_json(summary))
-        print(table(summary), file=sys.stderr)
-        print(self.run_dir.path)
-        return 1 if self.summary.failed else 0
+    def _finish(self, stopped: str | None) -> int:
+        """Write and print the summary; the exit code."""
+        summary = self.summary.to_dict(self.executor.report(), stopped=stopped)
+        try:
+            self.run_dir.write_file("summary.json", readable_json(summary))
+        except RunStopped as error:
+            log.warning("%s", error)
+        say(table(summary))
+        say(str(self.run_dir.path), sys.stdout)
+        return EXIT_INTERRUPTED if summary["items"]["remaining"] else 1 if self.summary.failed else 0

@@ -14,6 +14,7 @@ from zimage_runner import monitor
 from zimage_runner.compile import Compile
 from zimage_runner.engines.base import DenoiseRequest, Engine, EngineConfig
 from zimage_runner.executors.base import GeneratedBatch
+from zimage_runner.executors.faults import is_out_of_memory
 from zimage_runner.memory import HealthCheck, Memory
 from zimage_runner.model import Model
 from zimage_runner.warmup import WARMUP_PROMPT, Warmup, WarmupShape
@@ -83,12 +84,22 @@ class Session:
     def warm_up(self, shapes: Sequence[WarmupShape]) -> None:
         """Run the warm-up for these shapes. Called again when another job brings shapes that are not warm yet."""
         started = time.perf_counter()
-        passes = self.config.warmup.run(self.engine, shapes, self.encode)
+        try:
+            passes = self.config.warmup.run(self.engine, shapes, self.encode)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            # The loop's own steps down (smaller batches, tiles) will find what fits.
+            log.warning("the warm-up ran out of memory and was left unfinished: %s", error)
+            passes = []
         self._report["phases"]["warm_up"] = time.perf_counter() - started
         self._report["warmup_passes"] = [asdict(p) for p in passes]
 
-    def generate(self, items: Sequence[WorkItem], *, attempt: int = 1) -> GeneratedBatch:
-        """Draw one batch: items of one bucket, so of equal sampling params and padded caption length."""
+    def generate(self, items: Sequence[WorkItem], *, attempt: int = 1, tiled: bool = False) -> GeneratedBatch:
+        """Draw one batch: items of one bucket, so of equal sampling params and padded caption length.
+
+        ``attempt`` above 1: the first try gave a bad picture, so decode in float32. ``tiled``: decode in tiles.
+        """
         params = items[0].params
         health = self._check_health()
         clock = _Clock()
@@ -102,7 +113,10 @@ class Session:
         )
         latents = self.engine.denoise(request)
         clock.lap("denoise")
-        images = self.engine.decode(latents)
+        if attempt > 1 or tiled:
+            images = self.engine.decode_carefully(latents, float32=attempt > 1, tiled=tiled)
+        else:
+            images = self.engine.decode(latents)
         clock.lap("decode")
         return GeneratedBatch(images=images, details={"timings": clock.laps} | health)
 

@@ -22,10 +22,20 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal_name: str | None = None
         """SIGINT, SIGTERM or SIGHUP once one has arrived."""
+        self._event = threading.Event()
         self._interruptible = False
 
     def __bool__(self) -> bool:
-        return self.signal_name is not None
+        return self._event.is_set()
+
+    def wait(self, seconds: float) -> bool:
+        """Sleep, but no longer than until the request; whether there is one."""
+        return self._event.wait(seconds)
+
+    def set(self, signal_name: str) -> None:
+        """Ask the run to end; the first name stays."""
+        self.signal_name = self.signal_name or signal_name
+        self._event.set()
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -40,7 +50,7 @@ class StopRequest:
 
     def on_signal(self, number: int, _frame: FrameType | None) -> None:
         """Python-level handler, in the main thread."""
-        self.signal_name = self.signal_name or signal.Signals(number).name
+        self.set(signal.Signals(number).name)
         if self._interruptible:
             self._interruptible = False
             raise KeyboardInterrupt
@@ -82,7 +92,7 @@ def _count(reader: int, numbers: frozenset[int], request: StopRequest) -> None:
                 continue
             count += 1
             if count == 1:
-                request.signal_name = request.signal_name or signal.Signals(number).name
+                request.set(signal.Signals(number).name)
                 _say(f"{signal.Signals(number).name}: finishing the pictures in flight; once more to exit at once")
             else:
                 _say("exiting at once; finished pictures are kept")

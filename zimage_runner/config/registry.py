@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
@@ -11,6 +9,7 @@ from zimage_runner.compile import Full, NoCompile, Regional
 from zimage_runner.config.schema import RunConfig, folder_name
 from zimage_runner.engines.diffusers import DiffusersEngine
 from zimage_runner.executors.inline import InlineExecutorConfig
+from zimage_runner.executors.process import ProcessExecutorConfig
 from zimage_runner.memory import GroupOffload, ModelOffload, Resident, SequentialOffload, Staged
 from zimage_runner.model import Model
 from zimage_runner.outputs.config import Output
@@ -49,13 +48,8 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "stdin": Stdin,
     },
     "output": {"output": Output},
-    "executor": {"inline": InlineExecutorConfig},
+    "executor": {"inline": InlineExecutorConfig, "process": ProcessExecutorConfig},
 }
-
-PACKAGE = Path(__file__).resolve().parent.parent
-# conf/ lies inside the package in a wheel and beside it in a checkout or an editable install.
-CONFIG_DIR = next(d for d in (PACKAGE / "conf", PACKAGE.parent / "conf") if d.is_dir())
-
 
 def register() -> None:
     """Store the schemas under schema/<group>/<option>; calling it twice is harmless."""

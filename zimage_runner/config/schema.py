@@ -8,13 +8,14 @@ from typing import Any
 from omegaconf import MISSING
 
 from zimage_runner.compile import Compile
-from zimage_runner.engines.base import EngineConfig
+from zimage_runner.engines.base import AUTO, EngineConfig
 from zimage_runner.errors import UserError
 from zimage_runner.executors.base import ExecutorConfig
 from zimage_runner.memory import Memory
 from zimage_runner.model import Model
 from zimage_runner.outputs.config import Output
 from zimage_runner.prompts.base import PromptSource
+from zimage_runner.resume.progress import Retry
 from zimage_runner.sampling import Sampling
 from zimage_runner.warmup import Warmup
 
@@ -33,6 +34,14 @@ class RunConfig:
     """List, "0-9,42", or a mapping {count, base} or {count, derive: prompt}."""
     dry_run: bool = False
     """Print the plan and generate nothing."""
+    resume: str | None = None
+    """Finish this run directory, or ``latest``, with its own settings."""
+    retry: Retry = Retry.unfinished
+    """With resume: draw unfinished items (missing and failed), or failed ones alone."""
+    verify: bool = False
+    """With resume: read every finished picture and draw again those whose bytes changed."""
+    skip_existing: str | None = None
+    """Directory or glob of earlier runs: their identical pictures are linked instead of drawn."""
 
     model: Model = MISSING
     engine: EngineConfig = MISSING
@@ -48,8 +57,10 @@ class RunConfig:
         folder_name(self.name)
         if self.prompt is not None and not self.prompt.strip():
             raise UserError("prompt='' is empty: write prompt='what the picture should show'")
-        if self.engine.batch_size < 1:
-            raise UserError(f"engine.batch_size={self.engine.batch_size} is below 1: use 1 or more")
+        check_batch_size(self.engine)
+        if self.resume is None and (self.verify or self.retry is not Retry.unfinished):
+            field = "verify=true" if self.verify else f"retry={self.retry.name}"
+            raise UserError(f"{field} needs resume=RUN_DIRECTORY (or resume=latest): say which run")
 
 
 def folder_name(name: str) -> str:
@@ -57,3 +68,14 @@ def folder_name(name: str) -> str:
     if not name or name.startswith(".") or not all(c.isalnum() or c in "._-" for c in name):
         raise UserError(f"name={name!r} is not a folder name: use letters, digits, '.', '-' and '_'")
     return name
+
+
+def check_batch_size(engine: EngineConfig) -> None:
+    """A whole number from 1, or auto."""
+    size = engine.batch_size
+    if size == AUTO:
+        return
+    if type(size) is not int:
+        raise UserError(f"engine.batch_size={size} is neither a whole number nor auto: use e.g. 4, or auto")
+    if size < 1:
+        raise UserError(f"engine.batch_size={size} is below 1: use 1 or more, or auto")

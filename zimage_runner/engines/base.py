@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from zimage_runner.weights.checkpoint import Checkpoint
 
 
+AUTO = "auto"
+MOST_AUTO_BATCH = 16
+"""batch_size=auto goes no higher: larger batches of a model this size gain nothing more."""
+
+
 class Device(enum.Enum):
     """Where the model runs. ``auto`` is cuda where there is a GPU, else cpu."""
 
@@ -36,12 +41,22 @@ class EngineConfig(abc.ABC):
     """Common fields of the ``engine`` group. Subclasses add their own and create the engine."""
 
     device: Device = Device.auto
-    batch_size: int = 1
-    """Most items of one bucket denoised together."""
+    batch_size: Any = 1  # int | str: OmegaConf 2.3 cannot merge unions
+    """Most items of one bucket denoised together; auto: as many as fit into the GPU's memory, measured on the first."""
     noise_device: Device = Device.cpu
     """Where each item's initial noise is drawn. Noise from the CPU is the same on every machine."""
     attention: str = "auto"
     """Attention backend by its diffusers name, or auto: the fastest that this machine has."""
+
+    @property
+    def auto_batch(self) -> bool:
+        """Whether the batch size is found by measuring."""
+        return self.batch_size == AUTO
+
+    @property
+    def largest_batch(self) -> int:
+        """``batch_size``, or the bound that auto works under."""
+        return MOST_AUTO_BATCH if self.auto_batch else self.batch_size
 
     @abc.abstractmethod
     def check(self, model: Model, memory: Memory, compile: Compile) -> None:
@@ -113,6 +128,13 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     def decode(self, latents: torch.Tensor) -> PendingImages:
         """Pictures of the latents. Work may still run on the device when this returns."""
+
+    def decode_carefully(self, latents: torch.Tensor, *, float32: bool = False, tiled: bool = False) -> PendingImages:
+        """As decode, for what decode could not do: in float32 after NaN or Inf, in tiles after running out of memory.
+
+        An engine that cannot do either decodes as usual.
+        """
+        return self.decode(latents)
 
     @abc.abstractmethod
     def synchronize(self) -> None:

@@ -16,6 +16,7 @@ from zimage_runner.engines.base import (
     PendingImages,
     ReadyImages,
 )
+from zimage_runner.engines.careful import careful_vae
 from zimage_runner.engines.device import choose_device, choose_dtype
 from zimage_runner.engines.diffusers_setup import Setup, Stage, check_compile, phase, synchronize
 from zimage_runner.errors import BadPictureError, UserError
@@ -64,7 +65,7 @@ class DiffusersPipelineEngine(Engine):
         self.load_phases = {}
         with phase(self.load_phases, "import"):
             import diffusers  # noqa: F401
-            from diffusers import ZImagePipeline  # noqa: F401
+            from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline  # noqa: F401
 
             quiet_libraries()
         self.device = choose_device(config.device)
@@ -154,6 +155,14 @@ class DiffusersPipelineEngine(Engine):
             pixels = vae.decode(scaled, return_dict=False)[0]
             images = to_uint8(pixels)
         return ReadyImages(images.cpu().numpy())
+
+    def decode_carefully(self, latents: torch.Tensor, *, float32: bool = False, tiled: bool = False) -> PendingImages:
+        self._enter(Stage.denoiser)
+        side = max(latents.shape[-2:]) * self.vae_scale_factor
+        # Offloading hooks keep the weights elsewhere, in the dtype they were loaded in.
+        float32 = float32 and not self._setup.memory.offloads
+        with careful_vae(self.pipe.vae, side, float32=float32, tiled=tiled):
+            return self.decode(latents)
 
     def synchronize(self) -> None:
         synchronize(self.device)

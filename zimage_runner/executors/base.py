@@ -1,14 +1,14 @@
 """The Executor contract: batches of work items in, results out.
 
-    executor = config.create(make_session)
+    executor = config.create(make_session, stop=stop, health=memory.health)
     report = executor.start()                  # loads and warms the model
     for result in executor.run(batches):       # in any order; each item comes back exactly once
         ...
     executor.close()
 
 ``batches`` is read lazily, at most a few batches ahead: ending it early (a signal) leaves only the items in flight to
-finish, and putting a batch back into it (a bad picture's second try) works until it ends. What belongs to one item
-comes back as that item's error; what ends the run (the model cannot be loaded, the device is lost for good) is raised.
+finish. What belongs to one item comes back as that item's error; what ends the run (the device is lost, the worker
+cannot be started) is raised as RunStopped. ``run`` may be called again and again.
 """
 
 from __future__ import annotations
@@ -18,8 +18,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from zimage_runner.engines.base import PendingImages
+from zimage_runner.errors import BadPictureError
+from zimage_runner.memory import Health
+from zimage_runner.signals import StopRequest
+
 if TYPE_CHECKING:
-    from zimage_runner.engines.base import PendingImages
+    import numpy as np
+
     from zimage_runner.plan import WorkItem
 
 
@@ -42,7 +48,7 @@ class BatchResult:
     error: str | None = None
     """Why there is no picture: exception type and message."""
     details: dict[str, Any] = field(default_factory=dict)
-    """For the record: timings (seconds of encode, denoise, decode, total), gpu_memory, recovery steps."""
+    """For the record: timings (seconds of encode, denoise, decode), gpu_memory, recovery (steps, as text)."""
     attempt: int = 1
 
 
@@ -55,6 +61,16 @@ class GeneratedBatch:
     """As in BatchResult."""
 
 
+class BrokenImages(PendingImages):
+    """Pictures that turned out to be none, for instance in another process."""
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    def wait(self) -> np.ndarray:
+        raise BadPictureError(self._reason)
+
+
 class SessionLike(Protocol):
     """What executors need of ``zimage_runner.session.Session``."""
 
@@ -62,8 +78,11 @@ class SessionLike(Protocol):
         """Load, place, compile and warm up. Raises UserError for what the user can mend."""
         ...
 
-    def generate(self, items: Sequence[WorkItem], *, attempt: int = 1) -> GeneratedBatch:
-        """Draw items of one bucket. Raises whatever the engine raises."""
+    def generate(self, items: Sequence[WorkItem], *, attempt: int = 1, tiled: bool = False) -> GeneratedBatch:
+        """Draw items of one bucket. Raises whatever the engine raises.
+
+        attempt > 1: decode in float32. tiled: decode in tiles, for pictures that do not fit otherwise.
+        """
         ...
 
     def report(self) -> dict[str, Any]:
@@ -90,7 +109,7 @@ class Executor(abc.ABC):
 
     @abc.abstractmethod
     def report(self) -> dict[str, Any]:
-        """The session's report as it is now (peak memory at the end of the run), restarts included."""
+        """The session's report as it is now (peak memory, recovery steps, restarts)."""
 
     @abc.abstractmethod
     def close(self) -> None:
@@ -102,5 +121,16 @@ class ExecutorConfig(abc.ABC):
     """An option of the ``executor`` group."""
 
     @abc.abstractmethod
-    def create(self, make_session: SessionFactory) -> Executor:
-        """The executor; nothing is started yet."""
+    def create(
+        self,
+        make_session: SessionFactory,
+        *,
+        auto_batch: bool = False,
+        health: Health | None = None,
+        stop: StopRequest | None = None,
+    ) -> Executor:
+        """The executor; nothing is started yet.
+
+        auto_batch: find how many pictures of each size fit into the GPU's memory; batches are split accordingly.
+        health: when a worker process is replaced. stop: once set, nothing is restarted any more.
+        """

@@ -12,10 +12,12 @@ import os
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
+from zimage_runner.errors import RunStopped
+
 TMP_SUFFIX = ".tmp"
 
 
-class DiskError(RuntimeError):
+class DiskError(RunStopped):
     """Results can no longer be written (disk full, directory gone, I/O error). The run stops and can be resumed."""
 
 

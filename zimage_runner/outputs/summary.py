@@ -61,9 +61,10 @@ class Summary:
         """summary.json. ``report`` is the executor's; ``stopped`` is why the run ended early."""
         remaining = self.planned - self.already_done - self.ok - len(self.failed)
         unfinished = bool(remaining or self.failed)
+        stopped = (stopped or "some items were not reached") if remaining else None
         return {
             "run_dir": str(self.run_dir),
-            "status": "stopped" if stopped or remaining else "failures" if self.failed else "complete",
+            "status": "stopped" if stopped else "failures" if self.failed else "complete",
             "stopped": stopped,
             "items": {
                 "planned": self.planned,

@@ -102,8 +102,10 @@ class Writer:
         self._batches.put((jobs, images))
 
     def fail(self, job: PictureJob, error: str) -> None:
-        """Queue the record of an item that could not be made."""
-        self._reserve(1)
+        """Queue the record of an item that could not be made. Never blocks, so ``on_done`` may call it."""
+        self._check()
+        with self._room:
+            self._pending += 1
         self._pool.submit(self._guarded, job, self._write_failure, job, error)
 
     def flush(self) -> None:

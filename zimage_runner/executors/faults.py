@@ -1,0 +1,42 @@
+"""What kind of trouble an exception means. Told by type and message, so that nothing here imports torch."""
+
+from __future__ import annotations
+
+from zimage_runner.errors import RunStopped
+
+
+class DeviceLost(RunStopped):
+    """The GPU context is broken: every later call in this process would fail as well."""
+
+
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
+)
+_DEVICE_LOST = (
+    "CUDA error:",
+    "device-side assert",
+    "illegal memory access",
+    "unspecified launch failure",
+    "CUBLAS_STATUS_EXECUTION_FAILED",
+    "CUDNN_STATUS_EXECUTION_FAILED",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """GPU or host memory did not suffice; less of it may."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OUT_OF_MEMORY)
+
+
+def is_device_lost(error: BaseException) -> bool:
+    """A CUDA error that outlives the call which met it."""
+    if is_out_of_memory(error):
+        return False
+    if type(error).__name__ == "AcceleratorError":
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _DEVICE_LOST)

@@ -1,0 +1,121 @@
+"""Drawing a batch so that as many of its pictures as possible come out.
+
+Out of memory: half the batch, down to one picture; then the VAE in tiles. What worked is remembered for pictures of
+that size. Any other error: the items one by one, so that only the culprit fails.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import sys
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from zimage_runner.engines.base import MOST_AUTO_BATCH
+from zimage_runner.errors import RunStopped, UserError, error_text
+from zimage_runner.executors.base import Batch, BatchResult, SessionLike
+from zimage_runner.executors.faults import DeviceLost, is_device_lost, is_out_of_memory
+from zimage_runner.monitor import BatchMemory
+
+if TYPE_CHECKING:
+    from zimage_runner.plan import WorkItem
+
+log = logging.getLogger(__name__)
+
+Shape = tuple[int, int, bool]
+"""height, width, guidance: what a picture's memory depends on most."""
+
+
+class Ladder:
+    """Draws batches on one session and remembers what its memory allows."""
+
+    def __init__(self, session: SessionLike, *, auto_batch: bool = False) -> None:
+        self._session = session
+        self._auto_batch = auto_batch
+        self._limits: dict[Shape, int] = {}
+        self._tiled: set[Shape] = set()
+        self.steps: list[str] = []
+        """Every step down that was taken, for the summary."""
+
+    def run(self, batch: Batch) -> Iterator[BatchResult]:
+        """The results of a batch, in one or more parts. Raises DeviceLost when nothing can be drawn any more."""
+        shape = _shape(batch.items[0])
+        waiting = deque(batch.items)
+        while waiting:
+            count = min(len(waiting), self._limit(shape))
+            yield from self._draw([waiting.popleft() for _ in range(count)], shape, batch.attempt)
+
+    def report(self) -> dict[str, Any]:
+        """Plain data for the session's report; empty when everything fitted."""
+        sizes = {f"{w}x{h}{' guided' if guided else ''}": n for (h, w, guided), n in self._limits.items()}
+        found: dict[str, Any] = {"batch_sizes": sizes} if sizes else {}
+        return found | ({"recovery": list(self.steps)} if self.steps else {})
+
+    def _limit(self, shape: Shape) -> int:
+        # With auto_batch the first picture of a size is drawn alone, and measured.
+        return self._limits.get(shape, 1 if self._auto_batch else sys.maxsize)
+
+    def _draw(self, items: Sequence[WorkItem], shape: Shape, attempt: int) -> Iterator[BatchResult]:
+        memory = BatchMemory() if self._auto_batch and shape not in self._limits else None
+        try:
+            done = self._session.generate(items, attempt=attempt, tiled=shape in self._tiled)
+        except (UserError, RunStopped):
+            raise
+        except Exception as error:  # the item boundary: whatever it is, it becomes the item's error
+            log.debug("batch failed", exc_info=True)
+            message, exhausted, lost = error_text(error), is_out_of_memory(error), is_device_lost(error)
+        else:
+            if memory is not None:
+                self._limits[shape] = memory.pictures_that_fit(MOST_AUTO_BATCH)
+                log.info("engine.batch_size=auto: %d pictures of %dx%d", self._limits[shape], shape[1], shape[0])
+            details = done.details
+            unusual = {"VAE decoded in tiles": shape in self._tiled, "VAE decoded in float32": attempt > 1}
+            if steps := [step for step, taken in unusual.items() if taken]:
+                details = {**details, "recovery": [*details.get("recovery", []), *steps]}
+            yield BatchResult(items=items, images=done.images, details=details, attempt=attempt)
+            return
+        # Outside the except block, where the error no longer keeps the failed call's tensors alive.
+        if lost:
+            raise DeviceLost(f"the GPU can no longer be used ({message})")
+        if exhausted:
+            free_memory()
+            if self._step_down(len(items), shape):
+                yield from self.run(Batch(items=items, attempt=attempt))
+                return
+        if len(items) == 1:
+            yield BatchResult(items=items, error=message, attempt=attempt)
+            return
+        log.warning("a batch of %d failed (%s): drawing its pictures one by one", len(items), message)
+        for item in items:
+            yield from self._draw([item], shape, attempt)
+
+    def _step_down(self, count: int, shape: Shape) -> bool:
+        """Take the next step for pictures of this shape; False when there is none left."""
+        size = f"{shape[1]}x{shape[0]}"
+        if count > 1:
+            self._limits[shape] = count // 2
+            self._note(f"out of memory with {count} pictures of {size}: {count // 2} at a time from now on")
+            return True
+        if shape not in self._tiled:
+            self._tiled.add(shape)
+            self._note(f"out of memory with one picture of {size}: decoding in tiles from now on")
+            return True
+        return False
+
+    def _note(self, step: str) -> None:
+        log.warning("%s", step)
+        self.steps.append(step)
+
+
+def free_memory() -> None:
+    """Give cached blocks back to the GPU, so that fragments do not make the next try fail as well."""
+    gc.collect()
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def _shape(item: WorkItem) -> Shape:
+    return (item.params.height, item.params.width, item.params.uses_guidance)

@@ -1,0 +1,164 @@
+"""The worker process of ``executor=process``: owns the session, draws what it is told to, and dies with its parent."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+from multiprocessing.connection import Connection
+from typing import Any, NoReturn
+
+from zimage_runner.errors import BadPictureError, UserError, error_text
+from zimage_runner.executors.base import BatchResult, SessionLike
+from zimage_runner.executors.faults import DeviceLost
+from zimage_runner.executors.ladder import Ladder
+from zimage_runner.executors.messages import (
+    Broken,
+    Drawn,
+    Failed,
+    Finished,
+    LogLine,
+    Ready,
+    Refused,
+    Start,
+    Started,
+    Work,
+)
+
+PR_SET_PDEATHSIG = 1
+UNSENT_RESULTS = 2
+"""Results that may wait to be sent while the next one is drawn."""
+
+
+def main(fd: int, parent: int) -> None:
+    """Entry point: serve the parent process over the socket ``fd`` until it closes."""
+    die_with(parent)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # Ending the run is the parent's affair: it lets the picture in flight finish.
+        signal.signal(number, signal.SIG_IGN)
+    os.dup2(2, 1)  # standard output belongs to the parent
+    Worker(Connection(fd)).serve()
+
+
+def die_with(parent: int) -> None:
+    """Be killed when the parent process ends, however it ends."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was gone before the call
+        os._exit(1)
+
+
+class Worker:
+    """Three threads: one reads work, one draws, one sends results (and waits for pixels to arrive from the GPU)."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._sending = threading.Lock()
+        self._work: queue.SimpleQueue[Work] = queue.SimpleQueue()
+        self._results: queue.Queue[tuple[Work, BatchResult | dict[str, Any]]] = queue.Queue(UNSENT_RESULTS)
+
+    def serve(self) -> None:
+        """Load, say so, then draw batch after batch. Never returns: the parent's end of the socket ends the process."""
+        start = self._first_message()
+        logging.getLogger("zimage_runner").addHandler(_Forward(self))
+        logging.getLogger("zimage_runner").setLevel(logging.INFO)
+        threading.Thread(target=self._read, name="reader", daemon=True).start()
+        session = self._start(start)
+        ladder = Ladder(session, auto_batch=start.auto_batch)
+        self.send(Ready({**session.report(), **ladder.report()}))
+        threading.Thread(target=self._send_results, name="sender", daemon=True).start()
+        while True:
+            work = self._work.get()
+            self.send(Started(work.ticket))
+            try:
+                for result in ladder.run(work.batch):
+                    self._results.put((work, result))
+            except (DeviceLost, UserError) as error:
+                self._end(str(error))
+            self._results.put((work, {**session.report(), **ladder.report()}))
+
+    def send(self, message: Any, pixels: memoryview | None = None) -> None:
+        """Send a message, and the bytes that belong to it. From any thread."""
+        try:
+            with self._sending:
+                self._connection.send(message)
+                if pixels is not None:
+                    self._connection.send_bytes(pixels)
+        except OSError:
+            os._exit(0)  # the parent closed its end, or is gone
+
+    def _first_message(self) -> Start:
+        try:
+            start = self._connection.recv()
+        except EOFError:
+            os._exit(0)
+        except Exception as error:  # e.g. a class that cannot be imported here
+            self._end(error_text(error))
+        assert isinstance(start, Start)
+        return start
+
+    def _start(self, start: Start) -> SessionLike:
+        try:
+            session = start.make_session()
+            session.start()
+            return session
+        except UserError as error:
+            self.send(Refused(str(error)))
+        except Exception as error:  # told to the parent, which decides
+            logging.getLogger(__name__).info("the session could not start", exc_info=True)
+            self._end(error_text(error))
+        os._exit(2)
+
+    def _end(self, message: str) -> NoReturn:
+        # Not sys.exit: with a lost GPU, Python's and CUDA's teardown may hang.
+        self.send(Broken(message))
+        os._exit(1)
+
+    def _read(self) -> None:
+        while True:
+            try:
+                self._work.put(self._connection.recv())
+            except (EOFError, OSError):
+                os._exit(0)
+
+    def _send_results(self) -> None:
+        while True:
+            work, result = self._results.get()
+            if isinstance(result, BatchResult):
+                self._send_result(work, result)
+            else:
+                self.send(Finished(work.ticket, result))
+            del work, result  # pixels, while waiting for the next
+
+    def _send_result(self, work: Work, result: BatchResult) -> None:
+        places = {id(item): n for n, item in enumerate(work.batch.items)}
+        positions = [places[id(item)] for item in result.items]
+        if result.images is None:
+            self.send(Failed(work.ticket, positions, result.error or "unknown error", False, result.details))
+            return
+        try:
+            pixels = result.images.wait()
+        except Exception as error:  # the item boundary
+            bad = isinstance(error, BadPictureError)
+            self.send(Failed(work.ticket, positions, str(error) if bad else error_text(error), bad, result.details))
+            return
+        drawn = Drawn(work.ticket, positions, pixels.shape, result.details)
+        self.send(drawn, memoryview(pixels.reshape(-1).data))
+
+
+class _Forward(logging.Handler):
+    """Log lines become the parent's."""
+
+    def __init__(self, worker: Worker) -> None:
+        super().__init__()
+        self._worker = worker
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._worker.send(LogLine(record.levelno, record.name, self.format(record)))
+
+
+if __name__ == "__main__":
+    sys.exit("this module is started by executor=process")
