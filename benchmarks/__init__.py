@@ -1,0 +1,1 @@
+"""Measurements: peers and this runner side by side, in fresh processes. See README.md, which is generated."""
