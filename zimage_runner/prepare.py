@@ -1,0 +1,154 @@
+"""Checkpoints from the command line: fetch, check, prepare.
+
+    python -m zimage_runner.prepare [build|verify|download|accept|info] model=zimage_turbo [model.field=value ...]
+
+build     make the prepared checkpoint: bf16, one file a component, in use order (default)
+verify    full sha256 of the published files; proof that the prepared checkpoint, if there is one, equals them
+download  bring the hub's snapshot up to date; damaged files are fetched again
+accept    take the files as they are now for the undamaged ones (after changing them on purpose)
+info      where things are; changes nothing
+
+Exit codes: 0 done, 1 verify found a difference, 2 bad options or nothing that could be done.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from zimage_runner.config.free_text import quote_free_text
+from zimage_runner.config.messages import CONFIG_ERRORS, explain
+from zimage_runner.config.registry import register
+from zimage_runner.errors import UserError
+from zimage_runner.help import CONFIG_DIR
+from zimage_runner.logs import log_to_terminal
+from zimage_runner.model import Model
+from zimage_runner.weights import prepared
+from zimage_runner.weights.checkpoint import Checkpoint
+from zimage_runner.weights.digest import weights_digest
+from zimage_runner.weights.resolve import download, locate, resolve
+from zimage_runner.weights.verify import file_digests, forget
+
+EXIT_OK, EXIT_DIFFERENT, EXIT_BAD_INPUT = 0, 1, 2
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command line and return its exit code."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    words = [arg for arg in argv if "=" not in arg]
+    if {"-h", "--help"} & set(words):
+        print(__doc__)
+        return EXIT_OK
+    log_to_terminal()
+    try:
+        if len(words) > 1 or not set(words) <= ACTIONS.keys():
+            raise UserError(
+                f"{' '.join(words)}: say one of {', '.join(ACTIONS)}, then options such as model=zimage_turbo"
+            )
+        return ACTIONS[words[0] if words else "build"](compose_model([arg for arg in argv if "=" in arg]))
+    except UserError as error:
+        return _refuse(str(error))
+    except CONFIG_ERRORS as error:
+        return _refuse(explain(error))
+    except KeyboardInterrupt:
+        return 130
+
+
+def compose_model(overrides: Sequence[str]) -> Model:
+    """The ``model`` group of the configuration that the same overrides give the main command."""
+    register()
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
+        config = compose("config", overrides=quote_free_text(overrides))
+    model = OmegaConf.to_object(config.model)
+    assert isinstance(model, Model)
+    return model
+
+
+def _build(model: Model) -> int:
+    from zimage_runner.weights.prepare import build
+
+    found = build(resolve(model), model)
+    sizes = ", ".join(f"{name} {file.size / 1e9:.2f} GB" for name, file in found.weights.items())
+    print(f"prepared: {found.path} ({sizes})")
+    return EXIT_OK
+
+
+def _verify(model: Model) -> int:
+    from zimage_runner.weights.compare import compare
+
+    layout = locate(model)
+    digests = file_digests(layout.weight_paths, force=True)
+    for digest in digests:
+        name = digest.path.relative_to(layout.path)
+        expected = digest.expected
+        verdict = f"ALTERED since {digest.expected_from}, was {expected}" if digest.is_altered else "as expected"
+        print(f"{name}: sha256 {digest.sha256} {verdict if expected else 'recorded: nothing known to compare with'}")
+    checkpoint = _checkpoint(model)
+    found = prepared.find(checkpoint, model)
+    if found is None:
+        print("prepared: none of these weights")
+        return EXIT_DIFFERENT if any(digest.is_altered for digest in digests) else EXIT_OK
+    comparison = compare(layout, found)
+    for difference in comparison.differences:
+        print(f"prepared: {difference}")
+    verdict = "DIFFERS from" if comparison.differences else "equals"
+    print(
+        f"prepared: {found.path} {verdict} the source rounded to bfloat16 "
+        f"({comparison.tensors} tensors, {comparison.nbytes / 1e9:.2f} GB compared bit by bit)"
+    )
+    altered = comparison.differences or any(digest.is_altered for digest in digests)
+    return EXIT_DIFFERENT if altered else EXIT_OK
+
+
+def _download(model: Model) -> int:
+    layout = download(model)
+    forget(layout.weight_paths)  # the client has just compared them with the hub's own sha256
+    print(f"downloaded: {layout.path} ({layout.weight_bytes / 1e9:.2f} GB of weights)")
+    return EXIT_OK
+
+
+def _accept(model: Model) -> int:
+    layout = locate(model)
+    forget(layout.weight_paths)
+    for digest in file_digests(layout.weight_paths, force=True):
+        print(f"{digest.path.relative_to(layout.path)}: sha256 {digest.sha256} accepted")
+    return EXIT_OK
+
+
+def _info(model: Model) -> int:
+    checkpoint = _checkpoint(model)
+    layout = locate(model)
+    found = prepared.find(checkpoint, model)
+    print(f"checkpoint: {layout.path} ({layout.weight_bytes / 1e9:.2f} GB of weights)")
+    print(f"digest: {checkpoint.digest}")
+    print(f"prepared: {found.path if found else 'none; would be in ' + str(prepared.roots(model)[0])}")
+    return EXIT_OK
+
+
+def _checkpoint(model: Model) -> Checkpoint:
+    """As resolve gives it, but without refusing altered files: they are what is looked at."""
+    layout = locate(model)
+    digest = weights_digest(layout)
+    return Checkpoint(path=layout.path, revision=digest[:12], digest=digest)
+
+
+ACTIONS: dict[str, Callable[[Model], int]] = {
+    "build": _build,
+    "verify": _verify,
+    "download": _download,
+    "accept": _accept,
+    "info": _info,
+}
+
+
+def _refuse(message: str) -> int:
+    print(f"zimage_runner.prepare: {' '.join(message.split())}", file=sys.stderr)
+    return EXIT_BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
