@@ -5,11 +5,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
@@ -18,10 +16,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from zimage_runner.config.free_text import quote_free_text
 from zimage_runner.config.messages import CONFIG_ERRORS, explain
-from zimage_runner.config.registry import CONFIG_DIR, register
+from zimage_runner.config.registry import register
 from zimage_runner.config.schema import RunConfig
 from zimage_runner.errors import UserError
+from zimage_runner.help import CONFIG_DIR
 from zimage_runner.logs import log_to_terminal
+from zimage_runner.resume import restore, resume_command_line
 
 EXIT_OK, EXIT_ITEMS_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -29,21 +29,15 @@ _exit_codes: list[int] = []
 """One per job of this process, added when it starts to run: Hydra returns nothing from main."""
 
 
-def entry_point() -> None:
-    """Console script and ``python -m``."""
-    sys.exit(main(sys.argv[1:]))
-
-
 def main(argv: Sequence[str]) -> int:
     """Run one command line and return its exit code. Messages go to stderr, results to stdout."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us instead of Hydra's own report and exit code 1
-    sys.argv = [sys.argv[0], *quote_free_text(argv)]
     _exit_codes.clear()
     register()
     log_to_terminal()
     try:
-        with _without_schemas() if {"--help", "-h"} & set(argv) else contextlib.nullcontext():
-            job()
+        sys.argv = [sys.argv[0], *quote_free_text(resume_command_line(argv))]
+        job()
     except UserError as error:
         return _refuse(str(error))
     except CONFIG_ERRORS as error:
@@ -55,18 +49,6 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     return max(_exit_codes, default=EXIT_OK)
-
-
-@contextlib.contextmanager
-def _without_schemas() -> Iterator[None]:
-    """Leave the internal ``schema/...`` groups out of --help."""
-    stdout, shown = sys.stdout, io.StringIO()
-    with contextlib.redirect_stdout(shown):
-        try:
-            yield
-        finally:
-            lines = shown.getvalue().splitlines(keepends=True)
-            stdout.write("".join(line for line in lines if not line.startswith("schema")))
 
 
 def _refuse(message: str) -> int:
@@ -82,6 +64,8 @@ def job(cfg: DictConfig) -> None:
     directory = Path(HydraConfig.get().runtime.output_dir)
     _exit_codes.append(EXIT_OK)
     try:
+        if cfg.resume is not None:
+            cfg = restore(cfg, directory, list(HydraConfig.get().overrides.task))
         config = OmegaConf.to_object(cfg)
         assert isinstance(config, RunConfig)
         _exit_codes[-1] = run(config, directory, composed_files(cfg))

@@ -51,6 +51,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "executor": {"inline": InlineExecutorConfig, "process": ProcessExecutorConfig},
 }
 
+
 def register() -> None:
     """Store the schemas under schema/<group>/<option>; calling it twice is harmless."""
     OmegaConf.register_new_resolver("folder_name", lambda name: folder_name(str(name)), replace=True)
