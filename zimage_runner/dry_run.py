@@ -42,7 +42,7 @@ def work(item: WorkItem) -> float:
 
 
 def mean_work(items: Iterable[WorkItem]) -> float:
-    """What summary.json keeps, so that a later run of another size can be estimated."""
+    """The average work of a picture."""
     return statistics.fmean([work(item) for item in items] or [0.0])
 
 
@@ -136,7 +136,7 @@ def _read(path: Path, job: Job) -> _EarlierRun | None:
     try:
         summary = json.loads(path.read_bytes())
         comparable = summary["comparable"]
-        if comparable["digest"] != job.checkpoint.digest or comparable["engine"] != engine_name(job):
+        if comparable["digest"] != job.checkpoint.digest or comparable["engine"] != _engine_name(job):
             return None
         seconds, start = summary["images"]["mean_seconds"], sum(summary["phases"].values())
         return _EarlierRun(path.parent, seconds, start, comparable["work"], summary["session"]["device_name"])
@@ -144,8 +144,12 @@ def _read(path: Path, job: Job) -> _EarlierRun | None:
         return None  # another version's file, or one cut short: it cannot be compared
 
 
-def engine_name(job: Job) -> str:
-    """The option of the engine group, as recorded for comparison."""
+def comparable(job: Job) -> dict[str, Any]:
+    """What summary.json keeps, so that a later run can be estimated from it."""
+    return {"digest": job.checkpoint.digest, "engine": _engine_name(job), "work": mean_work(job.plan.items)}
+
+
+def _engine_name(job: Job) -> str:
     return type(job.config.engine).__name__
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import logging
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from zimage_runner.config.schema import RunConfig
+from zimage_runner.dry_run import comparable, describe
 from zimage_runner.errors import RunStopped
 from zimage_runner.executors.base import Batch, Executor
 from zimage_runner.job import Job, prepare
@@ -23,11 +23,14 @@ from zimage_runner.outputs.run_dir import RunDirectory
 from zimage_runner.outputs.summary import Summary, table
 from zimage_runner.outputs.writer import Outcome, PictureJob, Writer
 from zimage_runner.plan import Fingerprints, WorkItem
-from zimage_runner.session import Session
+from zimage_runner.prompts.snapshot import SNAPSHOT_NAME, snapshot
+from zimage_runner.resume import Progress, check_same_pictures, survey
 from zimage_runner.signals import EXIT_INTERRUPTED, StopRequest, graceful_stop
+from zimage_runner.warm import Executors, current_executors
 
 log = logging.getLogger(__name__)
 
+RECORDS = "records.jsonl"
 MAX_ATTEMPTS = 2
 """A picture that comes out bad (NaN, one single colour) is drawn once more before its item counts as failed."""
 
@@ -36,56 +39,101 @@ def run(config: RunConfig, directory: Path, composed: Mapping[str, str]) -> int:
     """Do one job in ``directory``; ``composed`` are the files of its ``.hydra`` folder. Returns the exit code."""
     job = prepare(config)
     if config.dry_run:
-        from zimage_runner.dry_run import describe
-
-        print(describe(job))
+        print(describe(job, progress_of(job, directory, Ledger.load(directory / RECORDS)).is_settled))
         return 0
-    with graceful_stop() as stop, RunDirectory.create(directory) as run_dir:
-        run_dir.check_space([(i.params.height, i.params.width) for i in job.plan.items], config.output)
-        executor = config.executor.create(
-            functools.partial(Session, job.session, job.shapes, job.texts),
-            auto_batch=config.engine.auto_batch,
-            health=config.memory.health,
-            stop=stop,
-        )
-        try:
-            with stop.interruptible():
-                executor.start()  # before anything is written: a refusal leaves no run directory behind
-            for name, text in composed.items():
-                run_dir.write_file(f".hydra/{name}", text.encode())
-            with run_log(run_dir.log_path):
-                return Run(job, run_dir, executor, stop).execute()
-        finally:
-            executor.close()
+    with _executors() as executors, _open(config, directory) as run_dir:
+        ledger = Ledger.load(run_dir.records_path)
+        progress = progress_of(job, run_dir.path, ledger)
+        todo = [item for item in job.plan.items if not progress.is_settled(item)]
+        if not todo and config.resume is not None:
+            say(f"nothing to draw: {progress}")
+            say(str(run_dir.path), sys.stdout)
+            return 1 if progress.failed else 0
+        run_dir.check_space([(i.params.height, i.params.width) for i in todo], config.output)
+        with executors.lease(job) as executor, run_log(run_dir.log_path):
+            return Run(job, run_dir, executor, executors.stop, ledger, progress).execute(composed)
+
+
+@contextlib.contextmanager
+def _executors() -> Iterator[Executors]:
+    """The multirun's, which stay warm for the next job, or this run's own."""
+    shared = current_executors()
+    if shared is not None:
+        yield shared
+        return
+    with graceful_stop() as stop, contextlib.closing(Executors(stop)) as executors:
+        yield executors
+
+
+def _open(config: RunConfig, directory: Path) -> RunDirectory:
+    return RunDirectory.create(directory) if config.resume is None else RunDirectory.resume(directory)
+
+
+def progress_of(job: Job, directory: Path, ledger: Ledger) -> Progress:
+    """What earlier processes did of the plan; nothing unless the run is resumed."""
+    if job.config.resume is None:
+        return Progress()
+    return survey(directory, ledger, job.plan.items, verify=job.config.verify, retry=job.config.retry)
 
 
 class Run:
     """One pass over the plan in an open run directory."""
 
-    def __init__(self, job: Job, run_dir: RunDirectory, executor: Executor, stop: StopRequest) -> None:
+    def __init__(
+        self,
+        job: Job,
+        run_dir: RunDirectory,
+        executor: Executor,
+        stop: StopRequest,
+        ledger: Ledger,
+        progress: Progress,
+    ) -> None:
         self.job = job
         self.run_dir = run_dir
         self.executor = executor
         self.stop = stop
+        self.ledger = ledger
+        self.progress = progress
         self.report = executor.report()
         self.fingerprints = Fingerprints(job.checkpoint.digest, self.report["numerics"])
-        self.summary = Summary(run_dir.path, planned=len(job.plan))
+        self.summary = Summary(run_dir.path, planned=len(job.plan), already_done=len(progress.done))
         self._again: list[WorkItem] = []
         self._items: dict[str, WorkItem] = {}
-        self._bar = tqdm(total=len(job.plan), unit="image", disable=not sys.stderr.isatty(), smoothing=0.1)
+        self._bar = tqdm(
+            total=len(job.plan),
+            initial=len(progress.done),
+            unit="image",
+            disable=not sys.stderr.isatty(),
+            smoothing=0.1,
+        )
 
-    def execute(self) -> int:
-        """Draw and write every item, report, and return the exit code."""
+    def execute(self, composed: Mapping[str, str]) -> int:
+        """Draw and write every item that is left, report, and return the exit code."""
+        self._begin(composed)
         for truncation in self.job.plan.truncations:
             log.warning("%s", truncation)
             self.summary.truncated.append({"prompt": truncation.prompt.source, "message": str(truncation)})
-        ledger = Ledger.load(self.run_dir.records_path).open(self.run_dir.dir_fd)
-        with contextlib.closing(ledger), self._bar:
-            self.writer = Writer(self.run_dir, ledger, self.job.config.output, self._on_done)
+        with contextlib.closing(self.ledger.open(self.run_dir.dir_fd)), self._bar:
+            self.writer = Writer(self.run_dir, self.ledger, self.job.config.output, self._on_done)
             self.summary.start_clock()
             self.writer.start_clock()
             stopped = self._draw_all()
         return self._finish(stopped)
+
+    def _begin(self, composed: Mapping[str, str]) -> None:
+        """A new run leaves its prompts and settings for a later ``resume``; a resumed one is checked against them."""
+        if self.job.config.resume is None:
+            # The settings come last: a directory that has them is complete enough to be resumed.
+            self.run_dir.write_file(SNAPSHOT_NAME, snapshot(self.job.plan.prompts))
+            for name, text in composed.items():
+                self.run_dir.write_file(f".hydra/{name}", text.encode())
+            return
+        check_same_pictures(
+            self.run_dir.path, self.ledger, self.job.plan.items, self.fingerprints, self.report["numerics"]
+        )
+        log.info("resumed: %s", self.progress)
+        if self.progress.damaged:
+            log.warning("%s", self.progress)
 
     def _draw_all(self) -> str | None:
         """Draw and write what can be; why that ended early, if it did."""
@@ -97,7 +145,7 @@ class Run:
         return self.stop.signal_name
 
     def _batches(self) -> Iterator[Batch]:
-        for items in self.job.plan.batches(self.job.config.engine.largest_batch):
+        for items in self.job.plan.batches(self.job.config.engine.largest_batch, self.progress.is_settled):
             yield Batch(items=items)
 
     def _draw(self, batches: Iterator[Batch]) -> None:
@@ -145,6 +193,7 @@ class Run:
     def _finish(self, stopped: str | None) -> int:
         """Write and print the summary; the exit code."""
         summary = self.summary.to_dict(self.executor.report(), stopped=stopped)
+        summary["comparable"] = comparable(self.job)
         try:
             self.run_dir.write_file("summary.json", readable_json(summary))
         except RunStopped as error:

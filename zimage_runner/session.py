@@ -81,6 +81,16 @@ class Session:
             self._encode_ahead(self._texts)
         self.warm_up(self._shapes)
 
+    def extend(self, shapes: Sequence[WarmupShape], texts: Sequence[tuple[str, int]]) -> None:
+        """Get ready for another job: encode ahead and warm up what is new. The phases then tell of this job alone."""
+        warm = {_shape_key(shape) for shape in self._shapes}
+        new = [shape for shape in shapes if _shape_key(shape) not in warm]
+        self._shapes += new
+        self._report["phases"] = {"load": 0.0}
+        if self.config.memory.staged:
+            self._encode_ahead(texts)
+        self.warm_up(new)
+
     def warm_up(self, shapes: Sequence[WarmupShape]) -> None:
         """Run the warm-up for these shapes. Called again when another job brings shapes that are not warm yet."""
         started = time.perf_counter()
@@ -209,6 +219,13 @@ class Session:
             params.width // scale,
             device=self.config.engine.noise_device.value,
         )
+
+
+def _shape_key(shape: WarmupShape) -> tuple[Any, ...]:
+    """What a warm-up is good for: steps and the strength of guidance change no shape."""
+    params = shape.params
+    captions = (shape.caption_tokens, shape.negative_caption_tokens)
+    return (params.height, params.width, params.uses_guidance, *captions, shape.batch_size)
 
 
 class _Clock:

@@ -10,7 +10,16 @@ import re
 from collections.abc import Sequence
 
 FREE_TEXT_FIELDS = frozenset(
-    {"prompt", "output_file", "sampling.negative_prompt", "prompts.path", "prompts.glob", "model.path", "resume"}
+    {
+        "prompt",
+        "output_file",
+        "sampling.negative_prompt",
+        "prompts.path",
+        "prompts.glob",
+        "model.path",
+        "resume",
+        "skip_existing",
+    }
 )
 """Texts and paths, which may hold blanks, brackets and any script.
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from zimage_runner.plan import WorkItem
+    from zimage_runner.warmup import WarmupShape
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +86,10 @@ class SessionLike(Protocol):
         """
         ...
 
+    def extend(self, shapes: Sequence[WarmupShape], texts: Sequence[tuple[str, int]]) -> None:
+        """Get ready for another job: warm up its shapes that are not warm yet."""
+        ...
+
     def report(self) -> dict[str, Any]:
         """Plain data (JSON): seconds of each phase, numerics, versions, gpu_memory."""
         ...
@@ -102,6 +107,13 @@ class Executor(abc.ABC):
     @abc.abstractmethod
     def start(self) -> dict[str, Any]:
         """Start the session; its report."""
+
+    def extend(self, shapes: Sequence[WarmupShape], texts: Sequence[tuple[str, int]]) -> bool:
+        """Get the started session ready for another job's shapes and texts (as Session's constructor takes them).
+
+        False means that this executor cannot, and that the other job needs a new one.
+        """
+        return False
 
     @abc.abstractmethod
     def run(self, batches: Iterable[Batch]) -> Iterator[BatchResult]:

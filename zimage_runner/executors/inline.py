@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from zimage_runner.executors.base import Batch, BatchResult, Executor, ExecutorC
 from zimage_runner.executors.ladder import Ladder
 from zimage_runner.memory import Health
 from zimage_runner.signals import StopRequest
+from zimage_runner.warmup import WarmupShape
 
 
 @dataclass(kw_only=True, slots=True)
@@ -41,6 +42,12 @@ class InlineExecutor(Executor):
         self._session.start()
         self._ladder = Ladder(self._session, auto_batch=self._auto_batch)
         return self.report()
+
+    def extend(self, shapes: Sequence[WarmupShape], texts: Sequence[tuple[str, int]]) -> bool:
+        if self._session is None:
+            return False
+        self._session.extend(shapes, texts)
+        return True
 
     def run(self, batches: Iterable[Batch]) -> Iterator[BatchResult]:
         if self._ladder is None:

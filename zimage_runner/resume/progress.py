@@ -1,0 +1,129 @@
+"""What of a plan is done: the ledger's word, checked against the files."""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from zimage_runner.errors import UserError
+from zimage_runner.outputs.ledger import Entry, Ledger
+from zimage_runner.plan import WorkItem
+
+IMAGE = "image.png"
+_BLOCK = 1 << 20
+
+
+class Retry(enum.Enum):
+    """Which items ``resume`` draws."""
+
+    unfinished = "unfinished"
+    """Missing ones and failed ones."""
+    failed = "failed"
+    """Failed ones alone."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Progress:
+    """State of each item of a plan, by its directory."""
+
+    done: set[str] = field(default_factory=set)
+    """Pictures that are there."""
+    failed: set[str] = field(default_factory=set)
+    """Items that were tried in vain."""
+    damaged: dict[str, str] = field(default_factory=dict)
+    """Pictures that the ledger has but the disk has not, or not as written: the reason."""
+    skipped: set[str] = field(default_factory=set)
+    """Missing items that ``retry=failed`` leaves alone."""
+
+    def is_settled(self, item: WorkItem) -> bool:
+        """True for what this process shall not draw."""
+        name = item.item_dir
+        return name in self.done or name in self.skipped
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.done):,} pictures are done"]
+        if self.failed:
+            parts.append(f"{len(self.failed):,} failed before")
+        if self.damaged:
+            name, reason = next(iter(self.damaged.items()))
+            parts.append(f"{len(self.damaged):,} are damaged and drawn again ({name}: {reason})")
+        return ", ".join(parts)
+
+
+def survey(
+    directory: Path, ledger: Ledger, items: Iterable[WorkItem], *, verify: bool = False, retry: Retry = Retry.unfinished
+) -> Progress:
+    """Compare ledger and files. Every picture's size is looked at; with ``verify`` its bytes are read too."""
+    progress = Progress()
+    for item in items:
+        name = item.item_dir
+        entry = ledger.entries.get(name)
+        if entry is not None and not entry.ok:
+            progress.failed.add(name)
+        elif entry is not None and (reason := _damage(f"{directory}/{name}/{IMAGE}", entry, verify)) is not None:
+            progress.damaged[name] = reason
+        elif entry is not None:
+            progress.done.add(name)
+        elif retry is Retry.failed:
+            progress.skipped.add(name)
+    return progress
+
+
+def _damage(path: str, entry: Entry, verify: bool) -> str | None:
+    """Why the file is not the picture that was written; None if it is."""
+    try:
+        size = os.stat(path).st_size
+    except FileNotFoundError:
+        return "deleted"
+    if size != entry.size:
+        return f"{size:,} bytes instead of {entry.size:,}"
+    if verify and _sha256(path) != entry.sha256:
+        return "its bytes changed"
+    return None
+
+
+def _sha256(path: str) -> str:
+    total = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            total.update(block)
+    return total.hexdigest()
+
+
+def check_same_pictures(
+    directory: Path,
+    ledger: Ledger,
+    items: Iterable[WorkItem],
+    fingerprint: Callable[[WorkItem], str],
+    numerics: dict[str, Any],
+) -> None:
+    """Refuse to add to a run whose finished pictures were made in another way (other weights, device, dtype ...)."""
+    for item in items:
+        entry = ledger.entries.get(item.item_dir)
+        if entry is None or not entry.ok or entry.fingerprint == fingerprint(item):
+            continue
+        changes = _changes(directory / item.item_dir / "record.json", item, numerics)
+        raise UserError(
+            f"resume={directory}: {item.item_dir} was drawn in another way, so the run would hold mixed pictures"
+            f"{': ' + '; '.join(changes) if changes else ''}: resume it where it began, or start a new run"
+        )
+
+
+def _changes(record_path: Path, item: WorkItem, numerics: dict[str, Any]) -> list[str]:
+    """What differs between a picture's record and now, as far as the record can be read."""
+    try:
+        record = json.loads(record_path.read_bytes())
+        was = {"prompt": record["prompt"], **record["params"], **record["numerics"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    now = {"prompt": item.prompt.text, **item.params.to_dict(), **numerics}
+    changes = [
+        f"{k} was {was.get(k)}, now {now.get(k)}" for k in dict.fromkeys([*was, *now]) if was.get(k) != now.get(k)
+    ]
+    return changes or ["the weights differ"]

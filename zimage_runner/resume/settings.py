@@ -1,0 +1,122 @@
+"""The settings of a resumed run: its own, except for what may change without changing a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from zimage_runner.errors import UserError
+from zimage_runner.resume.command_line import override_key, saved_overrides
+
+HARMLESS = (
+    "name",
+    "output_file",
+    "dry_run",
+    "resume",
+    "retry",
+    "verify",
+    "skip_existing",
+    "sweep",
+    "output",
+    "executor",
+    "memory",
+    "warmup",
+    "embedding_cache",
+    "engine.batch_size",
+    "engine.auto_batch",
+    "model.cache_dir",
+    "model.offline",
+)
+"""Fields and groups that decide how a picture is made and kept, not what it shows."""
+
+
+def restore(config: DictConfig, directory: Path, overrides: list[str]) -> DictConfig:
+    """The saved config of ``directory`` with the harmless changes among ``overrides`` applied.
+
+    ``config`` was composed from the saved overrides and the user's; it gives the types. Raises UserError listing
+    every field that would mix different pictures in one run.
+    """
+    saved = _load(directory)
+    before = set(saved_overrides(directory))
+    touched = {override_key(entry).partition("@")[0].replace("/", ".") for entry in overrides if entry not in before}
+    _refuse_other_pictures(directory, saved, config, touched)
+    restored = config.copy()
+    for key in saved:
+        name = str(key)
+        if name not in config:
+            raise UserError(
+                f"resume={directory}: its field {name} is unknown to this version: use the one it began with"
+            )
+        inside = {entry for entry in touched if entry == name or entry.startswith(f"{name}.")}
+        if name in inside:
+            continue  # given anew as a whole
+        try:
+            _assign(restored, name, saved[key])
+            for entry in inside:
+                OmegaConf.update(restored, entry, OmegaConf.select(config, entry))
+        except OmegaConfBaseException as error:
+            text = str(error).splitlines()[0]
+            raise UserError(f"resume={directory}: its {name} does not fit this version: {text}") from None
+    return restored
+
+
+def _assign(config: DictConfig, name: str, value: Any) -> None:
+    if isinstance(config[name], DictConfig) and isinstance(value, DictConfig):
+        config[name] = OmegaConf.merge(config[name], value)
+    else:
+        config[name] = value
+
+
+def _load(directory: Path) -> DictConfig:
+    path = directory / ".hydra" / "config.yaml"
+    try:
+        saved = OmegaConf.load(path)
+    except (OSError, ValueError, OmegaConfBaseException) as error:
+        raise UserError(f"resume={directory}: .hydra/config.yaml cannot be read: {error}") from None
+    if not isinstance(saved, DictConfig):
+        raise UserError(f"resume={directory}: .hydra/config.yaml is not a config")
+    return saved
+
+
+def _refuse_other_pictures(directory: Path, saved: DictConfig, config: DictConfig, touched: set[str]) -> None:
+    missing = object()
+    was, now = dict(_leaves(saved)), dict(_leaves(config))
+    changes = [
+        f"{field} was {_shown(was, field)}, now {_shown(now, field)}"
+        for field in dict.fromkeys([*was, *now])
+        if was.get(field, missing) != now.get(field, missing)
+        and not _is_below(field, HARMLESS)
+        and _is_below(field, touched)
+    ]
+    if changes:
+        raise UserError(
+            f"resume={directory}: these settings would mix other pictures into the run: {'; '.join(changes)}: "
+            "leave them out, or start a new run"
+        )
+
+
+def _is_below(field: str, parents: Any) -> bool:
+    return any(field == parent or field.startswith(f"{parent}.") for parent in parents)
+
+
+def _leaves(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of everything that is not a mapping; lists as a whole."""
+    for key in config:
+        name = f"{prefix}{key}"
+        node = config._get_node(key)
+        if isinstance(node, DictConfig) and not node._is_none() and not node._is_missing():
+            yield from _leaves(node, f"{name}.")
+        else:
+            value = None if OmegaConf.is_missing(config, key) else config[key]
+            value = OmegaConf.to_container(value) if isinstance(value, ListConfig) else value
+            # YAML holds an enum by its name.
+            yield name, getattr(value, "name", value)
+
+
+def _shown(values: dict[str, Any], field: str) -> str:
+    text = repr(values[field]) if field in values else "not there"
+    return text if len(text) <= 80 else f"{text[:77]}..."
