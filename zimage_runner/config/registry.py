@@ -7,7 +7,9 @@ from omegaconf import OmegaConf
 
 from zimage_runner.compile import Full, NoCompile, Regional
 from zimage_runner.config.schema import RunConfig, folder_name
+from zimage_runner.engines.auto import AutoEngine
 from zimage_runner.engines.diffusers import DiffusersEngine
+from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.executors.inline import InlineExecutorConfig
 from zimage_runner.executors.process import ProcessExecutorConfig
 from zimage_runner.memory import GroupOffload, ModelOffload, Resident, SequentialOffload, Staged
@@ -26,7 +28,7 @@ from zimage_runner.warmup import Article, Generate, Hardware, NoWarmup
 
 SCHEMAS: dict[str, dict[str, type]] = {
     "model": {"checkpoint": Model},
-    "engine": {"diffusers": DiffusersEngine},
+    "engine": {"auto": AutoEngine, "native": NativeEngine, "diffusers": DiffusersEngine},
     "memory": {
         "resident": Resident,
         "staged": Staged,

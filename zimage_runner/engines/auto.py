@@ -1,0 +1,63 @@
+"""engine=auto: the native engine wherever it can run what is asked for, diffusers otherwise."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from zimage_runner.engines.base import Engine, EngineConfig
+from zimage_runner.engines.diffusers import DiffusersEngine
+from zimage_runner.engines.native.config import NativeEngine
+from zimage_runner.errors import UserError
+
+if TYPE_CHECKING:
+    from zimage_runner.compile import Compile
+    from zimage_runner.memory import Memory
+    from zimage_runner.model import Model
+    from zimage_runner.weights.checkpoint import Checkpoint
+
+log = logging.getLogger(__name__)
+
+COMMON_ATTENTION = ("auto", "native")
+"""Backends that both engines know by the same name."""
+
+
+@dataclass(kw_only=True, slots=True)
+class AutoEngine(EngineConfig):
+    """Native where it supports checkpoint, device, memory and compile options; the log says which one and why."""
+
+    def __post_init__(self) -> None:
+        if self.attention not in COMMON_ATTENTION:
+            raise UserError(
+                f"engine.attention={self.attention} has another name in each engine: "
+                "use engine=native or engine=diffusers with it, or engine.attention=auto"
+            )
+
+    def check(self, model: Model, memory: Memory, compile: Compile) -> None:
+        if self._why_not_native(model, memory, compile) is not None:
+            DiffusersEngine(**self._fields()).check(model, memory, compile)
+
+    def create(self, *, checkpoint: Checkpoint, model: Model, memory: Memory, compile: Compile) -> Engine:
+        reason = self._why_not_native(model, memory, compile)
+        if reason is None:
+            try:
+                return NativeEngine(**self._fields()).create(
+                    checkpoint=checkpoint, model=model, memory=memory, compile=compile
+                )
+            except UserError as error:
+                reason = str(error)
+        log.warning("engine=auto takes diffusers: %s", reason)
+        return DiffusersEngine(**self._fields()).create(
+            checkpoint=checkpoint, model=model, memory=memory, compile=compile
+        )
+
+    def _why_not_native(self, model: Model, memory: Memory, compile: Compile) -> str | None:
+        try:
+            NativeEngine(**self._fields()).check(model, memory, compile)
+        except UserError as error:
+            return str(error)
+        return None
+
+    def _fields(self) -> dict:
+        return {name: getattr(self, name) for name in ("device", "batch_size", "noise_device", "attention")}
