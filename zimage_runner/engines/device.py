@@ -14,7 +14,9 @@ def choose_device(device: Device) -> str:
     available = torch.cuda.is_available()
     if device is Device.cuda and not available:
         build = "this torch build has no CUDA" if torch.version.cuda is None else "no CUDA GPU is visible"
-        raise UserError(f"engine.device=cuda but {build}: use engine.device=cpu or auto, or install a CUDA build of torch")
+        raise UserError(
+            f"engine.device=cuda but {build}: use engine.device=cpu or auto, or install a CUDA build of torch"
+        )
     return "cuda" if available and device is not Device.cpu else "cpu"
 
 
