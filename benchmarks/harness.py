@@ -6,9 +6,12 @@ counted from the start of the process, imports included. The same rule for every
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import os
 import shutil
+import signal
 import statistics
 import subprocess
 import tempfile
@@ -17,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from benchmarks import machine
 from benchmarks.variants import Variant, Work, readings
@@ -149,7 +152,7 @@ def run_once(
         command, environment = variant.command(work, out), variant.environment()
         began, clock = time.time(), time.perf_counter()
         with log.open("wb") as stream:
-            code = _wait(subprocess.Popen(command, stdout=stream, stderr=stream, env=environment), timeout)
+            code = _wait(start(command, stream, environment), timeout)
         wall = time.perf_counter() - clock
         times = sorted(path.stat().st_ctime - began for path in out.rglob("*.png"))
         failed = code != 0 or len(times) < images
@@ -164,13 +167,20 @@ def run_once(
         shutil.rmtree(out, ignore_errors=True)
 
 
+def start(command: Sequence[str], log: IO[bytes], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """The process, in a group of its own, so that its compiler workers can be ended with it."""
+    return subprocess.Popen(command, stdout=log, stderr=log, env=dict(environment), start_new_session=True)
+
+
 def _wait(process: subprocess.Popen[bytes], timeout: float) -> int:
     try:
         return process.wait(timeout=max(timeout, 1.0))
     except subprocess.TimeoutExpired:
-        process.kill()
+        return -signal.SIGKILL
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        return -9
 
 
 def median(values: Sequence[float]) -> float:

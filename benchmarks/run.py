@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 from benchmarks import machine
 from benchmarks.harness import Results, measure
@@ -30,7 +32,7 @@ def main() -> None:
         steps=args.steps,
         device=args.device or ("cuda" if machine.is_cuda() else "cpu"),
     )
-    facts = machine.describe() | {"bf16_matmul_tflops": machine.matmul_tflops()}
+    facts = _facts(args.machine)
     for name in list(SCENARIOS) if args.scenario == ["all"] else args.scenario:
         scenario = SCENARIOS[name](work)
         extra = [ours(label, *shlex.split(text)) for label, _, text in (e.partition(":") for e in args.ours)]
@@ -49,6 +51,16 @@ def main() -> None:
         print(f"   {len(results.runs)} processes -> {path}", flush=True)
 
 
+def _facts(kept: Path | None) -> dict[str, Any]:
+    """This machine's description; its matmul rate is measured once per session and kept."""
+    if kept is not None and kept.exists():
+        return json.loads(kept.read_text())
+    facts = machine.describe() | {"bf16_matmul_tflops": machine.matmul_tflops()}
+    if kept is not None:
+        kept.write_text(json.dumps(facts))
+    return facts
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenario", nargs="+", choices=[*SCENARIOS, "all"])
@@ -64,6 +76,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--ours", action="append", default=[], help="'name: overrides' of another contestant")
     parser.add_argument("--device", choices=("cuda", "cpu"))
     parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--machine", type=Path, help="file that keeps the machine's description between calls")
     parser.add_argument("--suffix", default="", help="added to the results' file names")
     args = parser.parse_args()
     if not args.tiny and args.model is None:
