@@ -122,7 +122,7 @@ class CaptionWriter:
 
     def _tails(self, text: str, zh: bool, p: Phrases, long: bool, noisy: bool, tails: list[str] | None) -> str:
         rng, choices = self.rng, tails or p.tails
-        count = rng.randint(4, 12) if long else (rng.random() < 0.3) + (rng.random() < 0.1)
+        count = rng.randint(4, 20) if long else (rng.random() < 0.3) + (rng.random() < 0.1)
         for _ in range(count):
             tail = rng.choice([t for t in choices if noisy or "{w}" not in t])
             text += rng.choice(("，", "，", ",") if zh else (", ", ", ", ". ", " ", "; ")) + self._fill(tail, zh)

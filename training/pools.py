@@ -33,6 +33,8 @@ def setup(cfg: TrainingConfig) -> None:
     _worker["cfg"] = cfg
     _worker["pictures"] = load_pictures(Path(cfg.data.packed), cfg.data.limit)
     _worker["tokenizer"] = load_tokenizer(cfg.data.work)
+    _worker["writer"] = CaptionWriter(_worker["pictures"], random.Random(), cfg.captions.noisy)
+    _worker["scenes"] = SceneWriter(_worker["writer"])
 
 
 def bucket_of(length: int) -> int:
@@ -61,8 +63,8 @@ def wordy(bucket: int, rng: random.Random) -> bool:
 def single_captions(job: tuple[int, int, int]) -> np.ndarray:
     """Captions of one picture: int16 [count, bucket]."""
     index, bucket, count = job
-    cfg, rng = _worker["cfg"], random.Random(f"{_worker['cfg'].seed} single {index} {bucket}")
-    writer = CaptionWriter(_worker["pictures"], rng, cfg.captions.noisy)
+    writer = _worker["writer"]
+    writer.rng = rng = random.Random(f"{_worker['cfg'].seed} single {index} {bucket}")
 
     def draw() -> tuple[str]:
         return (writer.single(index, long=wordy(bucket, rng)),)
@@ -73,8 +75,8 @@ def single_captions(job: tuple[int, int, int]) -> np.ndarray:
 def scene_captions(job: tuple[int, int, int]) -> tuple[np.ndarray, list[Scene]]:
     """Scenes of one chunk with a caption each."""
     chunk, bucket, count = job
-    cfg, rng = _worker["cfg"], random.Random(f"{_worker['cfg'].seed} scene {chunk} {bucket}")
-    writer = SceneWriter(CaptionWriter(_worker["pictures"], rng, cfg.captions.noisy))
+    writer = _worker["scenes"]
+    writer.writer.rng = rng = random.Random(f"{_worker['cfg'].seed} scene {chunk} {bucket}")
     ids, drawn = fitting(_worker["tokenizer"], lambda: writer.draw(long=wordy(bucket, rng)), count, bucket)
     return ids, [scene for scene, _ in drawn]
 

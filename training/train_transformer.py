@@ -158,7 +158,7 @@ class Trainer:
     def fit(self, budget: Budget) -> None:
         """Train until the time is up."""
         t, buckets = self.cfg.transformer, random.Random(self.cfg.seed)  # every process draws the same buckets
-        step, last_save, started = 0, 0.0, budget.elapsed
+        step, last_save, started = 0, 0.0, self.team.agree(budget.elapsed)
         while (progress := budget.step()) < 1:
             bucket = buckets.choices(list(t.buckets), list(t.buckets.values()))[0]
             trained = max(0.0, (progress - started / t.seconds) / (1 - started / t.seconds))
