@@ -91,8 +91,8 @@ def table(rows: Sequence[Row]) -> list[str]:
     """Markdown table of the rows; ratios are to the baseline under the same page cache."""
     base_name = next((row.variant for row in rows if row.variant == NAIVE.name), rows[0].variant if rows else "")
     lines = [
-        f"| contestant | page cache | to the first picture, s | {base_name} / this | s a picture after | {base_name} / this "
-        "| p95, s | jitter, s | peak allocated / reserved, GB | processes |",
+        f"| contestant | page cache | to the first picture, s | {base_name} / this "
+        f"| s a picture after | {base_name} / this | p95, s | jitter, s | peak allocated / reserved, GB | processes |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

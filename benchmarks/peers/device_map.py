@@ -1,5 +1,6 @@
 """The naive loop with ``device_map``: weights go straight to the GPU."""
 
+# pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 from phases import Phases, arguments, synchronize

@@ -1,5 +1,6 @@
 """The naive loop: what a person writes after reading the model card. Baseline of every comparison."""
 
+# pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 from phases import Phases, arguments, synchronize

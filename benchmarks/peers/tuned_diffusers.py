@@ -1,5 +1,6 @@
 """diffusers as its documentation tunes it: cuDNN attention, compiled blocks, VAE in channels_last."""
 
+# pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 from phases import Phases, arguments, synchronize
