@@ -60,6 +60,10 @@ class Child:
     def start(self, start: Start, timeout_s: float) -> dict[str, Any]:
         """Have it load its session; the session's report. Raises WorkerDied, or UserError from the session."""
         self.send(start)
+        return self.wait_ready(timeout_s)
+
+    def wait_ready(self, timeout_s: float) -> dict[str, Any]:
+        """The report of a session that was told to start or to extend. Raises as ``start``."""
         deadline = time.monotonic() + timeout_s
         while True:
             match self.receive(max(0.0, deadline - time.monotonic()), timeout_s):

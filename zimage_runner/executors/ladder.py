@@ -10,7 +10,7 @@ import gc
 import logging
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from zimage_runner.engines.base import MOST_AUTO_BATCH
@@ -31,8 +31,12 @@ Shape = tuple[int, int, bool]
 class Ladder:
     """Draws batches on one session and remembers what its memory allows."""
 
-    def __init__(self, session: SessionLike, *, auto_batch: bool = False) -> None:
+    def __init__(
+        self, session: SessionLike, *, auto_batch: bool = False, on_step: Callable[[str], None] = lambda step: None
+    ) -> None:
+        """``on_step`` hears of every step down when it is taken."""
         self._session = session
+        self._on_step = on_step
         self._auto_batch = auto_batch
         self._limits: dict[Shape, int] = {}
         self._tiled: set[Shape] = set()
@@ -107,6 +111,7 @@ class Ladder:
     def _note(self, step: str) -> None:
         log.warning("%s", step)
         self.steps.append(step)
+        self._on_step(step)
 
 
 def free_memory() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from zimage_runner.executors.base import Batch, SessionFactory
+from zimage_runner.warmup import WarmupShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +16,14 @@ class Start:
 
     make_session: SessionFactory
     auto_batch: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Extend:
+    """To the worker, between runs: get ready for another job. Answered by Ready."""
+
+    shapes: Sequence[WarmupShape]
+    texts: Sequence[tuple[str, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +91,13 @@ class Finished:
 
     ticket: int
     report: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class SteppedDown:
+    """The worker draws smaller batches, or decodes in tiles, from now on."""
+
+    step: str
 
 
 @dataclass(frozen=True, slots=True)

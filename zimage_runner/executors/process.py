@@ -6,32 +6,29 @@ item that takes two workers with it is given up.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from zimage_runner.engines.base import ReadyImages
-from zimage_runner.errors import RunStopped, UserError
+from zimage_runner.engines.base import PendingImages, ReadyImages
+from zimage_runner.errors import UserError
 from zimage_runner.executors.base import Batch, BatchResult, BrokenImages, Executor, ExecutorConfig, SessionFactory
-from zimage_runner.executors.child import Child, WorkerBroken, WorkerDied
-from zimage_runner.executors.messages import Drawn, Failed, Finished, Start, Started, Work
+from zimage_runner.executors.child import WorkerDied
+from zimage_runner.executors.messages import Drawn, Failed, Finished, Start, Started, SteppedDown, Work
+from zimage_runner.executors.supervisor import Supervisor
 from zimage_runner.memory import Health
-from zimage_runner.memory.health import Action
 from zimage_runner.signals import StopRequest
 
 if TYPE_CHECKING:
     from zimage_runner.plan import WorkItem
-
-log = logging.getLogger(__name__)
+    from zimage_runner.warmup import WarmupShape
 
 BATCHES_AHEAD = 2
 """One being drawn, one waiting in the worker, so that it never waits for the parent."""
 DEADLY = 2
 """Workers that an item may take with it before it is given up."""
-LONGEST_PAUSE_S = 60.0
 
 
 @dataclass(kw_only=True, slots=True)
@@ -65,8 +62,13 @@ class ProcessExecutorConfig(ExecutorConfig):
         health: Health | None = None,
         stop: StopRequest | None = None,
     ) -> Executor:
-        start = Start(make_session, auto_batch)
-        return ProcessExecutor(self, start, health or Health(), stop or StopRequest())
+        supervisor = Supervisor(
+            self,
+            Start(make_session, auto_batch),
+            Health() if health is None else health,
+            StopRequest() if stop is None else stop,  # not "or": an unset request is false
+        )
+        return ProcessExecutor(supervisor, self.item_timeout_s)
 
 
 def _check(name: str, value: float, low: float, high: float) -> None:
@@ -85,116 +87,99 @@ class _Flight:
     started: bool = False
 
 
-@dataclass(slots=True)
-class _Story:
-    """What happened to the workers, for the report."""
-
-    deaths: list[str] = field(default_factory=list)
-    recycled: int = 0
-    quarantined: list[str] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "kind": "process",
-            "restarts": len(self.deaths),
-            "deaths": self.deaths[:100],
-            "recycled": self.recycled,
-            "quarantined": self.quarantined[:1000],
-        }
-
-
 class ProcessExecutor(Executor):
-    """Supervises one worker at a time. Used from one thread, the one that lives as long as the run."""
+    """Feeds the worker, collects its results, and decides what a death means for the items it had."""
 
-    def __init__(self, config: ProcessExecutorConfig, start: Start, health: Health, stop: StopRequest) -> None:
-        self._config = config
-        self._start = start
-        self._health = health
-        self._stop = stop
-        self._child: Child | None = None
-        self._report: dict[str, Any] = {}
-        self._story = _Story()
+    def __init__(self, supervisor: Supervisor, item_timeout_s: float) -> None:
+        self._supervisor = supervisor
+        self._item_timeout_s = item_timeout_s
         self._flights: dict[int, _Flight] = {}
         self._again: deque[Batch] = deque()
+        """Batches taken back from dead workers: suspects (one item each) first."""
         self._kills: Counter[str] = Counter()
         self._ticket = 0
-        self._deaths_in_a_row = 0
-        self._items_drawn = 0
         self._heard = 0.0
-        self._replaces_large = health.action is Action.recycle
-        self._recovery_before: list[str] = []
 
     def start(self) -> dict[str, Any]:
-        self._spawn()
+        _ = self._supervisor.child
         return self.report()
 
+    def extend(self, shapes: Sequence[WarmupShape], texts: Sequence[tuple[str, int]]) -> bool:
+        self._supervisor.extend(shapes, texts)
+        return True
+
     def report(self) -> dict[str, Any]:
-        return {**self._report, "executor": self._story.to_dict()}
+        return self._supervisor.report()
 
     def close(self) -> None:
-        child, self._child = self._child, None
         self._flights.clear()
         self._again.clear()
-        if child is not None:
-            child.close()
+        self._supervisor.close()
 
     def run(self, batches: Iterable[Batch]) -> Iterator[BatchResult]:
         try:
             yield from self._run(iter(batches))
         finally:
+            self._again.clear()
             if self._flights:  # abandoned half-way: their results must not turn up in the next run
                 self.close()
-            self._again.clear()
 
     def _run(self, source: Iterator[Batch]) -> Iterator[BatchResult]:
         while True:
             try:
-                if self._child is None:
-                    self._spawn()
                 self._feed(source)
                 if not self._flights:
                     return
                 result = self._next_result()
             except WorkerDied as death:
-                yield from self._bury(death)
-                if self._stop:
+                yield from self._take_back(death)
+                self._supervisor.bury(death)
+                if self._supervisor.stop:
                     return  # nothing is in flight any more
             else:
                 if result is not None:
                     yield result
 
     def _feed(self, source: Iterator[Batch]) -> None:
-        """Keep the worker busy; replace it first if it is due and idle."""
-        if self._is_due():
+        """Keep the worker busy; replace it first if it is due, once it is idle."""
+        if self._supervisor.is_due:
             if self._flights:
                 return
-            self._recycle()
-        while len(self._flights) < BATCHES_AHEAD:
-            suspected = any(self._kills[i.item_dir] for f in self._flights.values() for i in f.batch.items)
-            if suspected:
-                return  # alone, so that a further death is its own doing
-            if self._again and self._flights and self._kills[self._again[0].items[0].item_dir]:
-                return
+            self._supervisor.recycle()
+        while len(self._flights) < BATCHES_AHEAD and not self._must_wait():
             batch = self._again.popleft() if self._again else next(source, None)
             if batch is None:
                 return
+            if not self._flights:
+                self._heard = time.monotonic()
             self._ticket += 1
             self._flights[self._ticket] = _Flight(batch, dict(enumerate(batch.items)))
-            self._heard = time.monotonic() if len(self._flights) == 1 else self._heard
-            self._worker.send(Work(self._ticket, batch))
+            self._supervisor.child.send(Work(self._ticket, batch))
+
+    def _must_wait(self) -> bool:
+        """A suspect is drawn alone, so that a further death is its own doing."""
+        if not self._flights:
+            return False
+        flying = (item for flight in self._flights.values() for item in flight.batch.items)
+        return self._is_suspect(flying) or (bool(self._again) and self._is_suspect(self._again[0].items))
+
+    def _is_suspect(self, items: Iterable[WorkItem]) -> bool:
+        return any(item.item_dir in self._kills for item in items) if self._kills else False
 
     def _next_result(self) -> BatchResult | None:
         """Handle one message of the worker. Raises WorkerDied."""
-        started = [f for f in self._flights.values() if f.started] or list(self._flights.values())[:1]
-        limit = self._config.item_timeout_s * max(len(f.missing) for f in started)
-        message = self._worker.receive(max(0.0, self._heard + limit - time.monotonic()), limit)
+        drawing = [len(f.missing) for f in self._flights.values() if f.started]
+        limit = self._item_timeout_s * max([1, *drawing])
+        message = self._supervisor.child.receive(max(0.0, self._heard + limit - time.monotonic()), limit)
         self._heard = time.monotonic()
         match message:
             case Started(ticket):
                 self._flights[ticket].started = True
+            case SteppedDown(step):
+                self._supervisor.story.recovery.append(step)
             case Finished(ticket, report):
                 del self._flights[ticket]
-                self._update(report)
+                self._supervisor.update(report)
             case Failed(ticket, positions, error, bad_picture, details):
                 images = BrokenImages(error) if bad_picture else None
                 return self._result(ticket, positions, images, None if bad_picture else error, details)
@@ -203,121 +188,26 @@ class ProcessExecutor(Executor):
         return None
 
     def _result(
-        self, ticket: int, positions: list[int], images: Any, error: str | None, details: dict[str, Any]
+        self, ticket: int, positions: list[int], images: PendingImages | None, error: str | None, details: dict
     ) -> BatchResult:
         flight = self._flights[ticket]
-        self._deaths_in_a_row = 0
-        self._items_drawn += len(positions)
+        self._supervisor.drew(len(positions))
         items = [flight.missing.pop(p) for p in positions]
         return BatchResult(items=items, images=images, error=error, details=details, attempt=flight.batch.attempt)
 
-    def _bury(self, death: WorkerDied) -> Iterator[BatchResult]:
-        """Take back what the dead worker had; give up the items that have now taken two with them."""
-        self._child = None
-        self._record(death)
-        flights, self._flights = list(self._flights.values()), {}
-        innocent: list[Batch] = []
-        suspects: list[Batch] = []
+    def _take_back(self, death: WorkerDied) -> Iterator[BatchResult]:
+        """Queue again what the dead worker had; give up the items that have now taken two with them."""
+        flights, self._flights = [f for f in self._flights.values() if f.missing], {}
+        innocent = [f for f in flights if not f.started]
+        self._again.extendleft(
+            Batch(items=list(f.missing.values()), attempt=f.batch.attempt) for f in reversed(innocent)
+        )
         for flight in flights:
-            attempt = flight.batch.attempt
-            if not flight.missing:
-                continue
-            if not flight.started:
-                innocent.append(Batch(items=list(flight.missing.values()), attempt=attempt))
-                continue
-            for item in flight.missing.values():
+            for item in flight.missing.values() if flight.started else ():
                 self._kills[item.item_dir] += 1
                 if self._kills[item.item_dir] < DEADLY:
-                    suspects.append(Batch(items=[item], attempt=attempt))
+                    self._again.appendleft(Batch(items=[item], attempt=flight.batch.attempt))
                     continue
-                self._story.quarantined.append(item.item_dir)
+                self._supervisor.story.quarantined.append(item.item_dir)
                 error = f"given up: {DEADLY} worker processes died drawing this (the last one {death})"
-                yield BatchResult(items=[item], error=error, attempt=attempt)
-        self._again.extendleft(reversed(suspects + innocent))
-
-    def _record(self, death: WorkerDied) -> None:
-        self._story.deaths.append(str(death))
-        self._deaths_in_a_row += 1
-        log.warning("the worker process %s", death)
-        if self._deaths_in_a_row > self._config.max_restarts:
-            raise RunStopped(
-                f"{self._deaths_in_a_row} worker processes died one after the other without drawing a picture; "
-                f"the last one {death}"
-            )
-
-    def _spawn(self) -> None:
-        """Start a worker, again and again if need be. Raises RunStopped or UserError when that is hopeless."""
-        while True:
-            pause = min(LONGEST_PAUSE_S, self._config.backoff_s * 2 ** (self._deaths_in_a_row - 2))
-            if self._deaths_in_a_row > 1 and self._stop.wait(pause):
-                raise RunStopped("the run was asked to end while its worker process was being replaced")
-            self._child = Child()
-            try:
-                report = self._child.start(self._start, self._config.start_timeout_s)
-            except WorkerDied as death:
-                self._child = None
-                self._record(death)
-                if isinstance(death, WorkerBroken) and not self._report:
-                    raise RunStopped(f"the worker process cannot start: it {death}") from None
-                continue
-            except UserError as error:
-                if self._report:
-                    raise RunStopped(f"the worker process cannot be replaced: {error}") from None
-                raise
-            break
-        self._check_same(report)
-        self._recovery_before = self._report.get("recovery", [])
-        self._update(report)
-        self._items_drawn = 0
-        self._check_limit()
-        log.info("worker process %d is ready", self._child.pid)
-
-    def _update(self, report: dict[str, Any]) -> None:
-        """Take over a worker's report; phases stay the first worker's, and recovery steps are those of all."""
-        self._report = {**report, "phases": self._report.get("phases") or report.get("phases", {})}
-        if steps := [*self._recovery_before, *report.get("recovery", [])]:
-            self._report["recovery"] = steps
-
-    def _check_limit(self) -> None:
-        """A worker that is too large when fresh would be replaced for ever."""
-        limit, reserved = self._health.max_reserved_gb, self._reserved_gb
-        if limit is not None and reserved > limit and self._replaces_large:
-            log.warning(
-                "memory.health.max_reserved_gb=%g is less than what a fresh worker process needs (%.1f GB): "
-                "it is not replaced for that",
-                limit,
-                reserved,
-            )
-            self._replaces_large = False
-
-    def _check_same(self, report: dict[str, Any]) -> None:
-        """A new worker must compute as the first one did: a GPU that vanished would give other pictures, slowly."""
-        before = self._report.get("numerics")
-        if before is not None and report.get("numerics") != before:
-            raise RunStopped(
-                f"the new worker process computes with {report.get('numerics')}, the first one with {before}"
-            )
-
-    def _is_due(self) -> bool:
-        most = self._config.max_items_per_worker
-        if most is not None and self._items_drawn >= most:
-            return True
-        limit = self._health.max_reserved_gb
-        return self._replaces_large and limit is not None and self._reserved_gb > limit
-
-    def _recycle(self) -> None:
-        log.info("replacing the worker process after %d items", self._items_drawn)
-        self._worker.close()
-        self._child = None
-        self._story.recycled += 1
-        self._spawn()
-
-    @property
-    def _reserved_gb(self) -> float:
-        return self._report.get("gpu_memory", {}).get("reserved_gb", 0.0)
-
-    @property
-    def _worker(self) -> Child:
-        if self._child is None:
-            raise RuntimeError("the executor was not started")
-        return self._child
+                yield BatchResult(items=[item], error=error, attempt=flight.batch.attempt)

@@ -19,6 +19,7 @@ from zimage_runner.executors.ladder import Ladder
 from zimage_runner.executors.messages import (
     Broken,
     Drawn,
+    Extend,
     Failed,
     Finished,
     LogLine,
@@ -26,6 +27,7 @@ from zimage_runner.executors.messages import (
     Refused,
     Start,
     Started,
+    SteppedDown,
     Work,
 )
 
@@ -57,7 +59,7 @@ class Worker:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._sending = threading.Lock()
-        self._work: queue.SimpleQueue[Work] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[Work | Extend] = queue.SimpleQueue()
         self._results: queue.Queue[tuple[Work, BatchResult | dict[str, Any]]] = queue.Queue(UNSENT_RESULTS)
 
     def serve(self) -> None:
@@ -67,18 +69,31 @@ class Worker:
         logging.getLogger("zimage_runner").setLevel(logging.INFO)
         threading.Thread(target=self._read, name="reader", daemon=True).start()
         session = self._start(start)
-        ladder = Ladder(session, auto_batch=start.auto_batch)
+        ladder = Ladder(session, auto_batch=start.auto_batch, on_step=lambda step: self.send(SteppedDown(step)))
         self.send(Ready({**session.report(), **ladder.report()}))
         threading.Thread(target=self._send_results, name="sender", daemon=True).start()
         while True:
-            work = self._work.get()
-            self.send(Started(work.ticket))
-            try:
-                for result in ladder.run(work.batch):
-                    self._results.put((work, result))
-            except (DeviceLost, UserError) as error:
-                self._end(str(error))
-            self._results.put((work, {**session.report(), **ladder.report()}))
+            match self._work.get():
+                case Extend(shapes, texts):
+                    self._extend(session, shapes, texts)
+                    self.send(Ready({**session.report(), **ladder.report()}))
+                case Work() as work:
+                    self._draw(work, session, ladder)
+
+    def _extend(self, session: SessionLike, shapes: Any, texts: Any) -> None:
+        try:
+            session.extend(shapes, texts)
+        except Exception as error:  # told to the parent, which decides
+            self._end(error_text(error))
+
+    def _draw(self, work: Work, session: SessionLike, ladder: Ladder) -> None:
+        self.send(Started(work.ticket))
+        try:
+            for result in ladder.run(work.batch):
+                self._results.put((work, result))
+        except (DeviceLost, UserError) as error:
+            self._end(str(error))
+        self._results.put((work, {**session.report(), **ladder.report()}))
 
     def send(self, message: Any, pixels: memoryview | None = None) -> None:
         """Send a message, and the bytes that belong to it. From any thread."""
