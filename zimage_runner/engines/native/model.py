@@ -125,8 +125,12 @@ class NativeModel:
 
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> HostCopy | Ready:
-        """Pictures of the latents, on their way to the host: ``wait()`` gives uint8 [batch, height, width, 3]."""
-        pixels = self.vae(latents.to(self.device, torch.float32))
+        """Pictures of the latents, on their way to the host: ``wait()`` gives uint8 [batch, height, width, 3].
+
+        Decoded one by one: a picture fills the device, and more at a time would only take more memory.
+        """
+        latents = latents.to(self.device, torch.float32)
+        pixels = torch.cat([self.vae(one) for one in latents.split(1)])
         return Ready(pixels) if self._copy_stream is None else HostCopy(pixels, self._copy_stream)
 
     def close(self) -> None:

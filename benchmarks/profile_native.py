@@ -1,0 +1,380 @@
+"""Where the native engine's milliseconds go, on random weights of the published sizes.
+
+    python benchmarks/profile_native.py results.json           # one GPU, about a minute
+    python benchmarks/profile_native.py results.json --tiny    # the embedded model's sizes; also on the CPU
+
+Each section prints and stores what it measured; a section that fails is stored with its error, and the others run.
+Predictions made beforehand and what came of them: profile_notes.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from benchmarks.profile_models import Clock, build, diffusers_models, float32_copy
+from zimage_runner.engines.native import attention as attention_module
+from zimage_runner.engines.native.kernels import choose_operations, torch_ops
+from zimage_runner.engines.native.model import NativeModel, Options
+from zimage_runner.engines.native.rope import padded_length
+
+STEPS = 8
+
+
+class Profile:
+    """The measurements; every public method is a section."""
+
+    def __init__(self, tiny: bool, device: str) -> None:
+        self.tiny, self.device = tiny, device
+        self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        self.size = 128 if tiny else 1024
+        self.clock = Clock(device, 2 if device == "cpu" else 5)
+        self.results: dict[str, Any] = {"tiny": tiny, "torch": torch.__version__}
+        self.options = Options(device=device, dtype=self.dtype)
+        if device == "cuda":
+            self.results["gpu"] = torch.cuda.get_device_name()
+        self.model: NativeModel = build(tiny, self.options)
+        generator = torch.Generator().manual_seed(1)
+        width = self.model.transformer.config.cap_feat_dim
+        self.embeds = [torch.randn(24, width, generator=generator).to(device, self.dtype)]
+
+    def randn(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(*shape, device=self.device) * scale).to(self.dtype)
+
+    def noise(self, batch: int, size: int) -> torch.Tensor:
+        return torch.randn(batch, 16, size // 8, size // 8, generator=torch.Generator().manual_seed(2))
+
+    def tokens(self, batch: int, size: int) -> int:
+        return batch * (padded_length((size // 16) ** 2) + 32)
+
+    def flops(self, batch: int, size: int) -> float:
+        """Floating point operations of one forward: products and attention of the image and unified blocks."""
+        config = self.model.transformer.config
+        unified, image = self.tokens(1, size), self.tokens(1, size) - 32
+        per_token = 2 * (4 * config.dim**2 + 3 * config.dim * config.hidden_dim)
+        linear = per_token * (config.n_layers * unified + config.n_refiner_layers * image)
+        attend = 4 * config.dim * (config.n_layers * unified**2 + config.n_refiner_layers * image**2)
+        return batch * (linear + attend)
+
+    # sections, in order
+
+    def matmul(self) -> dict[str, float]:
+        """TFLOP/s of the model's products and of a large square one."""
+        config, tokens = self.model.transformer.config, self.tokens(1, self.size)
+        square = 256 if self.tiny else 8192
+        shapes = {
+            "square": (square, square, square),
+            "qkv": (tokens, config.dim, 3 * config.dim),
+            "out": (tokens, config.dim, config.dim),
+            "w1w3": (tokens, config.dim, 2 * config.hidden_dim),
+            "w2": (tokens, config.hidden_dim, config.dim),
+            "w1w3 without caption": (tokens - 32, config.dim, 2 * config.hidden_dim),
+        }
+        rates = {}
+        for library in ("cublas", "cublaslt") if self.device == "cuda" else ("",):
+            if library:
+                torch.backends.cuda.preferred_blas_library(library)
+            for name, (m, k, n) in shapes.items():
+                # Several weights in turn, so that none is in the cache.
+                x, weights = self.randn(m, k), [self.randn(n, k) for _ in range(4)]
+                ms = self.clock(lambda x=x, weights=weights: [torch.nn.functional.linear(x, w) for w in weights])
+                rates[f"{name} {library}"] = 2 * m * k * n * 4 / ms / 1e9
+        if self.device == "cuda":
+            torch.backends.cuda.preferred_blas_library("default")
+        return rates
+
+    def kernels(self) -> dict[str, Any]:
+        """Each fused operation against plain torch: largest difference relative to the largest value, ms, and GB/s."""
+        config, tokens = self.model.transformer.config, self.tokens(1, self.size)
+        ops, dim = choose_operations(self.device), config.dim
+        x, update = self.randn(1, tokens, dim), self.randn(1, tokens, dim)
+        gate, scale = torch.rand(dim, device=self.device), torch.rand(dim, device=self.device)
+        qkv, w1w3 = self.randn(1, tokens, 3 * dim), self.randn(1, tokens, 2 * config.hidden_dim)
+        weight = torch.rand(2, config.head_dim, device=self.device)
+        angles = torch.rand(tokens, config.head_dim // 2, device=self.device) * 50
+        cos, sin = angles.cos(), angles.sin()
+        pixels = self.randn(1, 128, self.size // 2, self.size // 2).contiguous(memory_format=torch.channels_last)
+        affine = self.randn(128), self.randn(128)
+        cases: dict[str, tuple[Any, int]] = {
+            "scaled_rms_norm": (lambda o: o.scaled_rms_norm(x, scale, 1e-5), 2 * x.nbytes),
+            "add_gated_norm": (lambda o: o.add_gated_norm(x.clone(), update, gate, scale, 1e-5), 6 * x.nbytes),
+            "qk_norm_rope": (lambda o: o.qk_norm_rope(qkv.clone(), weight, cos, sin, 1e-5), 10 * x.nbytes),
+            "swiglu": (lambda o: o.swiglu(w1w3), w1w3.nbytes * 3 // 2),
+            "group_norm_silu": (lambda o: o.group_norm_silu(pixels, 32, *affine, 1e-6, True), 3 * pixels.nbytes),
+        }  # fmt: skip
+        report = {}
+        for name, (call, moved) in cases.items():
+            got, expected = call(ops), call(torch_ops)
+            pairs = zip(got, expected) if isinstance(got, tuple) else [(got, expected)]
+            error = max(relative(a, b) for a, b in pairs)
+            ms = self.clock(lambda call=call: call(ops), 20)
+            report[name] = {
+                "error": error,
+                "ms": ms,
+                "GB/s": moved / ms / 1e6,
+                "torch ms": self.clock(lambda c=call: c(torch_ops)),
+            }
+        return report
+
+    def attention(self) -> dict[str, Any]:
+        """Each backend that runs here: ms and TFLOP/s on views of a fused product, and whether its result is copied."""
+        config, tokens = self.model.transformer.config, self.tokens(1, self.size)
+        qkv = self.randn(1, tokens, 3, config.n_heads, config.head_dim)
+        query, key, value = qkv.unbind(2)
+        report: dict[str, Any] = {"auto": self.model.attention.name}
+        for name in attention_module.CUDA_ORDER if self.device == "cuda" else ("native",):
+            if name == "math" and not self.tiny:
+                continue  # 30 x 4128 x 4128 scores: slow, and known to be
+            backend, reason = attention_module.Attention("native", attention_module.scaled_dot_product), ""
+            if name != "native":
+                backend, reason = attention_module.try_attention(name, self.dtype, config.head_dim)
+            if backend is None:
+                report[name] = reason
+                continue
+            with backend.context():
+                ms = self.clock(lambda b=backend: b.attend(query, key, value), 20)
+                out = backend.attend(query, key, value)
+            rate = 4 * tokens**2 * config.dim / ms / 1e9
+            report[name] = {"ms": ms, "TFLOP/s": rate, "result is contiguous": out.is_contiguous()}
+        return report
+
+    def error(self) -> dict[str, Any]:
+        """Rounding error of one forward and of all steps against float32 on the same weights; diffusers' beside it."""
+        model, size = self.model, self.size if self.tiny else 512
+        exact = replace(self.options, dtype=torch.float32, fused_kernels=False)
+        reference = NativeModel(
+            float32_copy(model), model.text_encoder, model.vae, model.tokenizer, model.shift,
+            attention_module.Attention("native", attention_module.scaled_dot_product), exact,
+        )  # fmt: skip
+        report: dict[str, Any] = {}
+        for steps in (1, STEPS):
+            z = self.noise(1, size)
+            expected = reference.denoise(self.embeds, z, steps)
+            got = {"native": model.denoise(self.embeds, z, steps)}
+            if self.peer is not None:
+                got["diffusers"] = self.peer_denoise(z, steps)
+            moved = (expected - z.to(self.device)).square().mean().sqrt()
+            report[f"{steps} forwards"] = {
+                name: ((x - expected).square().mean().sqrt() / moved).item() for name, x in got.items()
+            }
+        return report
+
+    @property
+    def peer(self) -> Any:
+        """diffusers' transformer and VAE on the same weights; None where diffusers is not installed."""
+        if not hasattr(self, "_peer"):
+            try:
+                self._peer = diffusers_models(self.model, self.tiny)
+            except ImportError as error:
+                self.results["diffusers"] = str(error)
+                self._peer = None
+        return self._peer
+
+    @torch.inference_mode()
+    def peer_denoise(self, z: torch.Tensor, steps: int, backend: str = "native") -> torch.Tensor:
+        """diffusers' transformer in the pipeline's loop."""
+        transformer = self.peer[0]
+        transformer.set_attention_backend(backend)
+        schedule, _ = self.model._steps(steps)
+        latents = z.to(self.device)
+        for time_, delta in zip(schedule.times, schedule.deltas()):
+            x = list(latents.to(self.dtype).unsqueeze(2).unbind(0))
+            t = time_.expand(len(x)).to(self.device)
+            out = transformer(x, t, self.embeds * len(x), return_dict=False)[0]
+            latents = latents - delta * torch.stack(out).float().squeeze(2)
+        return latents
+
+    @torch.inference_mode()
+    def decode(self) -> dict[str, float]:
+        """ms of one decode: whole, parts, and diffusers'."""
+        latents = self.model.denoise(self.embeds, self.noise(1, self.size), 1)
+        vae = self.model.vae
+        side, channels = self.size // 8, vae.config.block_out_channels[-1]
+        x = self.randn(1, channels, side, side).contiguous(memory_format=torch.channels_last)
+        tokens = self.randn(1, side * side, channels)
+        sdpa = torch.nn.functional.scaled_dot_product_attention
+        from zimage_runner.engines.native.vae_decoder import wide_attention
+
+        report = {
+            "decode": self.clock(lambda: vae(latents)),
+            "to the host": self.clock(lambda: self.model.decode(latents).wait()),
+            "middle": self.clock(lambda: vae.mid_resnets[1](vae.mid_attention(vae.mid_resnets[0](x)))),  # pyright: ignore[reportOptionalCall]
+            "attention": self.clock(lambda: wide_attention(tokens, tokens, tokens)),
+            "attention by sdpa": self.clock(lambda: sdpa(tokens[:, None], tokens[:, None], tokens[:, None])),
+        }
+        for number, block in enumerate(vae.up_blocks):
+            report[f"up block {number}"] = self.clock(lambda b=block, x=x: b(x))
+            x = block(x)
+        torch.backends.cudnn.benchmark = True
+        report["decode, cuDNN tuned"] = self.clock(lambda: vae(latents))
+        torch.backends.cudnn.benchmark = False
+        if self.peer is not None:
+            scaled = latents.to(self.dtype)
+            report["diffusers"] = self.clock(lambda: self.peer[1].decode(scaled))
+        return report
+
+    @torch.inference_mode()
+    def forwards(self) -> dict[str, Any]:
+        """ms of eight forwards at the full size: eager, recorded, and diffusers'."""
+        z = self.noise(1, self.size)
+        tera = STEPS * self.flops(1, self.size) / 1e12
+        report: dict[str, Any] = {"TFLOP": tera}
+        variants = {"eager": self.model}
+        if self.device == "cuda":
+            variants["graph"] = self.variant(cuda_graphs=4)
+            variants["plain torch"] = self.variant(fused_kernels=False)
+        for name, model in variants.items():
+            ms = self.clock(lambda m=model: m.denoise(self.embeds, z, STEPS), 3)
+            report[name] = {"ms": ms, "TFLOP/s": tera / ms * 1e3}
+            model.graphs.clear()
+        if self.peer is not None:
+            for backend in ("native", "_native_cudnn") if self.device == "cuda" else ("native",):
+                ms = self.clock(lambda b=backend: self.peer_denoise(z, STEPS, b), 2, warm=1)
+                report[f"diffusers {backend}"] = {"ms": ms, "TFLOP/s": tera / ms * 1e3}
+        return report
+
+    def variant(self, **changes: Any) -> NativeModel:
+        """The same weights run in another way."""
+        model, options = self.model, replace(self.options, **changes)
+        ops = choose_operations(options.device, options.fused_kernels)
+        transformer = type(model.transformer).__new__(type(model.transformer))
+        transformer.__dict__.update(model.transformer.__dict__)
+        transformer.ops = ops
+        return NativeModel(
+            transformer, model.text_encoder, model.vae, model.tokenizer, model.shift, model.attention, options
+        )
+
+    @torch.inference_mode()
+    def batches(self) -> dict[str, Any]:
+        """ms per picture at half the side: eight forwards and a decode at several batch sizes; diffusers one by one."""
+        size, report = self.size // 2, {}
+        graphs = self.variant(cuda_graphs=8)
+        for batch in (1, 2, 4, 8):
+            z = self.noise(batch, size)
+            for name, model in {"eager": self.model, "graph": graphs}.items():
+                ms = self.clock(lambda m=model, z=z, n=batch: m.denoise(self.embeds * n, z, STEPS), 3) / batch
+                rate = STEPS * self.flops(1, size) / ms / 1e9
+                report[f"{name} {batch}"] = {"ms a picture": ms, "TFLOP/s": rate}
+            if self.device == "cpu" and name == "eager":
+                break
+        graphs.graphs.clear()
+        latents = self.model.denoise(self.embeds, self.noise(1, size), 1)
+        report["decode"] = self.clock(lambda: self.model.vae(latents))
+        if self.peer is not None:
+            ms = self.clock(lambda: self.peer_denoise(self.noise(1, size), STEPS), 2, warm=1)
+            scaled = latents.to(self.dtype)
+            report["diffusers 1"] = {"ms a picture": ms, "decode": self.clock(lambda: self.peer[1].decode(scaled))}
+        return report
+
+    def sweep(self) -> dict[str, Any]:
+        """Seconds a picture of a sweep with new prompts: encode, denoise, decode and PNG, overlapping; peak memory."""
+        import io
+
+        from PIL import Image
+
+        def save(pending: Any) -> int:
+            file = io.BytesIO()
+            Image.fromarray(pending.wait()[0]).save(file, "PNG", compress_level=1)
+            return file.tell()
+
+        def draw(number: int) -> Any:
+            embeds = self.model.encode([f"picture number {number} of a red apple on a table"], 512)
+            return self.model.decode(self.model.denoise(embeds, self.noise(1, self.size), STEPS))
+
+        self._peer = None
+        report: dict[str, Any] = {}
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            report["weights GB"] = torch.cuda.memory_allocated() / 1e9
+        with ThreadPoolExecutor(2) as pool:
+            save(draw(0))
+            count, began = 2 if self.device == "cpu" else 8, time.perf_counter()
+            saved = [pool.submit(save, draw(number)) for number in range(1, count + 1)]
+            report["host ahead s"] = time.perf_counter() - began
+            report["PNG bytes"] = sum(future.result() for future in saved) // count
+            report["s a picture"] = (time.perf_counter() - began) / count
+        if self.device == "cuda":
+            report["peak GB"] = torch.cuda.max_memory_allocated() / 1e9
+            report["reserved GB"] = torch.cuda.max_memory_reserved() / 1e9
+        report["encode ms"] = self.clock(lambda: self.model.encode(["a red apple on a table"], 512))
+        return report
+
+    def tables(self) -> dict[str, list]:
+        """torch.profiler's ms on the device by kernel, of eight forwards and of a decode."""
+        from torch.profiler import ProfilerActivity, profile
+
+        latents = self.noise(1, self.size).to(self.device)
+        calls = {
+            "eight forwards": lambda: self.model.denoise(self.embeds, self.noise(1, self.size), STEPS),
+            "decode": lambda: self.model.decode(latents).wait(),
+        }
+        report = {}
+        kinds = [ProfilerActivity.CUDA] if self.device == "cuda" else [ProfilerActivity.CPU]
+        for name, call in calls.items():
+            with profile(activities=kinds) as recorded:
+                call()
+                if self.device == "cuda":
+                    torch.cuda.synchronize()
+            rows = [
+                (event.key[:90], event.count, (event.self_device_time_total or event.self_cpu_time_total) / 1e3)
+                for event in recorded.key_averages()
+            ]
+            rows.sort(key=lambda row: -row[2])
+            report[name] = rows[:16]
+        return report
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest difference over the largest value."""
+    return ((a.float() - b.float()).abs().max() / b.float().abs().max()).item()
+
+
+SECTIONS = ("matmul", "kernels", "attention", "forwards", "decode", "error", "batches", "sweep", "tables")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--sections", nargs="*", default=SECTIONS)
+    arguments = parser.parse_args()
+    began = time.perf_counter()
+    profile = Profile(arguments.tiny, "cuda" if torch.cuda.is_available() else "cpu")
+    for name in arguments.sections:
+        try:
+            profile.results[name] = getattr(profile, name)()
+        except Exception:
+            profile.results[name] = {"failed": traceback.format_exc().splitlines()[-12:]}
+        print(f"\n{name} (at {time.perf_counter() - began:.1f} s)")
+        for key, value in profile.results[name].items():
+            print(f"  {key}: {rounded(value)}", flush=True)
+        arguments.output.write_text(json.dumps(profile.results, indent=1))
+
+
+def rounded(value: Any) -> Any:
+    """Four significant digits for the eye; the file keeps all."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list) and value and isinstance(value[0], tuple):
+        return "".join(f"\n    {ms:9.2f} ms {count:6d} x {name}" for name, count, ms in value)
+    if isinstance(value, list):
+        return "".join(f"\n    {item}" for item in value)
+    return value
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""The Triton kernels compute what plain PyTorch does: by Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from zimage_runner.engines.native.kernels import choose_operations, torch_ops
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+pytest.importorskip("triton")
+
+from zimage_runner.engines.native.kernels import triton_ops  # noqa: E402
+
+if DEVICE == "cpu":
+    from triton.runtime import interpreter
+
+    _patch = interpreter._patch_lang_tensor
+
+    def _patch_for_numpy_2_4(tensor: Any, scope: Any) -> None:
+        # Triton 3.6's interpreter makes loop bounds of one-element arrays, which numpy 2.4 no longer takes for numbers.
+        _patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = _patch_for_numpy_2_4
+
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2}
+"""bfloat16: two units in the last place of values up to 2, for both sides round once."""
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+
+def close(got: torch.Tensor, expected: torch.Tensor) -> None:
+    tolerance = TOLERANCES[got.dtype]
+    torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def dtype(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.mark.parametrize("dim", [288, 256])
+def test_scaled_rms_norm(dtype: torch.dtype, dim: int) -> None:
+    x, scale = randn(2, 3, dim, dtype=dtype), randn(dim, seed=1)
+    close(triton_ops.scaled_rms_norm(x, scale, 1e-5), torch_ops.scaled_rms_norm(x, scale, 1e-5))
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_add_gated_norm(dtype: torch.dtype, last: bool) -> None:
+    x, update = randn(2, 3, 288, dtype=dtype), randn(2, 3, 288, seed=1, dtype=dtype)
+    gate, scale = randn(288, seed=2), None if last else randn(288, seed=3)
+    expected = torch_ops.add_gated_norm(x.clone(), update, gate, scale, 1e-5)
+    for got, wanted in zip(triton_ops.add_gated_norm(x, update, gate, scale, 1e-5), expected):
+        close(got, wanted)
+
+
+@pytest.mark.parametrize(("heads", "head_dim"), [(6, 48), (4, 32), (3, 128)])
+def test_qk_norm_rope(dtype: torch.dtype, heads: int, head_dim: int) -> None:
+    qkv, weight = randn(2, 5, 3 * heads * head_dim, dtype=dtype), randn(2, head_dim, seed=1)
+    angles = randn(5, head_dim // 2, seed=2)
+    expected = torch_ops.qk_norm_rope(qkv.clone(), weight, angles.cos(), angles.sin(), 1e-5)
+    for got, wanted in zip(triton_ops.qk_norm_rope(qkv, weight, angles.cos(), angles.sin(), 1e-5), expected):
+        close(got, wanted)
+
+
+@pytest.mark.parametrize("hidden", [96, 2560])
+def test_swiglu(dtype: torch.dtype, hidden: int) -> None:
+    x = randn(2, 3, 2 * hidden, dtype=dtype)
+    close(triton_ops.swiglu(x), torch_ops.swiglu(x))
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize(("channels", "groups", "side"), [(96, 16, 5), (32, 16, 40), (128, 32, 9)])
+def test_group_norm_silu(dtype: torch.dtype, channels: int, groups: int, side: int, silu: bool) -> None:
+    x = (randn(2, channels, side, side + 1) + 0.5).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight, bias = randn(channels, seed=1, dtype=dtype), randn(channels, seed=2, dtype=dtype)
+    got = triton_ops.group_norm_silu(x, groups, weight, bias, 1e-6, silu)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    close(got, torch_ops.group_norm_silu(x.float(), groups, weight.float(), bias.float(), 1e-6, silu).to(dtype))
+
+
+def test_no_fused_kernels_without_a_gpu() -> None:
+    assert choose_operations("cpu") is torch_ops
+    assert choose_operations("cuda", fused=False) is torch_ops

@@ -1,0 +1,234 @@
+# pyright: reportIndexIssue=false, reportMissingImports=false
+"""The operations of ``torch_ops`` as Triton kernels: one pass over memory each, statistics in float32.
+
+Checked against ``torch_ops`` by Triton's interpreter on the CPU and on the GPU by benchmarks/profile_native.py.
+Block sizes are fixed, not tuned: each kernel is compiled once per width of the model, in a fraction of a second, and
+Triton keeps the result on disk.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+SWIGLU_BLOCK = 2048
+NORM_TILE = 8192
+"""Elements of a group norm tile: rows of all channels."""
+NORM_PARTS = 1024
+"""Programs that sum up one picture for its group norm."""
+
+
+def scaled_rms_norm(x: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
+    """See torch_ops."""
+    x = x.contiguous()
+    dim = x.shape[-1]
+    out = torch.empty_like(x)
+    block = triton.next_power_of_2(dim)
+    _scaled_rms_norm[(x.numel() // dim,)](x, scale, out, dim, eps, BLOCK=block, num_warps=_warps(block))
+    return out
+
+
+def add_gated_norm(
+    x: torch.Tensor, update: torch.Tensor, gate: torch.Tensor, next_scale: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See torch_ops. Overwrites x."""
+    x, update = x.contiguous(), update.contiguous()
+    dim = x.shape[-1]
+    h = x if next_scale is None else torch.empty_like(x)
+    block = triton.next_power_of_2(dim)
+    _add_gated_norm[(x.numel() // dim,)](
+        x, update, gate, gate if next_scale is None else next_scale, h, dim, eps,
+        NORM=next_scale is not None, BLOCK=block, num_warps=_warps(block),
+    )  # fmt: skip
+    return x, h
+
+
+def qk_norm_rope(
+    qkv: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See torch_ops. Works within qkv; the three results are views of it."""
+    qkv = qkv.contiguous()
+    batch, tokens, width = qkv.shape
+    head_dim = weight.shape[-1]
+    heads = width // 3 // head_dim
+    _qk_norm_rope[(batch * tokens, 2)](
+        qkv, weight, cos, sin, tokens, heads, eps,
+        HEADS=triton.next_power_of_2(heads), HEAD_DIM=head_dim, PAIRS=triton.next_power_of_2(head_dim // 2),
+        num_warps=4,
+    )  # fmt: skip
+    query, key, value = qkv.view(batch, tokens, 3, heads, head_dim).unbind(2)
+    return query, key, value
+
+
+def swiglu(w1w3: torch.Tensor) -> torch.Tensor:
+    """See torch_ops."""
+    w1w3 = w1w3.contiguous()
+    hidden = w1w3.shape[-1] // 2
+    out = w1w3.new_empty((*w1w3.shape[:-1], hidden))
+    grid = (out.numel() // hidden, triton.cdiv(hidden, SWIGLU_BLOCK))
+    _swiglu[grid](w1w3, out, hidden, BLOCK=SWIGLU_BLOCK, num_warps=4)
+    return out
+
+
+def group_norm_silu(
+    x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float, silu: bool
+) -> torch.Tensor:
+    """See torch_ops. Channels-last in and out."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    batch, channels, height, width = x.shape
+    rows = height * width
+    block_c = triton.next_power_of_2(channels)
+    block_r = max(1, NORM_TILE // block_c)
+    parts = min(NORM_PARTS, triton.cdiv(rows, block_r))
+    rows_per_part = triton.cdiv(triton.cdiv(rows, parts), block_r) * block_r
+    sums = torch.empty(batch, 2, parts, channels, device=x.device, dtype=torch.float32)
+    affine = torch.empty(batch, 2, channels, device=x.device, dtype=torch.float32)
+    out = torch.empty_like(x)  # keeps the memory format
+    _channel_sums[(parts, batch)](x, sums, rows, channels, rows_per_part, parts, BLOCK_R=block_r, BLOCK_C=block_c)
+    size = channels // groups
+    _group_affine[(groups, batch)](
+        sums, weight, bias, affine, channels, size, parts, rows * size, eps,
+        BLOCK_P=min(256, triton.next_power_of_2(parts)), BLOCK_S=triton.next_power_of_2(size),
+    )  # fmt: skip
+    _apply_affine[(triton.cdiv(rows, block_r), batch)](
+        x, affine, out, rows, channels, SILU=silu, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=8
+    )
+    return out
+
+
+def _warps(block: int) -> int:
+    return max(1, min(8, block // 512))
+
+
+@triton.jit
+def _scaled_rms_norm(x_ptr, scale_ptr, out_ptr, dim, eps, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * dim
+    columns = tl.arange(0, BLOCK)
+    inside = columns < dim
+    x = tl.load(x_ptr + row + columns, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(scale_ptr + columns, mask=inside, other=0.0)
+    normed = x * tl.rsqrt(tl.sum(x * x, axis=0) / dim + eps) * scale
+    tl.store(out_ptr + row + columns, normed.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_gated_norm(
+    x_ptr, update_ptr, gate_ptr, scale_ptr, h_ptr, dim, eps, NORM: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * dim
+    columns = tl.arange(0, BLOCK)
+    inside = columns < dim
+    update = tl.load(update_ptr + row + columns, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row + columns, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + columns, mask=inside, other=0.0)
+    x += update * tl.rsqrt(tl.sum(update * update, axis=0) / dim + eps) * gate
+    # What is normed is what is stored: the rounded stream.
+    stored = x.to(x_ptr.dtype.element_ty)
+    tl.store(x_ptr + row + columns, stored, mask=inside)
+    if NORM:
+        x = stored.to(tl.float32)
+        scale = tl.load(scale_ptr + columns, mask=inside, other=0.0)
+        h = x * tl.rsqrt(tl.sum(x * x, axis=0) / dim + eps) * scale
+        tl.store(h_ptr + row + columns, h.to(h_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _qk_norm_rope(
+    qkv_ptr, weight_ptr, cos_ptr, sin_ptr, tokens, heads, eps,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    which = tl.program_id(1)  # 0 query, 1 key
+    token = row % tokens
+    head = tl.arange(0, HEADS)[:, None]
+    channel = tl.arange(0, 2 * PAIRS)
+    base = qkv_ptr + (row * 3 + which) * heads * HEAD_DIM
+    place = base + head * HEAD_DIM + channel[None, :]
+    inside = (head < heads) & (channel[None, :] < HEAD_DIM)
+    x = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + which * HEAD_DIM + channel, mask=channel < HEAD_DIM, other=0.0)
+    x = x * tl.rsqrt(tl.sum(x * x, axis=1) / HEAD_DIM + eps)[:, None] * weight[None, :]
+    pair = tl.arange(0, PAIRS)
+    angle = token * (HEAD_DIM // 2) + pair
+    cos = tl.load(cos_ptr + angle, mask=pair < HEAD_DIM // 2, other=0.0)[None, :]
+    sin = tl.load(sin_ptr + angle, mask=pair < HEAD_DIM // 2, other=0.0)[None, :]
+    even, odd = tl.split(tl.reshape(x, (HEADS, PAIRS, 2)))
+    turned = tl.join(even * cos - odd * sin, even * sin + odd * cos)
+    turned = tl.reshape(turned, (HEADS, 2 * PAIRS))
+    tl.store(place, turned.to(qkv_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _swiglu(x_ptr, out_ptr, hidden, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < hidden
+    gate = tl.load(x_ptr + row * 2 * hidden + columns, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(x_ptr + row * 2 * hidden + hidden + columns, mask=inside, other=0.0).to(tl.float32)
+    out = gate * tl.sigmoid(gate) * value
+    tl.store(out_ptr + row * hidden + columns, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _channel_sums(
+    x_ptr, sums_ptr, rows, channels, rows_per_part, parts, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    part, picture = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    channel = tl.arange(0, BLOCK_C)
+    total = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    squares = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    for start in range(0, rows_per_part, BLOCK_R):
+        row = part.to(tl.int64) * rows_per_part + start + tl.arange(0, BLOCK_R)
+        inside = (row[:, None] < rows) & (channel[None, :] < channels)
+        place = x_ptr + (picture * rows + row[:, None]) * channels + channel[None, :]
+        x = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        total += tl.sum(x, axis=0)
+        squares += tl.sum(x * x, axis=0)
+    place = sums_ptr + (picture * 2 * parts + part) * channels + channel
+    tl.store(place, total, mask=channel < channels)
+    tl.store(place + parts * channels, squares, mask=channel < channels)
+
+
+@triton.jit
+def _group_affine(
+    sums_ptr, weight_ptr, bias_ptr, affine_ptr, channels, size, parts, count, eps,
+    BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    group, picture = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    member = tl.arange(0, BLOCK_S)
+    channel = group * size + member
+    total = tl.zeros((BLOCK_P, BLOCK_S), dtype=tl.float32)
+    squares = tl.zeros((BLOCK_P, BLOCK_S), dtype=tl.float32)
+    for start in range(0, parts, BLOCK_P):
+        part = start + tl.arange(0, BLOCK_P)
+        inside = (part[:, None] < parts) & (member[None, :] < size)
+        place = sums_ptr + (picture * 2 * parts + part[:, None]) * channels + channel[None, :]
+        total += tl.load(place, mask=inside, other=0.0)
+        squares += tl.load(place + parts * channels, mask=inside, other=0.0)
+    mean = tl.sum(tl.sum(total, axis=1), axis=0) / count
+    variance = tl.sum(tl.sum(squares, axis=1), axis=0) / count - mean * mean
+    inverse = tl.rsqrt(tl.maximum(variance, 0.0) + eps)
+    weight = tl.load(weight_ptr + channel, mask=member < size, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + channel, mask=member < size, other=0.0).to(tl.float32)
+    place = affine_ptr + picture * 2 * channels + channel
+    tl.store(place, weight * inverse, mask=member < size)
+    tl.store(place + channels, bias - mean * weight * inverse, mask=member < size)
+
+
+@triton.jit
+def _apply_affine(
+    x_ptr, affine_ptr, out_ptr, rows, channels, SILU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    picture = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    channel = tl.arange(0, BLOCK_C)
+    inside = (row[:, None] < rows) & (channel[None, :] < channels)
+    place = (picture * rows + row[:, None]) * channels + channel[None, :]
+    scale = tl.load(affine_ptr + picture * 2 * channels + channel, mask=channel < channels, other=0.0)
+    shift = tl.load(affine_ptr + picture * 2 * channels + channels + channel, mask=channel < channels, other=0.0)
+    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    y = x * scale[None, :] + shift[None, :]
+    if SILU:
+        y = y * tl.sigmoid(y)
+    tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=inside)
