@@ -116,7 +116,7 @@ def fill(name: str, shape: tuple[int, ...], dtype: str, seed: int, device: str) 
     """The values of one tensor, on the CPU."""
     import torch
 
-    generator = torch.Generator(device).manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+    generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     kind = torch.float32 if dtype == "fp32" else torch.bfloat16
     # Drawn in fp32 in both cases: a bf16 checkpoint is the rounded fp32 one.
     values = torch.randn(shape, generator=generator, device=device)

@@ -22,6 +22,15 @@ def cache_root() -> Path:
     return (Path(xdg).expanduser() if xdg else Path.home() / ".cache") / "zimage_runner"
 
 
+def is_writable() -> bool:
+    """Whether entries can be kept; makes the folder."""
+    try:
+        cache_root().mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(cache_root(), os.W_OK)
+
+
 def read_entry(kind: str, key: str) -> dict[str, Any] | None:
     """The entry stored under ``key``, or None; a damaged entry counts as none."""
     path = _entry_path(kind, key)

@@ -35,7 +35,7 @@ def load_tensors(paths: Sequence[Path], device: str = "cpu", method: str = "auto
     """All tensors of the files, by name, in their stored dtype on ``device`` (cpu, cuda or cuda:N).
 
     They are complete and may be used on any stream when this returns. Raises ValueError for an unknown method or a
-    method this device does not have, BadWeightsFile or OSError for a damaged file.
+    method this device does not have; BadWeightsFile, SafetensorError or OSError for a damaged file.
     """
     if method != "auto":
         return _load(paths, device, method)

@@ -8,7 +8,7 @@ from pathlib import Path
 from zimage_runner.errors import UserError
 from zimage_runner.model import Model, Source, Verify
 from zimage_runner.weights import hubs
-from zimage_runner.weights.cache import read_entry, write_entry
+from zimage_runner.weights.cache import cache_root, is_writable, read_entry, write_entry
 from zimage_runner.weights.checkpoint import Checkpoint
 from zimage_runner.weights.digest import weights_digest
 from zimage_runner.weights.layout import IncompleteCheckpoint, Layout, inspect
@@ -60,6 +60,11 @@ def check_digests(model: Model, layout: Layout) -> None:
     """Compare sha256 with the hub's or the first use's, as ``model.verify`` says. Raises UserError naming the file."""
     embedded = model.path is None and model.source is Source.embedded  # a part of this package, as pip installed it
     if embedded or model.verify is Verify.headers:
+        return
+    if model.verify is Verify.first_use and not is_writable():
+        log.warning(
+            "%s cannot be written, so sha256 of the weights is not checked: set ZIMAGE_RUNNER_CACHE", cache_root()
+        )
         return
     altered = [d for d in file_digests(layout.weight_paths, force=model.verify is Verify.always) if d.is_altered]
     if altered:

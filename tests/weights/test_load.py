@@ -1,0 +1,247 @@
+"""Loading: every method gives the file's bits; what needs no GPU of the CUDA path; reading ahead without torch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from zimage_runner.weights import load, prefetch
+from zimage_runner.weights.layout import inspect
+from zimage_runner.weights.load import BackgroundLoad, choose_method, load_tensors
+from zimage_runner.weights.resolve import EMBEDDED
+from zimage_runner.weights.safetensors_header import BadWeightsFile, read_header
+
+FILES = [
+    EMBEDDED / "text_encoder/model.safetensors",
+    EMBEDDED / "transformer/diffusion_pytorch_model.safetensors",
+    EMBEDDED / "vae/diffusion_pytorch_model.safetensors",
+]
+
+
+def same(ours: dict[str, torch.Tensor], *paths: Path) -> bool:
+    theirs = {name: tensor for path in paths for name, tensor in load_file(path).items()}
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_mapped_tensors_are_the_files(sharded: Path) -> None:
+    shards = [file.path for file in inspect(sharded).weights["transformer"]]
+    assert same(load_tensors(shards), *shards)
+
+
+@pytest.mark.parametrize(("method", "device"), [("mmap", "cuda"), ("staged", "cpu"), ("library", "cpu"), ("x", "cpu")])
+def test_methods_name_their_device(method: str, device: str) -> None:
+    with pytest.raises(ValueError, match=f"method='{method}' does not load to {device}"):
+        load_tensors(FILES, device, method)
+
+
+def test_choice_of_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_method("cpu") == "mmap"
+    monkeypatch.setattr(load, "has_prefetch", lambda: True)
+    assert choose_method("cuda") == "prefetch"
+    monkeypatch.setattr(load, "has_prefetch", lambda: False)
+    assert choose_method("cuda:1") == "staged"
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"), [("0.8.0", False), ("0.9.0rc1", True), ("0.10.2", True), ("1.0", True)]
+)
+def test_prefetch_is_detected(monkeypatch: pytest.MonkeyPatch, version: str, expected: bool) -> None:
+    import safetensors
+
+    class Opener:
+        prefetch = None
+
+    monkeypatch.setattr(safetensors, "safe_open", Opener)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+    assert load.has_prefetch() == expected
+
+
+def test_failing_prefetch_falls_back(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    tried: list[str] = []
+
+    def attempt(paths: Any, device: str, method: str) -> dict[str, torch.Tensor]:
+        tried.append(method)
+        if method == "prefetch":
+            raise RuntimeError("no CUDA runtime is loaded in this process")
+        return {}
+
+    monkeypatch.setattr(load, "has_prefetch", lambda: True)
+    monkeypatch.setattr(load, "_load", attempt)
+    assert load_tensors(FILES, "cuda") == {}
+    assert tried == ["prefetch", "staged"]
+    assert "no CUDA runtime" in caplog.text
+
+
+class FakeStream:
+    """Stands for a CUDA stream on machines without one: work on it is done at once."""
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def wait_event(self, event: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+class FakeEvent:
+    def record(self, *args: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+@pytest.fixture
+def staged(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The staged loader with CUDA's streams replaced, so that its bookkeeping runs on the CPU."""
+    from zimage_runner.weights import staged as module
+
+    empty = torch.empty
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: FakeStream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "empty", lambda *args, pin_memory=False, **options: empty(*args, **options))
+    monkeypatch.setattr(module, "PIECE", 1_000_003)
+    return module
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.parent.name)
+def test_staged_pieces_add_up(staged: Any, path: Path) -> None:
+    assert same(staged.load_staged([read_header(path)], "cpu", 3), path)
+
+
+def test_staged_tensors_are_aligned_views(staged: Any, tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(3), "b": torch.randn(64, 64), "c": torch.randn(5).bfloat16(), "d": torch.tensor(1.5)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    loaded = staged.load_staged([read_header(tmp_path / "x.safetensors")], "cpu", 2)
+    assert same(loaded, tmp_path / "x.safetensors")
+    assert all(tensor.data_ptr() % 16 == 0 for tensor in loaded.values())
+
+
+def test_staged_reports_a_file_that_shrinks(staged: Any, tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1000)}, tmp_path / "x.safetensors")
+    header = read_header(tmp_path / "x.safetensors")
+    os.truncate(tmp_path / "x.safetensors", header.data_start + 100)
+    with pytest.raises(OSError, match=f"ended at byte {header.data_start + 100}"):
+        staged.load_staged([header], "cpu", 2)
+
+
+def test_shares_cover_every_tensor_once() -> None:
+    header = read_header(FILES[1])
+    shares = load._even_shares(header, 8)
+    assert sorted(name for share in shares for name in share) == sorted(header.tensors)
+    sizes = [sum(header.tensors[name].nbytes for name in share) for share in shares]
+    assert max(sizes) < 2 * sum(sizes) / 8
+
+
+def test_background_hands_out_components_in_order() -> None:
+    components = {path.parent.name: [path] for path in FILES}
+    loading = BackgroundLoad(components)
+    for name, paths in components.items():
+        assert same(loading.wait(name), *paths)
+    assert list(loading.seconds) == ["text_encoder", "transformer", "vae"]
+
+
+def test_background_error_reaches_the_one_who_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken.safetensors").write_bytes(b"\1\0\0")
+    loading = BackgroundLoad({"broken": [tmp_path / "broken.safetensors"], "vae": [FILES[2]]})
+    with pytest.raises(Exception, match=r"(?i)header|truncated"):
+        loading.wait("broken")
+    assert loading.wait("vae")
+    with pytest.raises(BadWeightsFile):
+        read_header(tmp_path / "broken.safetensors")
+
+
+def test_background_starts_before_the_rest_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.Event()
+    original = load._load
+
+    def slow(paths: Any, device: str, method: str) -> dict[str, torch.Tensor]:
+        if paths[0] == FILES[1]:
+            assert gate.wait(10)
+        return original(paths, device, method)
+
+    monkeypatch.setattr(load, "_load", slow)
+    loading = BackgroundLoad({path.parent.name: [path] for path in FILES})
+    assert loading.wait("text_encoder")
+    assert "transformer" not in loading.seconds
+    gate.set()
+    assert loading.wait("transformer")
+
+
+def test_read_ahead_reads_what_is_not_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(os.urandom(50_000_000))
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    first = prefetch.read_ahead([path])
+    assert first is not None
+    first.wait()
+    assert first.bytes_read + first.bytes_cached == 50_000_000
+    again = prefetch.read_ahead([path])
+    assert again is not None
+    again.wait()
+    assert (again.bytes_read, again.bytes_cached) == (0, 50_000_000)
+    assert again.seconds is not None
+
+
+def test_read_ahead_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(b"x" * 10_000_000)
+    monkeypatch.setattr(prefetch, "PIECE", 1000)
+    monkeypatch.setattr(prefetch, "_is_cached", lambda *args: time.sleep(0.001) or False)
+    reader = prefetch.PageCacheReader([path], threads=2)
+    reader.stop()
+    reader.wait()
+    assert reader.bytes_read < 10_000_000
+
+
+def test_read_ahead_of_more_than_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefetch, "available_memory", lambda: 1_000_000)
+    assert prefetch.read_ahead(FILES) is None
+
+
+def test_available_memory_is_plausible() -> None:
+    memory = prefetch.available_memory()
+    assert memory is not None
+    assert 50_000_000 < memory < 10**14
+
+
+def test_prefetching_imports_no_torch() -> None:
+    code = (
+        "import sys; from zimage_runner.weights.prefetch import CudaContext, read_ahead; from pathlib import Path\n"
+        f"read_ahead([Path({str(FILES[0])!r})]).wait(); context = CudaContext(); seconds = context.wait()\n"
+        "assert (seconds is None) == (context.error is not None); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["prefetch", "staged", "library"])
+def test_every_method_gives_the_same_bits_on_the_gpu(method: str) -> None:
+    if method == "prefetch" and not load.has_prefetch():
+        pytest.skip("safetensors older than 0.9")
+    for path in FILES:
+        loaded = {name: tensor.cpu() for name, tensor in load_tensors([path], "cuda", method).items()}
+        assert same(loaded, path)
+
+
+@pytest.mark.gpu
+def test_context_is_the_one_that_torch_uses() -> None:
+    context = prefetch.CudaContext()
+    assert context.wait() is not None, context.error
+    assert torch.ones(2, device="cuda").sum().item() == 2

@@ -1,0 +1,286 @@
+"""Prepared checkpoints: equal to their source bit by bit, atomic, remade when the source changes, bounded in memory."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from zimage_runner.errors import UserError
+from zimage_runner.model import Model, Prepare, Source
+from zimage_runner.weights import prepare, prepared
+from zimage_runner.weights.checkpoint import Checkpoint
+from zimage_runner.weights.compare import compare
+from zimage_runner.weights.layout import inspect
+from zimage_runner.weights.names import prepared_tensors
+from zimage_runner.weights.resolve import resolve
+
+
+def local(path: Path, **options: object) -> Model:
+    return Model(name="my model", source=Source.local, path=str(path), **options)  # pyright: ignore[reportArgumentType]
+
+
+def published(path: Path, component: str) -> dict[str, torch.Tensor]:
+    files = sorted((path / component).glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def test_equals_the_source_as_the_reference_would_round_it(sharded: Path) -> None:
+    """Compared with another reader and another way of rounding than the code under test uses."""
+    found = prepare.build(resolve(local(sharded)), local(sharded))
+    transformer = load_file(prepared.component_file(found.path, "transformer"))
+    source = {name: tensor.to(torch.bfloat16) for name, tensor in published(sharded, "transformer").items()}
+    qkv = torch.cat([source.pop(f"layers.2.attention.to_{name}.weight") for name in "qkv"])
+    assert torch.equal(transformer["layers.2.attention.qkv.weight"], qkv)
+    w13 = torch.cat([source.pop(f"noise_refiner.0.feed_forward.{name}.weight") for name in ("w1", "w3")])
+    assert torch.equal(transformer["noise_refiner.0.feed_forward.w1w3.weight"], w13)
+    kept = [name for name in source if name in transformer]
+    assert len(kept) > 80
+    assert all(torch.equal(transformer[name], source[name]) for name in kept)
+    assert {tensor.dtype for tensor in transformer.values()} == {torch.bfloat16}
+    comparison = compare(inspect(sharded), found)
+    assert comparison.differences == []
+    total = sum(file.size - file.data_start for file in found.weights.values())
+    assert comparison.nbytes == total
+
+
+def test_native_engine_loads_both_layouts_alike(nano: Path) -> None:
+    from zimage_runner.engines.native.model import Options, load_model
+
+    found = prepare.build(resolve(local(nano)), local(nano))
+    options = Options(dtype=torch.bfloat16)
+    ours, theirs = load_model(found.path, options), load_model(nano, options)
+    for part in ("transformer", "text_encoder", "vae"):
+        ours_named, theirs_named = (dict(getattr(m, part).named_parameters()) for m in (ours, theirs))
+        assert ours_named.keys() == theirs_named.keys()
+        assert all(torch.equal(ours_named[name], theirs_named[name]) for name in ours_named)
+
+
+def test_holds_nothing_that_inference_does_not_need(nano: Path) -> None:
+    found = prepare.build(resolve(local(nano)), local(nano))
+    names = {component: set(file.tensors) for component, file in found.weights.items()}
+    assert not [name for name in names["vae"] if name.startswith("encoder.")]
+    assert not [name for name in names["text_encoder"] if name.startswith(("layers.3.", "norm."))]
+    left_out = found.manifest["components"]["text_encoder"]["left_out"]
+    assert "layers.3.mlp.down_proj.weight" in left_out
+    assert sum(f.size for f in found.weights.values()) < inspect(nano).weight_bytes
+
+
+def test_every_tensor_begins_aligned(sharded: Path) -> None:
+    found = prepare.build(resolve(local(sharded)), local(sharded))
+    for file in found.weights.values():
+        assert file.data_start % 4096 == 0
+        odd = [info.start for info in file.tensors.values() if info.nbytes % 256]
+        starts = [info.start for info in file.tensors.values() if info.start < min(odd, default=file.size)]
+        assert all(start % 256 == 0 for start in starts)
+
+
+def test_digest_stays_that_of_the_source(nano: Path) -> None:
+    checkpoint = resolve(local(nano))
+    found = prepare.build(checkpoint, local(nano))
+    assert found.manifest["source"]["digest"] == checkpoint.digest
+    assert prepared.find(checkpoint, local(nano)) == found
+
+
+def test_is_made_once(nano: Path) -> None:
+    first = prepare.build(resolve(local(nano)), local(nano))
+    inode = prepared.component_file(first.path, "vae").stat().st_ino
+    again = prepare.build(resolve(local(nano)), local(nano))
+    assert prepared.component_file(again.path, "vae").stat().st_ino == inode
+
+
+def test_is_found_under_another_model_name(nano: Path) -> None:
+    first = prepare.build(resolve(local(nano)), local(nano))
+    other = local(nano)
+    other.name = "zimage_turbo"
+    assert prepared.find(resolve(other), other) == first
+
+
+def test_is_remade_when_the_source_changes(nano: Path) -> None:
+    first = prepare.build(resolve(local(nano)), local(nano))
+    config = nano / "scheduler/scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"shift": 6.0}))
+    second = prepare.build(resolve(local(nano)), local(nano))
+    assert second.path != first.path
+    assert not first.path.exists()
+    assert json.loads((second.path / "scheduler/scheduler_config.json").read_text())["shift"] == 6.0
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "manifest", "config", "version"])
+def test_damaged_one_is_not_used_and_remade(nano: Path, damage: str) -> None:
+    checkpoint = resolve(local(nano))
+    found = prepare.build(checkpoint, local(nano))
+    file = prepared.component_file(found.path, "transformer")
+    if damage == "truncate":
+        os.truncate(file, 1_000_000)
+    elif damage == "flip":
+        raw = bytearray(file.read_bytes())
+        raw[-1] ^= 1
+        file.write_bytes(raw)
+    elif damage == "manifest":
+        (found.path / "manifest.json").write_text("{")
+    elif damage == "config":
+        (found.path / "tokenizer/tokenizer.json").unlink()
+    else:
+        (found.path / "manifest.json").write_text(json.dumps(found.manifest | {"version": 0}))
+    assert prepared.find(checkpoint, local(nano)) is None
+    assert compare(inspect(nano), prepare.build(checkpoint, local(nano))).differences == []
+
+
+def test_comparison_sees_one_changed_bit(nano: Path) -> None:
+    checkpoint = resolve(local(nano))
+    found = prepare.build(checkpoint, local(nano))
+    info = found.weights["transformer"].tensors["layers.1.attention.qkv.weight"]
+    with prepared.component_file(found.path, "transformer").open("r+b") as file:
+        file.seek(info.start + info.nbytes - 1)
+        (byte,) = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 0x80]))
+    assert compare(inspect(nano), found).differences == [
+        "transformer: layers.1.attention.qkv.weight differs from the source"
+    ]
+
+
+def test_nothing_is_written_into_the_source(nano: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in nano.rglob("*")}
+    prepare.build(resolve(local(nano)), local(nano))
+    assert {p: p.stat().st_mtime_ns for p in nano.rglob("*")} == before
+
+
+def test_lies_beside_the_downloads_where_they_can_be_written(nano: Path, tmp_path: Path, runner_cache: Path) -> None:
+    beside = local(nano, cache_dir=str(tmp_path / "hub"))
+    assert tmp_path / "hub" in prepare.build(resolve(beside), beside).path.parents
+    (tmp_path / "file").write_text("")
+    blocked = local(nano, cache_dir=str(tmp_path / "file"))  # stands for a read-only mount: nothing can be made in it
+    assert runner_cache in prepare.build(resolve(blocked), blocked).path.parents
+
+
+def test_full_disk_is_said_before_anything_is_written(
+    nano: Path, runner_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepared, "free_bytes", lambda path: 10**8)
+    with pytest.raises(UserError, match=r"has 0\.1 GB free of the 0\.6 GB needed: free some space") as error:
+        prepare.build(resolve(local(nano)), local(nano))
+    assert "\n" not in str(error.value)
+    assert not list(runner_cache.rglob("*.safetensors"))
+    assert prepare.ensure_prepared(resolve(local(nano)), local(nano, prepare=Prepare.always), "bfloat16") is None
+
+
+@pytest.mark.parametrize(
+    ("option", "dtype", "is_made"),
+    [
+        (Prepare.always, "bfloat16", True),
+        (Prepare.always, "float32", False),  # the transformer is fp32: bf16 would round it
+        (Prepare.auto, "bfloat16", False),  # small: nothing to gain
+        (Prepare.never, "bfloat16", False),
+    ],
+)
+def test_when_it_is_made_by_itself(sharded: Path, option: Prepare, dtype: str, is_made: bool) -> None:
+    model = local(sharded, prepare=option)
+    assert (prepare.ensure_prepared(resolve(model), model, dtype) is not None) == is_made
+
+
+def test_lossless_one_serves_float32_too(nano: Path) -> None:
+    model = local(nano, prepare=Prepare.always)
+    found = prepare.ensure_prepared(resolve(model), model, "float32")
+    assert found is not None
+    assert found.is_lossless
+
+
+def test_auto_prepares_large_ones(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "AUTO_BYTES", 10_000_000)
+    model = local(sharded)
+    assert prepare.ensure_prepared(resolve(model), model, "bfloat16") is not None
+
+
+def test_killed_preparation_leaves_nothing_that_is_used(sharded: Path, runner_cache: Path) -> None:
+    code = (
+        "import os, signal; from zimage_runner.weights import prepare\n"
+        "from zimage_runner.weights.resolve import resolve\n"
+        "from zimage_runner.model import *; write = os.pwrite; count = 0\n"
+        "def pwrite(*args):\n"
+        "    global count; count += 1\n"
+        "    if count == 100: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return write(*args)\n"
+        f"os.pwrite = pwrite; m = Model(name='my model', source=Source.local, path={str(sharded)!r})\n"
+        "prepare.build(resolve(m), m)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    assert list(runner_cache.rglob("*.safetensors"))
+    checkpoint = resolve(local(sharded))
+    assert prepared.find(checkpoint, local(sharded)) is None
+    found = prepare.build(checkpoint, local(sharded))
+    assert compare(inspect(sharded), found).differences == []
+    folders = {path.name for path in found.path.parent.iterdir() if path.is_dir()}
+    assert folders == {found.path.name}
+
+
+def _build(path: Path) -> str:
+    model = local(path)
+    found = prepare.build(resolve(model), model)
+    return f"{found.path} {prepared.component_file(found.path, 'vae').stat().st_ino}"
+
+
+def test_processes_at_once_make_one(nano: Path) -> None:
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        assert len(set(pool.map(_build, [nano] * 2))) == 1
+
+
+def test_memory_is_bounded(tmp_path: Path) -> None:
+    """Preparing 0.6 GB of fp32 takes no more memory than a few pieces of 32 MB, above what importing torch takes."""
+    code = r"""
+import re, sys
+from pathlib import Path
+from zimage_runner.weights.layout import Layout
+from zimage_runner.weights.pieces import plan_component
+from zimage_runner.weights.prepare import _write_component
+from zimage_runner.weights.safetensors_header import read_header
+from zimage_runner.weights.safetensors_writer import create
+folder = Path(sys.argv[1])
+create(folder / "big.safetensors", {f"layers.{i}.feed_forward.w2.weight": ("F32", (5000, 5000)) for i in range(6)}, {})
+layout = Layout(folder, {"transformer": {}}, {"transformer": [read_header(folder / "big.safetensors")]}, [])
+import torch
+torch.zeros(8).to(torch.bfloat16)
+def memory(field): return int(re.search(field + r":\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) // 1024
+before = memory("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+_write_component(folder / "out" / "x.safetensors", "transformer", plan_component(layout, "transformer"))
+print(memory("VmHWM") - before)
+"""
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert 0 < int(result.stdout) < 400
+
+
+def test_odd_dtypes_are_refused(nano: Path) -> None:
+    file = nano / "vae/diffusion_pytorch_model.safetensors"
+    save_file(load_file(file) | {"decoder.steps": torch.arange(3)}, file)
+    with pytest.raises(UserError, match=r"tensor 'decoder\.steps' is I64: only F32, BF16, F16 can be prepared"):
+        prepare.build(Checkpoint(path=nano, revision="r", digest="d" * 64), local(nano))
+
+
+def test_published_text_encoder_names_lose_their_prefix() -> None:
+    names = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+    names += [f"model.layers.{i}.self_attn.{p}_proj.weight" for i in range(11) for p in "qkvo"]
+    tensors = prepared_tensors("text_encoder", names, num_hidden_layers=11)
+    assert [tensor.name for tensor in tensors][:3] == [
+        "embed_tokens.weight", "layers.0.self_attn.o_proj.weight", "layers.0.self_attn.qkv_proj.weight",
+    ]  # fmt: skip
+    assert tensors[-1].sources == tuple(f"model.layers.9.self_attn.{p}_proj.weight" for p in "qkv")
+
+
+@given(st.lists(st.sampled_from(["to_q", "to_k", "to_v", "norm_q", "to_out.0"]), unique=True))
+def test_only_complete_groups_are_fused(parts: list[str]) -> None:
+    names = [f"layers.0.attention.{part}.weight" for part in parts]
+    tensors = prepared_tensors("transformer", names)
+    assert sorted(source for tensor in tensors for source in tensor.sources) == sorted(names)
+    assert any(len(tensor.sources) == 3 for tensor in tensors) == ({"to_q", "to_k", "to_v"} <= set(parts))

@@ -1,0 +1,87 @@
+"""``python -m zimage_runner.prepare``: what it prints and the codes it exits with."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from zimage_runner.prepare import main
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    code = main(argv)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_build_then_verify(capsys: pytest.CaptureFixture[str], sharded: Path, runner_cache: Path) -> None:
+    options = ("model=local", f"model.path={sharded}")
+    code, out, _ = run(capsys, *options)
+    assert code == 0
+    assert out.startswith(f"prepared: {runner_cache}/prepared/local-")
+    code, out, _ = run(capsys, "verify", *options)
+    assert code == 0
+    assert out.count("as expected") == 5
+    assert "equals the source rounded to bfloat16 (240 tensors" in out
+    code, out, _ = run(capsys, "info", *options)
+    assert code == 0
+    assert f"prepared: {runner_cache}/prepared/local-" in out
+
+
+def test_verify_finds_an_altered_file_and_accept_takes_it(capsys: pytest.CaptureFixture[str], nano: Path) -> None:
+    options = ("model=local", f"model.path={nano}")
+    assert run(capsys, "verify", *options)[0] == 0
+    file = nano / "vae/diffusion_pytorch_model.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-100_000] ^= 1
+    file.write_bytes(raw)
+    code, out, _ = run(capsys, "verify", *options)
+    assert code == 1
+    assert "vae/diffusion_pytorch_model.safetensors: sha256" in out
+    assert "ALTERED since its first use on" in out
+    assert run(capsys, "accept", *options)[0] == 0
+    assert run(capsys, "verify", *options)[0] == 0
+
+
+def test_info_of_the_default_model(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "info")
+    assert code == 0
+    assert "assets/zimage_nano" in out
+    assert "prepared: none; would be in" in out
+
+
+def test_help_names_every_action(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    assert all(word in out for word in ("build", "verify", "download", "accept", "info"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["repair"], "repair: say one of build, verify, download, accept, info"),
+        (["model=nope"], "model=nope: no such option"),
+        (["model.nmae=x"], "model.nmae: no such field; did you mean name?"),
+        (["model.verify=sometimes"], "model.verify"),
+        (["model=local"], "model.path is not set"),
+        (["model=local", "model.path=/does/not/exist"], "model.path=/does/not/exist: no such directory"),
+        (["download"], "model.source=embedded: nothing to download"),
+        (["download", "model=zimage_turbo", "model.offline=true"], "model.offline=true: nothing can be downloaded"),
+        (["model=zimage_turbo", "model.offline=true"], "Tongyi-MAI/Z-Image-Turbo is not in ModelScope's cache"),
+    ],
+)
+def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], argv: list[str], text: str) -> None:
+    code, out, err = run(capsys, *argv)
+    assert code == 2
+    assert out == ""
+    assert text in err
+    assert err.startswith("zimage_runner.prepare: ")
+    assert err.count("\n") == 1
+
+
+def test_runs_as_a_module(nano: Path) -> None:
+    command = [sys.executable, "-m", "zimage_runner.prepare", "info", "model=local", f"model.path={nano}"]
+    assert str(nano) in subprocess.check_output(command, text=True)
