@@ -51,7 +51,9 @@ def load_staged(files: Sequence[WeightsFile], device: str, threads: int) -> dict
     finally:
         for handle in handles:
             os.close(handle)
-    return {name: view for file, buffer in zip(files, buffers, strict=True) for name, view in _views(file, buffer)}
+    return {
+        name: view for file, buffer in zip(files, buffers, strict=True) for name, view in tensor_views(file, buffer)
+    }
 
 
 def _run_readers(work: SimpleQueue[_Piece], device: str, threads: int) -> None:
@@ -108,7 +110,7 @@ def _read(handle: int, offset: int, memory: memoryview) -> None:
         done += count
 
 
-def _views(file: WeightsFile, buffer: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+def tensor_views(file: WeightsFile, buffer: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
     views = []
     for name, info in file.tensors.items():
         begin = info.start - file.data_start

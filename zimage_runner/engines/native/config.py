@@ -43,6 +43,9 @@ class NativeEngine(EngineConfig):
             )
 
     def create(self, *, checkpoint: Checkpoint, model: Model, memory: Memory, compile: Compile) -> Engine:
+        from zimage_runner.weights import source
+
+        weights = source.begin(checkpoint, model, self.device)  # on its way while the next line imports torch
         from zimage_runner.engines.native.engine import NativeEngineAdapter
 
-        return NativeEngineAdapter.load(self, checkpoint, model, memory)
+        return NativeEngineAdapter.load(self, weights, model, memory)

@@ -18,7 +18,7 @@ from zimage_runner.engines.native.sampler import Guidance
 from zimage_runner.errors import UserError
 from zimage_runner.memory import Memory
 from zimage_runner.model import Model
-from zimage_runner.weights.checkpoint import Checkpoint
+from zimage_runner.weights.source import WeightsSource
 
 
 class NativePending(PendingImages):
@@ -46,7 +46,7 @@ class NativeEngineAdapter(Engine):
         self.vae_scale_factor = model.vae.config.scale
 
     @classmethod
-    def load(cls, config: NativeEngine, checkpoint: Checkpoint, model: Model, memory: Memory) -> NativeEngineAdapter:
+    def load(cls, config: NativeEngine, weights: WeightsSource, model: Model, memory: Memory) -> NativeEngineAdapter:
         """Load the checkpoint. Raises UserError for one that this engine does not compute."""
         device = choose_device(config.device)
         options = Options(
@@ -57,11 +57,12 @@ class NativeEngineAdapter(Engine):
             cuda_graphs=config.cuda_graphs,
         )
         memory.apply_limits(device)
+        weights.settle(device, choose_dtype(model.dtype, device))
         started = time.perf_counter()
         try:
-            loaded = load_model(checkpoint.path, options)
+            loaded = load_model(weights.path, options, weights.tensors)
         except (ValueError, KeyError) as error:
-            raise UserError(f"engine=native cannot run {checkpoint.path}: {error}; use engine=diffusers") from error
+            raise UserError(f"engine=native cannot run {weights.path}: {error}; use engine=diffusers") from error
         engine = cls(loaded, {})
         engine.synchronize()
         engine.load_phases["load"] = time.perf_counter() - started

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -38,6 +38,9 @@ from zimage_runner.engines.native.text_encoder import TextEncoder, TextEncoderCo
 from zimage_runner.engines.native.tokenizer import CaptionTokenizer
 from zimage_runner.engines.native.transformer import PATCH, StepModulation, Transformer, TransformerConfig
 from zimage_runner.engines.native.vae_decoder import VaeConfig, VaeDecoder
+
+Tensors = Mapping[str, torch.Tensor]
+LoadedTensors = Callable[[str], Tensors | None]
 
 CACHED_SHAPES = 32
 CACHED_SCHEDULES = 8
@@ -203,45 +206,50 @@ def group_captions(captions: Sequence[torch.Tensor]) -> list[tuple[list[int], to
     return [(group, torch.stack([captions[row] for row in group])) for group in rows.values()]
 
 
-def load_model(path: Path, options: Options) -> NativeModel:
-    """Load a diffusers-format checkpoint directory. Raises UserError or ValueError for one that is not supported."""
+def load_model(path: Path, options: Options, tensors: LoadedTensors = lambda component: None) -> NativeModel:
+    """Load a checkpoint directory. Raises UserError or ValueError for one that is not supported.
+
+    ``tensors`` gives a component's tensors when they are on the device already, None to read its files.
+    """
     ops = choose_operations(options.device, options.fused_kernels)
     tokenizer = CaptionTokenizer(path / "tokenizer")
     shift = read_shift(read_config(path / "scheduler", "scheduler_config.json"))
-    text_encoder = load_text_encoder(path / "text_encoder", options)
-    transformer, attention = load_transformer(path / "transformer", options, ops)
-    vae = load_vae(path / "vae", options, ops)
+    text_encoder = load_text_encoder(path / "text_encoder", options, tensors("text_encoder"))
+    transformer, attention = load_transformer(path / "transformer", options, ops, tensors("transformer"))
+    vae = load_vae(path / "vae", options, ops, tensors("vae"))
     return NativeModel(transformer, text_encoder, vae, tokenizer, shift, attention, options)
 
 
-def load_text_encoder(folder: Path, options: Options) -> TextEncoder:
+def load_text_encoder(folder: Path, options: Options, tensors: Tensors | None = None) -> TextEncoder:
     """The caption encoder of a checkpoint's text_encoder folder."""
     config = TextEncoderConfig.from_published(read_config(folder))
     with torch.device("meta"):
         module = TextEncoder(config)
-    tensors = TensorFiles(folder, options.device)
+    tensors = TensorFiles(folder, options.device) if tensors is None else tensors
     unused = TEXT_ENCODER_UNUSED.format(last=config.num_hidden_layers - 1)
     return assign(module, tensors, TEXT_ENCODER_RULES, unused, options.device, options.dtype, "text_encoder")
 
 
-def load_transformer(folder: Path, options: Options, ops: Operations) -> tuple[Transformer, Attention]:
+def load_transformer(
+    folder: Path, options: Options, ops: Operations, tensors: Tensors | None = None
+) -> tuple[Transformer, Attention]:
     """The transformer of a checkpoint's transformer folder and the attention backend it runs on."""
     config = TransformerConfig.from_published(read_config(folder))
     attention = choose_attention(options.attention, options.device, options.dtype, config.head_dim)
     with torch.device("meta"):
         module = Transformer(config, ops, attention.attend)
-    tensors = TensorFiles(folder, options.device)
+    tensors = TensorFiles(folder, options.device) if tensors is None else tensors
     module = assign(
         module, tensors, TRANSFORMER_RULES, TRANSFORMER_UNUSED, options.device, options.dtype, "transformer"
     )
     return module, attention
 
 
-def load_vae(folder: Path, options: Options, ops: Operations) -> VaeDecoder:
+def load_vae(folder: Path, options: Options, ops: Operations, tensors: Tensors | None = None) -> VaeDecoder:
     """The decoder of a checkpoint's vae folder, channels last."""
     with torch.device("meta"):
         module = VaeDecoder(VaeConfig.from_published(read_config(folder)), ops)
-    tensors = TensorFiles(folder, options.device)
+    tensors = TensorFiles(folder, options.device) if tensors is None else tensors
     module = assign(module, tensors, VAE_RULES, VAE_UNUSED, options.device, options.dtype, "vae")
     for parameter in module.parameters():
         if parameter.ndim == 4:

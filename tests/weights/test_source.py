@@ -1,0 +1,63 @@
+"""The native engine on a prepared checkpoint that travelled through the preloader draws what the published one does."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.weights.test_preload import driver  # noqa: F401 (fixture)
+from zimage_runner.engines.base import Device
+from zimage_runner.engines.native.model import Options, load_model
+from zimage_runner.model import Model, Prepare, Source
+from zimage_runner.weights import preload, source
+from zimage_runner.weights.cuda_driver import CudaDriver
+from zimage_runner.weights.preload import Preload
+from zimage_runner.weights.prepare import build
+from zimage_runner.weights.resolve import resolve
+
+pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc for the fake driver")
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
+    monkeypatch.setenv("ZIMAGE_RUNNER_CACHE", str(tmp_path / "cache"))
+    return Model(name="zimage_nano", source=Source.embedded, prepare=Prepare.always)
+
+
+def host_tensor(load: Preload, path: Path) -> torch.Tensor:
+    """What torch.as_tensor does with real device memory; the fake driver's memory is the host's."""
+    buffer = load.take(path)
+    memory = (ctypes.c_ubyte * buffer.nbytes).from_address(buffer.address)
+    memory._buffer = buffer  # type: ignore[attr-defined]
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def test_preloaded_equals_published(model: Model, driver: CudaDriver, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    checkpoint = resolve(model)
+    build(checkpoint, model)
+    monkeypatch.setattr(preload, "CudaDriver", lambda: driver)
+    monkeypatch.setattr(source, "_torch_is_cpu_only", lambda: False)
+    monkeypatch.setattr(source, "_wrap", host_tensor)
+    weights = source.begin(checkpoint, model, Device.auto)
+    assert weights.path != checkpoint.path
+    weights.device = "cuda"  # settle("cuda") would, on a machine with a GPU
+    options = Options(dtype=torch.bfloat16)
+    ours, theirs = load_model(weights.path, options, weights.tensors), load_model(checkpoint.path, options)
+    for part in ("transformer", "text_encoder", "vae"):
+        expected: dict[str, Any] = getattr(theirs, part).state_dict()
+        found = getattr(ours, part).state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_on_the_cpu_the_published_files_are_read(model: Model) -> None:
+    checkpoint = resolve(model)
+    weights = source.begin(checkpoint, model, Device.auto)
+    weights.settle("cpu", "float32")
+    assert weights.path == checkpoint.path
+    assert weights.tensors("transformer") is None

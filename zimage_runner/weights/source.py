@@ -1,0 +1,104 @@
+"""Where an engine takes its tensors from, begun before torch is imported.
+
+``begin`` starts what can run while torch is being imported: the prepared checkpoint's way to the GPU, or the page
+cache's and the CUDA context's. ``settle``, once torch is there, makes the prepared checkpoint on first use;
+``tensors`` then hands out each component.
+"""
+
+from __future__ import annotations
+
+import logging
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from zimage_runner.engines.base import Device
+from zimage_runner.model import Dtype, Model, Prepare
+from zimage_runner.weights import prepared
+from zimage_runner.weights.checkpoint import Checkpoint
+from zimage_runner.weights.cuda_driver import CudaUnavailable
+from zimage_runner.weights.prefetch import CudaContext, read_ahead
+from zimage_runner.weights.preload import Preload, try_preload
+from zimage_runner.weights.prepared import Prepared
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+
+class WeightsSource:
+    """A checkpoint's tensors, component by component, by the fastest way this machine has."""
+
+    def __init__(self, checkpoint: Checkpoint, model: Model, found: Prepared | None, preload: Preload | None) -> None:
+        self._checkpoint = checkpoint
+        self._model = model
+        self._prepared = found
+        self._preload = preload
+        self.device = "cpu"
+
+    def settle(self, device: str, dtype: str) -> None:
+        """Decide between the prepared and the published files, now that device and compute dtype are known.
+
+        Makes the prepared checkpoint on first use if ``model.prepare`` says so.
+        """
+        from zimage_runner.weights.prepare import ensure_prepared
+
+        self.device = device
+        if device == "cuda":
+            self._prepared = ensure_prepared(self._checkpoint, self._model, dtype)
+        elif self._prepared is not None and dtype != "bfloat16" and not self._prepared.is_lossless:
+            self._prepared = None
+        if self._preload is not None and (device != "cuda" or self._prepared is None):
+            self._preload.close()
+            self._preload = None
+
+    @property
+    def path(self) -> Path:
+        """The directory whose configs, tokenizer and scheduler go with the tensors."""
+        return self._checkpoint.path if self._prepared is None else self._prepared.path
+
+    def tensors(self, component: str) -> dict[str, torch.Tensor] | None:
+        """A prepared component's tensors on the device; None when the published files are to be read instead."""
+        if self._prepared is None or self.device != "cuda":
+            return None
+        file = self._prepared.weights[component]
+        if self._preload is not None:
+            from zimage_runner.weights.staged import tensor_views
+
+            try:
+                return dict(tensor_views(file, _wrap(self._preload, file.path)))
+            except (CudaUnavailable, OSError, RuntimeError) as error:
+                log.warning("%s is loaded the slow way: %s", file.path.name, error)
+        from zimage_runner.weights.load import load_tensors
+
+        return load_tensors([file.path], self.device)
+
+
+def begin(checkpoint: Checkpoint, model: Model, device: Device) -> WeightsSource:
+    """Start what can be started without torch, and return at once."""
+    wants_gpu = device is not Device.cpu and not _torch_is_cpu_only()
+    found = None if model.prepare is Prepare.never else prepared.find(checkpoint, model)
+    preload = None
+    if wants_gpu and found is not None and model.dtype in (Dtype.auto, Dtype.bfloat16):
+        files = found.weights.values()
+        preload = try_preload([(file.path, file.data_start, file.size - file.data_start) for file in files])
+    elif wants_gpu:
+        CudaContext()
+        read_ahead(sorted(checkpoint.path.glob("*/*.safetensors")))
+    return WeightsSource(checkpoint, model, found, preload)
+
+
+def _wrap(preload: Preload, path: Path) -> torch.Tensor:
+    """The file's bytes as a uint8 tensor that keeps their memory alive."""
+    import torch
+
+    return torch.as_tensor(preload.take(path), device="cuda")
+
+
+def _torch_is_cpu_only() -> bool:
+    """Whether the installed torch says so in its version, without importing it."""
+    try:
+        return "+cpu" in metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        return False
