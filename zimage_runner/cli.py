@@ -22,6 +22,7 @@ from zimage_runner.errors import UserError
 from zimage_runner.help import CONFIG_DIR
 from zimage_runner.logs import log_to_terminal
 from zimage_runner.resume import restore, resume_command_line
+from zimage_runner.sweep.launcher import register_launcher
 
 EXIT_OK, EXIT_ITEMS_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -34,6 +35,7 @@ def main(argv: Sequence[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us instead of Hydra's own report and exit code 1
     _exit_codes.clear()
     register()
+    register_launcher()
     log_to_terminal()
     try:
         sys.argv = [sys.argv[0], *quote_free_text(resume_command_line(argv))]
@@ -57,12 +59,12 @@ def _refuse(message: str) -> int:
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")
-def job(cfg: DictConfig) -> None:
-    """One job: a single run, or one of a multirun's."""
+def job(cfg: DictConfig) -> int:
+    """One job: a single run, or one of a multirun's. Returns its exit code, for launchers."""
     from zimage_runner.runner import run
 
     directory = Path(HydraConfig.get().runtime.output_dir)
-    _exit_codes.append(EXIT_OK)
+    _exit_codes.append(EXIT_ITEMS_FAILED)  # unless it gets further
     try:
         if cfg.resume is not None:
             cfg = restore(cfg, directory, list(HydraConfig.get().overrides.task))
@@ -73,6 +75,7 @@ def job(cfg: DictConfig) -> None:
         _exit_codes[-1] = _refuse(str(error))
     finally:
         _remove_if_empty(directory, Path(cfg.output.root))
+    return _exit_codes[-1]
 
 
 def composed_files(cfg: DictConfig) -> dict[str, str]:

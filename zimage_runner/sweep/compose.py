@@ -1,0 +1,64 @@
+"""Composing a sweep's jobs quickly.
+
+Hydra composes each job from its files anew, twice (once to check it): 2 x 70 ms a job. Jobs that differ in values
+alone start here from one composed config; only another choice of config groups is composed again.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Sequence
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+
+
+class SweepComposer:
+    """Stands in for ``ConfigLoader.load_sweep_config`` and gives the same configs."""
+
+    def __init__(self, loader: ConfigLoaderImpl) -> None:
+        self._loader = loader
+        self._compose = loader.load_sweep_config
+        self._bases: dict[tuple[str, ...], DictConfig] = {}
+
+    def __call__(self, master_config: DictConfig, sweep_overrides: Sequence[str]) -> DictConfig:
+        """The config of one job; its values are independent of every other job's."""
+        parsed = [_parse(text) for text in sweep_overrides]
+        values = [override for override in parsed if self._is_value(override)]
+        choices = [override for override in parsed if not self._is_value(override)]
+        key = tuple(override.input_line or "" for override in choices)
+        if key not in self._bases:
+            self._bases[key] = self._compose(master_config, list(key))
+        config = copy.deepcopy(self._bases[key])
+        ConfigLoaderImpl._apply_overrides_to_config(values, config)
+        tasks = [override for override in parsed if not override.is_hydra_override()]
+        config.hydra.overrides.task = [override.input_line for override in tasks]
+        names = config.hydra.job.config.override_dirname
+        config.hydra.job.override_dirname = get_overrides_dirname(
+            overrides=tasks, kv_sep=names.kv_sep, item_sep=names.item_sep, exclude_keys=names.exclude_keys
+        )
+        OmegaConf.copy_cache(from_config=master_config, to_config=config)
+        return config
+
+    def _is_value(self, override: Override) -> bool:
+        """True for ``field=value``: applied last, to a config that is composed already."""
+        changes_field = not (override.is_delete() or override.is_add() or override.is_force_add() or override.package)
+        return changes_field and not override.is_hydra_override() and not self._is_group(override.key_or_group)
+
+    def _is_group(self, key: str) -> bool:
+        return self._loader.repository.group_exists(config_path=key)
+
+
+@functools.lru_cache(maxsize=4096)
+def _parse(text: str) -> Override:
+    return OverridesParser.create().parse_override(text)
+
+
+def compose_quickly(loader: ConfigLoader) -> None:
+    """Make this loader compose sweep jobs with a SweepComposer; harmless when called twice."""
+    if isinstance(loader, ConfigLoaderImpl) and not isinstance(loader.load_sweep_config, SweepComposer):
+        loader.load_sweep_config = SweepComposer(loader)  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,138 @@
+"""``hydra/launcher=warm``: all jobs of a multirun in this process, sharing sessions.
+
+Jobs that need the same session run one after the other, whatever order the sweeper gave; each keeps its own number
+and directory.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from zimage_runner.errors import error_text
+from zimage_runner.signals import EXIT_INTERRUPTED, graceful_stop
+from zimage_runner.sweep.compose import compose_quickly
+from zimage_runner.warm import Executors, shared_executors
+
+log = logging.getLogger(__name__)
+
+EXIT_FAILED = 1
+PLUGIN_MODULE = "hydra_plugins.zimage_runner"
+"""Hydra takes plugins only from below this package. A real one would be imported by every Hydra program of the
+environment, so ours is made in memory."""
+SESSION_GROUPS = ("model", "engine", "memory", "warmup", "compile", "executor")
+
+
+@dataclass(kw_only=True, slots=True)
+class WarmLauncherConfig:
+    """Fields of ``hydra.launcher``."""
+
+    _target_: str = f"{PLUGIN_MODULE}.WarmLauncher"
+    keep_going: bool = True
+    """A failed job does not keep the others from running; the exit code tells."""
+
+
+class WarmLauncher(Launcher):
+    """Hydra calls ``setup`` and then ``launch`` for each batch of jobs of its sweeper."""
+
+    __module__ = PLUGIN_MODULE
+
+    def __init__(self, keep_going: bool = True) -> None:
+        self.keep_going = keep_going
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.hydra_context = hydra_context
+        self.task_function = task_function
+        self.config = config
+        compose_quickly(hydra_context.config_loader)
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run all jobs; their returns in the order given."""
+        setup_globals()
+        Path(str(self.config.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
+        configs = [self._compose(list(o), initial_job_idx + n) for n, o in enumerate(job_overrides)]
+        returns: dict[int, JobReturn] = {}
+        with graceful_stop() as stop, shared_executors(stop) as executors:
+            for n in warm_order(configs):
+                returns[n] = self._run(configs[n], executors)
+                if not self.keep_going and returns[n].return_value:
+                    log.warning("job %d failed: the jobs after it are not run (keep_going=false)", initial_job_idx + n)
+                    break
+        return [returns.get(n) or _not_run(EXIT_FAILED) for n in range(len(configs))]
+
+    def _compose(self, overrides: list[str], number: int) -> DictConfig:
+        config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
+        with open_dict(config):
+            config.hydra.job.id = str(number)
+            config.hydra.job.num = number
+        return config
+
+    def _run(self, config: DictConfig, executors: Executors) -> JobReturn:
+        """One job. What it raises is reported here: raised to Hydra it would end the sweep."""
+        if executors.stop:
+            return _not_run(EXIT_INTERRUPTED)
+        result = run_job(
+            task_function=self.task_function,
+            config=config,
+            job_dir_key="hydra.sweep.dir",
+            job_subdir_key="hydra.sweep.subdir",
+            hydra_context=self.hydra_context,
+            configure_logging=False,
+        )
+        if result.status is JobStatus.FAILED:
+            error = result._return_value
+            executors.close()  # whatever state it is in
+            log.error("job %d: %s", config.hydra.job.num, error_text(error), exc_info=error)
+            result.status, result.return_value = JobStatus.COMPLETED, EXIT_FAILED
+        return result
+
+
+def _not_run(code: int) -> JobReturn:
+    result = JobReturn()
+    result.status, result.return_value = JobStatus.COMPLETED, code
+    return result
+
+
+def warm_order(configs: Sequence[DictConfig]) -> list[int]:
+    """Positions such that jobs of one session stand together: sessions by first appearance, jobs as given."""
+    first: dict[str, int] = {}
+    keys = [first.setdefault(session_text(config), n) for n, config in enumerate(configs)]
+    return sorted(range(len(configs)), key=lambda n: keys[n])
+
+
+def session_text(config: DictConfig) -> str:
+    """Equal for jobs that can share a session: their session's settings without the batch size."""
+    groups = {name: OmegaConf.to_container(config[name], resolve=True, enum_to_str=True) for name in SESSION_GROUPS}
+    choices = {name: config.hydra.runtime.choices.get(name) for name in SESSION_GROUPS}
+    engine = groups["engine"]
+    assert isinstance(engine, dict)
+    engine.pop("batch_size", None)
+    return json.dumps([choices, groups], sort_keys=True, default=str)
+
+
+def register_launcher() -> None:
+    """Tell Hydra of the plugin; harmless when called twice."""
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.plugins import Plugins
+
+    ConfigStore.instance().store(group="hydra/launcher", name="warm", node=WarmLauncherConfig, provider="zimage_runner")
+    Plugins.instance().register(WarmLauncher)  # scans the installed plugins first
+    package, _, name = PLUGIN_MODULE.partition(".")
+    try:
+        parent = importlib.import_module(package)
+    except ImportError:
+        parent = sys.modules[package] = ModuleType(package)
+    module = sys.modules[PLUGIN_MODULE] = ModuleType(PLUGIN_MODULE)
+    module.WarmLauncher = WarmLauncher  # pyright: ignore[reportAttributeAccessIssue]
+    setattr(parent, name, module)

@@ -1,0 +1,162 @@
+"""What a multirun leaves in its own directory: one table of all jobs, and a grid picture of what was swept."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.utils import JobReturn
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from zimage_runner.outputs.atomic import directory, write_file
+
+log = logging.getLogger(__name__)
+
+COLUMNS = ("status", "done", "failed", "seconds_per_image", "directory")
+
+
+@dataclass(kw_only=True, slots=True)
+class SweptJob:
+    """One job of a multirun, as far as it left traces."""
+
+    number: int
+    directory: Path
+    overrides: dict[str, str] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    exit_code: int | None = None
+    """None when it ran in another process."""
+
+    @property
+    def status(self) -> str:
+        """complete, failures or stopped as in summary.json; refused when nothing was started."""
+        return str(self.summary.get("status") or ("refused" if self.exit_code in (None, 2) else "failed"))
+
+    def cells(self) -> dict[str, Any]:
+        items, images = self.summary.get("items", {}), self.summary.get("images", {})
+        seconds = images.get("mean_seconds", images.get("first_seconds"))
+        return {
+            "status": self.status,
+            "done": items.get("ok", 0) + items.get("done_before", 0),
+            "failed": items.get("failed", 0),
+            "seconds_per_image": "" if seconds is None else round(seconds, 4),
+            "directory": self.directory.name,
+        }
+
+
+class SweepReport(Callback):
+    """Hydra calls it around jobs and multiruns, with whichever launcher."""
+
+    def __init__(self, grid: bool = True, tile: int = 256) -> None:
+        """``grid``: draw it. ``tile``: largest side of its pictures in pixels."""
+        self._grid = grid
+        self._tile = tile
+        self._exit_codes: dict[int, int] = {}
+        self._overrides: dict[int, list[str]] = {}
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Only jobs of this process are heard of; the others are read from disk."""
+        number = config.hydra.job.get("num")
+        if isinstance(number, int):
+            code = job_return._return_value
+            self._exit_codes[number] = code if isinstance(code, int) else 1
+            self._overrides[number] = list(config.hydra.overrides.task)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Write summary.csv, summary.md and the grid into the sweep's directory."""
+        root = Path(str(config.hydra.sweep.dir))
+        jobs = self._jobs(root)
+        if not jobs or all(job.summary == {} for job in jobs):
+            return
+        fields = varying_fields(jobs)
+        with directory(root) as folder:
+            write_file(folder, "summary.csv", csv_table(jobs, fields).encode())
+            write_file(folder, "summary.md", markdown_table(jobs, fields).encode())
+        if self._grid and fields:
+            from zimage_runner.sweep.grid import write_grids
+
+            write_grids(root, jobs, fields, tile=self._tile)
+        print(root)
+
+    def _jobs(self, root: Path) -> list[SweptJob]:
+        found = {int(path.name): read_job(path) for path in root.iterdir() if path.name.isdigit() and path.is_dir()}
+        for number, code in self._exit_codes.items():
+            job = found.setdefault(number, SweptJob(number=number, directory=root / str(number)))
+            job.exit_code = code
+            job.overrides = job.overrides or split_overrides(self._overrides[number])
+        return [found[number] for number in sorted(found)]
+
+
+def read_job(path: Path) -> SweptJob:
+    """A job from its directory; what is missing or unreadable stays empty."""
+    try:
+        overrides = split_overrides(yaml.safe_load((path / ".hydra" / "overrides.yaml").read_text(encoding="utf-8")))
+    except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError):
+        overrides = {}
+    try:
+        summary = json.loads((path / "summary.json").read_bytes())
+    except (OSError, ValueError):
+        summary = {}
+    return SweptJob(number=int(path.name), directory=path, overrides=overrides, summary=summary)
+
+
+def split_overrides(overrides: list[str]) -> dict[str, str]:
+    """field -> value of ``field=value`` texts, without the quotes that the command line needs."""
+    pairs = (text.lstrip("+").partition("=") for text in overrides)
+    return {key: value.strip("\"'") for key, _, value in pairs}
+
+
+def varying_fields(jobs: list[SweptJob]) -> list[str]:
+    """Fields that are not the same in all jobs, in the order of the command line."""
+    names = dict.fromkeys(name for job in jobs for name in job.overrides)
+    return [name for name in names if len({job.overrides.get(name) for job in jobs}) > 1]
+
+
+def csv_table(jobs: list[SweptJob], fields: list[str]) -> str:
+    """A row a job. Text that a spreadsheet would run as a formula is kept from it by an apostrophe."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["job", *map(_inert, fields), *COLUMNS])
+    for job in jobs:
+        cells = job.cells()
+        writer.writerow([job.number, *(_inert(job.overrides.get(f, "")) for f in fields), *(cells[c] for c in COLUMNS)])
+    return out.getvalue()
+
+
+def _inert(text: str) -> str:
+    """Spreadsheets take cells that start with these as formulas; numbers are none."""
+    if text.startswith(("=", "+", "-", "@", "\t", "\r")):
+        try:
+            float(text)
+        except ValueError:
+            return f"'{text}"
+    return text
+
+
+def markdown_table(jobs: list[SweptJob], fields: list[str]) -> str:
+    """The same as a Markdown table."""
+    header = ["job", *fields, *COLUMNS]
+    lines = [_markdown_row(header), _markdown_row(["---"] * len(header))]
+    for job in jobs:
+        cells = job.cells()
+        lines.append(
+            _markdown_row([job.number, *(job.overrides.get(f, "") for f in fields), *(cells[c] for c in COLUMNS)])
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_row(cells: list[Any]) -> str:
+    return "| " + " | ".join(_markdown_text(str(cell)) for cell in cells) + " |"
+
+
+def _markdown_text(text: str) -> str:
+    clean = "".join(c if c.isprintable() else " " for c in text)
+    for sign in "\\|`<*[":
+        clean = clean.replace(sign, "\\" + sign)
+    return clean
