@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from zimage_runner.article import Report, article_table
 from zimage_runner.config.schema import RunConfig
 from zimage_runner.dry_run import comparable, describe
 from zimage_runner.errors import RunStopped
@@ -199,5 +200,7 @@ class Run:
         except RunStopped as error:
             log.warning("%s", error)
         say(table(summary))
+        if self.job.config.report is Report.article:
+            say(article_table(summary))
         say(str(self.run_dir.path), sys.stdout)
         return EXIT_INTERRUPTED if summary["items"]["remaining"] else 1 if self.summary.failed else 0

@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from zimage_runner.article import Report
 from zimage_runner.compile import Compile
 from zimage_runner.engines.base import AUTO, EngineConfig
 from zimage_runner.errors import UserError
@@ -34,6 +35,8 @@ class RunConfig:
     """List, "0-9,42", or a mapping {count, base} or {count, derive: prompt}."""
     dry_run: bool = False
     """Print the plan and generate nothing."""
+    report: Report = Report.standard
+    """Figures printed at the end: standard, or article (the article's as well, in its words)."""
     resume: str | None = None
     """Finish this run directory, or ``latest``, with its own settings."""
     retry: Retry = Retry.unfinished

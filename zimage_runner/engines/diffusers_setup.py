@@ -61,12 +61,14 @@ class Setup:
 
     def load(self, stage: Stage, phases: dict[str, float]) -> Any:
         """A pipeline with the components of ``stage``, placed and compiled. Adds its seconds to ``phases``."""
-        from diffusers import ZImagePipeline
+        from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline
 
         self._check()
         options: dict[str, Any] = dict.fromkeys(ABSENT[stage])
         if self._straight_to_gpu:
             options["device_map"] = self.device
+        elif self.memory.device_map == "cpu":
+            options["device_map"] = "cpu"
         with phase(phases, "read"):
             pipe = ZImagePipeline.from_pretrained(
                 str(self.path),
