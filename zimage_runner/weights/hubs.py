@@ -73,7 +73,7 @@ def _from_huggingface(model: Model, local_files_only: bool) -> str:
     if model.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, IncompleteSnapshotError, LocalEntryNotFoundError
 
     assert model.repo is not None  # Model's own check
     try:
@@ -84,6 +84,10 @@ def _from_huggingface(model: Model, local_files_only: bool) -> str:
             local_files_only=local_files_only,
             allow_patterns=HUB_PATTERNS,
         )
+    except IncompleteSnapshotError as error:
+        if local_files_only:
+            return error.snapshot_path  # the caller looks for itself what is missing there
+        raise _failed(model, error, local_files_only) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise _failed(model, error, local_files_only) from error
 
