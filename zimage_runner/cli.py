@@ -18,7 +18,7 @@ from zimage_runner.config.free_text import quote_free_text
 from zimage_runner.config.messages import CONFIG_ERRORS, explain
 from zimage_runner.config.registry import register
 from zimage_runner.config.schema import RunConfig
-from zimage_runner.errors import UserError
+from zimage_runner.errors import RunStopped, UserError
 from zimage_runner.help import CONFIG_DIR
 from zimage_runner.logs import log_to_terminal
 from zimage_runner.resume import restore, resume_command_line
@@ -71,7 +71,7 @@ def job(cfg: DictConfig) -> int:
         config = OmegaConf.to_object(cfg)
         assert isinstance(config, RunConfig)
         _exit_codes[-1] = run(config, directory, composed_files(cfg))
-    except UserError as error:  # here and not in main: Hydra would print a line of its own
+    except (UserError, RunStopped) as error:  # here and not in main: Hydra would print a line of its own
         _exit_codes[-1] = _refuse(str(error))
     finally:
         _remove_if_empty(directory, Path(cfg.output.root))

@@ -1,0 +1,134 @@
+"""Asked to end: what is in flight is finished, the summary is there, and the printed command finishes the run."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import termios
+import time
+
+import pytest
+
+from tests.faults.driver import Run, children_of, is_alive, kill
+
+INLINE: list[str] = []
+PROCESS = ["executor=process"]
+
+
+def interrupted(run: Run, number: signal.Signals, **variables: object) -> int | None:
+    """Send a signal once the first pictures are there; the exit code."""
+    process = run.start(ITEM_SECONDS=0.05, **variables)
+    run.wait_for_pictures(process, 2)
+    assert process.pid is not None
+    kill(process.pid, number)
+    process.join(30)
+    return process.exitcode
+
+
+@pytest.mark.parametrize(
+    ("number", "overrides"), [(signal.SIGINT, INLINE), (signal.SIGTERM, PROCESS), (signal.SIGHUP, INLINE)]
+)
+def test_the_first_signal_finishes_what_is_in_flight(tmp_path, overrides, number):
+    run = Run(tmp_path, seeds=30, overrides=overrides)
+    assert interrupted(run, number) == 130
+    run.check(complete=False)
+    summary = json.loads((run.run_dir / "summary.json").read_bytes())
+    assert summary["stopped"] == number.name
+    assert summary["items"]["remaining"] > 0
+    assert summary["items"]["failed"] == 0
+    assert shlex.split(summary["resume"])[1:] == ["-m", "zimage_runner", f"resume={run.run_dir}"]
+    assert f"{number.name}: finishing the pictures in flight" in run.log
+    assert f"to finish this run: {summary['resume']}" in run.log
+    assert "Traceback" not in run.log
+    assert run.execute() == 0
+    run.check()
+
+
+@pytest.mark.parametrize("overrides", [INLINE, PROCESS])
+def test_the_second_signal_exits_at_once_even_when_the_engine_hangs(tmp_path, overrides):
+    run = Run(tmp_path, overrides=overrides)
+    process = run.start({"on": 3, "kind": "hang"})
+    run.wait_for_pictures(process, 2)
+    assert process.pid is not None
+    workers = children_of(process.pid)
+    kill(process.pid, signal.SIGINT)
+    time.sleep(0.3)
+    assert process.is_alive()
+    kill(process.pid, signal.SIGINT)
+    process.join(5)
+    assert process.exitcode == 130
+    time.sleep(0.1)
+    assert not [pid for pid in workers if is_alive(pid)]
+    run.check(complete=False)
+    assert run.execute() == 0
+    run.check()
+
+
+@pytest.mark.parametrize("overrides", [INLINE, PROCESS])
+def test_while_the_model_is_loading_one_signal_is_enough(tmp_path, overrides):
+    run = Run(tmp_path, overrides=overrides)
+    process = run.start(START_SECONDS=30)
+    time.sleep(1.0)
+    assert process.pid is not None
+    kill(process.pid, signal.SIGINT)
+    process.join(10)
+    assert process.exitcode == 130
+    assert not run.run_dir.exists()
+
+
+def test_a_terminal_that_closes_does_not_end_a_run_under_nohup(tmp_path):
+    run = Run(tmp_path, seeds=15)
+    ours, theirs = pty.openpty()
+
+    def own_terminal() -> None:
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+
+    environment = {**os.environ, "FAULTS_ITEM_SECONDS": "0.05", "FAULTS_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "tests.faults.driver", *run.argv()]
+    process = subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=own_terminal, env=environment
+    )  # the progress bar is on: stderr is a terminal
+    os.close(theirs)
+    records = run.run_dir / "records.jsonl"
+    deadline = time.monotonic() + 30
+    while not (records.exists() and records.read_bytes().count(b"\n") > 2) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.close(ours)  # SIGHUP, and from now on every write to the terminal fails
+    assert process.wait(30) == 0
+    run.check()
+
+
+def _random_instants(tmp_path, overrides: list[str], rounds: int, seed: int) -> None:
+    rng = random.Random(seed)
+    run = Run(tmp_path, seeds=rounds * 6, overrides=overrides)
+    for _ in range(rounds):
+        process = run.start(ITEM_SECONDS=0.01)
+        run.wait_for_pictures(process, 1)
+        time.sleep(rng.uniform(0, 0.1))
+        assert process.pid is not None
+        kill(process.pid, rng.choice([signal.SIGTERM, signal.SIGINT]))
+        process.join(30)
+        assert process.exitcode in (0, 130), run.log
+        run.check(complete=False)
+    assert run.execute() == 0
+    run.check()
+
+
+def test_a_few_random_instants(tmp_path):
+    _random_instants(tmp_path, INLINE, 3, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [INLINE, PROCESS])
+@pytest.mark.parametrize("seed", range(2))
+def test_many_random_instants(tmp_path, overrides, seed):
+    _random_instants(tmp_path, overrides, 10, seed)
