@@ -6,14 +6,14 @@ import json
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from zimage_runner.engines.native.attention import choose_attention
-from zimage_runner.engines.native.kernels import choose_operations
+from zimage_runner.engines.native.description import Description
 from zimage_runner.engines.native.loading import FLOAT32, TRANSFORMER_RULES, VAE_RULES, published_names
 from zimage_runner.engines.native.model import NativeModel, Options
 from zimage_runner.engines.native.text_encoder import TextEncoder, TextEncoderConfig
@@ -71,27 +71,32 @@ def fill(module: nn.Module, device: str, dtype: torch.dtype, seed: int = 0) -> N
 def build(tiny: bool, options: Options) -> NativeModel:
     """A NativeModel with random weights."""
     published = configs(tiny)
-    ops = choose_operations(options.device, options.fused_kernels)
-    config = TransformerConfig.from_published(published["transformer"])
-    attention = choose_attention(options.attention, options.device, options.dtype, config.head_dim)
+    description = Description(
+        transformer=TransformerConfig.from_published(published["transformer"]),
+        text_encoder=TextEncoderConfig.from_published(published["text_encoder"]),
+        vae=VaeConfig.from_published(published["vae"]),
+        shift=3.0,
+    )
+    model = NativeModel(description, CaptionTokenizer(NANO / "tokenizer"), options)
     with torch.device("meta"):
-        transformer = Transformer(config, ops, attention.attend)
-        text_encoder = TextEncoder(TextEncoderConfig.from_published(published["text_encoder"]))
-        vae = VaeDecoder(VaeConfig.from_published(published["vae"]), ops)
-    for module in (transformer, text_encoder, vae):
+        model.transformer = Transformer(description.transformer, model.ops, model.attention.attend)
+        model.text_encoder = TextEncoder(description.text_encoder)
+        model.vae = VaeDecoder(description.vae, model.ops)
+    for module in (model.transformer, model.text_encoder, model.vae):
         fill(module, options.device, options.dtype)
-    return NativeModel(transformer, text_encoder, vae, CaptionTokenizer(NANO / "tokenizer"), 3.0, attention, options)
+    return model
 
 
-def float32_copy(model: NativeModel) -> Transformer:
-    """The transformer with the same weights in float32, on plain torch operations: the reference for rounding."""
-    from zimage_runner.engines.native.attention import scaled_dot_product
-    from zimage_runner.engines.native.kernels import torch_ops
-
+def variant(model: NativeModel, **changes: Any) -> NativeModel:
+    """The same weights run with other options."""
+    other = NativeModel(model.description, model.tokenizer, replace(model.options, **changes))
     with torch.device("meta"):
-        copy = Transformer(model.transformer.config, torch_ops, scaled_dot_product)
-    copy.load_state_dict({k: v.float() for k, v in model.transformer.state_dict().items()}, assign=True)
-    return copy
+        other.transformer = Transformer(model.description.transformer, other.ops, other.attention.attend)
+    state = model.transformer.state_dict()
+    if other.options.dtype != model.options.dtype:
+        state = {name: tensor.to(other.options.dtype) for name, tensor in state.items()}
+    other.transformer.load_state_dict(state, assign=True)
+    return other
 
 
 def published_state(module: nn.Module, rules: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -15,7 +15,6 @@ import sys
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.profile_models import Clock, build, diffusers_models, float32_copy
+from benchmarks.profile_models import Clock, build, diffusers_models, variant
 from zimage_runner.engines.native import attention as attention_module
 from zimage_runner.engines.native.kernels import choose_operations, torch_ops
 from zimage_runner.engines.native.model import NativeModel, Options
@@ -152,11 +151,7 @@ class Profile:
     def error(self) -> dict[str, Any]:
         """Rounding error of one forward and of all steps against float32 on the same weights; diffusers' beside it."""
         model, size = self.model, self.size if self.tiny else 512
-        exact = replace(self.options, dtype=torch.float32, fused_kernels=False)
-        reference = NativeModel(
-            float32_copy(model), model.text_encoder, model.vae, model.tokenizer, model.shift,
-            attention_module.Attention("native", attention_module.scaled_dot_product), exact,
-        )  # fmt: skip
+        reference = variant(model, dtype=torch.float32, fused_kernels=False, attention="native")
         report: dict[str, Any] = {}
         for steps in (1, STEPS):
             z = self.noise(1, size)
@@ -232,8 +227,8 @@ class Profile:
         report: dict[str, Any] = {"TFLOP": tera}
         variants = {"eager": self.model}
         if self.device == "cuda":
-            variants["graph"] = self.variant(cuda_graphs=4)
-            variants["plain torch"] = self.variant(fused_kernels=False)
+            variants["graph"] = variant(self.model, cuda_graphs=4)
+            variants["plain torch"] = variant(self.model, fused_kernels=False)
         for name, model in variants.items():
             ms = self.clock(lambda m=model: m.denoise(self.embeds, z, STEPS), 3)
             report[name] = {"ms": ms, "TFLOP/s": tera / ms * 1e3}
@@ -244,22 +239,11 @@ class Profile:
                 report[f"diffusers {backend}"] = {"ms": ms, "TFLOP/s": tera / ms * 1e3}
         return report
 
-    def variant(self, **changes: Any) -> NativeModel:
-        """The same weights run in another way."""
-        model, options = self.model, replace(self.options, **changes)
-        ops = choose_operations(options.device, options.fused_kernels)
-        transformer = type(model.transformer).__new__(type(model.transformer))
-        transformer.__dict__.update(model.transformer.__dict__)
-        transformer.ops = ops
-        return NativeModel(
-            transformer, model.text_encoder, model.vae, model.tokenizer, model.shift, model.attention, options
-        )
-
     @torch.inference_mode()
     def batches(self) -> dict[str, Any]:
         """ms per picture at half the side: eight forwards and a decode at several batch sizes; diffusers one by one."""
         size, report = self.size // 2, {}
-        graphs = self.variant(cuda_graphs=8)
+        graphs = variant(self.model, cuda_graphs=8)
         for batch in (1, 2, 4, 8):
             z = self.noise(batch, size)
             for name, model in {"eager": self.model, "graph": graphs}.items():

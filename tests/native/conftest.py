@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from zimage_runner.engines.native.model import NativeModel, Options, load_model
+from zimage_runner.engines.native.assembly import load_model
+from zimage_runner.engines.native.model import NativeModel, Options
 
 CHECKPOINT = Path(__file__).resolve().parents[2] / "zimage_runner" / "assets" / "zimage_nano"
 STEPS = 8

@@ -19,7 +19,7 @@ from zimage_runner.engines.generate import generate_one
 from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.engines.native.engine import NativeEngineAdapter
 from zimage_runner.errors import UserError
-from zimage_runner.memory import Resident
+from zimage_runner.memory import Memory, ModelOffload, Resident, Staged
 from zimage_runner.model import Model, Source
 from zimage_runner.sampling import SamplingParams
 from zimage_runner.weights.checkpoint import Checkpoint
@@ -31,9 +31,9 @@ PARAMS = SamplingParams(
 MODEL = Model(name="nano", source=Source.local, path=str(CHECKPOINT))
 
 
-def create(config: EngineConfig, path: Path = CHECKPOINT):
+def create(config: EngineConfig, path: Path = CHECKPOINT, memory: Memory | None = None):
     checkpoint = Checkpoint(path=path, revision="test", digest="test")
-    return config.create(checkpoint=checkpoint, model=MODEL, memory=Resident(), compile=Compile())
+    return config.create(checkpoint=checkpoint, model=MODEL, memory=memory or Resident(), compile=Compile())
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_describes_itself(engine: NativeEngineAdapter) -> None:
     assert (engine.device, engine.dtype, engine.attention) == ("cpu", "float32", "native")
     assert (engine.latent_channels, engine.vae_scale_factor) == (16, 8)
     assert engine.numerics()["engine"] == "native"
-    assert set(engine.load_phases) == {"load"}
+    assert list(engine.load_phases) == ["open", "text_encoder", "transformer", "vae"]
     engine.synchronize()
 
 
@@ -98,6 +98,8 @@ def test_combinations_that_are_refused() -> None:
     check(MODEL, Resident(), Compile())
     with pytest.raises(UserError, match=r"compile=regional does nothing for engine=native"):
         check(MODEL, Resident(), Regional())
+    with pytest.raises(UserError, match=r"memory=model_offload is not for engine=native"):
+        check(MODEL, ModelOffload(), Compile())
     with pytest.raises(UserError, match=r"noise_device=cuda needs engine\.device=cuda"):
         NativeEngine(device=Device.cpu, noise_device=Device.cuda).check(MODEL, Resident(), Compile())
 
@@ -106,3 +108,22 @@ def test_combinations_that_are_refused() -> None:
 def test_a_gpus_attention_on_the_cpu() -> None:
     with pytest.raises(UserError, match=r"engine\.attention=cudnn needs a CUDA GPU"):
         create(NativeEngine(device=Device.cpu, attention="cudnn"))
+
+
+def test_staged_holds_either_the_encoder_or_the_denoiser(engine: NativeEngineAdapter) -> None:
+    staged = create(NativeEngine(device=Device.cpu), memory=Staged())
+    expected = generate_one(engine, "a red apple", PARAMS, seed=7).wait()
+    for _ in range(2):
+        embeds = staged.encode(["a red apple"], 512)
+        assert (hasattr(staged.model, "text_encoder"), hasattr(staged.model, "transformer")) == (True, False)
+        assert np.array_equal(generate_one(staged, "a red apple", PARAMS, seed=7).wait(), expected)
+        assert (hasattr(staged.model, "text_encoder"), hasattr(staged.model, "transformer")) == (False, True)
+        assert torch.equal(embeds[0], engine.encode(["a red apple"], 512)[0])
+    staged.close()
+    assert not hasattr(staged.model, "vae")
+
+
+def test_decoding_carefully(engine: NativeEngineAdapter) -> None:
+    latents = torch.randn(2, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    usual = engine.decode(latents).wait()
+    assert np.array_equal(engine.decode_carefully(latents, float32=True, tiled=True).wait(), usual)

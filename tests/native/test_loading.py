@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.native.conftest import CHECKPOINT, captions, noise
+from zimage_runner.engines.native.assembly import load_model
 from zimage_runner.engines.native.loading import TensorFiles
-from zimage_runner.engines.native.model import NativeModel, Options, load_model
+from zimage_runner.engines.native.model import NativeModel, Options
 from zimage_runner.errors import UserError
 
 FILES = {

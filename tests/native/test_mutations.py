@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from tests.native.conftest import CHECKPOINT, TOLERANCE, Reference, captions, difference, noise
 from zimage_runner.engines.native import model as model_module
 from zimage_runner.engines.native import transformer as transformer_module
+from zimage_runner.engines.native.assembly import load_model
 from zimage_runner.engines.native.attention import Attention
-from zimage_runner.engines.native.model import NativeModel, Options, load_model
+from zimage_runner.engines.native.model import NativeModel, Options
 from zimage_runner.engines.native.rope import RotaryTable
 from zimage_runner.engines.native.sampler import Guidance
 

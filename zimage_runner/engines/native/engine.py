@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from zimage_runner.engines.base import DenoiseRequest, Engine, PendingImages
 from zimage_runner.engines.device import choose_device, choose_dtype
+from zimage_runner.engines.native.assembly import load_text_encoder, load_transformer, load_vae, open_model
 from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.engines.native.images import HostCopy, Ready
-from zimage_runner.engines.native.model import NativeModel, Options, load_model
+from zimage_runner.engines.native.model import Options
 from zimage_runner.engines.native.sampler import Guidance
 from zimage_runner.errors import UserError
 from zimage_runner.memory import Memory
 from zimage_runner.model import Model
-from zimage_runner.weights.source import WeightsSource
+from zimage_runner.weights.checkpoint import Checkpoint
 
 
 class NativePending(PendingImages):
@@ -32,22 +35,35 @@ class NativePending(PendingImages):
 
 
 class NativeEngineAdapter(Engine):
-    """Engine contract to NativeModel's calls; nothing else."""
+    """Engine contract to NativeModel's calls, and which of its networks are in memory.
+
+    With ``memory=staged`` either the text encoder or the transformer and the decoder are loaded; the first call that
+    needs the others frees those.
+    """
 
     name = "native"
 
-    def __init__(self, model: NativeModel, load_phases: dict[str, float]) -> None:
-        self.model = model
-        self.device = model.device.type
-        self.dtype = str(model.options.dtype).removeprefix("torch.")
-        self.attention = model.attention.name
-        self.load_phases = load_phases
-        self.latent_channels = model.transformer.config.in_channels
-        self.vae_scale_factor = model.vae.config.scale
+    def __init__(self, path: Path, options: Options, staged: bool) -> None:
+        """Load the checkpoint. Raises UserError for one that this engine does not compute."""
+        self.load_phases = {}
+        self._path, self._staged = path, staged
+        try:
+            with self._phase("open"):
+                self.model = open_model(path, options)
+            self._load_encoder()
+            if not staged:
+                self._load_denoiser()
+        except (ValueError, KeyError) as error:
+            raise UserError(f"engine=native cannot run {path}: {error}; use engine=diffusers") from error
+        self.device = options.device
+        self.dtype = str(options.dtype).removeprefix("torch.")
+        self.attention = self.model.attention.name
+        self.latent_channels = self.model.description.transformer.in_channels
+        self.vae_scale_factor = self.model.description.vae.scale
 
     @classmethod
-    def load(cls, config: NativeEngine, weights: WeightsSource, model: Model, memory: Memory) -> NativeEngineAdapter:
-        """Load the checkpoint. Raises UserError for one that this engine does not compute."""
+    def load(cls, config: NativeEngine, checkpoint: Checkpoint, model: Model, memory: Memory) -> NativeEngineAdapter:
+        """The engine that the configuration asks for."""
         device = choose_device(config.device)
         options = Options(
             device=device,
@@ -57,21 +73,14 @@ class NativeEngineAdapter(Engine):
             cuda_graphs=config.cuda_graphs,
         )
         memory.apply_limits(device)
-        weights.settle(device, choose_dtype(model.dtype, device))
-        started = time.perf_counter()
-        try:
-            loaded = load_model(weights.path, options, weights.tensors)
-        except (ValueError, KeyError) as error:
-            raise UserError(f"engine=native cannot run {weights.path}: {error}; use engine=diffusers") from error
-        engine = cls(loaded, {})
-        engine.synchronize()
-        engine.load_phases["load"] = time.perf_counter() - started
-        return engine
+        return cls(checkpoint.path, options, memory.staged)
 
     def encode(self, texts: Sequence[str], max_sequence_length: int) -> list[torch.Tensor]:
+        self._load_encoder()
         return self.model.encode(texts, max_sequence_length)
 
     def denoise(self, request: DenoiseRequest) -> torch.Tensor:
+        self._load_denoiser()
         params = request.params
         guidance = Guidance(
             scale=params.guidance_scale,
@@ -83,14 +92,54 @@ class NativeEngineAdapter(Engine):
         )
 
     def decode(self, latents: torch.Tensor) -> PendingImages:
+        self._load_denoiser()
         return NativePending(self.model.decode(latents))
+
+    def decode_carefully(self, latents: torch.Tensor, *, float32: bool = False, tiled: bool = False) -> PendingImages:
+        # Nothing to do for tiled: pictures are decoded one by one, with a fraction of a usual decoder's memory.
+        self._load_denoiser()
+        return NativePending(self.model.decode(latents, float32=float32))
 
     def synchronize(self) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()
 
     def close(self) -> None:
-        self.model.close()
+        self.model.forget()
+        for network in ("text_encoder", "transformer", "vae"):
+            self._free(network)
+
+    def _load_encoder(self) -> None:
+        if hasattr(self.model, "text_encoder"):
+            return
+        if self._staged and hasattr(self.model, "transformer"):
+            self.model.forget()
+            self._free("transformer")
+            self._free("vae")
+        with self._phase("text_encoder"):
+            load_text_encoder(self.model, self._path)
+
+    def _load_denoiser(self) -> None:
+        if hasattr(self.model, "transformer"):
+            return
+        if self._staged:
+            self._free("text_encoder")
+        with self._phase("transformer"):
+            load_transformer(self.model, self._path)
+        with self._phase("vae"):
+            load_vae(self.model, self._path)
+
+    def _free(self, network: str) -> None:
+        if hasattr(self.model, network):
+            delattr(self.model, network)
         gc.collect()
-        if self.device == "cuda":
+        if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    @contextlib.contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        self.load_phases[name] = self.load_phases.get(name, 0.0) + time.perf_counter() - started

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -61,6 +61,9 @@ TRANSFORMER_UNUSED = r"$^"
 TEXT_ENCODER_UNUSED = r"norm\.weight|lm_head\..+|layers\.{last}\..+|.*rotary_emb\.inv_freq"
 VAE_UNUSED = r"encoder\..+|quant_conv\..+"
 
+FUSED = ("attention.qkv.weight", "self_attn.qkv_proj.weight")
+"""Endings that tell the modules' own layout from the published one."""
+
 FLOAT32 = re.compile(r".*(norm_qk|layernorm\.weight|[qk]_norm\.weight)$")
 """Small vectors that the modules want in float32 whatever the compute dtype."""
 
@@ -72,15 +75,11 @@ class TensorFiles(Mapping[str, torch.Tensor]):
         from safetensors import safe_open
 
         self.folder = folder
-        self._files = {path: safe_open(path, framework="pt", device=device) for path in tensor_files(folder)}
-        for handle in self._files.values():
-            prefetch = getattr(handle, "prefetch", None)  # safetensors >= 0.9: several times faster
-            if device != "cpu" and prefetch is not None:
-                prefetch()
+        handles = [safe_open(path, framework="pt", device=device) for path in tensor_files(folder)]
         # A causal language model's checkpoint puts everything but its head below "model.".
         self._where = {
             name.removeprefix("model."): (handle, name)
-            for handle in self._files.values()
+            for handle in handles
             for name in handle.keys()  # noqa: SIM118
         }
 
@@ -113,13 +112,18 @@ def tensor_files(folder: Path) -> list[Path]:
     return files
 
 
-def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
-    """A component's configuration. Raises UserError if the file is missing."""
-    path = folder / name
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: is this a diffusers-format checkpoint?") from None
+def open_tensors(folder: Path, device: str) -> Mapping[str, torch.Tensor]:
+    """A component's tensors on the device.
+
+    A prepared component arrives as a whole, as fast as the machine allows, and is used in place. A published one is
+    read tensor by tensor: fusing copies them, and a whole file's memory would stay taken by its smallest tensor.
+    """
+    tensors = TensorFiles(folder, device)
+    if device == "cpu" or not any(name.endswith(FUSED) for name in tensors):
+        return tensors
+    from zimage_runner.weights.load import load_tensors
+
+    return load_tensors(tensor_files(folder), device)
 
 
 def assign(

@@ -5,26 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from zimage_runner.engines.native.attention import Attention, choose_attention
+from zimage_runner.engines.native.attention import choose_attention
+from zimage_runner.engines.native.description import Description
 from zimage_runner.engines.native.graphs import GraphCache
 from zimage_runner.engines.native.images import HostCopy, Ready
-from zimage_runner.engines.native.kernels import Operations, choose_operations
-from zimage_runner.engines.native.loading import (
-    TEXT_ENCODER_RULES,
-    TEXT_ENCODER_UNUSED,
-    TRANSFORMER_RULES,
-    TRANSFORMER_UNUSED,
-    VAE_RULES,
-    VAE_UNUSED,
-    TensorFiles,
-    assign,
-    read_config,
-)
+from zimage_runner.engines.native.kernels import choose_operations
 from zimage_runner.engines.native.rope import (
     RotaryTable,
     caption_positions,
@@ -33,11 +22,11 @@ from zimage_runner.engines.native.rope import (
     rotary_table,
     sequence_tables,
 )
-from zimage_runner.engines.native.sampler import Guidance, Schedule, euler, make_schedule, read_shift
-from zimage_runner.engines.native.text_encoder import TextEncoder, TextEncoderConfig
+from zimage_runner.engines.native.sampler import Guidance, Schedule, euler, make_schedule
+from zimage_runner.engines.native.text_encoder import TextEncoder
 from zimage_runner.engines.native.tokenizer import CaptionTokenizer
-from zimage_runner.engines.native.transformer import PATCH, StepModulation, Transformer, TransformerConfig
-from zimage_runner.engines.native.vae_decoder import VaeConfig, VaeDecoder
+from zimage_runner.engines.native.transformer import PATCH, StepModulation, Transformer
+from zimage_runner.engines.native.vae_decoder import VaeDecoder
 
 Tensors = Mapping[str, torch.Tensor]
 LoadedTensors = Callable[[str], Tensors | None]
@@ -60,23 +49,24 @@ class Options:
 
 
 class NativeModel:
-    """Transformer, text encoder, decoder and tokenizer, and what of their work can be reused."""
+    """Text encoder, transformer and decoder, as far as they are loaded, and what of their work can be reused.
 
-    def __init__(
-        self,
-        transformer: Transformer,
-        text_encoder: TextEncoder,
-        vae: VaeDecoder,
-        tokenizer: CaptionTokenizer,
-        shift: float,
-        attention: Attention,
-        options: Options,
-    ) -> None:
-        self.transformer, self.text_encoder, self.vae, self.tokenizer = transformer, text_encoder, vae, tokenizer
-        self.shift = shift
-        self.attention = attention
+    The three networks are attributes to be set (see assembly.py) and deleted: not all need be in memory at a time.
+    """
+
+    text_encoder: TextEncoder
+    transformer: Transformer
+    vae: VaeDecoder
+
+    def __init__(self, description: Description, tokenizer: CaptionTokenizer, options: Options) -> None:
+        self.description = description
+        self.tokenizer = tokenizer
         self.options = options
+        self.shift = description.shift
         self.device = torch.device(options.device)
+        self.ops = choose_operations(options.device, options.fused_kernels)
+        head_dim = description.transformer.head_dim
+        self.attention = choose_attention(options.attention, options.device, options.dtype, head_dim)
         self.graphs = GraphCache(options.cuda_graphs if self.device.type == "cuda" else 0)
         self._captions = WeakIdKeyDictionary()
         self._copy_stream = torch.cuda.Stream() if self.device.type == "cuda" else None
@@ -127,22 +117,29 @@ class NativeModel:
             return euler(self._to_device(noise.float()), schedule, guidance, predict)
 
     @torch.inference_mode()
-    def decode(self, latents: torch.Tensor) -> HostCopy | Ready:
+    def decode(self, latents: torch.Tensor, float32: bool = False) -> HostCopy | Ready:
         """Pictures of the latents, on their way to the host: ``wait()`` gives uint8 [batch, height, width, 3].
 
         Decoded one by one: a picture fills the device, and more at a time would only take more memory.
+        ``float32`` decodes in that precision, several times slower.
         """
         latents = latents.to(self.device, torch.float32)
-        pixels = torch.cat([self.vae(one) for one in latents.split(1)])
+        vae = self._float32_vae() if float32 else self.vae
+        pixels = torch.cat([vae(one) for one in latents.split(1)])
         return Ready(pixels) if self._copy_stream is None else HostCopy(pixels, self._copy_stream)
 
-    def close(self) -> None:
-        """Free the weights and everything cached."""
+    def forget(self) -> None:
+        """Drop recordings and what was computed from the weights; needed before a network is replaced or freed."""
         self.graphs.clear()
         self._captions.clear()
         self._tables.cache_clear()
         self._steps.cache_clear()
-        del self.transformer, self.text_encoder, self.vae
+
+    def _float32_vae(self) -> VaeDecoder:
+        with torch.device("meta"):
+            vae = VaeDecoder(self.description.vae, self.ops)
+        vae.load_state_dict({name: tensor.float() for name, tensor in self.vae.state_dict().items()}, assign=True)
+        return vae
 
     def _velocity(
         self, latents: torch.Tensor, groups: list[tuple[list[int], torch.Tensor]], step: StepModulation, first: bool
@@ -173,7 +170,7 @@ class NativeModel:
         return refined
 
     def _refine(self, embeds: torch.Tensor) -> torch.Tensor:
-        config, dtype = self.transformer.config, self.options.dtype
+        config, dtype = self.description.transformer, self.options.dtype
         tokens, length = len(embeds), padded_length(len(embeds))
         check_axes(1, 1, length, config.axes_lens)
         features = torch.zeros(1, length, config.cap_feat_dim, device=self.device, dtype=dtype)
@@ -185,7 +182,7 @@ class NativeModel:
             return self.transformer.embed_caption(features, padding, rope)[0]
 
     def _make_tables(self, rows: int, columns: int, caption_length: int) -> tuple[RotaryTable, RotaryTable]:
-        config = self.transformer.config
+        config = self.description.transformer
         check_axes(rows, columns, caption_length, config.axes_lens)
         return sequence_tables(rows, columns, caption_length, config.axes_dims, config.rope_theta, self.device)
 
@@ -204,54 +201,3 @@ def group_captions(captions: Sequence[torch.Tensor]) -> list[tuple[list[int], to
     for row, caption in enumerate(captions):
         rows.setdefault(len(caption), []).append(row)
     return [(group, torch.stack([captions[row] for row in group])) for group in rows.values()]
-
-
-def load_model(path: Path, options: Options, tensors: LoadedTensors = lambda component: None) -> NativeModel:
-    """Load a checkpoint directory. Raises UserError or ValueError for one that is not supported.
-
-    ``tensors`` gives a component's tensors when they are on the device already, None to read its files.
-    """
-    ops = choose_operations(options.device, options.fused_kernels)
-    tokenizer = CaptionTokenizer(path / "tokenizer")
-    shift = read_shift(read_config(path / "scheduler", "scheduler_config.json"))
-    text_encoder = load_text_encoder(path / "text_encoder", options, tensors("text_encoder"))
-    transformer, attention = load_transformer(path / "transformer", options, ops, tensors("transformer"))
-    vae = load_vae(path / "vae", options, ops, tensors("vae"))
-    return NativeModel(transformer, text_encoder, vae, tokenizer, shift, attention, options)
-
-
-def load_text_encoder(folder: Path, options: Options, tensors: Tensors | None = None) -> TextEncoder:
-    """The caption encoder of a checkpoint's text_encoder folder."""
-    config = TextEncoderConfig.from_published(read_config(folder))
-    with torch.device("meta"):
-        module = TextEncoder(config)
-    tensors = TensorFiles(folder, options.device) if tensors is None else tensors
-    unused = TEXT_ENCODER_UNUSED.format(last=config.num_hidden_layers - 1)
-    return assign(module, tensors, TEXT_ENCODER_RULES, unused, options.device, options.dtype, "text_encoder")
-
-
-def load_transformer(
-    folder: Path, options: Options, ops: Operations, tensors: Tensors | None = None
-) -> tuple[Transformer, Attention]:
-    """The transformer of a checkpoint's transformer folder and the attention backend it runs on."""
-    config = TransformerConfig.from_published(read_config(folder))
-    attention = choose_attention(options.attention, options.device, options.dtype, config.head_dim)
-    with torch.device("meta"):
-        module = Transformer(config, ops, attention.attend)
-    tensors = TensorFiles(folder, options.device) if tensors is None else tensors
-    module = assign(
-        module, tensors, TRANSFORMER_RULES, TRANSFORMER_UNUSED, options.device, options.dtype, "transformer"
-    )
-    return module, attention
-
-
-def load_vae(folder: Path, options: Options, ops: Operations, tensors: Tensors | None = None) -> VaeDecoder:
-    """The decoder of a checkpoint's vae folder, channels last."""
-    with torch.device("meta"):
-        module = VaeDecoder(VaeConfig.from_published(read_config(folder)), ops)
-    tensors = TensorFiles(folder, options.device) if tensors is None else tensors
-    module = assign(module, tensors, VAE_RULES, VAE_UNUSED, options.device, options.dtype, "vae")
-    for parameter in module.parameters():
-        if parameter.ndim == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-    return module

@@ -1,0 +1,78 @@
+"""Networks of a checkpoint directory into a NativeModel, all together or one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from zimage_runner.engines.native.description import describe
+from zimage_runner.engines.native.loading import (
+    TEXT_ENCODER_RULES,
+    TEXT_ENCODER_UNUSED,
+    TRANSFORMER_RULES,
+    TRANSFORMER_UNUSED,
+    VAE_RULES,
+    VAE_UNUSED,
+    assign,
+    open_tensors,
+)
+from zimage_runner.engines.native.model import NativeModel, Options
+from zimage_runner.engines.native.text_encoder import TextEncoder
+from zimage_runner.engines.native.tokenizer import CaptionTokenizer
+from zimage_runner.engines.native.transformer import Transformer
+from zimage_runner.engines.native.vae_decoder import VaeDecoder
+
+Source = Callable[[Path, str], Mapping[str, torch.Tensor]]
+"""(component's folder, device) to its tensors by name."""
+
+
+def open_model(path: Path, options: Options) -> NativeModel:
+    """A NativeModel without weights. Raises UserError or ValueError for a checkpoint that is not supported."""
+    return NativeModel(describe(path), CaptionTokenizer(path / "tokenizer"), options)
+
+
+def load_model(path: Path, options: Options, source: Source = open_tensors) -> NativeModel:
+    """A NativeModel with all of its networks, in the order in which they are used."""
+    model = open_model(path, options)
+    load_text_encoder(model, path, source)
+    load_transformer(model, path, source)
+    load_vae(model, path, source)
+    return model
+
+
+def load_text_encoder(model: NativeModel, path: Path, source: Source = open_tensors) -> None:
+    """Set the model's caption encoder from the checkpoint's text_encoder folder."""
+    options, config = model.options, model.description.text_encoder
+    with torch.device("meta"):
+        module = TextEncoder(config)
+    tensors = source(path / "text_encoder", options.device)
+    unused = TEXT_ENCODER_UNUSED.format(last=config.num_hidden_layers - 1)
+    model.text_encoder = assign(
+        module, tensors, TEXT_ENCODER_RULES, unused, options.device, options.dtype, "text_encoder"
+    )
+
+
+def load_transformer(model: NativeModel, path: Path, source: Source = open_tensors) -> None:
+    """Set the model's transformer from the checkpoint's transformer folder."""
+    options = model.options
+    with torch.device("meta"):
+        module = Transformer(model.description.transformer, model.ops, model.attention.attend)
+    tensors = source(path / "transformer", options.device)
+    model.transformer = assign(
+        module, tensors, TRANSFORMER_RULES, TRANSFORMER_UNUSED, options.device, options.dtype, "transformer"
+    )
+
+
+def load_vae(model: NativeModel, path: Path, source: Source = open_tensors) -> None:
+    """Set the model's decoder from the checkpoint's vae folder, convolutions channels last."""
+    options = model.options
+    with torch.device("meta"):
+        module = VaeDecoder(model.description.vae, model.ops)
+    tensors = source(path / "vae", options.device)
+    module = assign(module, tensors, VAE_RULES, VAE_UNUSED, options.device, options.dtype, "vae")
+    for parameter in module.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    model.vae = module
