@@ -18,6 +18,7 @@ from zimage_runner.config.free_text import quote_free_text
 from zimage_runner.config.messages import CONFIG_ERRORS, explain
 from zimage_runner.config.registry import register
 from zimage_runner.config.schema import RunConfig
+from zimage_runner.config.yaml_text import to_yaml
 from zimage_runner.errors import RunStopped, UserError
 from zimage_runner.help import CONFIG_DIR
 from zimage_runner.logs import log_to_terminal
@@ -82,9 +83,9 @@ def composed_files(cfg: DictConfig) -> dict[str, str]:
     """What Hydra leaves in ``.hydra/``: the config, its own settings and the overrides, as YAML texts."""
     hydra_cfg = HydraConfig.get()
     return {
-        "config.yaml": OmegaConf.to_yaml(cfg),
-        "hydra.yaml": OmegaConf.to_yaml(OmegaConf.create({"hydra": hydra_cfg})),
-        "overrides.yaml": OmegaConf.to_yaml(hydra_cfg.overrides.task),
+        "config.yaml": to_yaml(cfg),
+        "hydra.yaml": to_yaml(OmegaConf.create({"hydra": hydra_cfg})),
+        "overrides.yaml": to_yaml(hydra_cfg.overrides.task),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -81,9 +82,10 @@ class Job:
         }
 
 
-def prepare(config: RunConfig) -> Job:
+def prepare(config: RunConfig, memo: dict[str, Any] | None = None) -> Job:
     """Validate everything that can be without torch, read the prompts, find the weights, and plan.
 
+    ``memo`` keeps what the next job of the same sweep needs again: the checkpoint's digest and its tokenizer.
     Raises UserError with one line for whatever the user can mend.
     """
     params = resolve_sampling(config.sampling, config.model.recommended)
@@ -91,10 +93,10 @@ def prepare(config: RunConfig) -> Job:
     seeds = parse_seeds(config.seeds)
     config.engine.check(config.model, config.memory, config.compile)
     prompts = read_prompts(prompt_source(config))
-    checkpoint = resolve(config.model)
-    plan = build_plan(
-        prompts, seeds, params, check_size=config.model.check_size, count_tokens=token_counter(checkpoint.path)
-    )
+    memo = {} if memo is None else memo
+    checkpoint = _once(memo, f"checkpoint {config.model}", lambda: resolve(config.model))
+    count_tokens = _once(memo, f"tokens {checkpoint.path}", lambda: token_counter(checkpoint.path))
+    plan = build_plan(prompts, seeds, params, check_size=config.model.check_size, count_tokens=count_tokens)
     if config.output_file is not None and len(plan) > 1:
         raise UserError(
             f"output_file={config.output_file!r} takes one picture, but this run draws {len(plan)}: "
@@ -109,6 +111,12 @@ def prepare(config: RunConfig) -> Job:
         checkpoint=checkpoint,
     )
     return Job(config=config, plan=plan, checkpoint=checkpoint, session=session)
+
+
+def _once(memo: dict[str, Any], key: str, make: Callable[[], Any]) -> Any:
+    if key not in memo:
+        memo[key] = make()
+    return memo[key]
 
 
 def token_counter(checkpoint: Path) -> CountTokens | None:

@@ -38,7 +38,8 @@ MAX_ATTEMPTS = 2
 
 def run(config: RunConfig, directory: Path, composed: Mapping[str, str]) -> int:
     """Do one job in ``directory``; ``composed`` are the files of its ``.hydra`` folder. Returns the exit code."""
-    job = prepare(config)
+    shared = current_executors()
+    job = prepare(config, shared.memo if shared else None)
     if config.dry_run:
         print(describe(job, progress_of(job, directory, Ledger.load(directory / RECORDS)).is_settled))
         return 0

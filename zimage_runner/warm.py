@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 from zimage_runner.executors.base import Executor
 from zimage_runner.job import Job
@@ -18,6 +19,8 @@ class Executors:
     def __init__(self, stop: StopRequest) -> None:
         self.stop = stop
         """One for all jobs: a signal ends the whole sweep."""
+        self.memo: dict[str, Any] = {}
+        """What ``prepare`` need not find out again for the next job."""
         self._executor: Executor | None = None
         self._key = ""
 

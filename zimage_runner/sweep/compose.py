@@ -16,6 +16,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
+KEPT = 10_000
+"""Configs made for the check and not asked for again; about 100 KB each."""
+
 
 class SweepComposer:
     """Stands in for ``ConfigLoader.load_sweep_config`` and gives the same configs."""
@@ -24,9 +27,22 @@ class SweepComposer:
         self._loader = loader
         self._compose = loader.load_sweep_config
         self._bases: dict[tuple[str, ...], DictConfig] = {}
+        self._made: dict[tuple[str, ...], DictConfig] = {}
 
     def __call__(self, master_config: DictConfig, sweep_overrides: Sequence[str]) -> DictConfig:
-        """The config of one job; its values are independent of every other job's."""
+        """The config of one job; its values are independent of every other job's.
+
+        Each is asked for twice, by the sweeper to check it and by the launcher to run it, and made once.
+        """
+        made = self._made.pop(tuple(sweep_overrides), None)
+        if made is not None:
+            return made
+        config = self._new(master_config, sweep_overrides)
+        if len(self._made) < KEPT:
+            self._made[tuple(sweep_overrides)] = config
+        return config
+
+    def _new(self, master_config: DictConfig, sweep_overrides: Sequence[str]) -> DictConfig:
         parsed = [_parse(text) for text in sweep_overrides]
         values = [override for override in parsed if self._is_value(override)]
         choices = [override for override in parsed if not self._is_value(override)]
