@@ -45,8 +45,14 @@ def say(text: str, file: TextIO | None = None) -> None:
 
 
 class _RunLog(logging.FileHandler):
+    """A full disk or a vanished directory is met and reported by the writer of the pictures, not here."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError):  # the file is opened at the first line
+            super().emit(record)
+
     def handleError(self, record: logging.LogRecord) -> None:
-        """A full disk or a vanished directory is met and reported by the writer of the pictures."""
+        pass
 
 
 class _StderrHandler(logging.Handler):
