@@ -163,6 +163,7 @@ class Session:
             return {}
         if reading.recycle:
             self._engine, engine = None, self.engine
+            engine.synchronize()  # pictures on their way to the host
             engine.close()
             recycled = self._report.get("recycled", 0) + 1
             self._load()

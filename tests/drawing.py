@@ -1,0 +1,69 @@
+"""A few of the embedded model's pictures under any placement, compiled or not: what the tests of both compare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from zimage_runner.compile import Compile, NoCompile
+from zimage_runner.engines.base import EngineConfig
+from zimage_runner.engines.diffusers import DiffusersEngine
+from zimage_runner.memory import Memory
+from zimage_runner.model import Model, Source
+from zimage_runner.plan import build_plan
+from zimage_runner.prompts.base import Prompt
+from zimage_runner.sampling import SamplingParams
+from zimage_runner.seeds import parse_seeds
+from zimage_runner.session import Session, SessionConfig
+from zimage_runner.warmup import Generate, WarmupShape
+from zimage_runner.weights.checkpoint import Checkpoint
+
+NANO = Path(__file__).parent.parent / "zimage_runner" / "assets" / "zimage_nano"
+PARAMS = SamplingParams(
+    height=128, width=128, num_inference_steps=2, guidance_scale=0.0, negative_prompt="", max_sequence_length=512,
+    cfg_normalization=0.0, cfg_truncation=1.0,
+)  # fmt: skip
+
+
+def draw(
+    memory: Memory,
+    *,
+    compile: Compile | None = None,
+    engine: EngineConfig | None = None,
+    params: SamplingParams = PARAMS,
+) -> dict[str, bytes]:
+    """Pixels of two prompts and two seeds by item, through a session with a warm-up. On the CPU in float32."""
+    plan = build_plan(
+        [Prompt(text="a red apple"), Prompt(text="一只猫")],
+        parse_seeds([1, 2]),
+        params,
+        check_size=lambda h, w: None,
+    )
+    config = SessionConfig(
+        model=Model(name="nano", source=Source.embedded),
+        engine=engine or DiffusersEngine(batch_size=2),
+        memory=memory,
+        warmup=Generate(),
+        compile=compile or NoCompile(),
+        checkpoint=Checkpoint(path=NANO, revision="test", digest="0" * 64),
+    )
+    session = Session(
+        config, [WarmupShape(params=params, batch_size=2)], list(plan.encodings()) if memory.staged else []
+    )
+    session.start()
+    try:
+        return {
+            item.item_dir: picture.tobytes()
+            for items in plan.batches(2)
+            for item, picture in zip(items, session.generate(items).images.wait(), strict=True)
+        }
+    finally:
+        session.close()
+
+
+def largest_difference(one: dict[str, bytes], other: dict[str, bytes]) -> int:
+    """Largest difference of any pixel's channel, 0 to 255."""
+    assert one.keys() == other.keys()
+    pairs = [(np.frombuffer(one[name], np.uint8), np.frombuffer(other[name], np.uint8)) for name in one]
+    return max(int(abs(a.astype(int) - b).max()) for a, b in pairs)

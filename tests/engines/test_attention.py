@@ -1,0 +1,73 @@
+"""Attention backends: refused before anything is loaded, and what auto takes where."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+from zimage_runner.attention import BACKENDS, MASKLESS, Machine, check_name, choose_backend
+from zimage_runner.errors import UserError
+
+CPU = Machine(device="cpu", dtype="float32", capability=(0, 0))
+HOPPER = Machine(device="cuda", dtype="bfloat16", capability=(9, 0))
+HOPPER_FP32 = Machine(device="cuda", dtype="float32", capability=(9, 0))
+ADA = Machine(device="cuda", dtype="bfloat16", capability=(8, 9))
+TURING = Machine(device="cuda", dtype="float16", capability=(7, 5))
+BLACKWELL = Machine(device="cuda", dtype="bfloat16", capability=(10, 0))
+
+
+@pytest.fixture(autouse=True)
+def no_packages(monkeypatch):
+    """As if neither flash attention nor sage attention were installed."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+
+
+@pytest.fixture
+def all_packages(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+
+
+@pytest.mark.parametrize(
+    ("machine", "backend"),
+    [(CPU, "native"), (HOPPER, "_native_cudnn"), (HOPPER_FP32, "native"), (ADA, "native"), (TURING, "native"),
+     (BLACKWELL, "_native_cudnn")],
+)  # fmt: skip
+def test_auto(machine, backend):
+    assert choose_backend("auto", machine) == backend
+
+
+@pytest.mark.usefixtures("all_packages")
+@pytest.mark.parametrize(
+    ("machine", "backend"), [(HOPPER, "_flash_3"), (ADA, "native"), (BLACKWELL, "_native_cudnn"), (CPU, "native")]
+)
+def test_auto_takes_flash_3_on_hopper_alone_and_never_a_quantising_backend(machine, backend):
+    assert choose_backend("auto", machine) == backend
+
+
+@pytest.mark.parametrize(
+    ("name", "machine", "says"),
+    [
+        ("_native_cudnn", CPU, "it needs a CUDA GPU"),
+        ("_native_cudnn", HOPPER_FP32, "it computes in bfloat16 and the model runs in float32"),
+        ("_native_cudnn", TURING, "it needs compute capability 8.0 and this GPU has 7.5"),
+        ("flash", ADA, "the package flash_attn is not installed"),
+        ("_flash_3", ADA, "it is written for compute capability 9.x and this GPU has 8.x"),
+        ("sage", HOPPER, "the package sageattention is not installed"),
+        ("flash9", HOPPER, "no such backend"),
+    ],
+)
+def test_refused(name, machine, says):
+    with pytest.raises(UserError) as caught:
+        choose_backend(name, machine)
+    assert says in str(caught.value)
+    assert "engine.attention=" in str(caught.value)
+    assert "auto" in str(caught.value)
+
+
+def test_names_are_known_to_diffusers():
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    assert set(BACKENDS) <= {backend.value for backend in AttentionBackendName}
+    assert set(MASKLESS) <= set(BACKENDS)
+    check_name("auto")
