@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ PARAMS = SamplingParams(
 MODEL = Model(name="nano", source=Source.local, path=str(CHECKPOINT))
 
 
-def create(config: EngineConfig, path: Path = CHECKPOINT, memory: Memory | None = None):
+def create(config: EngineConfig, path: Path = CHECKPOINT, memory: Memory | None = None) -> Any:
     checkpoint = Checkpoint(path=path, revision="test", digest="test")
     return config.create(checkpoint=checkpoint, model=MODEL, memory=memory or Resident(), compile=Compile())
 

@@ -24,8 +24,12 @@ from zimage_runner.engines.native.tokenizer import CaptionTokenizer
 from zimage_runner.engines.native.transformer import Transformer
 from zimage_runner.engines.native.vae_decoder import VaeDecoder
 
-Source = Callable[[Path, str], Mapping[str, torch.Tensor]]
-"""(component's folder, device) to its tensors by name."""
+LoadedTensors = Callable[[str], "Mapping[str, torch.Tensor] | None"]
+"""A component's tensors where they are on the device already; None to read its files."""
+
+
+def from_files(component: str) -> None:
+    """LoadedTensors that has none."""
 
 
 def open_model(path: Path, options: Options) -> NativeModel:
@@ -33,46 +37,54 @@ def open_model(path: Path, options: Options) -> NativeModel:
     return NativeModel(describe(path), CaptionTokenizer(path / "tokenizer"), options)
 
 
-def load_model(path: Path, options: Options, source: Source = open_tensors) -> NativeModel:
+def load_model(path: Path, options: Options, loaded: LoadedTensors = from_files) -> NativeModel:
     """A NativeModel with all of its networks, in the order in which they are used."""
     model = open_model(path, options)
-    load_text_encoder(model, path, source)
-    load_transformer(model, path, source)
-    load_vae(model, path, source)
+    load_text_encoder(model, path, loaded)
+    load_transformer(model, path, loaded)
+    load_vae(model, path, loaded)
     return model
 
 
-def load_text_encoder(model: NativeModel, path: Path, source: Source = open_tensors) -> None:
+def load_text_encoder(model: NativeModel, path: Path, loaded: LoadedTensors = from_files) -> None:
     """Set the model's caption encoder from the checkpoint's text_encoder folder."""
     options, config = model.options, model.description.text_encoder
     with torch.device("meta"):
         module = TextEncoder(config)
-    tensors = source(path / "text_encoder", options.device)
+    tensors = component_tensors("text_encoder", path, options, loaded)
     unused = TEXT_ENCODER_UNUSED.format(last=config.num_hidden_layers - 1)
     model.text_encoder = assign(
         module, tensors, TEXT_ENCODER_RULES, unused, options.device, options.dtype, "text_encoder"
     )
 
 
-def load_transformer(model: NativeModel, path: Path, source: Source = open_tensors) -> None:
+def load_transformer(model: NativeModel, path: Path, loaded: LoadedTensors = from_files) -> None:
     """Set the model's transformer from the checkpoint's transformer folder."""
     options = model.options
     with torch.device("meta"):
         module = Transformer(model.description.transformer, model.ops, model.attention.attend)
-    tensors = source(path / "transformer", options.device)
+    tensors = component_tensors("transformer", path, options, loaded)
     model.transformer = assign(
         module, tensors, TRANSFORMER_RULES, TRANSFORMER_UNUSED, options.device, options.dtype, "transformer"
     )
 
 
-def load_vae(model: NativeModel, path: Path, source: Source = open_tensors) -> None:
+def load_vae(model: NativeModel, path: Path, loaded: LoadedTensors = from_files) -> None:
     """Set the model's decoder from the checkpoint's vae folder, convolutions channels last."""
     options = model.options
     with torch.device("meta"):
         module = VaeDecoder(model.description.vae, model.ops)
-    tensors = source(path / "vae", options.device)
+    tensors = component_tensors("vae", path, options, loaded)
     module = assign(module, tensors, VAE_RULES, VAE_UNUSED, options.device, options.dtype, "vae")
     for parameter in module.parameters():
         if parameter.ndim == 4:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     model.vae = module
+
+
+def component_tensors(
+    component: str, path: Path, options: Options, loaded: LoadedTensors
+) -> Mapping[str, torch.Tensor]:
+    """What ``loaded`` has, else what the component's files hold."""
+    tensors = loaded(component)
+    return open_tensors(path / component, options.device) if tensors is None else tensors

@@ -48,9 +48,15 @@ class NativeEngine(EngineConfig):
             )
 
     def create(self, *, checkpoint: Checkpoint, model: Model, memory: Memory, compile: Compile) -> Engine:
-        from zimage_runner.weights import source
+        from zimage_runner.model import Prepare
+        from zimage_runner.weights import prepared, source
 
-        weights = source.begin(checkpoint, model, self.device)  # on its way while the next line imports torch
+        if memory.staged:
+            # All networks at once on the device is what staging avoids.
+            found = None if model.prepare is Prepare.never else prepared.find(checkpoint, model)
+            weights = source.WeightsSource(checkpoint, model, found, preload=None)
+        else:
+            weights = source.begin(checkpoint, model, self.device)  # on its way while torch is imported below
         from zimage_runner.engines.native.engine import NativeEngineAdapter
 
         return NativeEngineAdapter.load(self, weights, model, memory)

@@ -6,7 +6,6 @@ import contextlib
 import gc
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from zimage_runner.engines.native.sampler import Guidance
 from zimage_runner.errors import UserError
 from zimage_runner.memory import Memory
 from zimage_runner.model import Model
-from zimage_runner.weights.checkpoint import Checkpoint
+from zimage_runner.weights.source import WeightsSource
 
 
 class NativePending(PendingImages):
@@ -43,10 +42,12 @@ class NativeEngineAdapter(Engine):
 
     name = "native"
 
-    def __init__(self, path: Path, options: Options, staged: bool) -> None:
+    def __init__(self, weights: WeightsSource, options: Options, staged: bool) -> None:
         """Load the checkpoint. Raises UserError for one that this engine does not compute."""
         self.load_phases = {}
+        path = weights.path
         self._path, self._staged = path, staged
+        self._weights, self._taken = weights, set[str]()
         try:
             with self._phase("open"):
                 self.model = open_model(path, options)
@@ -62,18 +63,20 @@ class NativeEngineAdapter(Engine):
         self.vae_scale_factor = self.model.description.vae.scale
 
     @classmethod
-    def load(cls, config: NativeEngine, checkpoint: Checkpoint, model: Model, memory: Memory) -> NativeEngineAdapter:
+    def load(cls, config: NativeEngine, weights: WeightsSource, model: Model, memory: Memory) -> NativeEngineAdapter:
         """The engine that the configuration asks for."""
         device = choose_device(config.device)
+        dtype = choose_dtype(model.dtype, device)
         options = Options(
             device=device,
-            dtype=getattr(torch, choose_dtype(model.dtype, device)),
+            dtype=getattr(torch, dtype),
             attention=config.attention,
             fused_kernels=config.fused_kernels,
             cuda_graphs=config.cuda_graphs,
         )
         memory.apply_limits(device)
-        return cls(checkpoint.path, options, memory.staged)
+        weights.settle(device, dtype)
+        return cls(weights, options, memory.staged)
 
     def encode(self, texts: Sequence[str], max_sequence_length: int) -> list[torch.Tensor]:
         self._load_encoder()
@@ -117,7 +120,7 @@ class NativeEngineAdapter(Engine):
             self._free("transformer")
             self._free("vae")
         with self._phase("text_encoder"):
-            load_text_encoder(self.model, self._path)
+            load_text_encoder(self.model, self._path, self._tensors)
 
     def _load_denoiser(self) -> None:
         if hasattr(self.model, "transformer"):
@@ -125,9 +128,16 @@ class NativeEngineAdapter(Engine):
         if self._staged:
             self._free("text_encoder")
         with self._phase("transformer"):
-            load_transformer(self.model, self._path)
+            load_transformer(self.model, self._path, self._tensors)
         with self._phase("vae"):
-            load_vae(self.model, self._path)
+            load_vae(self.model, self._path, self._tensors)
+
+    def _tensors(self, component: str) -> dict[str, torch.Tensor] | None:
+        # What is on its way to the device can be taken once; a network that comes back is read from its files.
+        if component in self._taken:
+            return None
+        self._taken.add(component)
+        return self._weights.tensors(component)
 
     def _free(self, network: str) -> None:
         if hasattr(self.model, network):
