@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import platform
 import time
 from collections import OrderedDict
@@ -180,6 +181,9 @@ class Session:
 
     def _load(self) -> None:
         config = self.config
+        # Threads that wait for work must not spin: on a machine that is busy with anything else, a spinning OpenMP
+        # team made the embedded model twenty times slower. Counts only before torch is imported.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         config.memory.apply_environment()
         config.compile.apply_environment()
         started = time.perf_counter()
