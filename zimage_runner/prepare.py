@@ -27,6 +27,7 @@ from zimage_runner.errors import UserError
 from zimage_runner.help import CONFIG_DIR
 from zimage_runner.logs import log_to_terminal
 from zimage_runner.model import Model
+from zimage_runner.sweep.launcher import register_launcher
 from zimage_runner.weights import prepared
 from zimage_runner.weights.checkpoint import Checkpoint
 from zimage_runner.weights.digest import weights_digest
@@ -61,6 +62,7 @@ def main(argv: Sequence[str]) -> int:
 def compose_model(overrides: Sequence[str]) -> Model:
     """The ``model`` group of the configuration that the same overrides give the main command."""
     register()
+    register_launcher()  # conf/config.yaml names it
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
         config = compose("config", overrides=quote_free_text(overrides))
     model = OmegaConf.to_object(config.model)

@@ -55,7 +55,8 @@ def test_equals_the_source_as_the_reference_would_round_it(sharded: Path) -> Non
 
 
 def test_native_engine_loads_both_layouts_alike(nano: Path) -> None:
-    from zimage_runner.engines.native.model import Options, load_model
+    from zimage_runner.engines.native.assembly import load_model
+    from zimage_runner.engines.native.model import Options
 
     found = prepare.build(resolve(local(nano)), local(nano))
     options = Options(dtype=torch.bfloat16)

@@ -12,7 +12,8 @@ import torch
 
 from tests.weights.test_preload import driver  # noqa: F401 (fixture)
 from zimage_runner.engines.base import Device
-from zimage_runner.engines.native.model import Options, load_model
+from zimage_runner.engines.native.assembly import load_model
+from zimage_runner.engines.native.model import Options
 from zimage_runner.model import Model, Prepare, Source
 from zimage_runner.weights import preload, source
 from zimage_runner.weights.cuda_driver import CudaDriver
