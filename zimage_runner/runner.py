@@ -26,6 +26,7 @@ from zimage_runner.outputs.writer import Outcome, PictureJob, Writer
 from zimage_runner.plan import Fingerprints, WorkItem
 from zimage_runner.prompts.snapshot import SNAPSHOT_NAME, snapshot
 from zimage_runner.resume import Progress, check_same_pictures, survey
+from zimage_runner.reuse import Reuse
 from zimage_runner.signals import EXIT_INTERRUPTED, StopRequest, graceful_stop
 from zimage_runner.warm import Executors, current_executors
 
@@ -98,6 +99,7 @@ class Run:
         self.progress = progress
         self.report = executor.report()
         self.fingerprints = Fingerprints(job.checkpoint.digest, self.report["numerics"])
+        self.reuse = Reuse(job, run_dir, ledger, self.fingerprints, self.report)
         self.summary = Summary(run_dir.path, planned=len(job.plan), already_done=len(progress.done))
         self._again: list[WorkItem] = []
         self._items: dict[str, WorkItem] = {}
@@ -116,6 +118,7 @@ class Run:
             log.warning("%s", truncation)
             self.summary.truncated.append({"prompt": truncation.prompt.source, "message": str(truncation)})
         with contextlib.closing(self.ledger.open(self.run_dir.dir_fd)), self._bar:
+            self._reused(self.reuse.from_earlier_runs(self.progress.is_settled))
             self.writer = Writer(self.run_dir, self.ledger, self.job.config.output, self._on_done)
             self.summary.start_clock()
             self.writer.start_clock()
@@ -142,12 +145,24 @@ class Run:
         try:
             with contextlib.closing(self.writer):
                 self._draw(self._batches())
+            self._reused(self.reuse.among_own(self.progress.is_settled))
         except RunStopped as error:
             return str(error)
         return self.stop.signal_name
 
+    def _reused(self, item_dirs: list[str]) -> None:
+        """Count pictures that were linked instead of drawn."""
+        self.progress.done.update(item_dirs)
+        self.summary.linked += len(item_dirs)
+        self._bar.update(len(item_dirs))
+        if item_dirs:
+            log.info("%d pictures were linked instead of drawn", len(item_dirs))
+
     def _batches(self) -> Iterator[Batch]:
-        for items in self.job.plan.batches(self.job.config.engine.largest_batch, self.progress.is_settled):
+        def settled(item: WorkItem) -> bool:
+            return self.progress.is_settled(item) or self.reuse.waits(item)
+
+        for items in self.job.plan.batches(self.job.config.engine.largest_batch, settled):
             yield Batch(items=items)
 
     def _draw(self, batches: Iterator[Batch]) -> None:

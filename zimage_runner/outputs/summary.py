@@ -35,6 +35,8 @@ class Summary:
         """Items of the whole plan."""
         self.already_done = already_done
         """Of these, finished by an earlier process."""
+        self.linked = 0
+        """Pictures that an earlier run or another prompt had already: linked instead of drawn."""
         self.ok = 0
         self.failed: list[dict[str, str]] = []
         self.truncated: list[dict[str, Any]] = []
@@ -59,7 +61,7 @@ class Summary:
 
     def to_dict(self, report: dict[str, Any], *, stopped: str | None = None) -> dict[str, Any]:
         """summary.json. ``report`` is the executor's; ``stopped`` is why the run ended early."""
-        remaining = self.planned - self.already_done - self.ok - len(self.failed)
+        remaining = self.planned - self.already_done - self.linked - self.ok - len(self.failed)
         unfinished = bool(remaining or self.failed)
         stopped = (stopped or "some items were not reached") if remaining else None
         return {
@@ -69,6 +71,7 @@ class Summary:
             "items": {
                 "planned": self.planned,
                 "done_before": self.already_done,
+                "linked": self.linked,
                 "ok": self.ok,
                 "failed": len(self.failed),
                 "remaining": remaining,
@@ -115,7 +118,12 @@ def table(summary: dict[str, Any]) -> str:
     rows += _memory_rows(summary["session"])
     rows.append(("total", f"{summary['total_seconds']:.2f} s"))
     counts = f"{items['ok']} done"
-    for key, words in (("done_before", "done before"), ("failed", "failed"), ("remaining", "not done")):
+    for key, words in (
+        ("done_before", "done before"),
+        ("linked", "linked"),
+        ("failed", "failed"),
+        ("remaining", "not done"),
+    ):
         counts += f", {items[key]} {words}" if items[key] else ""
     rows.append(("items", counts))
     width = max(len(name) for name, _ in rows)

@@ -66,7 +66,7 @@ def survey(
         entry = ledger.entries.get(name)
         if entry is not None and not entry.ok:
             progress.failed.add(name)
-        elif entry is not None and (reason := _damage(f"{directory}/{name}/{IMAGE}", entry, verify)) is not None:
+        elif entry is not None and (reason := damage(f"{directory}/{name}/{IMAGE}", entry, verify)) is not None:
             progress.damaged[name] = reason
         elif entry is not None:
             progress.done.add(name)
@@ -75,7 +75,7 @@ def survey(
     return progress
 
 
-def _damage(path: str, entry: Entry, verify: bool) -> str | None:
+def damage(path: str, entry: Entry, verify: bool) -> str | None:
     """Why the file is not the picture that was written; None if it is."""
     try:
         size = os.stat(path).st_size

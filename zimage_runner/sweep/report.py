@@ -43,7 +43,7 @@ class SweptJob:
         seconds = images.get("mean_seconds", images.get("first_seconds"))
         return {
             "status": self.status,
-            "done": items.get("ok", 0) + items.get("done_before", 0),
+            "done": items.get("ok", 0) + items.get("done_before", 0) + items.get("linked", 0),
             "failed": items.get("failed", 0),
             "seconds_per_image": "" if seconds is None else round(seconds, 4),
             "directory": self.directory.name,

@@ -1,0 +1,183 @@
+"""Pictures that need not be drawn because they exist: in an earlier run, or under another prompt of this one."""
+
+from __future__ import annotations
+
+import errno
+import glob
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from zimage_runner.errors import UserError
+from zimage_runner.job import Job
+from zimage_runner.outputs import atomic
+from zimage_runner.outputs.config import Fsync
+from zimage_runner.outputs.json_text import readable_json
+from zimage_runner.outputs.ledger import Entry, Ledger
+from zimage_runner.outputs.run_dir import RunDirectory
+from zimage_runner.plan import Fingerprints, Plan, WorkItem
+from zimage_runner.resume.progress import IMAGE, damage
+
+RECORDS, RECORD = "records.jsonl", "record.json"
+_NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES)
+
+
+@dataclass(frozen=True, slots=True)
+class Existing:
+    """A finished picture."""
+
+    folder: Path
+    entry: Entry
+
+
+class Reuse:
+    """The reusing of one run: before anything is drawn from earlier runs, after it among its own prompts."""
+
+    def __init__(
+        self, job: Job, run_dir: RunDirectory, ledger: Ledger, fingerprint: Fingerprints, report: dict[str, Any]
+    ) -> None:
+        self._job = job
+        self._run_dir = run_dir
+        self._ledger = ledger
+        self._fingerprint = fingerprint
+        self._report = report
+        self._twins = twins(job.plan)
+
+    def waits(self, item: WorkItem) -> bool:
+        """True for an item that another item's picture will serve."""
+        return bool(self._twins) and item.item_dir in self._twins
+
+    def from_earlier_runs(self, settled: Callable[[WorkItem], bool]) -> list[str]:
+        """Link what ``skip_existing`` has of the unsettled items; their directories."""
+        pattern = self._job.config.skip_existing
+        if pattern is None:
+            return []
+        wanted = {self._fingerprint(item): item for item in self._job.plan.items if not settled(item)}
+        found = earlier_pictures(pattern, set(wanted), but=self._run_dir.path)
+        for fingerprint, existing in found.items():
+            self._adopt(wanted[fingerprint], fingerprint, existing)
+        return [wanted[fingerprint].item_dir for fingerprint in found]
+
+    def among_own(self, settled: Callable[[WorkItem], bool]) -> list[str]:
+        """Link the pictures of items that waited for another item, where that one is done; their directories."""
+        linked = []
+        for item in self._job.plan.items:
+            first = self._twins.get(item.item_dir) if self._twins else None
+            entry = self._ledger.entries.get(first) if first is not None else None
+            if first is None or entry is None or not entry.ok or settled(item):
+                continue
+            self._adopt(item, entry.fingerprint, Existing(self._run_dir.path / first, entry))
+            linked.append(item.item_dir)
+        return linked
+
+    def _adopt(self, item: WorkItem, fingerprint: str, existing: Existing) -> None:
+        sync = self._job.config.output.fsync is Fsync.item
+        recipe = self._job.recipe(item, self._report)
+        adopt(self._run_dir, self._ledger, item, fingerprint, existing, recipe, sync=sync)
+
+
+def earlier_pictures(pattern: str, wanted: set[str], *, but: Path) -> dict[str, Existing]:
+    """Fingerprint -> picture, of the runs that ``skip_existing`` names (``but`` is this run itself).
+
+    Raises UserError if it names none.
+    """
+    found: dict[str, Existing] = {}
+    runs = [path for path in _runs(pattern) if path.resolve() != but.resolve()]
+    if not runs:
+        raise UserError(
+            f"skip_existing={pattern} holds no earlier run (no {RECORDS}): name a run or the folder of runs"
+        )
+    for run in runs:
+        for item, entry in Ledger.load(run / RECORDS).entries.items():
+            if entry.ok and entry.fingerprint in wanted and entry.fingerprint not in found:
+                existing = Existing(run / item, entry)
+                # Read whole: linking a damaged picture would spread it.
+                if damage(str(existing.folder / IMAGE), entry, verify=True) is None:
+                    found[entry.fingerprint] = existing
+    return found
+
+
+def _runs(pattern: str) -> Iterator[Path]:
+    for match in sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True)):
+        if (Path(match) / RECORDS).is_file():
+            yield Path(match)
+        elif Path(match).is_dir():
+            yield from sorted(path.parent for path in Path(match).rglob(RECORDS))
+
+
+def twins(plan: Plan) -> dict[str, str]:
+    """Item directory of each picture that an earlier prompt of the plan draws too -> that prompt's."""
+    if not plan.duplicates:
+        return {}
+    involved = {id(prompt) for duplicate in plan.duplicates for prompt in (duplicate.prompt, duplicate.first)}
+    names = {(id(i.prompt), i.seed): i.item_dir for i in plan.items if id(i.prompt) in involved}
+    return {
+        names[id(duplicate.prompt), seed]: names[id(duplicate.first), seed]
+        for duplicate in plan.duplicates
+        for seed in duplicate.seeds
+    }
+
+
+def adopt(
+    run_dir: RunDirectory,
+    ledger: Ledger,
+    item: WorkItem,
+    fingerprint: str,
+    existing: Existing,
+    recipe: dict[str, Any],
+    *,
+    sync: bool,
+) -> None:
+    """Make ``existing`` this item's picture: a hard link where the file system can, else a copy. Raises DiskError."""
+    head = {
+        "item": item.item_dir,
+        "status": "ok",
+        "index": item.prompt_index,
+        "seed": item.seed,
+        "fingerprint": fingerprint,
+        "image": IMAGE,
+        "sha256": existing.entry.sha256,
+        "bytes": existing.entry.size,
+    }
+    tail = {"reused_from": str(existing.folder), "written": datetime.now(UTC).isoformat(timespec="milliseconds")}
+    kept = _kept_fields(existing.folder / RECORD)
+    try:
+        atomic.make_dirs(run_dir.dir_fd, item.item_dir, sync=sync)
+        with atomic.directory(item.item_dir, run_dir.dir_fd) as folder:
+            _place(existing.folder / IMAGE, folder)
+            atomic.write_file(folder, RECORD, readable_json({**head, **kept, **recipe, **tail}), sync=sync)
+            if sync:
+                atomic.sync_dir(folder, ".")
+    except OSError as error:
+        raise atomic.disk_error(error, str(run_dir.path / item.item_dir)) from error
+    ledger.append({**head, **tail}, sync=sync)
+
+
+def _place(source: Path, folder: int) -> None:
+    temporary = IMAGE + atomic.TMP_SUFFIX
+    atomic.remove(folder, temporary)
+    try:
+        os.link(source, temporary, dst_dir_fd=folder)
+    except OSError as error:
+        if error.errno not in _NO_LINK:
+            raise
+        target = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=folder)
+        with source.open("rb") as read, os.fdopen(target, "wb") as write:
+            shutil.copyfileobj(read, write, 1 << 20)
+    os.rename(temporary, IMAGE, src_dir_fd=folder, dst_dir_fd=folder)
+    # Renaming a link onto the same file does nothing and leaves the temporary name.
+    atomic.remove(folder, temporary)
+
+
+def _kept_fields(record: Path) -> dict[str, Any]:
+    """What the earlier record says about the picture itself."""
+    try:
+        value = json.loads(record.read_bytes())
+        return {key: value[key] for key in ("pixels_sha256", "seconds", "timings") if key in value}
+    except (OSError, ValueError, AttributeError):
+        return {}
