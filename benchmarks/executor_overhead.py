@@ -1,0 +1,92 @@
+"""What executor=process costs beside executor=inline: seconds per picture of the embedded model at batch 1.
+
+    python benchmarks/executor_overhead.py [--blocks 20] [--pictures 8] [overrides ...]
+
+Both executors are warm and take turns in short blocks, so that a busy machine disturbs both alike. The figure is the
+median over pairs of neighbouring blocks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import statistics
+import sys
+import time
+
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from zimage_runner.config.registry import register
+from zimage_runner.config.schema import RunConfig
+from zimage_runner.executors.base import Batch, Executor
+from zimage_runner.help import CONFIG_DIR
+from zimage_runner.job import Job, prepare
+from zimage_runner.session import Session
+from zimage_runner.sweep.launcher import register_launcher
+
+LIMIT = 0.03
+"""The overhead that the project allows itself."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="executor=process beside executor=inline")
+    parser.add_argument("--blocks", type=int, default=20, help="blocks of each executor")
+    parser.add_argument("--pictures", type=int, default=8, help="pictures in a block")
+    parser.add_argument("overrides", nargs="*")
+    args = parser.parse_args()
+    jobs = {kind: compose_job([f"executor={kind}", *args.overrides]) for kind in ("inline", "process")}
+    executors = {kind: start(job) for kind, job in jobs.items()}
+    seconds: dict[str, list[float]] = {kind: [] for kind in executors}
+    try:
+        for block in range(args.blocks + 1):
+            for kind in sorted(executors, reverse=block % 2 == 1):
+                took = draw(executors[kind], jobs[kind], args.pictures)
+                if block:  # the first one warms up
+                    seconds[kind].append(took)
+    finally:
+        for executor in executors.values():
+            executor.close()
+    result = compare(seconds)
+    print(json.dumps(result, indent=2))
+    return 0 if result["overhead"] <= LIMIT else 1
+
+
+def compose_job(overrides: list[str]) -> Job:
+    register()
+    register_launcher()
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
+        config = OmegaConf.to_object(compose("config", ["+experiment=quickstart", *overrides]))
+    assert isinstance(config, RunConfig)
+    return prepare(config)
+
+
+def start(job: Job) -> Executor:
+    executor = job.config.executor.create(functools.partial(Session, job.session, job.shapes, job.texts))
+    executor.start()
+    return executor
+
+
+def draw(executor: Executor, job: Job, pictures: int) -> float:
+    """Seconds per picture, pixels on the host."""
+    items = [job.plan.items[n % len(job.plan.items)] for n in range(pictures)]
+    started = time.perf_counter()
+    for result in executor.run(Batch(items=[item]) for item in items):
+        assert result.images is not None, result.error
+        result.images.wait()
+    return (time.perf_counter() - started) / pictures
+
+
+def compare(seconds: dict[str, list[float]]) -> dict[str, float]:
+    ratios = [process / inline for inline, process in zip(seconds["inline"], seconds["process"], strict=True)]
+    return {
+        "inline_seconds_per_image": statistics.median(seconds["inline"]),
+        "process_seconds_per_image": statistics.median(seconds["process"]),
+        "overhead": statistics.median(ratios) - 1,
+        "blocks": len(ratios),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
