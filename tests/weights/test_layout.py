@@ -91,6 +91,24 @@ SINGLE_FILE_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda p: (p / WEIGHTS).rename(p / "transformer/diffusion_pytorch_model.bin"),
         r"only pickle weights \(diffusion_pytorch_model\.bin\), which can run code and are never loaded",
     ),
+    "a pipe": (lambda p: (os.remove(p / WEIGHTS), os.mkfifo(p / WEIGHTS)), rf"{WEIGHTS} \(or its index .* is missing"),
+    "a pipe as config": (
+        lambda p: (os.remove(p / "vae/config.json"), os.mkfifo(p / "vae/config.json")),
+        r"vae/config\.json is missing",
+    ),
+    "an endless config": (
+        lambda p: os.truncate(p / "vae/config.json", 10**10),
+        r"vae/config\.json cannot be read \(larger than 64 MiB\)",
+    ),
+    "deep json": (lambda p: (p / "vae/config.json").write_text("[" * 10**5), r"vae/config\.json cannot be read"),
+    "control characters": (
+        lambda p: edit_json(p / "model_index.json", vae=["diffusers", "A\x1b[2J\nB"]),
+        r"vae is a A\\x1b\[2J\\nB, not",
+    ),
+    "control characters in a name": (
+        lambda p: ((p / "model_index.json").unlink(), (p / "\x1b[31m\n").touch()),
+        r"holds \\x1b\[31m\\n, ",
+    ),
     "two forms": (
         lambda p: (p / INDEX).write_text("{}"),
         r"holds both .*model\.safetensors and .*index\.json: remove one",

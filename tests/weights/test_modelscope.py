@@ -186,10 +186,14 @@ def test_altered_file_is_found_and_download_repairs_it(server: ModelScopeServer,
     assert files_of(resolve(model).path) == files_of(EMBEDDED)
 
 
-def test_read_only_cache_is_used_as_it_is(server: ModelScopeServer, model: Model) -> None:
+def test_complete_cache_is_never_written(server: ModelScopeServer, model: Model, runner_cache: Path) -> None:
+    """It may be a read-only mount: neither a start nor the client's own first look at it changes anything."""
     path = resolve(model).path
     before = {p: p.stat().st_mtime_ns for p in Path(str(model.cache_dir)).rglob("*")}
     server.requests.clear()
+    resolve(model)
+    for entry in runner_cache.rglob("*.json"):
+        entry.unlink()
     resolve(model)
     assert {p: p.stat().st_mtime_ns for p in Path(str(model.cache_dir)).rglob("*")} == before
     assert server.requests == []

@@ -117,16 +117,16 @@ def test_is_remade_when_the_source_changes(nano: Path) -> None:
     assert json.loads((second.path / "scheduler/scheduler_config.json").read_text())["shift"] == 6.0
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "manifest", "config", "version"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "flip unsampled", "manifest", "config", "version"])
 def test_damaged_one_is_not_used_and_remade(nano: Path, damage: str) -> None:
     checkpoint = resolve(local(nano))
     found = prepare.build(checkpoint, local(nano))
     file = prepared.component_file(found.path, "transformer")
     if damage == "truncate":
         os.truncate(file, 1_000_000)
-    elif damage == "flip":
+    elif damage.startswith("flip"):
         raw = bytearray(file.read_bytes())
-        raw[-1] ^= 1
+        raw[-1 if damage == "flip" else -100_000] ^= 1
         file.write_bytes(raw)
     elif damage == "manifest":
         (found.path / "manifest.json").write_text("{")

@@ -63,4 +63,5 @@ def _sampled_digest(file: WeightsFile) -> str:
 
 
 def _bytes_digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

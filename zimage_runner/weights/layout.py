@@ -29,6 +29,8 @@ WEIGHT_STEMS = {
 }
 """Components with weights, and the file name that diffusers and transformers give them."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
+MAX_JSON = 64 * 2**20
+"""Bytes; Z-Image-Turbo's largest index has 0.05 MB."""
 HUB_PATTERNS = [
     "model_index.json",
     "scheduler/scheduler_config.json",
@@ -106,8 +108,8 @@ def _model_index(path: Path, field: str) -> dict[str, Any]:
     if not path.is_dir():
         raise UserError(f"{field}={path}: no such directory")
     file = path / "model_index.json"
-    if not file.exists():
-        found = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
+    if not file.is_file():
+        found = ", ".join(sorted(_shown(p.name) for p in path.iterdir())[:6]) or "nothing"
         raise IncompleteCheckpoint(
             path, [f"not a diffusers-format directory: model_index.json is missing (it holds {found})"]
         )
@@ -138,17 +140,24 @@ def _check_classes(path: Path, index: dict[str, Any]) -> None:
             )
         if classes and named[1] not in classes:
             raise UserError(
-                f"{file}: {component} is a {named[1]}, not a Z-Image component: need {' or '.join(classes)}"
+                f"{file}: {component} is a {_shown(named[1])}, not a Z-Image component: need {' or '.join(classes)}"
             )
+
+
+def _shown(text: object) -> str:
+    """Foreign text in a message: control characters escaped, so that it stays one line and moves no cursor."""
+    return repr(str(text))[1:-1]
 
 
 def _json(file: Path, problems: list[str]) -> dict[str, Any]:
     name = f"{file.parent.name}/{file.name}" if file.name != "model_index.json" else file.name
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not file.is_file():  # neither is a pipe or a device, which would never end
         problems.append(f"{name} is missing")
         return {}
+    try:
+        if file.stat().st_size > MAX_JSON:
+            raise ValueError(f"larger than {MAX_JSON // 2**20} MiB")
+        value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         problems.append(f"{name} cannot be read ({error})")
         return {}
@@ -160,13 +169,13 @@ def _json(file: Path, problems: list[str]) -> dict[str, Any]:
 
 def _weights(folder: Path, stem: str, problems: list[str]) -> list[WeightsFile]:
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-    if single.exists() and index.exists():
+    if single.is_file() and index.is_file():
         # diffusers and transformers disagree on which of the two they would load.
         problems.append(f"{folder.name}/ holds both {single.name} and {index.name}: remove one of them")
         return []
-    if index.exists():
+    if index.is_file():
         return _shards(folder, index, problems)
-    if single.exists():
+    if single.is_file():
         file = _checked(single, problems)
         return [file] if file else []
     pickles = sorted(p.name for p in folder.glob("*") if p.suffix in PICKLES) if folder.is_dir() else []
@@ -188,8 +197,8 @@ def _shards(folder: Path, index: Path, problems: list[str]) -> list[WeightsFile]
     for shard in sorted({str(name) for name in weight_map.values()}):
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
             problems.append(f"{folder.name}/{index.name} names {shard!r}, which is not a safetensors file beside it")
-        elif not (folder / shard).exists():
-            problems.append(f"{folder.name}/{shard} is missing")
+        elif not (folder / shard).is_file():
+            problems.append(f"{folder.name}/{_shown(shard)} is missing")
         else:
             files[shard] = _checked(folder / shard, problems)
     for tensor, shard in weight_map.items():

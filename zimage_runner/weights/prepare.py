@@ -27,8 +27,9 @@ from zimage_runner.weights.layout import Layout, inspect
 from zimage_runner.weights.names import COMPONENTS
 from zimage_runner.weights.pieces import Piece, PlannedTensor, pieces, plan_component, read_bfloat16
 from zimage_runner.weights.prepared import Prepared, UnusablePrepared
-from zimage_runner.weights.safetensors_header import WeightsFile, read_header
+from zimage_runner.weights.safetensors_header import read_header
 from zimage_runner.weights.safetensors_writer import create
+from zimage_runner.weights.verify import remember, sha256_of
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,9 @@ def build(checkpoint: Checkpoint, model: Model) -> Prepared:
     target = root / prepared.folder_name(model, checkpoint.digest)
     with _lock(root / f".{target.name}.lock"):
         try:
-            return prepared.open_prepared(target, checkpoint.digest)
+            found = prepared.open_prepared(target, checkpoint.digest)
+            prepared.check_digests(found, model)
+            return found
         except UnusablePrepared:
             _make(checkpoint, layout, plan, target)
         _remove_superseded(checkpoint, target)
@@ -94,13 +97,19 @@ def _make(checkpoint: Checkpoint, layout: Layout, plan: dict[str, list[PlannedTe
             shutil.rmtree(leftover)
     temporary.mkdir(parents=True)
     try:
-        for component, tensors in plan.items():
-            _write_component(prepared.component_file(temporary, component), component, tensors)
+        with ThreadPoolExecutor(max_workers=len(COMPONENTS)) as hashing:  # of one component while the next is made
+            sha256 = {}
+            for component, tensors in plan.items():
+                path = prepared.component_file(temporary, component)
+                _write_component(path, component, tensors)
+                sha256[component] = hashing.submit(sha256_of, path)
+        digests = {component: future.result() for component, future in sha256.items()}
         names = _copy_configs(layout, temporary)
-        files = {c: read_header(prepared.component_file(temporary, c)) for c in COMPONENTS}
-        write_json(temporary / prepared.MANIFEST, _manifest(checkpoint, layout, plan, files, names))
+        write_json(temporary / prepared.MANIFEST, _manifest(checkpoint, layout, plan, temporary, digests, names))
         os.rename(temporary, target)
         _sync_folder(target.parent)
+        for component, digest in digests.items():
+            remember(prepared.component_file(target, component), digest)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -154,11 +163,13 @@ def _manifest(
     checkpoint: Checkpoint,
     layout: Layout,
     plan: dict[str, list[PlannedTensor]],
-    files: dict[str, WeightsFile],
+    folder: Path,
+    sha256: dict[str, str],
     config_files: list[str],
 ) -> dict[str, Any]:
     import torch
 
+    files = {component: read_header(prepared.component_file(folder, component)) for component in COMPONENTS}
     sampled = dict(zip(files, sampled_digests(list(files.values())), strict=True))
     return {
         "format": prepared.FORMAT,
@@ -178,6 +189,7 @@ def _manifest(
             component: {
                 "file": prepared.component_file(Path(), component).as_posix(),
                 "size": files[component].size,
+                "sha256": sha256[component],
                 "sampled_sha256": sampled[component],
                 "tensors": len(tensors),
                 "fused": {t.name: [name for name, _, _ in t.sources] for t in tensors if len(t.sources) > 1},

@@ -15,18 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zimage_runner.model import Model
-from zimage_runner.weights.cache import cache_root
+from zimage_runner.model import Model, Verify
+from zimage_runner.weights.cache import cache_root, is_writable
 from zimage_runner.weights.checkpoint import Checkpoint
 from zimage_runner.weights.digest import sampled_digests
 from zimage_runner.weights.layout import WEIGHT_STEMS
 from zimage_runner.weights.names import COMPONENTS
 from zimage_runner.weights.safetensors_header import BadWeightsFile, WeightsFile, read_header
+from zimage_runner.weights.verify import file_digests
 
 log = logging.getLogger(__name__)
 
 FORMAT = "zimage-runner-prepared"
-VERSION = 1
+VERSION = 2
 """Raised whenever the rules in names.py change what a prepared file holds."""
 MANIFEST = "manifest.json"
 
@@ -71,7 +72,9 @@ def find(checkpoint: Checkpoint, model: Model) -> Prepared | None:
     candidates = [path for root in roots(model) for path in sorted(root.glob(f"[!.]*{_suffix(checkpoint.digest)}"))]
     for path in candidates:
         try:
-            return open_prepared(path, checkpoint.digest)
+            found = open_prepared(path, checkpoint.digest)
+            check_digests(found, model)
+            return found
         except UnusablePrepared as error:
             log.warning("not using the prepared checkpoint %s: %s", path, error)
     return None
@@ -97,12 +100,26 @@ def open_prepared(path: Path, source_digest: str | None = None) -> Prepared:
         raise UnusablePrepared(str(error)) from error
     sampled = sampled_digests(list(weights.values()))
     for (component, file), digest in zip(weights.items(), sampled, strict=True):
-        if digest != manifest["components"][component]["sampled_sha256"]:
+        if digest != manifest["components"].get(component, {}).get("sampled_sha256"):
             raise UnusablePrepared(f"{file.path.relative_to(path)} was altered")
     missing = [name for name in manifest["config_files"] if not (path / name).is_file()]
     if missing:
         raise UnusablePrepared(f"{missing[0]} is missing")
     return Prepared(path=path, manifest=manifest, weights=weights)
+
+
+def check_digests(found: Prepared, model: Model) -> None:
+    """Compare the files' sha256 with the manifest's, as ``model.verify`` says. Raises UnusablePrepared.
+
+    Making them remembers their digests, so that ``first_use`` reads nothing here as long as they stay untouched.
+    """
+    if model.verify is Verify.headers or (model.verify is Verify.first_use and not is_writable()):
+        return
+    paths = {component: file.path for component, file in found.weights.items()}
+    digests = file_digests(list(paths.values()), force=model.verify is Verify.always)
+    for component, digest in zip(paths, digests, strict=True):
+        if digest.sha256 != found.manifest["components"].get(component, {}).get("sha256"):
+            raise UnusablePrepared(f"{digest.path.relative_to(found.path)} was altered")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
