@@ -23,6 +23,8 @@ PLACEMENTS = {
     "group_offload_two_blocks": lambda: GroupOffload(use_stream=False, num_blocks_per_group=2),
     "group_offload_leaves": lambda: GroupOffload(offload_type=OffloadType.leaf_level),
     "cpu_then_gpu": lambda: Resident(loading=Loading.cpu_then_gpu),
+    "as_the_article_loads": lambda: Resident(device_map="cpu"),
+    "staged_as_the_article_loads": lambda: Staged(device_map="cpu"),
     "slow_init": lambda: Resident(low_cpu_mem_usage=False),
 }
 

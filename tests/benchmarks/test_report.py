@@ -1,0 +1,149 @@
+"""The page says what the JSON says, and verdicts follow from figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.report import page
+from benchmarks.statistics_of import PHASES, Spread, load, percentile, phases_of
+from benchmarks.verdicts import CLAIMS, IMPOSSIBLE, judge, verdict
+
+
+def run(variant: str, first: float, intervals: list[float], number: int = 0, **more) -> dict:
+    readings = {
+        "phases": {"import": 1.0, "to_device": 0.5, "load": 2.0, "warm_up": 0.25},
+        "memory": {"peak_allocated_gb": 20.0, "peak_reserved_gb": 23.0},
+        "images": {"first_seconds": 0.75},
+        "engine": "diffusers",
+    }
+    return {
+        "variant": variant, "cache": "warm", "round": number, "returncode": 0, "wall_seconds": first + 1,
+        "first_png_seconds": first, "intervals": intervals, "readings": readings, "log_tail": "", **more,
+    }  # fmt: skip
+
+
+def results(folder: Path, runs: list[dict], scenario: str = "ablation") -> Path:
+    path = folder / f"{scenario}.json"
+    facts = {"gpu": None, "processor": "test", "cores": 2, "versions": {"torch": "2"}, "bf16_matmul_tflops": None}
+    path.write_text(
+        json.dumps(
+            {
+                "scenario": scenario, "title": "The title", "prediction": "we expect", "started": "2026-02-03T04:05:06",
+                "machine": facts, "work": {"images": 4, "size": 1024, "steps": 8, "model": "m", "device": "cuda"},
+                "variants": {r["variant"]: {"ours": True, "env": {}, "overrides": []} for r in runs}, "runs": runs,
+            }
+        )
+    )  # fmt: skip
+    return path
+
+
+def test_medians_and_spreads(tmp_path: Path) -> None:
+    runs = [run("plain", first, [1.0, 2.0, 3.0], n) for n, first in enumerate([10.0, 30.0, 11.0])]
+    _, (row,) = load(results(tmp_path, runs))
+    assert row.first_png == Spread(median=11.0, low=10.0, high=30.0, count=3)
+    assert row.seconds_per_image is not None
+    assert row.seconds_per_image.median == 2.0
+    assert row.p95 is not None
+    assert row.p95.median == 3.0
+    assert row.peak_reserved is not None
+    assert row.peak_reserved.median == 23.0
+
+
+def test_phases_add_up_to_the_first_picture() -> None:
+    phases = phases_of(run("plain", 4.0, []))
+    assert tuple(phases) == PHASES
+    assert phases == pytest.approx(
+        {"start": 1.0, "import": 1.0, "load": 0.5, "move": 0.5, "compile": 0.0, "warm-up": 0.25, "first picture": 0.75}
+    )
+    assert sum(phases.values()) == pytest.approx(4.0)
+
+
+def test_failures_count_in_no_figure_and_are_shown(tmp_path: Path) -> None:
+    runs = [run("plain", 10.0, [1.0]), run("plain", 99.0, [9.0], 1, returncode=1, log_tail="why\nCUDA out of memory\n")]
+    path = results(tmp_path, runs)
+    _, (row,) = load(path)
+    assert row.first_png is not None
+    assert row.first_png.count == 1
+    text = page(tmp_path, tmp_path)
+    assert "plain (warm): exit 1: CUDA out of memory" in text
+    assert "99.00" not in text
+
+
+def test_page_holds_the_figures_the_expectation_and_every_claim(tmp_path: Path) -> None:
+    runs = [run(name, first, [each, each]) for name, first, each in
+            [("plain", 20.0, 2.0), ("step 4: wake the hardware", 10.0, 2.0)]]  # fmt: skip
+    results(tmp_path, runs)
+    text = page(tmp_path, tmp_path)
+    assert "Expected: we expect" in text
+    assert "| 10.00 | 2.00x | 2.000 | 1.00x |" in text
+    assert "confirmed: 20.00 -> 10.00 s (-50%)" in text
+    assert all(claim.text in text for claim in CLAIMS)
+    assert all(claim in text for claim in IMPOSSIBLE)
+    assert text.count("not measured") == len(CLAIMS) - 1
+    assert (tmp_path / "plots" / "ablation.svg").exists() == ("plots/ablation.svg" in text)
+
+
+def test_the_same_figures_give_the_same_page(tmp_path: Path) -> None:
+    results(tmp_path, [run("plain", 20.0, [2.0, 2.0])])
+    first = page(tmp_path, tmp_path)
+    plot = tmp_path / "plots" / "ablation.svg"
+    drawn = plot.read_bytes() if plot.exists() else b""
+    assert page(tmp_path, tmp_path) == first
+    assert (plot.read_bytes() if plot.exists() else b"") == drawn
+
+
+def test_other_json_files_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "load_speed.json").write_text("{}")
+    assert "##" not in page(tmp_path, tmp_path)
+
+
+def test_claims_compare_contestants_that_exist() -> None:
+    from benchmarks.scenarios import TINY, ablation
+    from benchmarks.variants import Work
+
+    names = {v.name for v in ablation(Work(model=TINY, images=2, size=128, steps=2, device="cpu")).variants}
+    assert {name for claim in CLAIMS for name in (claim.variant, claim.baseline)} <= names
+
+
+def spread(median: float, half: float = 0.0) -> Spread:
+    return Spread(median=median, low=median - half, high=median + half, count=3)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        (spread(1.0), spread(2.0), "confirmed"),
+        (spread(2.0), spread(1.0), "harmful"),
+        (spread(1.99), spread(2.0), "no effect"),  # below 2 %
+        (spread(1.5, 0.3), spread(2.0, 0.3), "no effect"),  # within both spreads
+        (spread(1.5, 0.2), spread(2.0, 0.2), "confirmed"),
+    ],
+)
+def test_judge(one: Spread, other: Spread, expected: str) -> None:
+    assert judge(one, other) == expected
+
+
+@given(st.floats(0.1, 100), st.floats(0, 5), st.floats(0.1, 100), st.floats(0, 5))
+def test_a_verdict_turns_round_when_the_contestants_do(a: float, da: float, b: float, db: float) -> None:
+    one, other = spread(a, da), spread(b, db)
+    mirror = {"confirmed": "harmful", "harmful": "confirmed", "no effect": "no effect"}
+    there, back = judge(one, other), judge(other, one)
+    # The 2 % are of the baseline, so just at that edge one direction may see an effect and the other none.
+    assert back == mirror[there] or "no effect" in (there, back)
+    assert judge(one, one) == "no effect"
+
+
+def test_verdict_without_figures_is_not_measured() -> None:
+    assert verdict(CLAIMS[0], {}) == "not measured"
+
+
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=50))
+def test_percentile_is_one_of_the_values_and_bounds_most(values: list[float]) -> None:
+    p95 = percentile(values, 0.95)
+    assert p95 in values
+    assert sum(v <= p95 for v in values) >= 0.95 * len(values)
