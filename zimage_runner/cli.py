@@ -19,11 +19,12 @@ from zimage_runner.config.messages import CONFIG_ERRORS, explain
 from zimage_runner.config.registry import register
 from zimage_runner.config.schema import RunConfig
 from zimage_runner.config.yaml_text import to_yaml
-from zimage_runner.errors import RunStopped, UserError
+from zimage_runner.errors import RunStopped, UserError, one_line
 from zimage_runner.help import CONFIG_DIR
 from zimage_runner.logs import log_to_terminal
 from zimage_runner.resume import restore, resume_command_line
 from zimage_runner.sweep.launcher import register_launcher
+from zimage_runner.sweep.report import exit_codes
 
 EXIT_OK, EXIT_ITEMS_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -35,6 +36,7 @@ def main(argv: Sequence[str]) -> int:
     """Run one command line and return its exit code. Messages go to stderr, results to stdout."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us instead of Hydra's own report and exit code 1
     _exit_codes.clear()
+    exit_codes.clear()
     register()
     register_launcher()
     log_to_terminal()
@@ -51,11 +53,11 @@ def main(argv: Sequence[str]) -> int:
         return _refuse(f"cannot make the run directory ({error}): set output.root to a directory you can write to")
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    return max(_exit_codes, default=EXIT_OK)
+    return max([*_exit_codes, *exit_codes], default=EXIT_OK)
 
 
 def _refuse(message: str) -> int:
-    print(f"zimage_runner: {' '.join(message.split())}", file=sys.stderr)
+    print(f"zimage_runner: {one_line(' '.join(message.split()))}", file=sys.stderr)
     return EXIT_BAD_INPUT
 
 

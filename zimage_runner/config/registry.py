@@ -24,6 +24,7 @@ from zimage_runner.prompts.parquet import Parquet
 from zimage_runner.prompts.stdin import Stdin
 from zimage_runner.prompts.text_file import TextFile
 from zimage_runner.sampling import Sampling
+from zimage_runner.sweep.config import WarmLauncherConfig
 from zimage_runner.warmup import Article, Generate, Hardware, NoWarmup
 
 SCHEMAS: dict[str, dict[str, type]] = {
@@ -59,6 +60,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("folder_name", lambda name: folder_name(str(name)), replace=True)
     store = ConfigStore.instance()
     store.store(group="schema", name="run", node=RunConfig)
+    store.store(group="hydra/launcher", name="warm", node=WarmLauncherConfig)
     for group, options in SCHEMAS.items():
         for name, node in options.items():
             store.store(group=f"schema/{group}", name=name, node=node)

@@ -11,7 +11,6 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -23,24 +22,13 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from zimage_runner.errors import error_text
 from zimage_runner.signals import EXIT_INTERRUPTED, graceful_stop
 from zimage_runner.sweep.compose import compose_quickly
+from zimage_runner.sweep.config import PLUGIN_MODULE
 from zimage_runner.warm import Executors, shared_executors
 
 log = logging.getLogger(__name__)
 
 EXIT_FAILED = 1
-PLUGIN_MODULE = "hydra_plugins.zimage_runner"
-"""Hydra takes plugins only from below this package. A real one would be imported by every Hydra program of the
-environment, so ours is made in memory."""
 SESSION_GROUPS = ("model", "engine", "memory", "warmup", "compile", "executor")
-
-
-@dataclass(kw_only=True, slots=True)
-class WarmLauncherConfig:
-    """Fields of ``hydra.launcher``."""
-
-    _target_: str = f"{PLUGIN_MODULE}.WarmLauncher"
-    keep_going: bool = True
-    """A failed job does not keep the others from running; the exit code tells."""
 
 
 class WarmLauncher(Launcher):
@@ -123,10 +111,8 @@ def session_text(config: DictConfig) -> str:
 
 def register_launcher() -> None:
     """Tell Hydra of the plugin; harmless when called twice."""
-    from hydra.core.config_store import ConfigStore
     from hydra.core.plugins import Plugins
 
-    ConfigStore.instance().store(group="hydra/launcher", name="warm", node=WarmLauncherConfig, provider="zimage_runner")
     Plugins.instance().register(WarmLauncher)  # scans the installed plugins first
     package, _, name = PLUGIN_MODULE.partition(".")
     try:

@@ -19,6 +19,10 @@ from zimage_runner.outputs.atomic import directory, write_file
 
 log = logging.getLogger(__name__)
 
+EXIT_OF_STATUS = {"complete": 0, "failures": 1, "refused": 2, "stopped": 130}
+exit_codes: list[int] = []
+"""Of the last multirun's jobs. Jobs of launchers that use other processes can tell it no other way."""
+
 COLUMNS = ("status", "done", "failed", "seconds_per_image", "directory")
 
 
@@ -37,6 +41,11 @@ class SweptJob:
     def status(self) -> str:
         """complete, failures or stopped as in summary.json; refused when nothing was started."""
         return str(self.summary.get("status") or ("refused" if self.exit_code in (None, 2) else "failed"))
+
+    @property
+    def code(self) -> int:
+        """The exit code of the job, or what its files say of it."""
+        return EXIT_OF_STATUS.get(self.status, 1) if self.exit_code is None else self.exit_code
 
     def cells(self) -> dict[str, Any]:
         items, images = self.summary.get("items", {}), self.summary.get("images", {})
@@ -72,6 +81,7 @@ class SweepReport(Callback):
         """Write summary.csv, summary.md and the grid into the sweep's directory."""
         root = Path(str(config.hydra.sweep.dir))
         jobs = self._jobs(root)
+        exit_codes[:] = [job.code for job in jobs]
         if not jobs or all(job.summary == {} for job in jobs):
             return
         fields = varying_fields(jobs)

@@ -1,0 +1,185 @@
+"""Draw a picture again from what its file says about itself, and compare.
+
+    python -m zimage_runner.reproduce IMAGE.png [output_file=AGAIN.png] [model.path=DIR] [engine=...] [field=value ...]
+
+Exit codes: 0 the same pixels, 1 other pixels, 2 the file cannot be reproduced (the reason is told).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from PIL import Image
+
+from zimage_runner.config.free_text import quote_free_text
+from zimage_runner.config.messages import CONFIG_ERRORS, explain
+from zimage_runner.config.registry import register
+from zimage_runner.config.schema import RunConfig
+from zimage_runner.errors import UserError
+from zimage_runner.executors.base import Batch
+from zimage_runner.help import CONFIG_DIR
+from zimage_runner.job import Job, prepare
+from zimage_runner.logs import log_to_terminal
+from zimage_runner.outputs.metadata import read_metadata
+from zimage_runner.outputs.picture import encode_png
+from zimage_runner.prompts.inline import Inline
+from zimage_runner.resume.command_line import override_key
+from zimage_runner.sampling import SAMPLING_FIELDS, Sampling
+from zimage_runner.signals import graceful_stop
+from zimage_runner.warm import Executors
+
+if TYPE_CHECKING:
+    import numpy as np
+
+EXIT_SAME, EXIT_DIFFERENT, EXIT_BAD_INPUT = 0, 1, 2
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command line and return its exit code."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    if not argv or {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return EXIT_SAME if argv else EXIT_BAD_INPUT
+    log_to_terminal()
+    try:
+        return reproduce(Path(argv[0]), argv[1:])
+    except UserError as error:
+        return _refuse(str(error))
+    except CONFIG_ERRORS as error:
+        return _refuse(explain(error))
+    except KeyboardInterrupt:
+        return 130
+
+
+def reproduce(path: Path, overrides: Sequence[str]) -> int:
+    """Draw the picture again, say how it compares, and return the exit code."""
+    recipe = read_recipe(path)
+    config = recipe_config(recipe, overrides)
+    job = prepare(config)
+    pixels, report = _draw(job)
+    if config.output_file is not None:
+        _save(Path(config.output_file), pixels, job, report)
+    for line in _changes(recipe, job, report):
+        print(f"  {line}")
+    comparison = compare(path, pixels)
+    print(f"{path}: {comparison}")
+    return EXIT_SAME if comparison.is_same else EXIT_DIFFERENT
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The picture's own recipe. Raises UserError if it has none, or one that is not a recipe."""
+    recipe = read_metadata(path).recipe
+    if recipe is None:
+        raise UserError(f"{path} carries no zimage_runner metadata: it was made by another tool or stripped of it")
+    shapes = {"prompt": str, "seed": int, "params": dict, "model": dict, "numerics": dict}
+    for name, kind in shapes.items():
+        if not isinstance(recipe.get(name), kind):
+            raise UserError(f"{path}: its metadata has no {name}: it cannot be reproduced")
+    return recipe
+
+
+def recipe_config(recipe: Mapping[str, Any], overrides: Sequence[str]) -> RunConfig:
+    """The run that draws this one picture. The file's texts are used as values only, never as commands."""
+    given = {override_key(override) for override in overrides}
+    chosen = [f"{group}={option}" for group, option in _options(recipe).items() if group not in given]
+    register()
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
+        composed = compose("config", overrides=[*chosen, "warmup=none", *quote_free_text(overrides)])
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, RunConfig)
+    params = {name: value for name, value in recipe["params"].items() if name in SAMPLING_FIELDS}
+    typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Sampling), params))
+    assert isinstance(typed, Sampling)
+    for name in SAMPLING_FIELDS:  # what the user sets wins
+        if f"sampling.{name}" in given:
+            setattr(typed, name, getattr(config.sampling, name))
+    seeds = config.seeds if "seeds" in given else [recipe["seed"]]
+    return replace(config, prompts=Inline(texts=[recipe["prompt"]]), prompt=None, sampling=typed, seeds=seeds)
+
+
+def _options(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """Config groups and fields that the recipe decides; names that conf/ does not have are left to the user."""
+    numerics, model = recipe["numerics"], recipe["model"]
+    options = {
+        "model": model.get("name"),
+        "engine": numerics.get("engine"),
+        "compile": numerics.get("compile"),
+    }
+    found = {
+        g: str(o) for g, o in options.items() if str(o).isidentifier() and (CONFIG_DIR / g / f"{o}.yaml").is_file()
+    }
+    for field, name in (("model.dtype", "dtype"), ("engine.noise_device", "noise_device")):
+        if str(numerics.get(name)) in ("float32", "bfloat16", "cpu", "cuda"):
+            found[field] = numerics[name]
+    return found
+
+
+def _draw(job: Job) -> tuple[np.ndarray, dict[str, Any]]:
+    with graceful_stop() as stop, closing(Executors(stop)) as executors, executors.lease(job) as executor:
+        for result in executor.run([Batch(items=job.plan.items[:1])]):
+            if result.images is None:
+                raise UserError(f"the picture cannot be drawn: {result.error}")
+            return result.images.wait()[0], executor.report()
+    raise UserError("interrupted before the picture was drawn")
+
+
+def _save(target: Path, pixels: np.ndarray, job: Job, report: dict[str, Any]) -> None:
+    item = job.plan.items[0]
+    try:
+        target.write_bytes(encode_png(pixels, job.recipe(item, report), job.config.output))
+    except OSError as error:
+        raise UserError(f"output_file={target} cannot be written: {error.strerror}") from None
+
+
+def _changes(recipe: Mapping[str, Any], job: Job, report: Mapping[str, Any]) -> list[str]:
+    """What is not as it was, for a person who wonders why pixels differ."""
+    was = {"weights": recipe["model"].get("digest"), **recipe["numerics"], **recipe.get("versions", {})}
+    now = {"weights": job.checkpoint.digest, **report["numerics"], **report["versions"]}
+    return [f"{k} was {was[k]}, now {now.get(k)}" for k in was if str(was[k]) != str(now.get(k))]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """How two pictures differ."""
+
+    is_same: bool
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def compare(path: Path, pixels: np.ndarray) -> Comparison:
+    """Compare a file's pixels with uint8 [height, width, 3]."""
+    import numpy as np
+
+    with Image.open(path) as image:
+        was = np.asarray(image.convert("RGB"))
+    if was.shape != pixels.shape:
+        return Comparison(False, f"another size: was {was.shape[1]}x{was.shape[0]}")
+    if np.array_equal(was, pixels):
+        return Comparison(True, "identical")
+    difference = np.abs(was.astype(np.int16) - pixels.astype(np.int16))
+    psnr = 10 * np.log10(255.0**2 / np.mean(difference.astype(np.float64) ** 2))
+    share = np.mean(difference.max(axis=-1) > 0)
+    return Comparison(
+        False,
+        f"not identical: {share:.2%} of the pixels differ, at most by {difference.max()} of 255, PSNR {psnr:.1f} dB",
+    )
+
+
+def _refuse(message: str) -> int:
+    print(f"zimage_runner: {' '.join(message.split())}", file=sys.stderr)
+    return EXIT_BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
