@@ -21,3 +21,9 @@ class BadPictureError(RuntimeError):
 def error_text(error: BaseException) -> str:
     """Exception type and message on one line's worth of text, for records."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def one_line(text: str, limit: int | None = None) -> str:
+    """Text that is safe on a terminal: no line breaks, control or bidi characters, at most ``limit`` characters."""
+    clean = "".join(c if c.isprintable() else " " for c in text)
+    return clean if limit is None or len(clean) <= limit else clean[: limit - 3] + "..."

@@ -11,6 +11,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from zimage_runner.errors import one_line
+
 LOGGER = logging.getLogger("zimage_runner")
 
 
@@ -63,4 +65,4 @@ class _StderrHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
-            tqdm.write(f"zimage_runner: {self.format(record)}", file=sys.stderr)
+            tqdm.write(f"zimage_runner: {one_line(self.format(record))}", file=sys.stderr)

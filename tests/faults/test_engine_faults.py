@@ -31,7 +31,7 @@ def test_one_item_of_each_kind(tmp_path, overrides):
     assert "one colour throughout" in record(run, 3)["error"]
     assert "VAE decoded in tiles" in record(run, 4)["recovery"]
     summary = json.loads((run.run_dir / "summary.json").read_bytes())
-    assert summary["items"] == {"planned": 12, "done_before": 0, "ok": 8, "failed": 4, "remaining": 0}
+    assert (summary["items"]["ok"], summary["items"]["failed"], summary["items"]["remaining"]) == (8, 4, 0)
     assert {f["item"].rpartition("_")[2] for f in summary["failed"]} == {"1", "3"}
     assert "to finish this run: " in run.log
     assert run.execute() == 0

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.outputs.helpers import job
-from zimage_runner.outputs.summary import Summary, one_line, resume_command, table
+from zimage_runner.errors import one_line
+from zimage_runner.outputs.summary import Summary, resume_command, table
 from zimage_runner.outputs.writer import Outcome
 
 REPORT = {
@@ -41,7 +42,7 @@ def test_complete_run():
     found = summary_of([1.0, 1.0], before=3).to_dict(REPORT)
     assert found["status"] == "complete"
     assert found["resume"] is None
-    assert found["items"] == {"planned": 5, "done_before": 3, "ok": 2, "failed": 0, "remaining": 0}
+    assert found["items"] == {"planned": 5, "done_before": 3, "linked": 0, "ok": 2, "failed": 0, "remaining": 0}
     text = table(found)
     for part in ("load", "2.00 s", "warm up", "first image", "20.50 GB (22.00 GB reserved)", "2 done, 3 done before"):
         assert part in text
@@ -72,4 +73,4 @@ def test_no_picture_at_all():
 
 def test_one_line_is_safe_for_a_terminal():
     assert one_line("a\r\n\x1b]0;x\x07\u202eb") == "a   ]0;x  b"
-    assert len(one_line("x" * 1000)) == 300
+    assert one_line("x" * 1000, 300) == "x" * 297 + "..."

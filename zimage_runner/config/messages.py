@@ -8,10 +8,11 @@ import re
 
 from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf.errors import OmegaConfBaseException
+from yaml import MarkedYAMLError, YAMLError
 
 from zimage_runner.errors import UserError
 
-CONFIG_ERRORS = (HydraException, ConfigCompositionException, OmegaConfBaseException)
+CONFIG_ERRORS = (HydraException, ConfigCompositionException, OmegaConfBaseException, YAMLError)
 
 
 def explain(error: BaseException) -> str:
@@ -20,6 +21,9 @@ def explain(error: BaseException) -> str:
     ours = next((e for e in chain if isinstance(e, UserError)), None)
     if ours is not None:
         return str(ours)
+    marked = next((e for e in chain if isinstance(e, MarkedYAMLError)), None)
+    if marked is not None and (mark := marked.problem_mark or marked.context_mark) is not None:
+        return f"{mark.name}:{mark.line + 1}: not readable as YAML data: {marked.problem or marked.context}"
     texts = [str(e) for e in chain]
     text = "\n".join(texts)
     return _unknown_option(text) or _unknown_field(text) or _wrong_type(text) or _one_line(texts[-1] or texts[0])

@@ -10,11 +10,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+from zimage_runner.errors import one_line
 from zimage_runner.outputs.writer import Outcome
 
 LISTED = 1000
 """Failures named in summary.json; all are in records.jsonl."""
 PRINTED = 10
+"""Failures named on the terminal."""
+LONGEST_ERROR = 300
+"""Characters of an error on the terminal."""
 
 
 def resume_command(run_dir: Path) -> str:
@@ -143,17 +147,11 @@ def _memory_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _notes(summary: dict[str, Any]) -> list[str]:
-    notes = [f"  failed: {f['item']}: {one_line(f['error'])}" for f in summary["failed"][:PRINTED]]
+    notes = [f"  failed: {f['item']}: {one_line(f['error'], LONGEST_ERROR)}" for f in summary["failed"][:PRINTED]]
     if (more := summary["items"]["failed"] - PRINTED) > 0:
         notes.append(f"  ... and {more} more failed: see records.jsonl")
     if summary["stopped"]:
-        notes.append(f"  stopped: {one_line(summary['stopped'])}")
+        notes.append(f"  stopped: {one_line(summary['stopped'], LONGEST_ERROR)}")
     if summary["resume"]:
         notes.append(f"  to finish this run: {summary['resume']}")
     return notes
-
-
-def one_line(text: str, limit: int = 300) -> str:
-    """Text safe for a terminal: no line breaks, control or bidi characters, and not endless."""
-    clean = "".join(c if c.isprintable() else " " for c in text)
-    return clean if len(clean) <= limit else clean[: limit - 3] + "..."

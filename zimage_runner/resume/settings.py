@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from zimage_runner.errors import UserError
 from zimage_runner.resume.command_line import override_key, saved_overrides
@@ -75,7 +76,7 @@ def _load(directory: Path) -> DictConfig:
     path = directory / ".hydra" / "config.yaml"
     try:
         saved = OmegaConf.load(path)
-    except (OSError, ValueError, OmegaConfBaseException) as error:
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"resume={directory}: .hydra/config.yaml cannot be read: {error}") from None
     if not isinstance(saved, DictConfig):
         raise UserError(f"resume={directory}: .hydra/config.yaml is not a config")
