@@ -109,6 +109,7 @@ def prepare(config: RunConfig, memo: dict[str, Any] | None = None) -> Job:
         warmup=config.warmup,
         compile=config.compile,
         checkpoint=checkpoint,
+        embedding_cache=config.embedding_cache,
     )
     return Job(config=config, plan=plan, checkpoint=checkpoint, session=session)
 

@@ -8,11 +8,12 @@ import platform
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from zimage_runner import monitor
 from zimage_runner.compile import Compile
+from zimage_runner.embedding_cache import EmbeddingCache, EmbeddingCacheConfig
 from zimage_runner.engines.base import DenoiseRequest, Engine, EngineConfig
 from zimage_runner.executors.base import GeneratedBatch
 from zimage_runner.executors.faults import is_out_of_memory
@@ -42,6 +43,7 @@ class SessionConfig:
     warmup: Warmup
     compile: Compile
     checkpoint: Checkpoint
+    embedding_cache: EmbeddingCacheConfig = field(default_factory=EmbeddingCacheConfig)
 
     def key(self) -> str:
         """Equal keys mean that one session serves both. Batch size is per call, so it is left out."""
@@ -68,6 +70,7 @@ class Session:
         self._health = HealthCheck(config.memory.health)
         self._report: dict[str, Any] = {}
         self._engine: Engine | None = None
+        self._disk: EmbeddingCache | None = None
         self._embeds: OrderedDict[tuple[str, int], torch.Tensor] = OrderedDict()
 
     @property
@@ -134,9 +137,13 @@ class Session:
     def encode(self, texts: Sequence[str], max_sequence_length: int) -> list[torch.Tensor]:
         """Caption features of each text; each unique text is encoded once and kept while memory allows."""
         missing = list(dict.fromkeys(t for t in texts if (t, max_sequence_length) not in self._embeds))
+        if missing and self._disk is not None:
+            missing = [text for text in missing if not self._read_back(text, max_sequence_length)]
         if missing:
             for text, embed in zip(missing, self.engine.encode(missing, max_sequence_length), strict=True):
                 self._embeds[text, max_sequence_length] = embed
+                if self._disk is not None:
+                    self._disk.put(text, max_sequence_length, embed)
         result = [self._embeds[text, max_sequence_length] for text in texts]
         for text in texts:
             self._embeds.move_to_end((text, max_sequence_length))
@@ -144,6 +151,15 @@ class Session:
         while len(self._embeds) > EMBEDS_IN_MEMORY and not self.config.memory.staged:
             self._embeds.popitem(last=False)
         return result
+
+    def _read_back(self, text: str, max_sequence_length: int) -> bool:
+        """Take the features from the disk's cache; False if they are not there."""
+        assert self._disk is not None
+        embed = self._disk.get(text, max_sequence_length, self.engine.device)
+        if embed is None:
+            return False
+        self._embeds[text, max_sequence_length] = embed
+        return True
 
     def _encode_ahead(self, texts: Sequence[tuple[str, int]]) -> None:
         """Encode every text of the plan and of the warm-up while the text encoder is loaded."""
@@ -202,6 +218,9 @@ class Session:
             "numerics": self.numerics(),
             "versions": monitor.versions(),
         }
+        if config.embedding_cache.path is not None:
+            identity = {name: self._report[name] for name in ("numerics", "versions")}
+            self._disk = EmbeddingCache(config.embedding_cache, {"weights": config.checkpoint.digest, **identity})
 
     def numerics(self) -> dict[str, Any]:
         """What decides the last bits of a picture besides its item; part of every fingerprint."""

@@ -9,6 +9,7 @@ from omegaconf import MISSING
 
 from zimage_runner.article import Report
 from zimage_runner.compile import Compile
+from zimage_runner.embedding_cache import EmbeddingCacheConfig
 from zimage_runner.engines.base import AUTO, EngineConfig
 from zimage_runner.errors import UserError
 from zimage_runner.executors.base import ExecutorConfig
@@ -45,6 +46,9 @@ class RunConfig:
     """With resume: read every finished picture and draw again those whose bytes changed."""
     skip_existing: str | None = None
     """Directory or glob of earlier runs: their identical pictures are linked instead of drawn."""
+
+    embedding_cache: EmbeddingCacheConfig = field(default_factory=EmbeddingCacheConfig)
+    """Caption features kept on disk between runs."""
 
     model: Model = MISSING
     engine: EngineConfig = MISSING
