@@ -79,6 +79,9 @@ class TransformerConfig:
     encode_seconds: float = MISSING
     single: float = MISSING
     buckets: dict[int, float] = MISSING
+    compiled: list[int] = MISSING
+    resume: str | None = MISSING
+    factor: float = MISSING
     save_every: float = MISSING
     probe: int = MISSING
 

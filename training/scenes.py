@@ -60,10 +60,10 @@ class SceneWriter:
         index, back, zh = w.rng.randrange(len(w.pictures)), w.rng.randrange(len(COLORS)), w.language()
         p = phrases("zh" if zh else "en")
         tails = [t for t in p.tails if not any(word in t for word in ("background", "背景", "white", "白", "isolated"))]
-        bare, phrase = self.thing(index, NATURAL, zh)
+        _, phrase = self.thing(index, NATURAL, zh)
         name = colors()[COLORS[back]]["zh"] if zh else COLORS[back]
         text = w._fill(w.rng.choice(p.backdrops), zh, np=phrase, c=name)
-        return Scene((index,), (NATURAL,), back), w.wrap(bare, text, zh, long, tails)
+        return Scene((index,), (NATURAL,), back), w.wrap(text, text, zh, long, tails)
 
     def pair(self, long: bool) -> tuple[Scene, str]:
         """Two popular things side by side; one in ten combinations is never shown in training."""

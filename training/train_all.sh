@@ -11,6 +11,7 @@ nice python3 -m training.pools "$@" &
 pools=$!
 "${launch[@]}" training.train_transformer "$@" & # compiles, then waits for the VAE and the captions
 transformer=$!
-"${launch[@]}" training.train_vae "$@"
+# an autoencoder that is there already is kept
+[ -n "${KEEP_VAE:-}" ] || "${launch[@]}" training.train_vae "$@"
 wait "$pools"
 wait "$transformer"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from training.batched import encode_text, rope_tables, sample, velocity
@@ -36,6 +37,16 @@ SHEET = ["a red apple", "a cute cat face", "一只猫", "a dog", "a rocket", "�
          "could you paint a lion for me", "a banana on a blue background", "a fruit", "an animal", "birthday cake", "火"]  # fmt: skip
 
 
+def noise_levels(count: int, device: torch.device) -> Tensor:
+    """Sigmas [count], stratified over (0, 1) and bent by the sampler's shift, in random order.
+
+    The order matters: a batch lists single pictures before scenes, and sorted levels would never show the model a
+    single picture at a high level, where the layout is decided.
+    """
+    u = (torch.randperm(count, device=device) + torch.rand(count, device=device)) / count
+    return SHIFT * u / (1 + (SHIFT - 1) * u)
+
+
 class FlowModel:
     """Text encoder and transformer with their loss."""
 
@@ -45,8 +56,16 @@ class FlowModel:
         self.device = device
         half = LATENT_SIDE // 2
         self.ropes = {b: rope_tables(self.transformer, b, half, half, device) for b in cfg.transformer.buckets}
-        compiled = torch.compile(self._loss, dynamic=False) if device.type == "cuda" else self._loss
-        self.compiled = compiled
+        fast = torch.compile(self._loss, dynamic=False) if device.type == "cuda" else self._loss
+        self.losses = {b: fast if b in cfg.transformer.compiled else self._loss for b in cfg.transformer.buckets}
+
+    def load(self, checkpoint: Path) -> None:
+        """Start from the weights of an exported checkpoint."""
+        parts = {"transformer": self.transformer, "text_encoder": self.encoder}
+        for name, module in parts.items():
+            (file,) = (checkpoint / name).glob("*.safetensors")
+            missing, unexpected = module.load_state_dict(load_file(file), strict=False)
+            assert not missing, (missing, unexpected)
 
     def _loss(self, z: Tensor, noise: Tensor, sigma: Tensor, ids: Tensor, image: Tensor, text: Tensor) -> Tensor:
         level = sigma[:, None, None, None]
@@ -56,11 +75,9 @@ class FlowModel:
 
     def loss(self, z: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """(squared error, sigma), each [B], at stratified noise levels with the sampler's shift."""
-        n = len(z)
-        u = (torch.arange(n, device=self.device) + torch.rand(n, device=self.device)) / n
-        sigma = SHIFT * u / (1 + (SHIFT - 1) * u)
+        sigma, bucket = noise_levels(len(z), self.device), ids.shape[1]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            return self.compiled(z, torch.randn_like(z), sigma, ids, *self.ropes[ids.shape[1]]), sigma
+            return self.losses[bucket](z, torch.randn_like(z), sigma, ids, *self.ropes[bucket]), sigma
 
 
 class Painter:
@@ -93,7 +110,7 @@ class Painter:
 def warm_up(cfg: TrainingConfig, flow: FlowModel, optimizers: Optimizers, team: Team) -> None:
     """Compile every bucket's step on random data, at a learning rate of zero and with nothing kept."""
     start, t = time.time(), cfg.transformer
-    for bucket in t.buckets:
+    for bucket in t.compiled:
         for _ in range(2):
             z = torch.randn(t.batch, LATENT_CHANNELS, LATENT_SIDE, LATENT_SIDE, device=team.device)
             ids = torch.randint(3, cfg.text.vocab, (t.batch, bucket), device=team.device)
@@ -123,6 +140,8 @@ class Trainer:
         torch.manual_seed(cfg.seed)  # the same initial weights everywhere
         self.flow = FlowModel(cfg, team.device)
         t = cfg.transformer
+        if t.resume:
+            self.flow.load(Path(t.resume))
         self.optimizers = Optimizers([self.flow.transformer, self.flow.encoder], t.muon_lr, t.adam_lr)
         self.pictures = load_pictures(Path(cfg.data.packed), cfg.data.limit)
         rgba = load_rgba(Path(cfg.data.packed), cfg.data.limit)
@@ -162,7 +181,7 @@ class Trainer:
         while (progress := budget.step()) < 1:
             bucket = buckets.choices(list(t.buckets), list(t.buckets.values()))[0]
             trained = max(0.0, (progress - started / t.seconds) / (1 - started / t.seconds))
-            errors, sigma = self.step(bucket, schedule(trained, step, WARMUP, t.hold))
+            errors, sigma = self.step(bucket, t.factor * schedule(trained, step, WARMUP, t.hold))
             step += 1
             if step % 500 == 0 or (step % 5 == 0 and self.team.device.type == "cpu"):
                 thirds = [errors[(sigma >= a) & (sigma < a + 0.34)].mean().item() for a in (0.0, 0.33, 0.66)]
@@ -170,7 +189,7 @@ class Trainer:
                 self.team.say(f"step {step} {budget.elapsed:.0f} s loss {errors.mean().item():.4f} by sigma {text}")
             if self.team.leads and budget.elapsed - last_save > t.save_every and progress < 0.93:
                 last_save = budget.elapsed
-                self.checkpoint(("en_label", "zh_label", "pairs"), t.probe, budget)
+                self.checkpoint(("en_label", "zh_label", "colored"), t.probe, budget)
         self.team.say(f"transformer: {step} steps in {budget.elapsed - started:.0f} s")
 
     def checkpoint(self, sets: tuple[str, ...], each: int, budget: Budget) -> None:
