@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,9 +28,9 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     original = verify.sha256_of
 
-    def counting(path: Path) -> str:
+    def counting(path: Path, *args: Any) -> str:
         names.append(path.name)
-        return original(path)
+        return original(path, *args)
 
     monkeypatch.setattr(verify, "sha256_of", counting)
     return names
@@ -105,6 +106,15 @@ def test_headers_only(model: Model, nano: Path, hashed: list[str]) -> None:
 def test_embedded_model_is_not_hashed(hashed: list[str]) -> None:
     resolve(Model(name="n", source=Source.embedded))
     assert hashed == []
+
+
+@pytest.mark.parametrize("size", [0, 1, 2**23, 2**23 + 5])
+def test_sha256_of_any_size(tmp_path: Path, size: int) -> None:
+    content = os.urandom(size)
+    (tmp_path / "x").write_bytes(content)
+    told: list[int] = []
+    assert verify.sha256_of(tmp_path / "x", told.append) == hashlib.sha256(content).hexdigest()
+    assert sum(told) == size
 
 
 def test_hub_blob_names_are_expected_digests(tmp_path: Path) -> None:

@@ -6,11 +6,12 @@ hashed once. Nothing is ever written beside the weights.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ from zimage_runner.weights.cache import read_entry, write_entry
 log = logging.getLogger(__name__)
 
 THREADS = 8
+PIECE = 8 * 1024 * 1024
+LARGE = 1_000_000_000
+"""Bytes; hashing more than this shows that it is at work."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -49,14 +53,9 @@ def file_digests(paths: Sequence[Path], force: bool = False) -> list[FileDigest]
     """
     known = {path: None if force else _unchanged_entry(path) for path in paths}
     missing = [path for path, entry in known.items() if entry is None]
-    if missing:
-        size = sum(path.stat().st_size for path in missing)
-        level = logging.INFO if size > 1_000_000_000 else logging.DEBUG
-        log.log(
-            level, "computing sha256 of %d files (%.1f GB) in %s", len(missing), size / 1e9, missing[0].parent.parent
-        )
-    with ThreadPoolExecutor(max_workers=THREADS) as pool:
-        computed = dict(zip(missing, pool.map(sha256_of, missing), strict=True))
+    with _progress(missing) as advance, ThreadPoolExecutor(max_workers=THREADS) as pool:
+        sha256s = pool.map(lambda path: sha256_of(path, advance), missing)
+        computed = dict(zip(missing, sha256s, strict=True))
     return [_compare(path, known[path], computed.get(path)) for path in paths]
 
 
@@ -71,9 +70,28 @@ def remember(path: Path, sha256: str) -> None:
     write_entry("sha256", str(path.resolve()), {**_stat(path), "sha256": sha256, "first": sha256, "first_time": _now()})
 
 
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_of(path: Path, advance: Callable[[int], object] = lambda count: None) -> str:
+    """sha256 hex of a file; ``advance`` is told how many bytes were read, again and again."""
+    total, buffer = hashlib.sha256(), memoryview(bytearray(PIECE))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            total.update(buffer[:count])
+            advance(count)
+    return total.hexdigest()
+
+
+@contextlib.contextmanager
+def _progress(paths: Sequence[Path]) -> Iterator[Callable[[int], object]]:
+    """A bar on the terminal where hashing takes more than a moment."""
+    size = sum(path.stat().st_size for path in paths)
+    if size < LARGE:
+        yield lambda count: None
+        return
+    from tqdm import tqdm
+
+    log.info("computing sha256 of %d files (%.1f GB) in %s", len(paths), size / 1e9, paths[0].parent.parent)
+    with tqdm(total=size, unit="B", unit_scale=True, desc="sha256 of the weights", disable=None, leave=False) as bar:
+        yield bar.update
 
 
 def _compare(path: Path, entry: dict[str, Any] | None, computed: str | None) -> FileDigest:
