@@ -134,6 +134,10 @@ class Session:
         clock.lap("decode")
         return GeneratedBatch(images=images, details={"timings": clock.laps} | health)
 
+    def free_memory(self) -> None:
+        """Make room after running out of memory."""
+        self.engine.free_memory()
+
     def encode(self, texts: Sequence[str], max_sequence_length: int) -> list[torch.Tensor]:
         """Caption features of each text; each unique text is encoded once and kept while memory allows."""
         missing = list(dict.fromkeys(t for t in texts if (t, max_sequence_length) not in self._embeds))

@@ -85,6 +85,9 @@ class FaultySession:
         self.items += len(items)
         return GeneratedBatch(images=ReadyImages(np.stack(pictures)), details={"timings": {"total": 0.0}})
 
+    def free_memory(self) -> None:
+        self.calls.append((0, 0, False))
+
     def extend(self, shapes: Sequence[Any], texts: Sequence[tuple[str, int]]) -> None:
         for fault in faults("extend"):
             misbehave(fault)

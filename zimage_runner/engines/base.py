@@ -140,6 +140,9 @@ class Engine(abc.ABC):
     def synchronize(self) -> None:
         """Block until the device has finished all submitted work (for timing)."""
 
+    def free_memory(self) -> None:  # noqa: B027  # most engines keep nothing
+        """Drop whatever can be made again (recordings, caches), after running out of memory."""
+
     @abc.abstractmethod
     def close(self) -> None:
         """Free the model's memory. The engine cannot be used afterwards."""

@@ -86,6 +86,10 @@ class SessionLike(Protocol):
         """
         ...
 
+    def free_memory(self) -> None:
+        """Drop whatever can be made again, after generate ran out of memory."""
+        ...
+
     def extend(self, shapes: Sequence[WarmupShape], texts: Sequence[tuple[str, int]]) -> None:
         """Get ready for another job: warm up its shapes that are not warm yet."""
         ...

@@ -84,7 +84,8 @@ class Ladder:
         if lost:
             raise DeviceLost(f"the GPU can no longer be used ({message})")
         if exhausted:
-            free_memory()
+            self._session.free_memory()
+            free_cached_blocks()
             if self._step_down(len(items), shape):
                 yield from self.run(Batch(items=items, attempt=attempt))
                 return
@@ -114,7 +115,7 @@ class Ladder:
         self._on_step(step)
 
 
-def free_memory() -> None:
+def free_cached_blocks() -> None:
     """Give cached blocks back to the GPU, so that fragments do not make the next try fail as well."""
     gc.collect()
     torch: Any = sys.modules.get("torch")

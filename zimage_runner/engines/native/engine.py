@@ -107,6 +107,9 @@ class NativeEngineAdapter(Engine):
         if self.device == "cuda":
             torch.cuda.synchronize()
 
+    def free_memory(self) -> None:
+        self.model.forget()
+
     def close(self) -> None:
         self.model.forget()
         for network in ("text_encoder", "transformer", "vae"):
