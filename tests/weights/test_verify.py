@@ -117,6 +117,15 @@ def test_sha256_of_any_size(tmp_path: Path, size: int) -> None:
     assert sum(told) == size
 
 
+def test_large_files_show_progress(
+    model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(verify, "LARGE", 1000)
+    with caplog.at_level("INFO"):
+        resolve(model)
+    assert "computing sha256 of 3 files (0.0 GB)" in caplog.text
+
+
 def test_hub_blob_names_are_expected_digests(tmp_path: Path) -> None:
     content = b"weights"
     sha256 = hashlib.sha256(content).hexdigest()
