@@ -23,6 +23,7 @@ from zimage_runner.monitor import free_gpu_bytes
 from zimage_runner.plan import WorkItem, build_plan
 from zimage_runner.prompts.base import Prompt
 from zimage_runner.sampling import SamplingParams
+from zimage_runner.seeds import parse_seeds
 from zimage_runner.session import Session, SessionConfig
 from zimage_runner.warmup import NoWarmup
 from zimage_runner.weights.checkpoint import Checkpoint
@@ -37,9 +38,8 @@ ROUNDING = 3
 
 
 def items(count: int, params: SamplingParams = PARAMS) -> list[WorkItem]:
-    return list(
-        build_plan([Prompt(text="a red apple")], list(range(count)), params, check_size=lambda h, w: None).items
-    )
+    seeds = parse_seeds(list(range(count)))
+    return list(build_plan([Prompt(text="a red apple")], seeds, params, check_size=lambda h, w: None).items)
 
 
 @pytest.fixture(params=ENGINES)
