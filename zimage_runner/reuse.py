@@ -105,9 +105,9 @@ def earlier_pictures(pattern: str, wanted: set[str], *, but: Path) -> dict[str, 
 def _runs(pattern: str) -> Iterator[Path]:
     for match in sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True)):
         if (Path(match) / RECORDS).is_file():
-            yield Path(match)
+            yield Path(match).absolute()
         elif Path(match).is_dir():
-            yield from sorted(path.parent for path in Path(match).rglob(RECORDS))
+            yield from sorted(path.parent.absolute() for path in Path(match).rglob(RECORDS))
 
 
 def twins(plan: Plan) -> dict[str, str]:

@@ -1,0 +1,239 @@
+"""Resuming a run: what is drawn again, what is refused, and in whose words."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Cli = Callable[..., tuple[int, str, str]]
+RUN = ["prompts.texts=['a red apple','一只猫']", "seeds=[1,2]", "sampling.num_inference_steps=1", "warmup=none"]
+
+
+def run_dir(out: str) -> Path:
+    return Path(out.strip().splitlines()[-1])
+
+
+def first_run(cli: Cli, *more: str) -> Path:
+    code, out, err = cli(*RUN, *more)
+    assert code == 0, err
+    return run_dir(out)
+
+
+def images(run: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(run)): p.read_bytes() for p in sorted(run.glob("items/*/*/image.png"))}
+
+
+def pixels_of(run: Path) -> dict[str, str]:
+    records = (json.loads(p.read_text()) for p in run.glob("items/*/*/record.json"))
+    return {r["item"]: r["pixels_sha256"] for r in records}
+
+
+def assert_whole(run: Path, count: int) -> None:
+    """Every item once, complete and as its record says."""
+    lines = [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
+    last = {line["item"]: line for line in lines}
+    assert len(last) == count
+    for item, line in last.items():
+        assert line["status"] == "ok"
+        assert hashlib.sha256((run / item / "image.png").read_bytes()).hexdigest() == line["sha256"]
+    assert not list(run.rglob("*.tmp"))
+
+
+def test_deleted_and_truncated_pictures_are_drawn_again(cli: Cli) -> None:
+    run = first_run(cli)
+    before, pixels = images(run), pixels_of(run)
+    names = list(before)
+    (run / names[0]).unlink()
+    (run / names[1]).write_bytes(before[names[1]][:100])
+    kept = (run / names[2]).stat().st_mtime_ns
+    code, out, err = cli(f"resume={run}")
+    assert code == 0, err
+    assert run_dir(out) == run
+    assert "2 are damaged and drawn again" in err
+    assert_whole(run, 4)
+    assert pixels_of(run) == pixels
+    assert (run / names[2]).stat().st_mtime_ns == kept
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["items"]["ok"], summary["items"]["done_before"]) == (2, 2)
+
+
+def test_verify_finds_changed_bytes(cli: Cli) -> None:
+    run = first_run(cli)
+    name, data = next(iter(images(run).items()))
+    (run / name).write_bytes(data[:-20] + bytes(20))
+    code, _, _ = cli(f"resume={run}")
+    assert code == 0
+    assert (run / name).read_bytes() != data, "without verify=true only sizes are compared"
+    code, _, err = cli(f"resume={run}", "verify=true")
+    assert code == 0
+    assert "its bytes changed" in err
+    assert_whole(run, 4)
+
+
+def test_a_torn_ledger_line_is_no_trouble(cli: Cli) -> None:
+    run = first_run(cli)
+    ledger = run / "records.jsonl"
+    ledger.write_bytes(ledger.read_bytes()[:-40])
+    code, _, err = cli(f"resume={run}")
+    assert code == 0, err
+    assert_whole(run, 4)
+
+
+def test_nothing_to_do_loads_no_model(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = first_run(cli)
+    monkeypatch.setattr("zimage_runner.session.Session.start", lambda self: pytest.fail("the model was loaded"))
+    code, out, err = cli("resume=latest")
+    assert code == 0
+    assert run_dir(out) == run
+    assert "nothing to draw: 4 pictures are done" in err
+
+
+def test_the_source_may_be_gone(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a red apple --d 3\n一只猫\n")
+    options = ["sampling.num_inference_steps=1", "warmup=none", "seeds=[1,2]"]
+    code, out, err = cli("prompts=text_file", "prompts.path=p.txt", *options)
+    assert code == 0, err
+    run = run_dir(out)
+    (tmp_path / "p.txt").unlink()
+    next(run.glob("items/*/seed_3/image.png")).unlink()
+    code, _, err = cli(f"resume={run}")
+    assert code == 0, err
+    assert_whole(run, 3)
+
+
+def test_harmless_settings_may_change(cli: Cli) -> None:
+    run = first_run(cli)
+    next(run.glob("items/*/*/image.png")).unlink()
+    code, _, err = cli(f"resume={run}", "engine.batch_size=2", "output.png_compress_level=9", "output.fsync=never")
+    assert code == 0, err
+    assert_whole(run, 4)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("sampling.num_inference_steps=2", "sampling.num_inference_steps was 1, now 2"),
+        ("seeds=[1,2,3]", "seeds was [1, 2], now [1, 2, 3]"),
+        ("prompts.texts=['x']", "prompts.texts was ['a red apple', '一只猫'], now ['x']"),
+        ("model.dtype=bfloat16", "model.dtype was 'auto', now 'bfloat16'"),
+        ("engine.noise_device=cuda", "engine.noise_device was 'cpu', now 'cuda'"),
+    ],
+)
+def test_settings_that_change_pictures_are_refused(cli: Cli, override: str, expected: str) -> None:
+    run = first_run(cli)
+    before = images(run)
+    code, _, err = cli(f"resume={run}", override)
+    assert code == 2
+    assert expected in err
+    assert len(err.strip().splitlines()) == 1
+    assert images(run) == before
+
+
+def test_pictures_of_another_kind_are_refused(cli: Cli) -> None:
+    """The config is the same, but what was drawn says otherwise: another machine, dtype or engine."""
+    run = first_run(cli)
+    ledger = run / "records.jsonl"
+    lines = [json.loads(line) for line in ledger.read_text().splitlines()]
+    for line in lines:
+        line["fingerprint"] = "0" * 64
+    ledger.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines[:-1]))
+    record = run / lines[0]["item"] / "record.json"
+    changed = json.loads(record.read_text())
+    changed["numerics"]["dtype"] = "bfloat16"
+    record.write_text(json.dumps(changed))
+    code, _, err = cli(f"resume={run}")
+    assert code == 2
+    assert "dtype was bfloat16, now float32" in err
+
+
+def test_retry_failed_leaves_missing_items_alone(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    from zimage_runner.session import Session
+
+    real = Session.generate
+
+    def failing(self, items, **options):
+        if any(item.seed == 2 for item in items):
+            raise RuntimeError("no luck")
+        return real(self, items, **options)
+
+    monkeypatch.setattr(Session, "generate", failing)
+    code, out, err = cli(*RUN)
+    assert code == 1, err
+    run = run_dir(out)
+    monkeypatch.setattr(Session, "generate", real)
+    ledger = run / "records.jsonl"
+    done = [line for line in ledger.read_text().splitlines() if '"seed":1' not in line or '"index":0' not in line]
+    ledger.write_text("\n".join(done) + "\n")  # item 0, seed 1 is missing now
+    code, _, err = cli(f"resume={run}", "retry=failed")
+    assert code == 130, "an item is still missing"
+    last = {json.loads(line)["item"]: json.loads(line)["status"] for line in ledger.read_text().splitlines()}
+    assert sorted(last.values()) == ["ok", "ok", "ok"]
+    code, _, err = cli(f"resume={run}")
+    assert code == 0, err
+    assert_whole(run, 4)
+
+
+def test_dry_run_of_a_resume_tells_what_is_left(cli: Cli) -> None:
+    run = first_run(cli)
+    next(run.glob("items/*/*/image.png")).unlink()
+    before = sorted(p for p in run.rglob("*"))
+    code, out, err = cli(f"resume={run}", "dry_run=true")
+    assert code == 0, err
+    assert "4 pictures of 2 prompts; 3 are done, 1 remain" in out
+    assert sorted(p for p in run.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["resume=nowhere"], "nowhere is not a directory: give the run directory"),
+        (["resume=latest"], "resume=latest: there is no run in"),
+        (["resume=."], "holds no run (no .hydra/overrides.yaml in it)"),
+        (["-m", "resume=x"], "resume cannot be combined with --multirun"),
+        (["retry=failed", "prompt=a"], "retry=failed needs resume=RUN_DIRECTORY"),
+        (["verify=true", "prompt=a"], "verify=true needs resume=RUN_DIRECTORY"),
+        (["skip_existing=nowhere", "prompt=a"], "skip_existing=nowhere holds no earlier run"),
+    ],
+)
+def test_bad_requests(cli: Cli, argv: list[str], expected: str) -> None:
+    code, _, err = cli(*argv)
+    assert code == 2
+    assert expected in err
+    assert len(err.strip().splitlines()) == 1
+
+
+class TestNeverTwice:
+    def test_pictures_of_earlier_runs_are_linked(self, cli: Cli) -> None:
+        earlier = first_run(cli, "name=earlier")
+        more = ["prompts.texts=['a dog','一只猫']", "seeds=[2,3]", "sampling.num_inference_steps=1", "warmup=none"]
+        code, out, err = cli(*more, "skip_existing=outputs/earlier", "name=later")
+        assert code == 0, err
+        later = run_dir(out)
+        assert_whole(later, 4)
+        same = next(earlier.glob("items/00001*/seed_2/image.png")), next(later.glob("items/00001*/seed_2/image.png"))
+        assert same[0].samefile(same[1])
+        summary = json.loads((later / "summary.json").read_text())
+        assert (summary["items"]["ok"], summary["items"]["linked"]) == (3, 1)
+        record = json.loads((same[1].parent / "record.json").read_text())
+        assert record["reused_from"] == str(same[0].parent.absolute())
+
+    def test_damaged_pictures_are_not_spread(self, cli: Cli) -> None:
+        earlier = first_run(cli, "name=earlier")
+        for picture in earlier.glob("items/*/*/image.png"):
+            picture.write_bytes(bytes(picture.stat().st_size))
+        code, out, err = cli(*RUN, "skip_existing=outputs/earlier", "name=later")
+        assert code == 0, err
+        assert_whole(run_dir(out), 4)
+        assert json.loads((run_dir(out) / "summary.json").read_text())["items"]["linked"] == 0
+
+    def test_the_same_picture_of_two_prompts_is_drawn_once(self, cli: Cli) -> None:
+        code, out, err = cli("prompts.texts=['a cat','a cat']", "seeds=[1,2]", *RUN[2:])
+        assert code == 0, err
+        run = run_dir(out)
+        assert_whole(run, 4)
+        summary = json.loads((run / "summary.json").read_text())
+        assert (summary["items"]["ok"], summary["items"]["linked"]) == (2, 2)
