@@ -42,7 +42,7 @@ class Executors:
         self.close()
         config = job.config
         self._executor = config.executor.create(
-            functools.partial(Session, job.session, job.shapes, job.texts),
+            functools.partial(Session, config.executor.adapt(job.session), job.shapes, job.texts),
             auto_batch=config.engine.auto_batch,
             health=config.memory.health,
             stop=self.stop,

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from zimage_runner.plan import WorkItem
+    from zimage_runner.session import SessionConfig
     from zimage_runner.warmup import WarmupShape
 
 
@@ -135,6 +136,10 @@ class Executor(abc.ABC):
 @dataclass(kw_only=True, slots=True)
 class ExecutorConfig(abc.ABC):
     """An option of the ``executor`` group."""
+
+    def adapt(self, session: SessionConfig) -> SessionConfig:
+        """The session's settings as they should be under this executor."""
+        return session
 
     @abc.abstractmethod
     def create(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from zimage_runner.engines.base import PendingImages, ReadyImages
@@ -18,11 +18,12 @@ from zimage_runner.executors.base import Batch, BatchResult, BrokenImages, Execu
 from zimage_runner.executors.child import WorkerDied
 from zimage_runner.executors.messages import Drawn, Failed, Finished, Start, Started, SteppedDown, Work
 from zimage_runner.executors.supervisor import Supervisor
-from zimage_runner.memory import Health
+from zimage_runner.memory import Action, Health
 from zimage_runner.signals import StopRequest
 
 if TYPE_CHECKING:
     from zimage_runner.plan import WorkItem
+    from zimage_runner.session import SessionConfig
     from zimage_runner.warmup import WarmupShape
 
 BATCHES_AHEAD = 2
@@ -53,6 +54,11 @@ class ProcessExecutorConfig(ExecutorConfig):
         _check("backoff_s", self.backoff_s, 0, 3600)
         if self.max_items_per_worker is not None:
             _check("max_items_per_worker", self.max_items_per_worker, 1, 10**9)
+
+    def adapt(self, session: SessionConfig) -> SessionConfig:
+        """A large worker is replaced as a whole; its session need not rebuild itself as well."""
+        health = replace(session.memory.health, action=Action.warn)
+        return replace(session, memory=replace(session.memory, health=health))
 
     def create(
         self,

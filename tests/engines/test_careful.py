@@ -1,0 +1,68 @@
+"""Decoding in float32 and in tiles, and what the engines are like afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from tests.drawing import NANO
+from zimage_runner.compile import NoCompile
+from zimage_runner.engines.base import Device, Engine
+from zimage_runner.engines.diffusers import DiffusersEngine
+from zimage_runner.engines.native.config import NativeEngine
+from zimage_runner.errors import BadPictureError
+from zimage_runner.memory import Resident
+from zimage_runner.model import Dtype, Model, Source
+from zimage_runner.weights.checkpoint import Checkpoint
+
+
+@pytest.fixture(scope="module", params=[DiffusersEngine, NativeEngine])
+def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    made = request.param(device=Device.cpu).create(
+        checkpoint=Checkpoint(path=NANO, revision="test", digest="0" * 64),
+        model=Model(name="nano", source=Source.embedded, dtype=Dtype.bfloat16),
+        memory=Resident(),
+        compile=NoCompile(),
+    )
+    yield made
+    made.close()
+
+
+def latents(side: int = 16) -> torch.Tensor:
+    return torch.randn(1, 16, side, side, generator=torch.Generator().manual_seed(1))
+
+
+def decode(engine: Engine, **options: bool) -> np.ndarray:
+    pending = engine.decode_carefully(latents(), **options) if options else engine.decode(latents())
+    return pending.wait()[0].astype(int)
+
+
+@pytest.mark.parametrize("options", [{"float32": True}, {"tiled": True}, {"float32": True, "tiled": True}])
+def test_careful_pictures_are_nearly_the_same_and_leave_no_trace(engine, options):
+    usual = decode(engine)
+    careful = decode(engine, **options)
+    assert careful.shape == usual.shape == (128, 128, 3)
+    # Tiles lose sight of their surroundings (group norm); float32 only rounds less.
+    assert np.abs(careful - usual).mean() < (20 if "tiled" in options else 3)
+    assert (decode(engine) == usual).all()
+
+
+def test_float32_differs_from_bfloat16(engine):
+    assert (decode(engine, float32=True) != decode(engine)).any()
+
+
+@pytest.mark.parametrize("options", [{}, {"float32": True}])
+def test_broken_latents_stay_broken(engine, options):
+    broken = latents()
+    broken[0, 3, 2, 1] = torch.nan
+    with pytest.raises(BadPictureError):
+        (engine.decode_carefully(broken, **options) if options else engine.decode(broken)).wait()
+
+
+def test_free_memory_leaves_the_engine_usable(engine):
+    usual = decode(engine)
+    engine.free_memory()
+    assert (decode(engine) == usual).all()
