@@ -1,0 +1,92 @@
+"""The same promises with the embedded model itself: weights that are damaged, and runs killed while it draws."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.faults.driver import children_of, is_alive, kill
+
+SEEDS = 5
+
+
+@pytest.mark.parametrize("executor", ["inline", "process"])
+@pytest.mark.parametrize("part", ["transformer", "text_encoder", "vae"])
+def test_truncated_weights_are_found_before_anything_starts(cli, nano, tmp_path, executor, part):
+    model = Path(shutil.copytree(nano, tmp_path / "model"))
+    file = next((model / part).glob("*.safetensors"))
+    os.truncate(file, file.stat().st_size - 1000)
+    code, _, err = cli(
+        "model=local", f"model.path={model}", "prompt=a cat", f"executor={executor}", "hydra.run.dir=run",
+        "sampling.height=128", "sampling.width=128",
+    )  # fmt: skip
+    assert code == 2
+    assert file.name in err
+    assert len(err.splitlines()) == 1
+    assert not list((tmp_path / "run").rglob("*"))
+
+
+def start(folder: Path, executor: str) -> subprocess.Popen:
+    run = folder / "run"
+    words = [f"resume={run}"] if (run / ".hydra/overrides.yaml").exists() else [
+        "prompt=a red apple", f'seeds="0-{SEEDS - 1}"', f"hydra.run.dir={run}", f"executor={executor}", "warmup=none",
+    ]  # fmt: skip
+    with open(folder / "log", "ab") as log:
+        return subprocess.Popen([sys.executable, "-m", "zimage_runner", *words], stdout=log, stderr=log, cwd=folder)
+
+
+def pictures(run: Path) -> dict[str, np.ndarray]:
+    return {str(p.relative_to(run)): np.asarray(Image.open(p)) for p in run.rglob("image.png")}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    process = start(folder, "inline")
+    assert process.wait(120) == 0, (folder / "log").read_text()
+    return pictures(folder / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("executor", ["inline", "process"])
+def test_killed_and_resumed_the_pixels_are_the_same(tmp_path, undisturbed, executor):
+    records = tmp_path / "run" / "records.jsonl"
+    for wanted in (1, 3):
+        process = start(tmp_path, executor)
+        deadline = time.monotonic() + 120
+        while not (records.exists() and records.read_bytes().count(b"\n") >= wanted) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        workers = children_of(process.pid)
+        kill(process.pid)
+        process.wait()
+        time.sleep(0.1)
+        assert not [pid for pid in workers if is_alive(pid)]
+    assert start(tmp_path, executor).wait(120) == 0, (tmp_path / "log").read_text()
+    again = pictures(tmp_path / "run")
+    assert again.keys() == undisturbed.keys()
+    assert all((again[name] == undisturbed[name]).all() for name in again)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_changes_no_pixel(tmp_path, undisturbed):
+    process = start(tmp_path, "process")
+    records = tmp_path / "run" / "records.jsonl"
+    deadline = time.monotonic() + 120
+    while not (records.exists() and records.read_bytes().count(b"\n") >= 2) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    for worker in children_of(process.pid):
+        kill(worker)
+    assert process.wait(120) == 0, (tmp_path / "log").read_text()
+    assert json.loads((tmp_path / "run/summary.json").read_bytes())["session"]["executor"]["restarts"] == 1
+    again = pictures(tmp_path / "run")
+    assert again.keys() == undisturbed.keys()
+    assert all((again[name] == undisturbed[name]).all() for name in again)
