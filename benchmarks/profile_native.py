@@ -10,13 +10,14 @@ Predictions made beforehand and what came of them: profile_notes.md.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -27,6 +28,7 @@ from zimage_runner.engines.native import attention as attention_module
 from zimage_runner.engines.native.kernels import choose_operations, torch_ops
 from zimage_runner.engines.native.model import NativeModel, Options
 from zimage_runner.engines.native.rope import padded_length
+from zimage_runner.engines.native.vae_decoder import UpBlock, wide_attention
 
 STEPS = 8
 
@@ -141,12 +143,35 @@ class Profile:
             if backend is None:
                 report[name] = reason
                 continue
+            copies = [x.contiguous() for x in (query, key, value)]
+            by_head = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key, value)]
             with backend.context():
-                ms = self.clock(lambda b=backend: b.attend(query, key, value), 20)
                 out = backend.attend(query, key, value)
-            rate = 4 * tokens**2 * config.dim / ms / 1e9
-            report[name] = {"ms": ms, "TFLOP/s": rate, "result is contiguous": out.is_contiguous()}
+                layouts = {"views of one product": (query, key, value), "copies": copies, "copies by head": by_head}
+                milliseconds = {
+                    layout: self.clock(lambda b=backend, x=x: b.attend(*x), 40) for layout, x in layouts.items()
+                }
+            rate = 4 * tokens**2 * config.dim / milliseconds["views of one product"] / 1e9
+            report[name] = {"ms": milliseconds, "TFLOP/s": rate, "result is contiguous": out.is_contiguous()}
         return report
+
+    def roofline(self) -> dict[str, Any]:
+        """Eight forwards and a large product in turn, so that both are measured at the same temperature and power."""
+        z, square = self.noise(1, self.size), 256 if self.tiny else 8192
+        x, weights = self.randn(square, square), [self.randn(square, square) for _ in range(4)]
+        count = 1 if self.tiny else 120
+
+        def products() -> None:
+            for number in range(count):
+                torch.nn.functional.linear(x, weights[number % 4])
+
+        ours, theirs = [], []
+        for _ in range(2 if self.tiny else 4):
+            ours.append(self.clock(lambda: self.model.denoise(self.embeds, z, STEPS), 1, warm=0))
+            theirs.append(self.clock(products, 1, warm=0))
+        denoise = STEPS * self.flops(1, self.size) / min(ours[1:]) / 1e9
+        product = 2 * square**3 * count / min(theirs[1:]) / 1e9
+        return {"denoise ms": ours, "denoise TFLOP/s": denoise, "product TFLOP/s": product, "share": denoise / product}
 
     def error(self) -> dict[str, Any]:
         """Rounding error of one forward and of all steps against float32 on the same weights; diffusers' beside it."""
@@ -199,18 +224,17 @@ class Profile:
         x = self.randn(1, channels, side, side).contiguous(memory_format=torch.channels_last)
         tokens = self.randn(1, side * side, channels)
         sdpa = torch.nn.functional.scaled_dot_product_attention
-        from zimage_runner.engines.native.vae_decoder import wide_attention
-
         report = {
             "decode": self.clock(lambda: vae(latents)),
             "to the host": self.clock(lambda: self.model.decode(latents).wait()),
-            "middle": self.clock(lambda: vae.mid_resnets[1](vae.mid_attention(vae.mid_resnets[0](x)))),  # pyright: ignore[reportOptionalCall]
+            "middle without attention": self.clock(lambda: vae.mid_resnets[1](vae.mid_resnets[0](x))),
             "attention": self.clock(lambda: wide_attention(tokens, tokens, tokens)),
             "attention by sdpa": self.clock(lambda: sdpa(tokens[:, None], tokens[:, None], tokens[:, None])),
         }
         for number, block in enumerate(vae.up_blocks):
-            report[f"up block {number}"] = self.clock(lambda b=block, x=x: b(x))
-            x = block(x)
+            for layer in cast("UpBlock", block).layers():
+                report[f"up block {number} {type(layer).__name__}"] = self.clock(lambda f=layer, x=x: f(x))
+                x = layer(x)
         torch.backends.cudnn.benchmark = True
         report["decode, cuDNN tuned"] = self.clock(lambda: vae(latents))
         torch.backends.cudnn.benchmark = False
@@ -225,12 +249,19 @@ class Profile:
         z = self.noise(1, self.size)
         tera = STEPS * self.flops(1, self.size) / 1e12
         report: dict[str, Any] = {"TFLOP": tera}
-        variants = {"eager": self.model}
+        variants = {"as it is": self.model}
         if self.device == "cuda":
+            for name in ("cudnn", "flash3"):
+                if attention_module.try_attention(name, self.dtype, self.model.description.transformer.head_dim)[0]:
+                    variants[name] = variant(self.model, attention=name)
             variants["graph"] = variant(self.model, cuda_graphs=4)
             variants["plain torch"] = variant(self.model, fused_kernels=False)
+        times: dict[str, list[float]] = {name: [] for name in variants}
+        for _ in range(4):  # in turn: what comes later runs on a warmer, slower machine
+            for name, model in variants.items():
+                times[name].append(self.clock(lambda m=model: m.denoise(self.embeds, z, STEPS), 1, warm=0))
         for name, model in variants.items():
-            ms = self.clock(lambda m=model: m.denoise(self.embeds, z, STEPS), 3)
+            ms = sorted(times[name][1:])[1]
             report[name] = {"ms": ms, "TFLOP/s": tera / ms * 1e3}
             model.graphs.clear()
         if self.peer is not None:
@@ -244,14 +275,14 @@ class Profile:
         """ms per picture at half the side: eight forwards and a decode at several batch sizes; diffusers one by one."""
         size, report = self.size // 2, {}
         graphs = variant(self.model, cuda_graphs=8)
-        for batch in (1, 2, 4, 8):
+        for batch in (1, 4, 8):
             z = self.noise(batch, size)
             for name, model in {"eager": self.model, "graph": graphs}.items():
+                if name == "graph" and (batch > 1 or self.device == "cpu"):
+                    continue
                 ms = self.clock(lambda m=model, z=z, n=batch: m.denoise(self.embeds * n, z, STEPS), 3) / batch
                 rate = STEPS * self.flops(1, size) / ms / 1e9
                 report[f"{name} {batch}"] = {"ms a picture": ms, "TFLOP/s": rate}
-            if self.device == "cpu" and name == "eager":
-                break
         graphs.graphs.clear()
         latents = self.model.denoise(self.embeds, self.noise(1, size), 1)
         report["decode"] = self.clock(lambda: self.model.vae(latents))
@@ -277,6 +308,7 @@ class Profile:
             return self.model.decode(self.model.denoise(embeds, self.noise(1, self.size), STEPS))
 
         self._peer = None
+        gc.collect()
         report: dict[str, Any] = {}
         if self.device == "cuda":
             torch.cuda.empty_cache()
@@ -303,10 +335,12 @@ class Profile:
         calls = {
             "eight forwards": lambda: self.model.denoise(self.embeds, self.noise(1, self.size), STEPS),
             "decode": lambda: self.model.decode(latents).wait(),
+            "encode": lambda: self.model.encode(["a red apple on a table"], 512),
         }
         report = {}
         kinds = [ProfilerActivity.CUDA] if self.device == "cuda" else [ProfilerActivity.CPU]
         for name, call in calls.items():
+            call()
             with profile(activities=kinds) as recorded:
                 call()
                 if self.device == "cuda":
@@ -325,7 +359,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a.float() - b.float()).abs().max() / b.float().abs().max()).item()
 
 
-SECTIONS = ("matmul", "kernels", "attention", "forwards", "decode", "error", "batches", "sweep", "tables")
+SECTIONS = ("sweep", "matmul", "kernels", "attention", "roofline", "forwards", "decode", "error", "batches", "tables")
 
 
 def main() -> None:

@@ -78,14 +78,42 @@ def test_swiglu(dtype: torch.dtype, hidden: int) -> None:
     close(triton_ops.swiglu(x), torch_ops.swiglu(x))
 
 
-@pytest.mark.parametrize("silu", [False, True])
-@pytest.mark.parametrize(("channels", "groups", "side"), [(96, 16, 5), (32, 16, 40), (128, 32, 9)])
-def test_group_norm_silu(dtype: torch.dtype, channels: int, groups: int, side: int, silu: bool) -> None:
-    x = (randn(2, channels, side, side + 1) + 0.5).to(dtype).contiguous(memory_format=torch.channels_last)
+def pixels(channels: int, height: int, width: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    x = (randn(2, channels, height, width, seed=seed) + 0.5).to(dtype)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("silu", "before", "in_place"), [(False, False, False), (True, False, True), (True, True, True)]
+)
+@pytest.mark.parametrize(("channels", "groups", "side"), [(96, 16, 5), (32, 16, 24), (128, 32, 9)])
+def test_group_norm_silu(
+    dtype: torch.dtype, channels: int, groups: int, side: int, silu: bool, before: bool, in_place: bool
+) -> None:
+    x = pixels(channels, side, side + 1, dtype)
     weight, bias = randn(channels, seed=1, dtype=dtype), randn(channels, seed=2, dtype=dtype)
-    got = triton_ops.group_norm_silu(x, groups, weight, bias, 1e-6, silu)
+    added = randn(channels, seed=3, dtype=dtype) if before else None
+    expected = torch_ops.group_norm_silu(
+        x.float(), groups, weight.float(), bias.float(), 1e-6, silu, None if added is None else added.float()
+    )
+    got = triton_ops.group_norm_silu(x, groups, weight, bias, 1e-6, silu, added, in_place)
     assert got.is_contiguous(memory_format=torch.channels_last)
-    close(got, torch_ops.group_norm_silu(x.float(), groups, weight.float(), bias.float(), 1e-6, silu).to(dtype))
+    assert (got.data_ptr() == x.data_ptr()) == in_place
+    close(got, expected.to(dtype))
+
+
+def test_add_bias_residual(dtype: torch.dtype) -> None:
+    x, residual, bias = pixels(96, 5, 6, dtype), pixels(96, 5, 6, dtype, seed=1), randn(96, seed=2)
+    expected = torch_ops.add_bias_residual(x.float(), bias, residual.float()).to(dtype)
+    close(triton_ops.add_bias_residual(x, bias, residual), expected)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (5, 3), (8, 16)])
+def test_interleave(dtype: torch.dtype, height: int, width: int) -> None:
+    phases, bias = pixels(4 * 24, height + 1, width + 1, dtype), randn(24, seed=1, dtype=dtype)
+    got = triton_ops.interleave(phases, bias)
+    assert got.shape == (2, 24, 2 * height, 2 * width)
+    close(got, torch_ops.interleave(phases, bias))
 
 
 def test_no_fused_kernels_without_a_gpu() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,8 @@ SDPA_BACKENDS = {
     "efficient": "EFFICIENT_ATTENTION",
     "math": "MATH",
 }
+FLASH3_MODULES = ("flash_attn_interface", "fa3_fwd_interface")
+"""FlashAttention 3's own build, and its forward half as the package fa3-fwd."""
 CUDA_ORDER = ("flash3", "cudnn", "flash", "efficient", "math")
 BACKENDS = ("auto", "native", *CUDA_ORDER)
 
@@ -97,10 +99,17 @@ def _sdpa(name: str) -> Attention:
 
 
 def _flash3() -> Attention:
-    interface = importlib.import_module("flash_attn_interface")
+    interface = _first_module(FLASH3_MODULES)
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         out = interface.flash_attn_func(query, key, value)
         return out[0] if isinstance(out, tuple) else out  # older builds also return the log-sum-exp
 
     return Attention("flash3", attend)
+
+
+def _first_module(names: Sequence[str]) -> Any:
+    for name in names[:-1]:
+        with contextlib.suppress(ImportError):
+            return importlib.import_module(name)
+    return importlib.import_module(names[-1])

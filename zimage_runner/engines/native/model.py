@@ -83,7 +83,7 @@ class NativeModel:
         unique = dict.fromkeys(texts)
         features = {}
         for text, ids in zip(unique, self.tokenizer(list(unique), max_sequence_length)):
-            features[text] = self.text_encoder(torch.tensor([ids], device=self.device))[0]
+            features[text] = self.text_encoder(self._to_device(torch.tensor([ids])))[0]
         return [features[text] for text in texts]
 
     @torch.inference_mode()
@@ -147,11 +147,11 @@ class NativeModel:
         if len(groups) == 1:
             return self._forward(latents, groups[0][1], step, first)
         # Captions of different padded lengths, as under guidance: one forward each length, no mask.
-        velocity = torch.empty_like(latents)
+        velocity: dict[int, torch.Tensor] = {}
         for rows, caption in groups:
-            index = torch.tensor(rows, device=latents.device)
-            velocity[index] = self._forward(latents[index], caption, step, first)
-        return velocity
+            some = torch.stack([latents[row] for row in rows])
+            velocity.update(zip(rows, self._forward(some, caption, step, first).clone()))
+        return torch.stack([velocity[row] for row in range(len(latents))])
 
     def _forward(self, latents: torch.Tensor, caption: torch.Tensor, step: StepModulation, first: bool) -> torch.Tensor:
         key = (tuple(latents.shape), caption.shape[1])

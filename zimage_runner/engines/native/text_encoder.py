@@ -123,8 +123,10 @@ class TextEncoder(nn.Module):
     def rotary(self, tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine [tokens, head_dim] float32, both halves alike."""
         dim = self.config.head_dim
-        frequencies = 1.0 / self.config.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
-        angles = torch.outer(torch.arange(tokens, dtype=torch.float32), frequencies).repeat(1, 2).to(device)
+        # On the device: a copy from here would wait for all work that is queued there.
+        exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
+        positions = torch.arange(tokens, dtype=torch.float32, device=device)
+        angles = torch.outer(positions, 1.0 / self.config.rope_theta**exponent).repeat(1, 2)
         return angles.cos(), angles.sin()
 
 

@@ -103,9 +103,12 @@ class SelfAttention(nn.Module):
         self.norm_qk = nn.Parameter(torch.empty(2, config.head_dim))
         self.out = Linear(config.dim, config.dim, bias=False)
 
-    def forward(self, h: torch.Tensor, rope: RotaryTable, ops: Operations, attend: Attend) -> torch.Tensor:
+    def forward(
+        self, h: torch.Tensor, rope: RotaryTable, ops: Operations, attend: Attend, keep: int | None
+    ) -> torch.Tensor:
+        """Of the first ``keep`` tokens only, where given; all tokens are attended to."""
         query, key, value = ops.qk_norm_rope(self.qkv(h), self.norm_qk, rope.cos, rope.sin, QK_NORM_EPS)
-        return self.out(attend(query, key, value).flatten(2))
+        return self.out(attend(query[:, :keep], key, value).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -157,8 +160,11 @@ class Block(nn.Module):
         rope: RotaryTable,
         ops: Operations,
         attend: Attend,
+        keep: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        update = self.attention(h, rope, ops, attend)
+        """``keep`` drops all but the first tokens on the way, where nothing later reads the others."""
+        update = self.attention(h, rope, ops, attend, keep)
+        x = x[:, :keep]
         x, h = ops.add_gated_norm(x, update, modulation.attention_gate, modulation.ffn_scale, self.eps)
         return ops.add_gated_norm(x, self.feed_forward(h, ops), modulation.ffn_gate, next_scale, self.eps)
 
@@ -226,8 +232,8 @@ class Transformer(nn.Module):
         vectors = [modulation.block(i) for i in range(refiners + len(self.layers))]
         x = self._run(self.noise_refiner, self.embed_image(latents), vectors[:refiners], image_rope)
         x = torch.cat([x, caption], dim=1)
-        x = self._run(self.layers, x, vectors[refiners:], unified_rope)
-        return self.unembed(x[:, : height * width // PATCH**2], modulation.final, height, width)
+        x = self._run(self.layers, x, vectors[refiners:], unified_rope, keep=height * width // PATCH**2)
+        return self.unembed(x, modulation.final, height, width)
 
     def embed_image(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents to tokens [batch, padded_length, dim], channels last within a patch, padding tokens behind."""
@@ -249,14 +255,20 @@ class Transformer(nn.Module):
         return grid.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), -1, height, width)
 
     def _run(
-        self, blocks: nn.ModuleList, x: torch.Tensor, vectors: list[BlockModulation], rope: RotaryTable
+        self,
+        blocks: nn.ModuleList,
+        x: torch.Tensor,
+        vectors: list[BlockModulation],
+        rope: RotaryTable,
+        keep: int | None = None,
     ) -> torch.Tensor:
+        """All blocks in turn; of the last one only the first ``keep`` tokens, where given."""
         if not vectors:
-            return x
+            return x[:, :keep]
         h = self.ops.scaled_rms_norm(x, vectors[0].attention_scale, self.config.norm_eps)
         next_scales = [v.attention_scale for v in vectors[1:]] + [None]
         for block, vector, next_scale in zip(blocks_of(blocks), vectors, next_scales):
-            x, h = block(x, h, vector, next_scale, rope, self.ops, self.attend)
+            x, h = block(x, h, vector, next_scale, rope, self.ops, self.attend, keep if next_scale is None else None)
         return x
 
 

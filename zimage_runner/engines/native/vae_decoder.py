@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -71,8 +71,11 @@ class GroupNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels))
         self.bias = nn.Parameter(torch.empty(channels))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.ops.group_norm_silu(x, self.groups, self.weight, self.bias, NORM_EPS, self.silu)
+    def forward(self, x: torch.Tensor, before: torch.Tensor | None = None, in_place: bool = False) -> torch.Tensor:
+        """``before`` [channels] is added first; with ``in_place`` x may be overwritten."""
+        return self.ops.group_norm_silu(
+            x, self.groups, self.weight, self.bias, NORM_EPS, self.silu, before=before, in_place=in_place
+        )
 
 
 class ResnetBlock(nn.Module):
@@ -80,6 +83,7 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, channels_in: int, channels_out: int, groups: int, ops: Operations) -> None:
         super().__init__()
+        self.ops = ops
         self.norm1 = GroupNorm(groups, channels_in, ops)
         self.conv1 = Conv2d(channels_in, channels_out, 3, padding=1)
         self.norm2 = GroupNorm(groups, channels_out, ops)
@@ -87,8 +91,33 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        residual = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        return self.conv2(self.norm2(self.conv1(self.norm1(x)))).add_(residual)
+        """x may be overwritten."""
+        later = self.ops.FUSES_BIAS
+        residual, bias = x, self.conv2.bias
+        if self.conv_shortcut is not None:
+            residual = convolve(self.conv_shortcut, x, with_bias=not later)
+            bias = sum_of(bias, self.conv_shortcut.bias) if later else bias
+        x = self.norm1(x, in_place=residual is not x)
+        x = convolve(self.conv1, x, with_bias=not later)
+        x = self.norm2(x, before=self.conv1.bias if later else None, in_place=True)
+        x = convolve(self.conv2, x, with_bias=not later)
+        return self.ops.add_bias_residual(x, present(bias), residual) if later else x.add_(residual)
+
+
+def convolve(conv: nn.Conv2d, x: torch.Tensor, with_bias: bool) -> torch.Tensor:
+    """The convolution, its bias left to a later operation if asked."""
+    return F.conv2d(x, conv.weight, conv.bias if with_bias else None, padding=conv.padding)
+
+
+def sum_of(first: torch.Tensor | None, second: torch.Tensor | None) -> torch.Tensor:
+    """Two biases added up in float32."""
+    return present(first).float() + present(second).float()
+
+
+def present(bias: torch.Tensor | None) -> torch.Tensor:
+    """A bias that is known to exist."""
+    assert bias is not None
+    return bias
 
 
 class AttentionBlock(nn.Module):
@@ -127,6 +156,38 @@ def wide_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) 
     return out
 
 
+class Upsampler(Conv2d):
+    """Nearest-neighbour doubling, then a 3x3 convolution, with 4/9 of the multiplications and no doubled input.
+
+    Each of the four pixels that a pixel becomes sees only 2x2 different inputs: where the 3x3 kernel lies on copies
+    of one pixel, its weights are added up beforehand. One 2x2 convolution computes all four.
+    """
+
+    def __init__(self, channels: int, ops: Operations) -> None:
+        super().__init__(channels, channels, 3, padding=1)
+        self.ops = ops
+        self._phases: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self._phases is None:
+            self._phases = self.phases()
+        # Position (i, j) of the product sees inputs (i - 1, j - 1) to (i, j).
+        return self.ops.interleave(F.conv2d(x, self._phases, padding=1), present(self.bias))
+
+    def phases(self) -> torch.Tensor:
+        """The 2x2 kernels [4 * channels, channels, 2, 2], those of pixel (0, 0), (0, 1), (1, 0) and (1, 1)."""
+        kernel = self.weight.float()
+        along_rows = [fold(kernel, 2, row) for row in range(2)]
+        folded = torch.cat([fold(rows, 3, column) for rows in along_rows for column in range(2)])
+        return folded.to(self.weight.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def fold(kernel: torch.Tensor, dim: int, phase: int) -> torch.Tensor:
+    """Three taps along ``dim`` to the two that a pixel's first (0) or second (1) copy sees."""
+    first, second, third = kernel.unbind(dim)
+    return torch.stack([first, second + third] if phase == 0 else [first + second, third], dim)
+
+
 class UpBlock(nn.Module):
     """Residual blocks, then twice the resolution except in the last block."""
 
@@ -136,14 +197,11 @@ class UpBlock(nn.Module):
         super().__init__()
         inputs = [channels_in] + [channels_out] * (layers - 1)
         self.resnets = nn.ModuleList(ResnetBlock(c, channels_out, groups, ops) for c in inputs)
-        self.upsampler = Conv2d(channels_out, channels_out, 3, padding=1) if up else None
+        self.upsampler = Upsampler(channels_out, ops) if up else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for resnet in self.resnets:
-            x = resnet(x)
-        if self.upsampler is None:
-            return x
-        return self.upsampler(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def layers(self) -> list[nn.Module]:
+        """What is applied one after the other."""
+        return [*self.resnets] if self.upsampler is None else [*self.resnets, self.upsampler]
 
 
 class VaeDecoder(nn.Module):
@@ -172,10 +230,15 @@ class VaeDecoder(nn.Module):
         x = unscaled.to(self.conv_in.weight.dtype).contiguous(memory_format=torch.channels_last)
         if self.post_quant_conv is not None:
             x = self.post_quant_conv(x)
-        x = self.mid_resnets[0](self.conv_in(x))
-        if self.mid_attention is not None:
-            x = self.mid_attention(x)
-        x = self.mid_resnets[1](x)
+        layers: list[nn.Module] = [self.conv_in, self.mid_resnets[0]]
+        layers += [self.mid_attention] if self.mid_attention is not None else []
+        layers += [self.mid_resnets[1]]
         for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(self.conv_norm_out(x))
+            layers += cast("UpBlock", block).layers()
+        layers += [self.conv_norm_out, self.conv_out]
+        # Only the layer that works on a tensor holds it: at 1024x1024 each one kept longer is up to half a gigabyte.
+        held = [x]
+        del x
+        for layer in layers:
+            held.append(layer.forward(held.pop()))  # calling the module itself would hold its argument
+        return held.pop()

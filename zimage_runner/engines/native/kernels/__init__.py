@@ -11,6 +11,8 @@ import torch
 class Operations(Protocol):
     """What ``torch_ops`` defines and ``triton_ops`` computes in fewer passes over memory."""
 
+    FUSES_BIAS: bool
+
     def scaled_rms_norm(self, x: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor: ...
 
     def add_gated_norm(
@@ -24,8 +26,20 @@ class Operations(Protocol):
     def swiglu(self, w1w3: torch.Tensor) -> torch.Tensor: ...
 
     def group_norm_silu(
-        self, x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float, silu: bool
+        self,
+        x: torch.Tensor,
+        groups: int,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        eps: float,
+        silu: bool,
+        before: torch.Tensor | None = None,
+        in_place: bool = False,
     ) -> torch.Tensor: ...
+
+    def add_bias_residual(self, x: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> torch.Tensor: ...
+
+    def interleave(self, phases: torch.Tensor, bias: torch.Tensor) -> torch.Tensor: ...
 
 
 def choose_operations(device: str, fused: bool = True) -> Operations:

@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+FUSES_BIAS: bool = False
+"""Whether a convolution's bias is better added by the operation after it than by the convolution itself."""
+
 
 def scaled_rms_norm(x: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
     """x / rms(x) * scale. x [..., dim]; scale [dim] float32; result in x's dtype."""
@@ -54,8 +57,42 @@ def swiglu(w1w3: torch.Tensor) -> torch.Tensor:
 
 
 def group_norm_silu(
-    x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float, silu: bool
+    x: torch.Tensor,
+    groups: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    silu: bool,
+    before: torch.Tensor | None = None,
+    in_place: bool = False,
 ) -> torch.Tensor:
-    """Group norm of x [batch, channels, height, width], then SiLU where asked."""
+    """Group norm of x [batch, channels, height, width], then SiLU where asked.
+
+    ``before`` [channels] is added to x first: the bias of the convolution it came from. With ``in_place`` x may be
+    overwritten.
+    """
+    x = x if before is None else x + before[:, None, None]
     x = F.group_norm(x, groups, weight, bias, eps)
     return F.silu(x, inplace=True) if silu else x
+
+
+def add_bias_residual(x: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """x + bias + residual; x, residual [batch, channels, height, width], bias [channels]. x may be overwritten."""
+    return x.add_(residual).add_(bias[:, None, None])
+
+
+def interleave(phases: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Four pictures of one pixel in four to the whole, plus bias [channels].
+
+    phases [batch, 4 * channels, height + 1, width + 1], those of pixel (0, 0), (0, 1), (1, 0) and (1, 1), where phase
+    (a, b) of position (i, j) is at (i + a, j + b). Returns [batch, channels, 2 * height, 2 * width], channels last.
+    """
+    batch, _, height, width = phases.shape
+    height, width, split = height - 1, width - 1, phases.unflatten(1, (2, 2, -1))
+    shape = (batch, len(bias), 2 * height, 2 * width)
+    out = torch.empty(shape, dtype=phases.dtype, device=phases.device, memory_format=torch.channels_last)
+    for row in range(2):
+        for column in range(2):
+            part = split[:, row, column, :, row : row + height, column : column + width]
+            torch.add(part, bias[:, None, None], out=out[:, :, row::2, column::2])
+    return out

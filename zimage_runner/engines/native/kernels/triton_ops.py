@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+FUSES_BIAS: bool = True
+"""See torch_ops: cuDNN's convolutions leave the bias to a pass of its own."""
 SWIGLU_BLOCK = 2048
 NORM_TILE = 8192
 """Elements of a group norm tile: rows of all channels."""
@@ -72,29 +74,75 @@ def swiglu(w1w3: torch.Tensor) -> torch.Tensor:
 
 
 def group_norm_silu(
-    x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float, silu: bool
+    x: torch.Tensor,
+    groups: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    silu: bool,
+    before: torch.Tensor | None = None,
+    in_place: bool = False,
 ) -> torch.Tensor:
     """See torch_ops. Channels-last in and out."""
     x = x.contiguous(memory_format=torch.channels_last)
     batch, channels, height, width = x.shape
     rows = height * width
-    block_c = triton.next_power_of_2(channels)
-    block_r = max(1, NORM_TILE // block_c)
+    block_c, block_r = _tile(channels)
     parts = min(NORM_PARTS, triton.cdiv(rows, block_r))
     rows_per_part = triton.cdiv(triton.cdiv(rows, parts), block_r) * block_r
     sums = torch.empty(batch, 2, parts, channels, device=x.device, dtype=torch.float32)
     affine = torch.empty(batch, 2, channels, device=x.device, dtype=torch.float32)
-    out = torch.empty_like(x)  # keeps the memory format
-    _channel_sums[(parts, batch)](x, sums, rows, channels, rows_per_part, parts, BLOCK_R=block_r, BLOCK_C=block_c)
+    out = x if in_place else torch.empty_like(x)  # keeps the memory format
+    added = weight if before is None else before  # any pointer will do where nothing is added
+    has_before = before is not None
+    _channel_sums[(parts, batch)](
+        x, added, sums, rows, channels, rows_per_part, parts,
+        BEFORE=has_before, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=8,
+    )  # fmt: skip
     size = channels // groups
     _group_affine[(groups, batch)](
-        sums, weight, bias, affine, channels, size, parts, rows * size, eps,
-        BLOCK_P=min(256, triton.next_power_of_2(parts)), BLOCK_S=triton.next_power_of_2(size),
+        sums, added, weight, bias, affine, channels, size, parts, rows * size, eps,
+        BEFORE=has_before, BLOCK_P=min(256, triton.next_power_of_2(parts)), BLOCK_S=triton.next_power_of_2(size),
     )  # fmt: skip
     _apply_affine[(triton.cdiv(rows, block_r), batch)](
         x, affine, out, rows, channels, SILU=silu, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=8
     )
     return out
+
+
+def add_bias_residual(x: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """See torch_ops. Overwrites x; channels-last."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    residual = residual.contiguous(memory_format=torch.channels_last)
+    channels = x.shape[1]
+    rows = x.numel() // channels
+    block_c, block_r = _tile(channels)
+    _add_bias_residual[(triton.cdiv(rows, block_r),)](
+        x, bias, residual, rows, channels, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=8
+    )
+    return x
+
+
+def interleave(phases: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """See torch_ops."""
+    phases = phases.contiguous(memory_format=torch.channels_last)
+    batch, _, height, width = phases.shape
+    height, width, channels = height - 1, width - 1, len(bias)
+    shape = (batch, channels, 2 * height, 2 * width)
+    out = torch.empty(shape, dtype=phases.dtype, device=phases.device, memory_format=torch.channels_last)
+    block_c, block_r = _tile(channels)
+    rows = 4 * height * width
+    _interleave[(triton.cdiv(rows, block_r), batch)](
+        phases, bias, out, rows, width, (height + 1) * (width + 1), channels,
+        BLOCK_R=block_r, BLOCK_C=block_c, num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+def _tile(channels: int) -> tuple[int, int]:
+    """(all channels, rows) of a tile of about NORM_TILE elements."""
+    block_c = triton.next_power_of_2(channels)
+    return block_c, max(1, NORM_TILE // block_c)
 
 
 def _warps(block: int) -> int:
@@ -172,28 +220,33 @@ def _swiglu(x_ptr, out_ptr, hidden, BLOCK: tl.constexpr):
 
 @triton.jit
 def _channel_sums(
-    x_ptr, sums_ptr, rows, channels, rows_per_part, parts, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+    x_ptr, before_ptr, sums_ptr, rows, channels, rows_per_part, parts,
+    BEFORE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     part, picture = tl.program_id(0), tl.program_id(1).to(tl.int64)
     channel = tl.arange(0, BLOCK_C)
-    total = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    squares = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    # Sums are taken across rows once, at the end: a reduction in every round costs more than the loads.
+    total = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
+    squares = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
     for start in range(0, rows_per_part, BLOCK_R):
         row = part.to(tl.int64) * rows_per_part + start + tl.arange(0, BLOCK_R)
         inside = (row[:, None] < rows) & (channel[None, :] < channels)
         place = x_ptr + (picture * rows + row[:, None]) * channels + channel[None, :]
         x = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-        total += tl.sum(x, axis=0)
-        squares += tl.sum(x * x, axis=0)
+        if BEFORE:
+            before = tl.load(before_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)
+            x = tl.where(inside, x + before[None, :], 0.0)
+        total += x
+        squares += x * x
     place = sums_ptr + (picture * 2 * parts + part) * channels + channel
-    tl.store(place, total, mask=channel < channels)
-    tl.store(place + parts * channels, squares, mask=channel < channels)
+    tl.store(place, tl.sum(total, axis=0), mask=channel < channels)
+    tl.store(place + parts * channels, tl.sum(squares, axis=0), mask=channel < channels)
 
 
 @triton.jit
 def _group_affine(
-    sums_ptr, weight_ptr, bias_ptr, affine_ptr, channels, size, parts, count, eps,
-    BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr,
+    sums_ptr, before_ptr, weight_ptr, bias_ptr, affine_ptr, channels, size, parts, count, eps,
+    BEFORE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     group, picture = tl.program_id(0), tl.program_id(1).to(tl.int64)
     member = tl.arange(0, BLOCK_S)
@@ -209,11 +262,13 @@ def _group_affine(
     mean = tl.sum(tl.sum(total, axis=1), axis=0) / count
     variance = tl.sum(tl.sum(squares, axis=1), axis=0) / count - mean * mean
     inverse = tl.rsqrt(tl.maximum(variance, 0.0) + eps)
-    weight = tl.load(weight_ptr + channel, mask=member < size, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + channel, mask=member < size, other=0.0).to(tl.float32)
+    scale = tl.load(weight_ptr + channel, mask=member < size, other=0.0).to(tl.float32) * inverse
+    shift = tl.load(bias_ptr + channel, mask=member < size, other=0.0).to(tl.float32) - mean * scale
+    if BEFORE:
+        shift += tl.load(before_ptr + channel, mask=member < size, other=0.0).to(tl.float32) * scale
     place = affine_ptr + picture * 2 * channels + channel
-    tl.store(place, weight * inverse, mask=member < size)
-    tl.store(place + channels, bias - mean * weight * inverse, mask=member < size)
+    tl.store(place, scale, mask=member < size)
+    tl.store(place + channels, shift, mask=member < size)
 
 
 @triton.jit
@@ -232,3 +287,36 @@ def _apply_affine(
     if SILU:
         y = y * tl.sigmoid(y)
     tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_bias_residual(
+    x_ptr, bias_ptr, residual_ptr, rows, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    channel = tl.arange(0, BLOCK_C)
+    inside = (row[:, None] < rows) & (channel[None, :] < channels)
+    place = row[:, None] * channels + channel[None, :]
+    bias = tl.load(bias_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    residual = tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(x_ptr + place, (x + bias[None, :] + residual).to(x_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _interleave(
+    phases_ptr, bias_ptr, out_ptr, rows, width, positions, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    picture = tl.program_id(1).to(tl.int64)
+    pixel = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    channel = tl.arange(0, BLOCK_C)
+    inside = (pixel[:, None] < rows) & (channel[None, :] < channels)
+    y, x = pixel // (2 * width), pixel % (2 * width)
+    # Pixel (2i + a, 2j + b) is phase (a, b) at (i + a, j + b) of a grid that is one wider than the input.
+    position = ((y + 1) // 2) * (width + 1) + (x + 1) // 2
+    phase = (y % 2) * 2 + x % 2
+    source = ((picture * positions + position) * 4 + phase) * channels
+    bias = tl.load(bias_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)
+    value = tl.load(phases_ptr + source[:, None] + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+    place = (picture * rows + pixel[:, None]) * channels + channel[None, :]
+    tl.store(out_ptr + place, (value + bias[None, :]).to(out_ptr.dtype.element_ty), mask=inside)
