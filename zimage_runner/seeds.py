@@ -39,9 +39,20 @@ class Seeds:
 
 def parse_seeds(value: Any, field: str = "seeds") -> Seeds:
     """The config field ``seeds`` in any of its forms. Raises UserError naming ``field``."""
+    if isinstance(value, str) and value.strip().startswith("{"):
+        value = _mapping_of(value, field)
     if isinstance(value, Mapping):
         return _parse_mapping(value, field)
     return Seeds(values=parse_seed_list(value, field))
+
+
+def _mapping_of(text: str, field: str) -> Any:
+    """{count: 4, base: 0} as it is typed on a command line."""
+    pairs = [pair.partition(":") for pair in text.strip().strip("{}").split(",")]
+    values = {key.strip(): value.strip() for key, _, value in pairs}
+    if not text.strip().endswith("}") or not all(values) or not all(values.values()):
+        raise UserError(f"{field}={_short(text)} is not a mapping: {_FORMS}")
+    return {key: int(value) if re.fullmatch(r"-?[0-9]{1,30}", value) else value for key, value in values.items()}
 
 
 def parse_seed_list(value: Any, field: str = "seeds") -> tuple[int, ...]:

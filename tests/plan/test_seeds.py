@@ -23,6 +23,8 @@ seed = st.integers(0, MAX_SEED)
         ({"count": 3}, (0, 1, 2)),
         ({"count": 2, "base": 7}, (7, 8)),
         (MAX_SEED, (MAX_SEED,)),
+        ("{count: 2, base: 7}", (7, 8)),
+        ("{count:2}", (0, 1)),
     ],
 )
 def test_forms(value, expected):
@@ -53,6 +55,10 @@ def test_forms(value, expected):
         ({"count": 2, "base": MAX_SEED}, "seeds: 9223372036854775808 is out of range"),
         ({"count": 2, "derive": "image"}, "seeds.derive='image' is unknown: write derive: prompt"),
         ({"count": 2, "bass": 1}, "seeds.bass is unknown"),
+        ("{count: 2, derive: image}", "seeds.derive='image' is unknown"),
+        ("{count: 2", "seeds='{count: 2' is not a mapping"),
+        ("{}", "seeds='{}' is not a mapping"),
+        ("{count: x}", "seeds.count='x' is not an integer"),
     ],
 )
 def test_bad_seeds(value, expected):

@@ -43,6 +43,8 @@ def is_multirun(argv: Sequence[str]) -> bool:
 
 def _quote(arg: str, multirun: bool) -> str:
     match = _ASSIGNMENT.fullmatch(arg)
+    if match and match["key"] == "seeds" and re.fullmatch(r"\s*\{[^{}]*\}\s*", match["value"]):
+        return f"seeds={hydra_quote(match['value'])}"  # OmegaConf cannot put a mapping where a list was
     if not match or match["key"].lstrip("+") not in FREE_TEXT_FIELDS:
         return arg
     value = match["value"]

@@ -32,7 +32,7 @@ class RunConfig:
     """Free text: one prompt instead of the prompts group."""
     output_file: str | None = None
     """Also put the (single) picture here."""
-    seeds: Any = field(default_factory=lambda: [42])
+    seeds: Any = 42  # not a list: YAML could not put a mapping in its place
     """List, "0-9,42", or a mapping {count, base} or {count, derive: prompt}."""
     dry_run: bool = False
     """Print the plan and generate nothing."""

@@ -27,20 +27,21 @@ class SweepComposer:
         self._loader = loader
         self._compose = loader.load_sweep_config
         self._bases: dict[tuple[str, ...], DictConfig] = {}
-        self._made: dict[tuple[str, ...], DictConfig] = {}
+        self._made: dict[tuple[str, ...], list[DictConfig]] = {}
+        self._count = 0
 
     def __call__(self, master_config: DictConfig, sweep_overrides: Sequence[str]) -> DictConfig:
-        """The config of one job; its values are independent of every other job's.
-
-        Each is asked for twice, by the sweeper to check it and by the launcher to run it, and made once.
-        """
-        made = self._made.pop(tuple(sweep_overrides), None)
-        if made is not None:
-            return made
+        """The config of one job; its values are independent of every other job's."""
         config = self._new(master_config, sweep_overrides)
-        if len(self._made) < KEPT:
-            self._made[tuple(sweep_overrides)] = config
+        if self._count < KEPT:
+            self._count += 1
+            self._made.setdefault(tuple(sweep_overrides), []).append(config)
         return config
+
+    def take(self, master_config: DictConfig, sweep_overrides: Sequence[str]) -> DictConfig:
+        """As a call, but takes what the sweeper's check has made already, each only once."""
+        made = self._made.get(tuple(sweep_overrides))
+        return made.pop() if made else self._new(master_config, sweep_overrides)
 
     def _new(self, master_config: DictConfig, sweep_overrides: Sequence[str]) -> DictConfig:
         parsed = [_parse(text) for text in sweep_overrides]
@@ -74,7 +75,9 @@ def _parse(text: str) -> Override:
     return OverridesParser.create().parse_override(text)
 
 
-def compose_quickly(loader: ConfigLoader) -> None:
-    """Make this loader compose sweep jobs with a SweepComposer; harmless when called twice."""
-    if isinstance(loader, ConfigLoaderImpl) and not isinstance(loader.load_sweep_config, SweepComposer):
-        loader.load_sweep_config = SweepComposer(loader)  # pyright: ignore[reportAttributeAccessIssue]
+def compose_quickly(loader: ConfigLoader) -> SweepComposer:
+    """Make this loader compose sweep jobs with the SweepComposer that is returned."""
+    assert isinstance(loader, ConfigLoaderImpl)
+    composer = SweepComposer(loader)
+    loader.load_sweep_config = composer  # pyright: ignore[reportAttributeAccessIssue]
+    return composer

@@ -43,7 +43,7 @@ class WarmLauncher(Launcher):
         self.hydra_context = hydra_context
         self.task_function = task_function
         self.config = config
-        compose_quickly(hydra_context.config_loader)
+        self.composer = compose_quickly(hydra_context.config_loader)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run all jobs; their returns in the order given."""
@@ -60,7 +60,7 @@ class WarmLauncher(Launcher):
         return [returns.get(n) or _not_run(EXIT_FAILED) for n in range(len(configs))]
 
     def _compose(self, overrides: list[str], number: int) -> DictConfig:
-        config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
+        config = self.composer.take(self.config, overrides)
         with open_dict(config):
             config.hydra.job.id = str(number)
             config.hydra.job.num = number

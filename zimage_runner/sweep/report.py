@@ -141,7 +141,8 @@ def csv_table(jobs: list[SweptJob], fields: list[str]) -> str:
 
 def _inert(text: str) -> str:
     """Spreadsheets take cells that start with these as formulas; numbers are none."""
-    if text.startswith(("=", "+", "-", "@", "\t", "\r")):
+    text = text.replace("\r", " ")
+    if text.startswith(("=", "+", "-", "@", "\t")):
         try:
             float(text)
         except ValueError:

@@ -1,0 +1,131 @@
+"""The sweep's table and the grid's layout."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from zimage_runner.sweep.grid import MAX_PAGES, draw, layout, write_grids
+from zimage_runner.sweep.report import SweptJob, csv_table, markdown_table, read_job, split_overrides, varying_fields
+
+
+def job(root: Path, number: int, overrides: dict[str, str], items=((0, 1),), size=(32, 16), prompt="a 猫") -> SweptJob:
+    directory = root / str(number)
+    lines = []
+    for index, seed in items:
+        item = f"items/{index:05d}_x/seed_{seed}"
+        (directory / item).mkdir(parents=True)
+        Image.new("RGB", size, (number * 20 % 255, index * 40 % 255, 90)).save(directory / item / "image.png")
+        (directory / item / "record.json").write_text(json.dumps({"prompt": prompt}))
+        lines.append(json.dumps({"item": item, "status": "ok", "index": index, "seed": seed}) + "\n")
+    (directory / "records.jsonl").write_text("".join(lines))
+    return SweptJob(number=number, directory=directory, overrides=overrides, summary={"status": "complete"})
+
+
+def test_overrides_and_what_varies():
+    assert split_overrides(["+experiment=q", 'prompt="a, b"', "x="]) == {"experiment": "q", "prompt": "a, b", "x": ""}
+    jobs = [
+        SweptJob(number=n, directory=Path(str(n)), overrides=o)
+        for n, o in enumerate([{"a": "1", "b": "2"}, {"a": "1"}])
+    ]
+    assert varying_fields(jobs) == ["b"]
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
+def test_csv_cells_are_never_formulas(text):
+    jobs = [SweptJob(number=0, directory=Path("0"), overrides={"f": text})]
+    (_, row) = csv.reader(io.StringIO(csv_table(jobs, ["f"]), newline=""))
+    plain = text.replace("\r", " ")
+    assert row[1] in (plain, f"'{plain}")
+    if row[1].startswith(("=", "+", "-", "@", "\t", "\r")):
+        float(row[1])
+
+
+@given(st.text(max_size=30))
+def test_markdown_keeps_one_line_a_job(text):
+    jobs = [SweptJob(number=0, directory=Path("0"), overrides={"f": text})]
+    table = markdown_table(jobs, ["f"])
+    assert table.count("\n") == 3
+    assert "\n" not in text or "\n" not in table.split("\n")[2]
+
+
+def test_unreadable_jobs_stay_empty(tmp_path):
+    (tmp_path / "3").mkdir()
+    (tmp_path / "3" / "summary.json").write_text("{broken")
+    found = read_job(tmp_path / "3")
+    assert (found.summary, found.overrides, found.status, found.code) == ({}, {}, "refused", 2)
+
+
+def test_two_fields_are_rows_and_columns(tmp_path):
+    jobs = [job(tmp_path, n, {"s": str(n // 2), "g": str(n % 2)}) for n in range(4)]
+    (page,) = layout(jobs, ["s", "g"])
+    assert (page.rows, page.columns) == (["s=0", "s=1"], ["g=0", "g=1"])
+    assert {place: path.parts[-5] for place, path in page.pictures.items()} == {
+        (0, 0): "0", (0, 1): "1", (1, 0): "2", (1, 1): "3",
+    }  # fmt: skip
+
+
+def test_prompts_and_further_fields_are_pages(tmp_path):
+    items = ((0, 1), (1, 1))
+    jobs = [job(tmp_path, n, {"a": str(n // 4), "s": str(n // 2 % 2), "g": str(n % 2)}, items) for n in range(8)]
+    pages = layout(jobs, ["a", "s", "g"])
+    assert len(pages) == 4
+    assert len({page.name for page in pages}) == 4
+    assert all(len(page.pictures) == 4 for page in pages)
+    files = write_grids(tmp_path, jobs, ["a", "s", "g"], tile=64)
+    assert sorted(f.parent.name for f in files) == ["grid"] * 4
+
+
+def test_one_field_puts_prompts_in_rows(tmp_path):
+    jobs = [job(tmp_path, n, {"g": str(n)}, ((0, 1), (0, 2), (1, 1))) for n in range(2)]
+    (page,) = layout(jobs, ["g"])
+    assert (len(page.rows), page.columns, len(page.pictures)) == (3, ["g=0", "g=1"], 6)
+
+
+def test_missing_pictures_leave_holes(tmp_path):
+    jobs = [job(tmp_path, n, {"s": str(n // 2), "g": str(n % 2)}) for n in range(4)]
+    next(jobs[2].directory.glob("items/*/*/image.png")).unlink()
+    (path,) = write_grids(tmp_path, jobs, ["s", "g"], tile=64)
+    with Image.open(path) as grid:
+        grid.load()
+
+
+@pytest.mark.parametrize("size", [(2000, 1000), (16, 16), (64, 4000)])
+def test_tiles_are_capped(tmp_path, size):
+    jobs = [job(tmp_path, n, {"g": str(n)}, size=size) for n in range(2)]
+    (page,) = layout(jobs, ["g"])
+    sheet = draw(page, 100)
+    assert sheet.width <= 160 + 2 * 104 + 4
+    assert sheet.height <= 44 + 104 + 4
+
+
+def test_pages_are_capped(tmp_path):
+    items = tuple((n, 1) for n in range(MAX_PAGES + 3))
+    jobs = [job(tmp_path, n, {"s": str(n // 2), "g": str(n % 2)}, items, size=(4, 4)) for n in range(4)]
+    assert len(write_grids(tmp_path, jobs, ["s", "g"], tile=8)) == MAX_PAGES
+
+
+@given(st.text(max_size=60))
+def test_any_label_can_be_drawn(text):
+    from zimage_runner.sweep.grid import Page
+
+    page = Page(title=text, name="x", rows=[text], columns=[text])
+    page.pictures[0, 0] = PICTURE
+    draw(page, 32)
+
+
+PICTURE = Path(__file__).parents[2] / "zimage_runner" / "assets" / "none.png"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _picture(tmp_path_factory):
+    global PICTURE
+    PICTURE = tmp_path_factory.mktemp("picture") / "p.png"
+    Image.new("RGB", (8, 8)).save(PICTURE)
