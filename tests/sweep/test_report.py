@@ -60,7 +60,7 @@ def test_unreadable_jobs_stay_empty(tmp_path):
     (tmp_path / "3").mkdir()
     (tmp_path / "3" / "summary.json").write_text("{broken")
     found = read_job(tmp_path / "3")
-    assert (found.summary, found.overrides, found.status, found.code) == ({}, {}, "refused", 2)
+    assert (found.summary, found.overrides, found.status, found.code) == ({}, {}, "not run", 1)
 
 
 def test_two_fields_are_rows_and_columns(tmp_path):

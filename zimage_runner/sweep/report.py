@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
@@ -19,7 +21,7 @@ from zimage_runner.outputs.atomic import directory, write_file
 
 log = logging.getLogger(__name__)
 
-EXIT_OF_STATUS = {"complete": 0, "failures": 1, "refused": 2, "stopped": 130}
+EXIT_OF_STATUS = {"complete": 0, "failures": 1, "not run": 1, "stopped": 130}
 exit_codes: list[int] = []
 """Of the last multirun's jobs. Jobs of launchers that use other processes can tell it no other way."""
 
@@ -39,8 +41,10 @@ class SweptJob:
 
     @property
     def status(self) -> str:
-        """complete, failures or stopped as in summary.json; refused when nothing was started."""
-        return str(self.summary.get("status") or ("refused" if self.exit_code in (None, 2) else "failed"))
+        """complete, failures or stopped as in summary.json; else refused, failed, or not run as far as is known."""
+        if self.summary.get("status"):
+            return str(self.summary["status"])
+        return {None: "not run", 2: "refused"}.get(self.exit_code, "failed")
 
     @property
     def code(self) -> int:
@@ -80,7 +84,7 @@ class SweepReport(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Write summary.csv, summary.md and the grid into the sweep's directory."""
         root = Path(str(config.hydra.sweep.dir))
-        jobs = self._jobs(root)
+        jobs = self._jobs(root, expected_jobs(config))
         exit_codes[:] = [job.code for job in jobs]
         if not jobs or all(job.summary == {} for job in jobs):
             return
@@ -94,13 +98,24 @@ class SweepReport(Callback):
             write_grids(root, jobs, fields, tile=self._tile)
         print(root)
 
-    def _jobs(self, root: Path) -> list[SweptJob]:
+    def _jobs(self, root: Path, expected: list[dict[str, str]]) -> list[SweptJob]:
         found = {int(path.name): read_job(path) for path in root.iterdir() if path.name.isdigit() and path.is_dir()}
         for number, code in self._exit_codes.items():
             job = found.setdefault(number, SweptJob(number=number, directory=root / str(number)))
             job.exit_code = code
             job.overrides = job.overrides or split_overrides(self._overrides[number])
+        for number, overrides in enumerate(expected):
+            job = found.setdefault(number, SweptJob(number=number, directory=root / str(number)))
+            job.overrides = job.overrides or overrides
         return [found[number] for number in sorted(found)]
+
+
+def expected_jobs(config: DictConfig) -> list[dict[str, str]]:
+    """Overrides of each job that Hydra's own sweeper makes, in its order; other sweepers decide as they go."""
+    if not str(config.hydra.sweeper.get("_target_", "")).endswith(".BasicSweeper"):
+        return []
+    overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+    return [split_overrides(job) for batch in BasicSweeper.split_arguments(overrides, None) for job in batch]
 
 
 def read_job(path: Path) -> SweptJob:
