@@ -104,29 +104,29 @@ def test_an_item_that_kills_two_workers_is_given_up_and_the_others_are_not(fault
 
 def test_a_hanging_item_is_cut_off(faults):
     faults({"on": 1, "kind": "hang", "times": 1})
-    with executor(item_timeout_s=0.5) as made:
+    with executor(item_timeout_s=2.0) as made:
         made.start()
         assert drawn(run(made, range(3))) == dict.fromkeys(range(3))
-        assert made.report()["executor"]["deaths"] == ["gave no sign of life for 0.5 s and was killed"]
+        assert made.report()["executor"]["deaths"] == ["gave no sign of life for 2 s and was killed"]
 
 
 def test_the_limit_grows_with_the_batch(faults):
-    faults(ITEM_SECONDS=0.2)
-    with executor(item_timeout_s=0.4) as made:
+    faults(ITEM_SECONDS=0.5)
+    with executor(item_timeout_s=1.0) as made:
         made.start()
-        assert drawn(run(made, range(8), 4)) == dict.fromkeys(range(8))
+        assert drawn(run(made, range(4), 4)) == dict.fromkeys(range(4))
         assert made.report()["executor"]["restarts"] == 0
 
 
 def test_a_slow_reader_is_no_hang(faults):
     faults()
-    with executor(item_timeout_s=0.2) as made:
+    with executor(item_timeout_s=1.0) as made:
         made.start()
         results = []
-        for result in made.run(batches(range(4))):
-            time.sleep(0.4)
+        for result in made.run(batches(range(3))):
+            time.sleep(1.2)
             results.append(result)
-        assert drawn(results) == dict.fromkeys(range(4))
+        assert drawn(results) == dict.fromkeys(range(3))
         assert made.report()["executor"]["restarts"] == 0
 
 

@@ -39,7 +39,7 @@ def test_one_item_of_each_kind(tmp_path, overrides):
 
 
 def test_an_item_that_kills_and_one_that_hangs_do_not_end_the_night(tmp_path):
-    run = Run(tmp_path, overrides=[*PROCESS, "executor.item_timeout_s=0.4"])
+    run = Run(tmp_path, overrides=[*PROCESS, "executor.item_timeout_s=1.5"])
     # Seeds are shared by the two prompts: four items are deadly.
     assert run.execute({"on": 1, "kind": "segv"}, {"on": 4, "kind": "hang"}) == 1
     run.check(failed={1, 4})

@@ -17,7 +17,7 @@ from zimage_runner.engines.base import MOST_AUTO_BATCH
 from zimage_runner.errors import RunStopped, UserError, error_text
 from zimage_runner.executors.base import Batch, BatchResult, SessionLike
 from zimage_runner.executors.faults import DeviceLost, is_device_lost, is_out_of_memory
-from zimage_runner.monitor import BatchMemory
+from zimage_runner.monitor import BatchMemory, gpu_memory
 
 if TYPE_CHECKING:
     from zimage_runner.plan import WorkItem
@@ -74,7 +74,8 @@ class Ladder:
             if memory is not None:
                 self._limits[shape] = memory.pictures_that_fit(MOST_AUTO_BATCH)
                 log.info("engine.batch_size=auto: %d pictures of %dx%d", self._limits[shape], shape[1], shape[0])
-            details = done.details
+            reading = gpu_memory()
+            details = {**({"gpu_memory": reading} if reading else {}), **done.details}
             unusual = {"VAE decoded in tiles": shape in self._tiled, "VAE decoded in float32": attempt > 1}
             if steps := [step for step, taken in unusual.items() if taken]:
                 details = {**details, "recovery": [*details.get("recovery", []), *steps]}
