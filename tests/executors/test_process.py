@@ -345,3 +345,15 @@ def test_bad_options(options, text):
     with pytest.raises(UserError) as error:
         ProcessExecutorConfig(**options)
     assert text in str(error.value)
+
+
+def test_without_a_process_descriptor_the_socket_tells_of_the_end(faults, monkeypatch):
+    def refused(pid: int) -> int:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(os, "pidfd_open", refused)
+    faults({"on": 1, "kind": "kill", "times": 1})
+    with executor() as made:
+        made.start()
+        assert drawn(run(made, range(3))) == dict.fromkeys(range(3))
+        assert made.report()["executor"]["restarts"] == 1

@@ -51,7 +51,9 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 process_group=0,  # a terminal's Ctrl-C is for the parent; the group is what gets killed
             )
-        self._pidfd = os.pidfd_open(self._process.pid)
+        self._pidfd = -1
+        with contextlib.suppress(OSError):  # refused by some sandboxes; the closing socket tells of the end as well
+            self._pidfd = os.pidfd_open(self._process.pid)
 
     @property
     def pid(self) -> int:
@@ -87,7 +89,8 @@ class Child:
         """
         deadline = time.monotonic() + timeout_s
         while True:
-            ready = wait([self._connection, self._pidfd], max(0.0, deadline - time.monotonic()))
+            watched = [self._connection, *([self._pidfd] if self._pidfd >= 0 else [])]
+            ready = wait(watched, max(0.0, deadline - time.monotonic()))
             if not ready:
                 self.kill()
                 raise WorkerHung(f"gave no sign of life for {limit_s:g} s and was killed")

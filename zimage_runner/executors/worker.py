@@ -39,6 +39,7 @@ UNSENT_RESULTS = 2
 def main(fd: int, parent: int) -> None:
     """Entry point: serve the parent process over the socket ``fd`` until it closes."""
     die_with(parent)
+    os.set_inheritable(fd, False)  # or a process that a library starts would keep the socket open after our end
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # Ending the run is the parent's affair: it lets the picture in flight finish.
         signal.signal(number, signal.SIG_IGN)

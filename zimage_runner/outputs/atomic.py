@@ -7,6 +7,7 @@ Working relative to a directory's descriptor means that a run directory which is
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 from collections.abc import Iterator
@@ -88,6 +89,13 @@ def make_dirs(dir_fd: int, relative: str, *, sync: bool = False) -> None:
             continue
         if sync:
             sync_dir(dir_fd, parent or ".")
+
+
+def sync_filesystem(dir_fd: int) -> None:
+    """Force everything that was written on the file system of ``dir_fd`` onto the disk (Linux's syncfs)."""
+    if ctypes.CDLL(None, use_errno=True).syncfs(dir_fd) != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
 
 
 def sync_dir(dir_fd: int, relative: str) -> None:

@@ -14,7 +14,7 @@ class Fsync(enum.Enum):
     never = "never"
     """Leave it to the kernel. A power cut may lose or tear the last half minute of pictures."""
     run = "run"
-    """Once, when the run ends."""
+    """Everything once, when the run ends."""
     item = "item"
     """Each picture, its record and their folder before the ledger says it is done (a few ms, off the main thread)."""
 

@@ -99,11 +99,6 @@ class Ledger:
         entry = self.entries.get(item_dir)
         return entry is not None and entry.ok and entry.fingerprint == fingerprint
 
-    def sync(self) -> None:
-        """Force the ledger onto the disk."""
-        if self._fd >= 0:
-            os.fsync(self._fd)
-
     def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)

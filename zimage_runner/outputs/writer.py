@@ -120,8 +120,11 @@ class Writer:
         self._receiver.join()
         self._pool.shutdown(wait=True)
         self._check()
-        if self._output.fsync is not Fsync.never:
-            self._ledger.sync()
+        if self._output.fsync is Fsync.run:
+            try:
+                atomic.sync_filesystem(self._run_dir.dir_fd)
+            except OSError as error:
+                raise atomic.disk_error(error, str(self._run_dir.path)) from error
 
     def _check(self) -> None:
         if self._fatal is not None:
