@@ -120,6 +120,8 @@ def measure(scenario: Scenario, results: Results, seconds: float, models: Mappin
         if cache == "warm":
             for name in {v.uses_model for v in scenario.variants}:
                 machine.fill_page_cache(models[name])
+        for variant in (v for v in scenario.variants if v.primed and budget.allows(v.name)):
+            run_once(scenario, variant, cache, -1, budget.left, models)
         for number in range(scenario.rounds):
             # Every other round backwards, so that a drift of the machine meets all of them alike.
             for variant in in_turn(scenario.variants, number):
@@ -161,7 +163,7 @@ def run_once(
             first_png_seconds=times[0] if times else None,
             intervals=[b - a for a, b in itertools.pairwise(times)],
             readings=readings(variant, out),
-            log_tail=log.read_text(errors="replace")[-LOG_TAIL:] if failed else "",
+            log_tail=(log.read_text(errors="replace")[-LOG_TAIL:] or "no output") if failed else "",
         )  # fmt: skip
     finally:
         shutil.rmtree(out, ignore_errors=True)

@@ -36,6 +36,10 @@ class Variant:
     images: int | None = None
     """Fewer (or more) pictures than the scenario's, for variants that are very slow."""
     env: dict[str, str] = field(default_factory=dict)
+    fresh_compiler: bool = False
+    """Compile from nothing, as on the first run on a machine; otherwise the compiler's cache is as it was left."""
+    primed: bool = False
+    """Run once before the first round, uncounted: the compiler's cache is then that of an earlier run."""
     uses_model: str = "published"
     """Key of the model directory: published (fp32 transformer) or bf16."""
     is_ours: bool = True
@@ -49,13 +53,14 @@ class Variant:
                 "--steps", str(work.steps), "--device", work.device,
             ]  # fmt: skip
         prompts = len(PROMPTS.read_text(encoding="utf-8").splitlines())
+        compiler = [f"compile.cache_dir={out / 'compiled'}"] if self.fresh_compiler else []
         seeds = max(1, -(-work.images // prompts))
         return [
             sys.executable, "-m", "zimage_runner", "model=local", f"model.path={work.model}", "name=bench",
             f"output.root={out / 'runs'}", "prompts=text_file", f"prompts.path={PROMPTS}",
             f"prompts.limit={min(work.images, prompts)}", f"seeds='0-{seeds - 1}'", f"engine.device={work.device}",
             f"sampling.height={work.size}", f"sampling.width={work.size}",
-            f"sampling.num_inference_steps={work.steps}", *(self.overrides or ()),
+            f"sampling.num_inference_steps={work.steps}", *(self.overrides or ()), *compiler,
         ]  # fmt: skip
 
     def environment(self) -> dict[str, str]:

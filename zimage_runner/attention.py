@@ -95,7 +95,7 @@ def why_not(name: str, machine: Machine) -> str | None:
         return f"it needs compute capability {need} and this GPU has {have}"
     if backend.only_major is not None and machine.capability[0] != backend.only_major:
         return f"it is written for compute capability {backend.only_major}.x and this GPU has {machine.capability[0]}.x"
-    if backend.package and importlib.util.find_spec(backend.package) is None:
+    if backend.package and not is_installed(backend.package):
         return f"the package {backend.package} is not installed"
     return None
 
@@ -106,3 +106,8 @@ def this_machine(device: str, dtype: str) -> Machine:
 
     capability = torch.cuda.get_device_capability() if device == "cuda" else (0, 0)
     return Machine(device=device, dtype=dtype, capability=capability)
+
+
+def is_installed(package: str) -> bool:
+    """True when the package can be imported; it is not imported."""
+    return importlib.util.find_spec(package) is not None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 
 from zimage_runner.attention import BACKENDS, MASKLESS, Machine, check_name, choose_backend
@@ -20,12 +18,12 @@ BLACKWELL = Machine(device="cuda", dtype="bfloat16", capability=(10, 0))
 @pytest.fixture(autouse=True)
 def no_packages(monkeypatch):
     """As if neither flash attention nor sage attention were installed."""
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("zimage_runner.attention.is_installed", lambda package: False)
 
 
 @pytest.fixture
 def all_packages(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr("zimage_runner.attention.is_installed", lambda package: True)
 
 
 @pytest.mark.parametrize(

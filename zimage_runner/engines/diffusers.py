@@ -127,6 +127,7 @@ class DiffusersPipelineEngine(Engine):
         captions = [embeds.to(device) for embeds in request.prompt_embeds]
         negatives = [embeds.to(device) for embeds in request.negative_prompt_embeds or []]
         self._choose_attention([*captions, *negatives])
+        self._setup.mark_lengths([*captions, *negatives])
         self._setup.mark_step()
         return self.pipe(
             prompt_embeds=captions,

@@ -7,14 +7,17 @@ import enum
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zimage_runner.compile import Compile, Full, Regional, uses_cuda_graphs
 from zimage_runner.errors import UserError
 from zimage_runner.memory import GroupOffload, Loading, Memory, ModelOffload, SequentialOffload
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 
@@ -155,16 +158,25 @@ class Setup:
         import torch._dynamo
 
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
-        options = {"mode": compile.mode.value, "fullgraph": compile.fullgraph, "dynamic": False}
+        options = {"mode": compile.mode.value, "fullgraph": compile.fullgraph}
         transformer = pipe.transformer
         if isinstance(compile, Full):
             precompute_rope(transformer, self.device)
             transformer.compile(**options)
         else:
             for block in [*transformer.layers, *transformer.noise_refiner]:
-                block.compile(**options)
+                block.compile(**options, dynamic=False)
         if compile.vae:
-            pipe.vae.decoder.compile(**options)
+            pipe.vae.decoder.compile(**options, dynamic=False)
+
+    def mark_lengths(self, captions: Sequence[torch.Tensor]) -> None:
+        """With the whole transformer compiled, captions come in unpadded: without this, each length in tokens would
+        be compiled anew. The blocks of ``regional`` see padded lengths only."""
+        if isinstance(self.compile, Full):
+            import torch._dynamo
+
+            for caption in captions:
+                torch._dynamo.maybe_mark_dynamic(caption, 0)
 
     def mark_step(self, *_: Any) -> dict[str, Any]:
         """Tell CUDA graphs that a new forward begins, so that the last one's outputs may be overwritten.
