@@ -192,7 +192,7 @@ def test_a_pickle_that_calls_itself_safetensors_is_refused(cli, model, tmp_path)
     assert not list(tmp_path.rglob("pwned"))
 
 
-@pytest.mark.parametrize("engine", ["diffusers"])
+@pytest.mark.parametrize("engine", ["diffusers", "native"])
 @pytest.mark.parametrize("where", ["model_index.json", "transformer/config.json", "text_encoder/config.json"])
 def test_code_in_a_model_directory_is_not_run(cli, model, tmp_path, engine, where):
     """Custom components and auto_map are how hubs ask for a directory's own code to be run."""

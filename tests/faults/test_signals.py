@@ -51,6 +51,25 @@ def test_the_first_signal_finishes_what_is_in_flight(tmp_path, overrides, number
     run.check()
 
 
+def test_one_signal_ends_a_whole_multirun(tmp_path):
+    sweep = Run(tmp_path, seeds=20)
+    sweep.argv = lambda: [  # type: ignore[method-assign]
+        "-m", "sampling.num_inference_steps=2,4,8", "prompt=a cat", 'seeds="0-19"', f"hydra.sweep.dir={tmp_path}/sweep",
+        "output.min_free_gb=0", "warmup=none",
+    ]  # fmt: skip
+    process = sweep.start(ITEM_SECONDS=0.05)
+    sweep.run_dir = tmp_path / "sweep" / "0"
+    sweep.wait_for_pictures(process, 2)
+    assert process.pid is not None
+    kill(process.pid, signal.SIGTERM)
+    process.join(30)
+    assert process.exitcode == 130
+    summary = json.loads((tmp_path / "sweep/0/summary.json").read_bytes())
+    assert summary["stopped"] == "SIGTERM"
+    assert not list((tmp_path / "sweep").glob("[12]/records.jsonl"))
+    assert "Traceback" not in sweep.log
+
+
 @pytest.mark.parametrize("overrides", [INLINE, PROCESS])
 def test_the_second_signal_exits_at_once_even_when_the_engine_hangs(tmp_path, overrides):
     run = Run(tmp_path, overrides=overrides)

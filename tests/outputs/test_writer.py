@@ -70,6 +70,31 @@ def test_a_batch_becomes_pictures_records_and_ledger_lines(tmp_path, fsync):
     }
 
 
+@pytest.mark.parametrize(("fsync", "files", "systems"), [("never", 0, 0), ("run", 0, 1), ("item", 7, 0)])
+def test_what_each_fsync_policy_forces_to_disk(tmp_path, monkeypatch, fsync, files, systems):
+    from zimage_runner.outputs import atomic
+    from zimage_runner.outputs.config import Fsync
+
+    calls: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: calls.append("file"))
+    monkeypatch.setattr(atomic, "sync_filesystem", lambda fd: calls.append("system"))
+    with open_run(tmp_path, fsync=Fsync[fsync]) as run:
+        run.writer.submit([job()], ReadyImages(noise_pictures()))
+        run.writer.flush()
+        assert "system" not in calls
+    # item: the names of three new folders, picture, record, both names, the ledger's line.
+    assert (calls.count("file"), calls.count("system")) == (files, systems)
+
+
+def test_the_file_system_is_really_synchronised(tmp_path):
+    from zimage_runner.outputs import atomic
+
+    with atomic.directory(tmp_path) as fd:
+        atomic.sync_filesystem(fd)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        atomic.sync_filesystem(fd)
+
+
 def test_the_same_item_gives_the_same_file_whatever_happened_around_it(tmp_path):
     digests = set()
     for n, details in enumerate([{"timings": {"total": 1.0}}, {"timings": {"total": 9.0}, "attempts": 2}]):
