@@ -28,6 +28,11 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self._event.is_set()
 
+    @property
+    def is_interruptible(self) -> bool:
+        """Whether a signal ends the current phase at once."""
+        return self._interruptible
+
     def wait(self, seconds: float) -> bool:
         """Sleep, but no longer than until the request; whether there is one."""
         return self._event.wait(seconds)
@@ -92,8 +97,9 @@ def _count(reader: int, numbers: frozenset[int], request: StopRequest) -> None:
                 continue
             count += 1
             if count == 1:
+                what = "stopping" if request.is_interruptible else "finishing the pictures in flight"
                 request.set(signal.Signals(number).name)
-                _say(f"{signal.Signals(number).name}: finishing the pictures in flight; once more to exit at once")
+                _say(f"{signal.Signals(number).name}: {what}; once more to exit at once")
             else:
                 _say("exiting at once; finished pictures are kept")
                 os._exit(EXIT_INTERRUPTED)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -62,6 +64,17 @@ def test_a_lost_gpu_only_costs_the_worker_process(tmp_path):
     run = Run(tmp_path, overrides=PROCESS)
     assert run.execute({"on": 3, "kind": "lost", "times": 1}) == 0
     run.check()
+
+
+def test_the_parent_of_a_worker_never_imports_torch(tmp_path):
+    code = (
+        "import sys; from tests.faults.session import FaultySession; from zimage_runner import warm; "
+        "warm.Session = FaultySession; from zimage_runner.cli import main; code = main(sys.argv[1:]); "
+        "assert code == 0; assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    words = ["prompt=a cat", "executor=process", "warmup=none", f"hydra.run.dir={tmp_path}/run"]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("overrides", [[], PROCESS])

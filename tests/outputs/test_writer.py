@@ -141,6 +141,23 @@ def test_nan_and_lost_pictures_are_reported_per_item(tmp_path):
         ]
 
 
+def test_a_batch_of_the_wrong_length_hangs_nothing(tmp_path):
+    with open_run(tmp_path) as run:
+        run.writer.submit([job(1), job(2)], ReadyImages(noise_pictures(3)))
+        run.writer.flush()
+        assert {o.error for o in run.outcomes} == {"RuntimeError: 2 pictures were announced, 3 came"}
+
+
+def test_a_failure_reported_while_closing_is_written(tmp_path):
+    with open_run(tmp_path) as run:
+        gate = Gate(np.zeros((1, 32, 48, 3), dtype=np.uint8))
+        run.writer._on_done = lambda o: run.writer.fail(o.job, "bad twice") if o.status == "bad" else None
+        run.writer.submit([job()], gate)
+        threading.Timer(0.1, gate.open.set).start()
+        run.writer.close()
+    assert not Ledger.load(tmp_path / "records.jsonl").entries["items/0000_a/seed_1"].ok
+
+
 def test_failure_is_recorded_and_leaves_no_picture(tmp_path):
     with open_run(tmp_path) as run:
         run.writer.submit([job()], ReadyImages(noise_pictures()))

@@ -100,7 +100,11 @@ class RunDirectory:
 
     def check_free(self, output: Output) -> None:
         """Raise DiskError when less than ``output.min_free_gb`` is left. Cheap: called for every batch."""
-        if output.min_free_gb and (free := self.free_bytes()) < output.min_free_gb * GB:
+        try:
+            free = self.free_bytes()
+        except OSError as error:
+            raise atomic.disk_error(error, str(self.path)) from error
+        if free < output.min_free_gb * GB:
             raise DiskError(
                 f"the disk of {self.path} has only {free / GB:.2f} GB free (output.min_free_gb={output.min_free_gb:g})"
             )

@@ -108,6 +108,7 @@ def table(summary: dict[str, Any]) -> str:
     """The table printed at the end of a run."""
     items, images = summary["items"], summary["images"]
     rows = [(name.replace("_", " "), f"{seconds:.2f} s") for name, seconds in summary["phases"].items()]
+    rows += _warmup_rows(summary["session"])
     if images:
         rows.append(("first image", f"{images['first_seconds']:.2f} s"))
     if "mean_seconds" in images:
@@ -132,6 +133,16 @@ def table(summary: dict[str, Any]) -> str:
     rows.append(("items", counts))
     width = max(len(name) for name, _ in rows)
     return "\n".join([f"  {name:<{width}}  {value}" for name, value in rows] + _notes(summary))
+
+
+def _warmup_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """Seconds of each warm-up pass, when there were several: they stop falling once it is warm."""
+    passes = report.get("warmup_passes") or []
+    if len(passes) < 2:
+        return []
+    shown = ", ".join(f"{p['label']} {p['seconds']:.2f} s" for p in passes[:PRINTED])
+    more = f" and {len(passes) - PRINTED} more in summary.json" if len(passes) > PRINTED else ""
+    return [("warm-up passes", shown + more)]
 
 
 def _memory_rows(report: dict[str, Any]) -> list[tuple[str, str]]:

@@ -116,6 +116,8 @@ class Writer:
 
     def close(self) -> None:
         """Finish what is queued, then end the threads. Raises DiskError if something could not be written."""
+        with self._room:
+            self._room.wait_for(lambda: self._pending == 0)
         self._batches.put(None)
         self._receiver.join()
         self._pool.shutdown(wait=True)
@@ -149,6 +151,8 @@ class Writer:
             jobs, images = batch
             try:
                 pixels = images.wait()
+                if len(pixels) != len(jobs):
+                    raise RuntimeError(f"{len(jobs)} pictures were announced, {len(pixels)} came")
             except Exception as error:  # the item boundary: each job hears of it
                 for job in jobs:
                     self._pool.submit(self._guarded, job, self._report_bad, job, error_text(error))
