@@ -7,7 +7,7 @@ import glob
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -52,12 +52,14 @@ class Reuse:
         """True for an item that another item's picture will serve."""
         return bool(self._twins) and item.item_dir in self._twins
 
-    def from_earlier_runs(self, settled: Callable[[WorkItem], bool]) -> list[str]:
-        """Link what ``skip_existing`` has of the unsettled items; their directories."""
+    def from_earlier_runs(self, todo: Iterable[WorkItem]) -> list[str]:
+        """Link what ``skip_existing`` has of these items; their directories."""
         pattern = self._job.config.skip_existing
         if pattern is None:
             return []
-        wanted = {self._fingerprint(item): item for item in self._job.plan.items if not settled(item)}
+        wanted: dict[str, WorkItem] = {}
+        for item in todo:
+            wanted.setdefault(self._fingerprint(item), item)  # its twins are served by it
         found = earlier_pictures(pattern, set(wanted), but=self._run_dir.path)
         for fingerprint, existing in found.items():
             self._adopt(wanted[fingerprint], fingerprint, existing)

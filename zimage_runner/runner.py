@@ -47,12 +47,11 @@ def run(config: RunConfig, directory: Path, composed: Mapping[str, str]) -> int:
     with _executors() as executors, _open(config, directory) as run_dir:
         ledger = Ledger.load(run_dir.records_path)
         progress = progress_of(job, run_dir.path, ledger)
-        todo = [item for item in job.plan.items if not progress.is_settled(item)]
-        if not todo and config.resume is not None:
+        if not progress.todo and config.resume is not None:
             say(f"nothing to draw: {progress}")
             say(str(run_dir.path), sys.stdout)
             return 1 if progress.failed else 0
-        run_dir.check_space([(i.params.height, i.params.width) for i in todo], config.output)
+        run_dir.check_space([(i.params.height, i.params.width) for i in progress.todo], config.output)
         with executors.lease(job) as executor, run_log(run_dir.log_path):
             return Run(job, run_dir, executor, executors.stop, ledger, progress).execute(composed)
 
@@ -75,7 +74,7 @@ def _open(config: RunConfig, directory: Path) -> RunDirectory:
 def progress_of(job: Job, directory: Path, ledger: Ledger) -> Progress:
     """What earlier processes did of the plan; nothing unless the run is resumed."""
     if job.config.resume is None:
-        return Progress()
+        return Progress(todo=job.plan.items)
     return survey(directory, ledger, job.plan.items, verify=job.config.verify, retry=job.config.retry)
 
 
@@ -118,7 +117,7 @@ class Run:
             log.warning("%s", truncation)
             self.summary.truncated.append({"prompt": truncation.prompt.source, "message": str(truncation)})
         with contextlib.closing(self.ledger.open(self.run_dir.dir_fd)), self._bar:
-            self._reused(self.reuse.from_earlier_runs(self.progress.is_settled))
+            self._reused(self.reuse.from_earlier_runs(self.progress.todo))
             self.writer = Writer(self.run_dir, self.ledger, self.job.config.output, self._on_done)
             self.summary.start_clock()
             self.writer.start_clock()
@@ -162,7 +161,7 @@ class Run:
         def settled(item: WorkItem) -> bool:
             return self.progress.is_settled(item) or self.reuse.waits(item)
 
-        for items in self.job.plan.batches(self.job.config.engine.largest_batch, settled):
+        for items in self.job.plan.batches(self.job.config.engine.largest_batch, settled, self.progress.todo):
             yield Batch(items=items)
 
     def _draw(self, batches: Iterator[Batch]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from zimage_runner.plan.items import Bucket, WorkItem, item_encodings
@@ -50,10 +50,18 @@ class Plan:
     def __len__(self) -> int:
         return len(self.items)
 
-    def batches(self, batch_size: int = 1, done: Callable[[WorkItem], bool] | None = None) -> Iterator[list[WorkItem]]:
-        """Lists of at most ``batch_size`` items of one bucket, without those that ``done`` says are finished."""
+    def batches(
+        self,
+        batch_size: int = 1,
+        done: Callable[[WorkItem], bool] | None = None,
+        items: Iterable[WorkItem] | None = None,
+    ) -> Iterator[list[WorkItem]]:
+        """Lists of at most ``batch_size`` items of one bucket, without those that ``done`` says are finished.
+
+        ``items``: a part of the plan's, in its order.
+        """
         batch: list[WorkItem] = []
-        for item in self.items:
+        for item in self.items if items is None else items:
             if done is not None and done(item):
                 continue
             if batch and (len(batch) == batch_size or batch[0].bucket is not item.bucket):

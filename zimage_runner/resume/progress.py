@@ -41,6 +41,9 @@ class Progress:
     skipped: set[str] = field(default_factory=set)
     """Missing items that ``retry=failed`` leaves alone."""
 
+    todo: list[WorkItem] = field(default_factory=list)
+    """Items that this process shall draw, in the plan's order."""
+
     def is_settled(self, item: WorkItem) -> bool:
         """True for what this process shall not draw."""
         name = item.item_dir
@@ -61,7 +64,7 @@ def survey(
 ) -> Progress:
     """Compare ledger and files. Every picture's size is looked at; with ``verify`` its bytes are read too."""
     progress = Progress()
-    for item in items:
+    for item in items:  # a million of them: nothing here twice
         name = item.item_dir
         entry = ledger.entries.get(name)
         if entry is not None and not entry.ok:
@@ -70,8 +73,11 @@ def survey(
             progress.damaged[name] = reason
         elif entry is not None:
             progress.done.add(name)
+            continue
         elif retry is Retry.failed:
             progress.skipped.add(name)
+            continue
+        progress.todo.append(item)
     return progress
 
 
