@@ -105,3 +105,17 @@ def test_hardware_runs_the_articles_convolutions_and_no_picture(monkeypatch):
 def test_bad_passes(kind):
     with pytest.raises(UserError, match=r"warmup.passes=0 is below 1"):
         kind(passes=0)
+
+
+def test_several_passes_are_printed_with_the_summary():
+    from zimage_runner.outputs.summary import table
+
+    passes = [{"label": "64x128 #1", "seconds": 2.5}, {"label": "64x128 #2", "seconds": 0.75}]
+    summary = {
+        "items": {"ok": 1, "done_before": 0, "failed": 0, "remaining": 0}, "phases": {"load": 1.0, "warm_up": 3.25},
+        "images": {}, "session": {"warmup_passes": passes}, "total_seconds": 5.0, "failed": [], "stopped": None,
+        "resume": None, "run_dir": "x",
+    }  # fmt: skip
+    assert "warm-up passes  64x128 #1 2.50 s, 64x128 #2 0.75 s" in table(summary)
+    summary["session"]["warmup_passes"] = passes[:1]
+    assert "warm-up passes" not in table(summary)

@@ -64,10 +64,8 @@ class DiffusersPipelineEngine(Engine):
     ) -> None:
         self.load_phases = {}
         with phase(self.load_phases, "import"):
-            import diffusers  # noqa: F401
-            from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline  # noqa: F401
-
-            quiet_libraries()
+            import torch  # noqa: F401
+        # What this machine cannot do is refused before diffusers is imported, which takes many seconds.
         self.device = choose_device(config.device)
         self.dtype = choose_dtype(model.dtype, self.device)
         self.attention = choose_backend(config.attention, this_machine(self.device, self.dtype))
@@ -80,6 +78,12 @@ class DiffusersPipelineEngine(Engine):
             compile=compile,
             vae_channels_last=config.vae_channels_last,
         )
+        self._setup.check()
+        with phase(self.load_phases, "import"):
+            import diffusers  # noqa: F401
+            from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline  # noqa: F401
+
+            quiet_libraries()
         memory.apply_limits(self.device)
         self.latent_channels = self._setup.transformer_config()["in_channels"]
         self.pipe: Any = None

@@ -66,7 +66,6 @@ class Setup:
         """A pipeline with the components of ``stage``, placed and compiled. Adds its seconds to ``phases``."""
         from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline
 
-        self._check()
         options: dict[str, Any] = dict.fromkeys(ABSENT[stage])
         if self._straight_to_gpu:
             options["device_map"] = self.device
@@ -103,7 +102,8 @@ class Setup:
     def _straight_to_gpu(self) -> bool:
         return self.device == "cuda" and self.memory.loading is Loading.direct and self.memory.low_cpu_mem_usage
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Refuse, or warn of, what makes no sense on this device. Before anything is loaded."""
         if self.device == "cpu" and isinstance(self.memory, SequentialOffload):
             raise UserError(
                 "memory=sequential_offload needs a GPU: on the CPU there is nothing to save and accelerate's hooks "

@@ -157,8 +157,22 @@ def _memory_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def _recoveries(report: dict[str, Any]) -> list[str]:
+    """What had to be given way to during the run."""
+    found = list(report.get("recovery", []))[:PRINTED]
+    workers = report.get("executor", {})
+    if workers.get("restarts"):
+        found.append(f"{workers['restarts']} worker processes died and were replaced; the last {workers['deaths'][-1]}")
+    if workers.get("recycled"):
+        found.append(
+            f"{workers['recycled']} worker processes were replaced because they had grown or served long enough"
+        )
+    return found
+
+
 def _notes(summary: dict[str, Any]) -> list[str]:
-    notes = [f"  failed: {f['item']}: {one_line(f['error'], LONGEST_ERROR)}" for f in summary["failed"][:PRINTED]]
+    notes = [f"  note: {one_line(note, LONGEST_ERROR)}" for note in _recoveries(summary["session"])]
+    notes += [f"  failed: {f['item']}: {one_line(f['error'], LONGEST_ERROR)}" for f in summary["failed"][:PRINTED]]
     if (more := summary["items"]["failed"] - PRINTED) > 0:
         notes.append(f"  ... and {more} more failed: see records.jsonl")
     if summary["stopped"]:
