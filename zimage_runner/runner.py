@@ -42,7 +42,7 @@ def run(config: RunConfig, directory: Path, composed: Mapping[str, str]) -> int:
     shared = current_executors()
     job = prepare(config, shared.memo if shared else None)
     if config.dry_run:
-        print(describe(job, progress_of(job, directory, Ledger.load(directory / RECORDS)).is_settled))
+        say(describe(job, progress_of(job, directory, Ledger.load(directory / RECORDS)).is_settled), sys.stdout)
         return 0
     with _executors() as executors, _open(config, directory) as run_dir:
         ledger = Ledger.load(run_dir.records_path)

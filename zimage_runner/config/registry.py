@@ -12,6 +12,7 @@ from zimage_runner.engines.diffusers import DiffusersEngine
 from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.executors.inline import InlineExecutorConfig
 from zimage_runner.executors.process import ProcessExecutorConfig
+from zimage_runner.help import CONFIG_DIR
 from zimage_runner.memory import GroupOffload, ModelOffload, Resident, SequentialOffload, Staged
 from zimage_runner.model import Model
 from zimage_runner.outputs.config import Output
@@ -58,6 +59,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
 def register() -> None:
     """Store the schemas under schema/<group>/<option>; calling it twice is harmless."""
     OmegaConf.register_new_resolver("folder_name", lambda name: folder_name(str(name)), replace=True)
+    OmegaConf.register_new_resolver("conf_file", lambda name: str(CONFIG_DIR / name), replace=True)
     store = ConfigStore.instance()
     store.store(group="schema", name="run", node=RunConfig)
     store.store(group="hydra/launcher", name="warm", node=WarmLauncherConfig)

@@ -70,9 +70,7 @@ class _Library:
             from dynamicprompts.wildcards import WildcardManager
             from pyparsing import ParseBaseException
         except ImportError:
-            raise UserError(
-                "prompts.template.dynamic=true needs dynamicprompts: pip install 'zimage-runner[dynamic]'"
-            ) from None
+            raise UserError("prompts.template.dynamic=true needs a library: pip install dynamicprompts") from None
 
         class Wildcards(WildcardManager):
             def get_values(self, wildcard: str) -> Any:

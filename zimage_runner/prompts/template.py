@@ -43,7 +43,7 @@ class Template:
     seed: int = 0
     """Decides what ``combine=random`` draws."""
     dynamic: bool = False
-    """Read {a|b|c}, {2$$a|b|c} and __wildcard__ as the dynamicprompts library does (extra: dynamic)."""
+    """Read {a|b|c}, {2$$a|b|c} and __wildcard__ as the dynamicprompts library does."""
     wildcards: str | None = None
     """Directory of the files that __wildcard__ names."""
 
