@@ -160,6 +160,14 @@ def test_replaced_after_so_many_items(faults):
         assert made.report()["executor"]["restarts"] == 0
 
 
+def test_peaks_are_those_of_all_workers(faults):
+    faults({"on": 4, "kind": "exit", "times": 1}, LEAK_GB=1.0)
+    with executor() as made:
+        made.start()
+        run(made, range(5))
+        assert made.report()["gpu_memory"]["peak_reserved_gb"] >= 3.0
+
+
 def test_replaced_when_it_has_grown(faults):
     faults(LEAK_GB=1.0)
     with executor(health=Health(max_reserved_gb=2.5, action=Action.recycle)) as made:

@@ -101,7 +101,11 @@ class FaultySession:
             "phases": {"load": 0.0, "warm_up": 0.0},
             "numerics": numerics,
             "versions": {},
-            "gpu_memory": {"reserved_gb": leak * self.items, "peak_allocated_gb": 0.0, "peak_reserved_gb": 0.0},
+            "gpu_memory": {
+                "reserved_gb": leak * self.items,
+                "peak_allocated_gb": 0.0,
+                "peak_reserved_gb": leak * self.items,
+            },
             "pid": os.getpid(),
         }
 

@@ -66,6 +66,14 @@ def test_stopped_run_prints_the_command_that_resumes():
     assert f"to finish this run: {resume_command(Path('/runs/a b'))}" in table(found)
 
 
+def test_what_had_to_be_given_way_to_is_told():
+    workers = {"restarts": 2, "deaths": ["ended with exit code 3", "was killed (SIGKILL)"], "recycled": 1}
+    text = table(summary_of([1.0]).to_dict({**REPORT, "recovery": ["half the batch"], "executor": workers}))
+    assert "note: half the batch" in text
+    assert "note: workers that died and were replaced: 2 (the last one was killed (SIGKILL))" in text
+    assert "note: workers that were replaced for their size or age: 1" in text
+
+
 def test_no_picture_at_all():
     text = table(summary_of([], planned=1).to_dict({}))
     assert "first image" not in text

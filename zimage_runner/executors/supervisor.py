@@ -72,8 +72,16 @@ class Supervisor:
         return {**self._report, **recovery, "executor": self.story.to_dict()}
 
     def update(self, report: dict[str, Any]) -> None:
-        """Take over a worker's report; the phases stay those of the first one."""
-        self._report = {**report, "phases": self._report.get("phases") or report.get("phases", {})}
+        """Take over a worker's report; the phases stay those of the first one, and peaks those of all."""
+        before = self._report
+        memory, peak_before = report.get("gpu_memory") or {}, before.get("gpu_memory") or {}
+        peaks = {k: max(v, peak_before.get(k, 0.0)) for k, v in memory.items() if k.startswith("peak_")}
+        self._report = {
+            **report,
+            "phases": before.get("phases") or report.get("phases", {}),
+            "gpu_memory": {**memory, **peaks},
+            "peak_host_gb": max(report.get("peak_host_gb", 0.0), before.get("peak_host_gb", 0.0)),
+        }
 
     def extend(self, shapes: Sequence[WarmupShape], texts: Sequence[tuple[str, int]]) -> None:
         """Get the worker, and every later one, ready for another job. The phases then tell of this job."""

@@ -162,11 +162,11 @@ def _recoveries(report: dict[str, Any]) -> list[str]:
     found = list(report.get("recovery", []))[:PRINTED]
     workers = report.get("executor", {})
     if workers.get("restarts"):
-        found.append(f"{workers['restarts']} worker processes died and were replaced; the last {workers['deaths'][-1]}")
-    if workers.get("recycled"):
         found.append(
-            f"{workers['recycled']} worker processes were replaced because they had grown or served long enough"
+            f"workers that died and were replaced: {workers['restarts']} (the last one {workers['deaths'][-1]})"
         )
+    if workers.get("recycled"):
+        found.append(f"workers that were replaced for their size or age: {workers['recycled']}")
     return found
 
 
