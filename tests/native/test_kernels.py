@@ -110,10 +110,13 @@ def test_add_bias_residual(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (5, 3), (8, 16)])
 def test_interleave(dtype: torch.dtype, height: int, width: int) -> None:
-    phases, bias = pixels(4 * 24, height + 1, width + 1, dtype), randn(24, seed=1, dtype=dtype)
-    got = triton_ops.interleave(phases, bias)
-    assert got.shape == (2, 24, 2 * height, 2 * width)
-    close(got, torch_ops.interleave(phases, bias))
+    bias = randn(24, seed=1, dtype=dtype)
+    got, expected = (torch.full_like(pixels(24, 2 * height, 2 * width, dtype), torch.nan) for _ in range(2))
+    for row in range(2):
+        phases = pixels(2 * 24, height + 1, width + 1, dtype, seed=row)
+        triton_ops.interleave(phases, bias, row, got)
+        torch_ops.interleave(phases, bias, row, expected)
+    close(got, expected)
 
 
 def test_no_fused_kernels_without_a_gpu() -> None:

@@ -40,11 +40,13 @@ def qk_norm_rope(
     qkv [batch, tokens, 3 * heads * head_dim]; weight [2, head_dim] float32 (query's, key's);
     cos, sin [tokens, head_dim / 2] float32. Returns query, key, value, each [batch, tokens, heads, head_dim].
     """
-    heads_and_dim = (3, -1, weight.shape[-1])
-    split = qkv.unflatten(-1, heads_and_dim)
-    normed = F.rms_norm(split[:, :, :2].float(), weight.shape[-1:], None, eps) * weight[:, None, :]
+    split = qkv.unflatten(-1, (3, -1, weight.shape[-1]))
+    x = split[:, :, :2].float()
+    # By the vector's norm: F.rms_norm takes several passes on the CPU.
+    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+    normed = (x * square.div_(weight.shape[-1]).add_(eps).rsqrt_()).mul_(weight[:, None, :])
     pairs = torch.view_as_complex(normed.unflatten(-1, (-1, 2)))
-    turned = torch.view_as_real(pairs * torch.complex(cos, sin)[:, None, None, :]).flatten(-2).to(qkv.dtype)
+    turned = torch.view_as_real(pairs.mul_(torch.complex(cos, sin)[:, None, None, :])).flatten(-2).to(qkv.dtype)
     return turned[:, :, 0], turned[:, :, 1], split[:, :, 2]
 
 
@@ -52,7 +54,7 @@ def swiglu(w1w3: torch.Tensor) -> torch.Tensor:
     """silu(w1 x) * (w3 x) of the fused product [..., 2 * hidden]: w1's half first."""
     gate, value = w1w3.chunk(2, dim=-1)
     if w1w3.dtype == torch.float32:
-        return F.silu(gate) * value
+        return F.silu(gate).mul_(value)
     return (F.silu(gate.float()) * value.float()).to(w1w3.dtype)
 
 
@@ -81,18 +83,13 @@ def add_bias_residual(x: torch.Tensor, bias: torch.Tensor, residual: torch.Tenso
     return x.add_(residual).add_(bias[:, None, None])
 
 
-def interleave(phases: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """Four pictures of one pixel in four to the whole, plus bias [channels].
+def interleave(phases: torch.Tensor, bias: torch.Tensor, row: int, out: torch.Tensor) -> None:
+    """Write two pictures of one pixel in four, plus bias [channels], to the even (row 0) or odd (1) rows of ``out``.
 
-    phases [batch, 4 * channels, height + 1, width + 1], those of pixel (0, 0), (0, 1), (1, 0) and (1, 1), where phase
-    (a, b) of position (i, j) is at (i + a, j + b). Returns [batch, channels, 2 * height, 2 * width], channels last.
+    phases [batch, 2 * channels, height + 1, width + 1], even columns' channels first; column b of position (i, j) is
+    at (i + row, j + b). out [batch, channels, 2 * height, 2 * width], channels last.
     """
-    batch, _, height, width = phases.shape
-    height, width, split = height - 1, width - 1, phases.unflatten(1, (2, 2, -1))
-    shape = (batch, len(bias), 2 * height, 2 * width)
-    out = torch.empty(shape, dtype=phases.dtype, device=phases.device, memory_format=torch.channels_last)
-    for row in range(2):
-        for column in range(2):
-            part = split[:, row, column, :, row : row + height, column : column + width]
-            torch.add(part, bias[:, None, None], out=out[:, :, row::2, column::2])
-    return out
+    height, width, split = phases.shape[2] - 1, phases.shape[3] - 1, phases.unflatten(1, (2, -1))
+    for column in range(2):
+        part = split[:, column, :, row : row + height, column : column + width]
+        torch.add(part, bias[:, None, None], out=out[:, :, row::2, column::2])

@@ -123,20 +123,17 @@ def add_bias_residual(x: torch.Tensor, bias: torch.Tensor, residual: torch.Tenso
     return x
 
 
-def interleave(phases: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def interleave(phases: torch.Tensor, bias: torch.Tensor, row: int, out: torch.Tensor) -> None:
     """See torch_ops."""
     phases = phases.contiguous(memory_format=torch.channels_last)
     batch, _, height, width = phases.shape
     height, width, channels = height - 1, width - 1, len(bias)
-    shape = (batch, channels, 2 * height, 2 * width)
-    out = torch.empty(shape, dtype=phases.dtype, device=phases.device, memory_format=torch.channels_last)
     block_c, block_r = _tile(channels)
-    rows = 4 * height * width
-    _interleave[(triton.cdiv(rows, block_r), batch)](
-        phases, bias, out, rows, width, (height + 1) * (width + 1), channels,
+    pixels = height * 2 * width
+    _interleave[(triton.cdiv(pixels, block_r), batch)](
+        phases, bias, out, row, pixels, width, (height + 1) * (width + 1), channels,
         BLOCK_R=block_r, BLOCK_C=block_c, num_warps=8,
     )  # fmt: skip
-    return out
 
 
 def _tile(channels: int) -> tuple[int, int]:
@@ -305,18 +302,19 @@ def _add_bias_residual(
 
 @triton.jit
 def _interleave(
-    phases_ptr, bias_ptr, out_ptr, rows, width, positions, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+    phases_ptr, bias_ptr, out_ptr, row, pixels, width, positions, channels,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     picture = tl.program_id(1).to(tl.int64)
     pixel = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     channel = tl.arange(0, BLOCK_C)
-    inside = (pixel[:, None] < rows) & (channel[None, :] < channels)
-    y, x = pixel // (2 * width), pixel % (2 * width)
-    # Pixel (2i + a, 2j + b) is phase (a, b) at (i + a, j + b) of a grid that is one wider than the input.
-    position = ((y + 1) // 2) * (width + 1) + (x + 1) // 2
-    phase = (y % 2) * 2 + x % 2
-    source = ((picture * positions + position) * 4 + phase) * channels
+    inside = (pixel[:, None] < pixels) & (channel[None, :] < channels)
+    i, x = pixel // (2 * width), pixel % (2 * width)
+    # Pixel (2i + row, 2j + b) is phase b at (i + row, j + b) of a grid that is one wider than the input.
+    position = (i + row) * (width + 1) + (x + 1) // 2
+    source = ((picture * positions + position) * 2 + x % 2) * channels
     bias = tl.load(bias_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)
     value = tl.load(phases_ptr + source[:, None] + channel[None, :], mask=inside, other=0.0).to(tl.float32)
-    place = (picture * rows + pixel[:, None]) * channels + channel[None, :]
+    target = (picture * 2 * pixels + (2 * i + row) * 2 * width + x) * channels
+    place = target[:, None] + channel[None, :]
     tl.store(out_ptr + place, (value + bias[None, :]).to(out_ptr.dtype.element_ty), mask=inside)
