@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from benchmarks import machine
+from benchmarks.device_memory import PeakDeviceMemory
 from benchmarks.variants import Variant, Work, readings
 
 LOG_TAIL = 1500
@@ -57,6 +58,8 @@ class Run:
     """Process start to the first picture complete on disk."""
     intervals: list[float] = field(default_factory=list)
     """Seconds between consecutive pictures."""
+    peak_device_gb: float | None = None
+    """Most GPU memory in use, by the driver's count; None where it cannot be read."""
     readings: dict[str, Any] = field(default_factory=dict)
     log_tail: str = ""
     """The end of its output, when it failed."""
@@ -152,8 +155,9 @@ def run_once(
     log = out / "log.txt"
     try:
         command, environment = variant.command(work, out), variant.environment()
+        memory = PeakDeviceMemory()
         began, clock = time.time(), time.perf_counter()
-        with log.open("wb") as stream:
+        with log.open("wb") as stream, memory:
             code = _wait(start(command, stream, environment), timeout)
         wall = time.perf_counter() - clock
         times = sorted(path.stat().st_ctime - began for path in out.rglob("*.png"))
@@ -162,6 +166,7 @@ def run_once(
             variant=variant.name, cache=cache, round=number, returncode=code, wall_seconds=wall,
             first_png_seconds=times[0] if times else None,
             intervals=[b - a for a, b in itertools.pairwise(times)],
+            peak_device_gb=memory.peak_gb,
             readings=readings(variant, out),
             log_tail=(log.read_text(errors="replace")[-LOG_TAIL:] or "no output") if failed else "",
         )  # fmt: skip
@@ -193,7 +198,7 @@ def median(values: Sequence[float]) -> float:
 def _line(run: Run) -> str:
     first = f"{run.first_png_seconds:7.2f}" if run.first_png_seconds is not None else "      -"
     later = f"{statistics.mean(run.intervals):6.3f}" if run.intervals else "     -"
-    memory = run.readings.get("memory", {}).get("peak_allocated_gb")
+    memory = run.peak_device_gb or run.readings.get("memory", {}).get("peak_allocated_gb")
     shown = f"{memory:5.1f} GB" if memory else ""
     note = f"  FAILED ({run.returncode}): {run.log_tail.strip().splitlines()[-1:]}" if run.log_tail else ""
     return f"{run.cache:8}{run.round} {run.variant:32} first {first} s  later {later} s  {shown}{note}"

@@ -92,7 +92,8 @@ def table(rows: Sequence[Row]) -> list[str]:
     base_name = next((row.variant for row in rows if row.variant == NAIVE.name), rows[0].variant if rows else "")
     lines = [
         f"| contestant | page cache | to the first picture, s | {base_name} / this "
-        f"| s a picture after | {base_name} / this | p95, s | jitter, s | peak allocated / reserved, GB | processes |",
+        f"| s a picture after | {base_name} / this | p95, s | jitter, s "
+        "| peak GB: device / torch allocated / reserved | processes |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -107,7 +108,7 @@ def table(rows: Sequence[Row]) -> list[str]:
             _ratio(base.seconds_per_image, row.seconds_per_image),
             _plain(row.p95, 3),
             _plain(row.jitter, 3),
-            f"{_plain(row.peak_allocated, 1)} / {_plain(row.peak_reserved, 1)}",
+            f"{_plain(row.peak_device, 1)} / {_plain(row.peak_allocated, 1)} / {_plain(row.peak_reserved, 1)}",
             str(row.first_png.count if row.first_png else 0),
         ]
         lines.append("| " + " | ".join(cells) + " |")

@@ -54,6 +54,8 @@ class Row:
     """Their standard deviation."""
     peak_allocated: Spread | None
     peak_reserved: Spread | None
+    peak_device: Spread | None
+    """By the driver's count, with the CUDA context and what was allocated past torch."""
     phases: dict[str, float]
     """Median seconds of each of PHASES."""
     failures: list[str]
@@ -90,6 +92,7 @@ def _row(name: str, cache: str, ours: bool, runs: list[dict[str, Any]]) -> Row:
         jitter=of(drew, lambda run: statistics.pstdev(run["intervals"])),
         peak_allocated=of(good, lambda run: run["readings"].get("memory", {}).get("peak_allocated_gb")),
         peak_reserved=of(good, lambda run: run["readings"].get("memory", {}).get("peak_reserved_gb")),
+        peak_device=of(good, lambda run: run.get("peak_device_gb")),
         phases={p: statistics.median(each[p] for each in phases) for p in PHASES} if phases else {},
         failures=[f"exit {run['returncode']}: {_last_line(run['log_tail'])}" for run in runs if run["log_tail"]],
     )

@@ -7,10 +7,11 @@ import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import harness, machine
+from benchmarks import device_memory, harness, machine
 from benchmarks.harness import Budget, Results, Scenario, in_turn, measure, run_once
 from benchmarks.scenarios import SCENARIOS, TINY
 from benchmarks.variants import NAIVE, Variant, Work, ours
@@ -19,6 +20,7 @@ WORK = Work(model=TINY, images=3, size=128, steps=2, device="cpu")
 DRAWS = """
 import json, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 out = Path(sys.argv[1])
 time.sleep(0.3)
 for n in range(3):
@@ -156,3 +158,27 @@ def test_a_peer_and_this_runner_end_to_end(variant: Variant) -> None:
     assert len(run.intervals) == 2
     assert run.readings["phases"]["import"] > 0
     assert run.readings.get("engine") == (None if variant.script else "diffusers")
+
+
+def test_device_memory_counts_what_was_added_since_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Nvml:
+        """20 GB were in use before, then 21, then 20.5."""
+
+        values = iter([20.0, 21.0, 20.5])
+        last = 0.0
+
+        def nvmlDeviceGetMemoryInfo(self, handle: object) -> SimpleNamespace:
+            self.last = next(self.values, self.last)
+            return SimpleNamespace(used=self.last * 1e9)
+
+    monkeypatch.setattr(device_memory, "_open", lambda: (Nvml(), None))
+    with device_memory.PeakDeviceMemory() as memory:
+        time.sleep(0.4)
+    assert memory.peak_gb == pytest.approx(1.0)
+
+
+def test_without_a_gpu_device_memory_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_memory, "_open", lambda: (None, None))
+    with device_memory.PeakDeviceMemory() as memory:
+        pass
+    assert memory.peak_gb is None
