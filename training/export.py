@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,27 @@ def save_checkpoint(folder: Path, transformer: Any, encoder: Any, vae: Any, toke
     partial.rename(folder)
 
 
+def install(source: Path, target: Path) -> int:
+    """Copy a checkpoint's files over those in `target`, each replaced at once; return the bytes there.
+
+    Files that the checkpoint lacks (the model card) stay. The folder that a part was loaded from, which diffusers notes
+    in its config, is dropped.
+    """
+    for file in sorted(f for f in source.rglob("*") if f.is_file()):
+        content, place = file.read_bytes(), target / file.relative_to(source)
+        if file.name == "config.json":
+            config = {k: v for k, v in json.loads(content).items() if k != "_name_or_path"}
+            content = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+        place.parent.mkdir(parents=True, exist_ok=True)
+        partial = place.with_name(place.name + ".partial")
+        partial.write_bytes(content)
+        partial.replace(place)
+    return sum(f.stat().st_size for f in target.rglob("*") if f.is_file())
+
+
 def main(cfg: TrainingConfig) -> None:
     """Put the trained checkpoint into the package."""
-    source = Path(cfg.data.work) / "nano"
-    shutil.copytree(source, ASSETS, dirs_exist_ok=True)
-    size = sum(f.stat().st_size for f in ASSETS.rglob("*") if f.is_file())
+    size = install(Path(cfg.data.work) / "nano", ASSETS)
     print(f"{ASSETS}: {size / 1e6:.1f} MB")
 
 
