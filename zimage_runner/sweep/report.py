@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import logging
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from zimage_runner.logs import say
 from zimage_runner.outputs.atomic import directory, write_file
 
 log = logging.getLogger(__name__)
@@ -96,7 +98,7 @@ class SweepReport(Callback):
             from zimage_runner.sweep.grid import write_grids
 
             write_grids(root, jobs, fields, tile=self._tile)
-        print(root)
+        say(str(root), sys.stdout)
 
     def _jobs(self, root: Path, expected: list[dict[str, str]]) -> list[SweptJob]:
         found = {int(path.name): read_job(path) for path in root.iterdir() if path.name.isdigit() and path.is_dir()}

@@ -1,0 +1,108 @@
+"""``dry_run=true``: what it says, and that it costs little."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+def table(out: str) -> dict[str, str]:
+    rows = [line.strip().partition("  ") for line in out.splitlines() if line[2:3].strip()]
+    return {name.strip(): value.strip() for name, _, value in rows}
+
+
+def test_what_it_says(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text(f"a cat\na cat\n{'very ' * 600}long\na dog --g 2\n")
+    code, out, err = cli(
+        "prompts=text_file", "prompts.path=p.txt", "seeds=[1,2]", "engine.batch_size=2", "dry_run=true"
+    )
+    assert code == 0, err
+    said = table(out)
+    assert said["items"] == "8 pictures of 4 prompts"
+    assert said["batches"] == "4 of at most 2, 3 shapes"
+    assert said["prompts to encode"] == "4"  # one text twice, one empty negative prompt
+    assert said["truncated"] == "1"
+    assert re.search(r"p\.txt:3: the prompt has \d{3,} tokens, the last \d+ are cut off", out)
+    assert "p.txt:2 is the same picture as p.txt:1, seed 1,2" in out
+    assert "unknown: no earlier run" in said["time"]
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_time_goes_by_the_last_comparable_run(cli: Cli) -> None:
+    code, out, err = cli("prompt=a", "seeds=[1,2,3]", "sampling.num_inference_steps=2", "warmup=none")
+    assert code == 0, err
+    run = Path(out.strip())
+    summary = json.loads((run / "summary.json").read_text())
+    summary["images"]["mean_seconds"], summary["phases"] = 10.0, {"load": 7.0}
+    (run / "summary.json").write_text(json.dumps(summary))
+    for steps, said in ((2, "about 47 s"), (4, "about 87 s")):
+        code, out, _ = cli("prompt=b", "seeds=0-3", f"sampling.num_inference_steps={steps}", "dry_run=true")
+        assert code == 0
+        assert table(out)["time"].startswith(f"{said}, going by {run.relative_to(Path.cwd())}")
+        assert ("scaled" in out) == (steps == 4)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"comparable": 3}', '{"comparable": {"digest": "x"}}', "\xff"])
+def test_foreign_summaries_are_passed_over(cli: Cli, tmp_path: Path, text: str) -> None:
+    (tmp_path / "outputs" / "a" / "b").mkdir(parents=True)
+    (tmp_path / "outputs" / "a" / "b" / "summary.json").write_bytes(text.encode("latin-1"))
+    code, out, err = cli("prompt=a", "dry_run=true")
+    assert code == 0, err
+    assert "unknown: no earlier run" in out
+
+
+def test_no_torch_and_quick(tmp_path: Path) -> None:
+    """CPU seconds of a fresh process; the promise for 1,000 prompts is one second."""
+    (tmp_path / "p.txt").write_text("".join(f"a photo of thing {n}\n" for n in range(1000)))
+    code = (
+        "import sys, resource; from zimage_runner.cli import main\n"
+        "rc = main(['prompts=text_file', 'prompts.path=p.txt', 'dry_run=true'])\n"
+        "heavy = {'torch', 'diffusers', 'transformers'} & set(sys.modules)\n"
+        "use = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "print(rc, sorted(heavy), use.ru_utime + use.ru_stime)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    rc, heavy, seconds = done.stdout.splitlines()[-1].rsplit(" ", 2)
+    assert (rc, heavy) == ("0", "[]"), done.stderr
+    assert float(seconds) < 2.0
+
+
+def test_many_prompts(cli: Cli, tmp_path: Path) -> None:
+    """A tenth of the promise (100,000 prompts x 10 seeds in 20 s), in this thread's CPU seconds."""
+    (tmp_path / "p.txt").write_text("".join(f"a photo of thing {n}, in style {n % 7}\n" for n in range(10_000)))
+    started = time.process_time()
+    code, out, err = cli("prompts=text_file", "prompts.path=p.txt", "seeds=0-9", "dry_run=true")
+    assert code == 0, err
+    assert table(out)["items"] == "100,000 pictures of 10,000 prompts"
+    assert time.process_time() - started < 2 * 2.0 + 1.0
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_prompts_x_ten_seeds(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("".join(f"a photo of thing {n}, in style {n % 7}\n" for n in range(100_000)))
+    argv = [sys.executable, "-m", "zimage_runner", "prompts=text_file", "prompts.path=p.txt", "seeds=0-9"]
+    process = subprocess.Popen([*argv, "dry_run=true"], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    assert usage.ru_utime + usage.ru_stime < 20
+    assert usage.ru_maxrss < 1_000_000
+
+
+def test_shipped_sets_are_good(cli: Cli) -> None:
+    for name, count in (("everyday", 50), ("emoji", 32)):
+        code, out, err = cli(f"prompts={name}", "dry_run=true")
+        assert code == 0, err
+        assert f"{count} pictures of {count} prompts" in out
+        assert table(out)["drawn twice"] == "none"
+        assert table(out)["truncated"] == "none"

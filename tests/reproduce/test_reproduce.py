@@ -1,0 +1,105 @@
+"""A picture drawn again from its own metadata."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from zimage_runner.errors import UserError
+from zimage_runner.outputs.metadata import JSON_KEY, read_metadata
+from zimage_runner.reproduce import main, read_recipe, recipe_config
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def picture(cli: Cli) -> Path:
+    code, out, err = cli(
+        "prompt=a red apple, (8k) ${x} 一只猫", "seeds=7", "sampling.num_inference_steps=2",
+        "sampling.guidance_scale=1.5", "sampling.negative_prompt=dog, \"quoted\"", "warmup=none",
+    )  # fmt: skip
+    assert code == 0, err
+    return next(Path(out.strip()).glob("items/*/*/image.png"))
+
+
+def rewritten(picture: Path, target: Path, change: Callable[[dict], object], pixels: bool = False) -> Path:
+    recipe = read_metadata(picture).recipe
+    assert recipe is not None
+    change(recipe)
+    info = PngInfo()
+    info.add_text(JSON_KEY, json.dumps(recipe))
+    with Image.open(picture) as image:
+        copy = image.copy()
+    if pixels:
+        copy.putpixel((3, 3), (255, 0, 255))
+    copy.save(target, pnginfo=info)
+    return target
+
+
+def test_identical(picture: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    capfd.readouterr()
+    assert main([str(picture), f"output_file={tmp_path}/again.png"]) == 0
+    assert capfd.readouterr().out == f"{picture}: identical\n"
+    with Image.open(picture) as was, Image.open(tmp_path / "again.png") as again:
+        assert was.tobytes() == again.tobytes()
+
+
+def test_what_differs_is_told(picture: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    changed = rewritten(picture, tmp_path / "x.png", lambda r: r["versions"].update(torch="1.0"), pixels=True)
+    assert main([str(changed)]) == 1
+    out = capfd.readouterr().out
+    assert "torch was 1.0, now " in out
+    assert "not identical: 0.01% of the pixels differ" in out
+    assert main([str(picture), "seeds=8"]) == 1
+
+
+def test_the_users_settings_win(picture: Path) -> None:
+    config = recipe_config(read_recipe(picture), ["sampling.num_inference_steps=3", "engine=diffusers"])
+    assert config.sampling.num_inference_steps == 3
+    assert config.sampling.guidance_scale == 1.5
+    assert config.seeds == [7]
+    assert type(config.engine).__name__ == "DiffusersEngine"
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda r: r.pop("prompt"), "its metadata has no prompt"),
+        (lambda r: r.update(seed="7"), "its metadata has no seed"),
+        (lambda r: r.update(params=[1]), "its metadata has no params"),
+        (lambda r: r["params"].update(height=100), "sampling.height=100 is not a positive multiple of 16"),
+        (lambda r: r["params"].update(height="a; rm -rf /"), "height"),
+        (lambda r: r.update(prompt="a\0b"), "the prompt holds a NUL character"),
+        (lambda r: r.update(seed=-1), "seeds: -1 is out of range"),
+    ],
+)
+def test_hostile_metadata(picture: Path, tmp_path: Path, capfd, change, expected: str) -> None:
+    capfd.readouterr()
+    assert main([str(rewritten(picture, tmp_path / "x.png", change))]) == 2
+    err = capfd.readouterr().err
+    assert expected in err
+    assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["../../../tmp/evil", "x=y", "a,b", "${oc.env:HOME}", "", 7, None])
+def test_names_in_metadata_are_no_commands(picture: Path, name: object) -> None:
+    recipe = read_recipe(picture)
+    recipe["model"]["name"] = recipe["numerics"]["engine"] = name
+    config = recipe_config(recipe, [])
+    assert config.model.name == "zimage_nano", "an unknown name falls back on the default, or on what the user says"
+
+
+def test_other_files(tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="cannot be read as a PNG"):
+        read_recipe(tmp_path / "x.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "y.png")
+    with pytest.raises(UserError, match="carries no zimage_runner metadata"):
+        read_recipe(tmp_path / "y.png")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_recipe(tmp_path / "missing.png")
