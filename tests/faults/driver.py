@@ -163,6 +163,16 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+def all_gone(pids: list[int], within_s: float = 10.0) -> bool:
+    """Whether these processes end by themselves. On a busy machine even a killed one takes its time."""
+    deadline = time.monotonic() + within_s
+    while any(is_alive(pid) for pid in pids):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.005)
+    return True
+
+
 def kill(pid: int, number: signal.Signals = signal.SIGKILL) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.faults.driver import Run, children_of, is_alive, kill
+from tests.faults.driver import Run, all_gone, children_of, kill
 
 PROCESS = ["executor=process", "executor.backoff_s=0.01", "executor.max_restarts=1000"]
 CAMPAIGN = 7
@@ -27,8 +27,7 @@ def kill_the_process(tmp_path, overrides: list[str], rounds: int, seed: int) -> 
         workers = children_of(process.pid)
         kill(process.pid)
         process.join(10)
-        time.sleep(0.02)
-        assert not [pid for pid in workers if is_alive(pid)]
+        assert all_gone(workers)
         if run.started:
             run.check(complete=False)
     assert run.execute() == 0, run.log

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.faults.driver import children_of, is_alive, kill
+from tests.faults.driver import all_gone, children_of, kill
 
 SEEDS = 5
 
@@ -68,8 +68,7 @@ def test_killed_and_resumed_the_pixels_are_the_same(tmp_path, undisturbed, execu
         workers = children_of(process.pid)
         kill(process.pid)
         process.wait()
-        time.sleep(0.1)
-        assert not [pid for pid in workers if is_alive(pid)]
+        assert all_gone(workers)
     assert start(tmp_path, executor).wait(120) == 0, (tmp_path / "log").read_text()
     again = pictures(tmp_path / "run")
     assert again.keys() == undisturbed.keys()

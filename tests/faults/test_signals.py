@@ -16,7 +16,7 @@ import time
 
 import pytest
 
-from tests.faults.driver import Run, children_of, is_alive, kill
+from tests.faults.driver import Run, all_gone, children_of, kill
 
 INLINE: list[str] = []
 PROCESS = ["executor=process"]
@@ -83,8 +83,7 @@ def test_the_second_signal_exits_at_once_even_when_the_engine_hangs(tmp_path, ov
     kill(process.pid, signal.SIGINT)
     process.join(5)
     assert process.exitcode == 130
-    time.sleep(0.1)
-    assert not [pid for pid in workers if is_alive(pid)]
+    assert all_gone(workers)
     run.check(complete=False)
     assert run.execute() == 0
     run.check()
