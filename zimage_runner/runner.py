@@ -126,6 +126,8 @@ class Run:
 
     def _begin(self, composed: Mapping[str, str]) -> None:
         """A new run leaves its prompts and settings for a later ``resume``; a resumed one is checked against them."""
+        kind = ", ".join(f"{name}={value}" for name, value in self.report["numerics"].items())
+        log.info("%d of %d pictures to draw (%s)", len(self.progress.todo), len(self.job.plan), kind)
         if self.job.config.resume is None:
             # The settings come last: a directory that has them is complete enough to be resumed.
             self.run_dir.write_file(SNAPSHOT_NAME, snapshot(self.job.plan.prompts))
@@ -215,6 +217,7 @@ class Run:
         except RunStopped as error:
             log.warning("%s", error)
         say(table(summary))
+        log.info("the run ended:\n%s", table(summary))
         if self.job.config.report is Report.article:
             say(article_table(summary))
         say(str(self.run_dir.path), sys.stdout)
