@@ -30,6 +30,12 @@ for n in range(3):
 """
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's own may hold digests of another version's embedded model."""
+    monkeypatch.setenv("ZIMAGE_RUNNER_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 class Script(Variant):
     """A contestant that is a few lines of Python."""
 
