@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -173,3 +174,22 @@ def test_the_fast_path_agrees_with_json(tmp_path):
     spaced = json.dumps(json.loads(fast)).encode() + b"\n"
     assert not module._FAST.fullmatch(spaced)
     assert module._parse(fast) == module._parse(spaced)
+
+
+@pytest.mark.slow
+def test_a_million_records_load_in_seconds(tmp_path):
+    """Fifteen are allowed on two slow cores; it took seven there."""
+    path = tmp_path / "records.jsonl"
+    tail = (
+        f'"fingerprint":"{"ab" * 32}","image":"image.png","sha256":"{"cd" * 32}","bytes":1779000,"pixels_sha256":'
+        f'"{"ef" * 32}","seconds":0.612386,"timings":{{"denoise":0.58}},"written":"2026-01-01T00:00:00.000+00:00"}}\n'
+    )
+    with open(path, "w") as file:
+        for n in range(1_000_000):
+            file.write(f'{{"item":"items/{n:06d}_a_cat/seed_1","status":"ok","index":{n},"seed":1,{tail}')
+    started = time.perf_counter()
+    ledger = Ledger.load(path)
+    seconds = time.perf_counter() - started
+    assert len(ledger.entries) == 1_000_000
+    assert ledger.damaged == 0
+    assert seconds < 15

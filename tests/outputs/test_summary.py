@@ -74,6 +74,18 @@ def test_what_had_to_be_given_way_to_is_told():
     assert "note: workers that were replaced for their size or age: 1" in text
 
 
+def test_the_command_names_the_interpreter_as_the_shell_finds_it(tmp_path, monkeypatch):
+    program = tmp_path / ".venv" / "bin" / "python"
+    program.parent.mkdir(parents=True)
+    program.touch(mode=0o755)
+    monkeypatch.setattr("sys.executable", str(program))
+    monkeypatch.chdir(tmp_path)
+    assert resume_command(Path("/r")) == ".venv/bin/python -m zimage_runner resume=/r"
+    monkeypatch.chdir("/")
+    monkeypatch.setenv("PATH", str(program.parent))
+    assert resume_command(Path("/a b")) == "python -m zimage_runner 'resume=/a b'"
+
+
 def test_no_picture_at_all():
     text = table(summary_of([], planned=1).to_dict({}))
     assert "first image" not in text

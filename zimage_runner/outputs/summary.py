@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import shutil
 import statistics
 import sys
 import threading
@@ -22,8 +24,17 @@ LONGEST_ERROR = 300
 
 
 def resume_command(run_dir: Path) -> str:
-    """What to type to finish the run."""
-    return f"{shlex.quote(Path(sys.executable).name)} -m zimage_runner {shlex.quote(f'resume={run_dir}')}"
+    """What to type, in the folder where the run was started, to finish it."""
+    return shlex.join([_python(), "-m", "zimage_runner", f"resume={run_dir}"])
+
+
+def _python() -> str:
+    """This interpreter: by its name if the shell finds it by that, else by its path."""
+    name, path = Path(sys.executable).name, sys.executable
+    if (found := shutil.which(name)) is not None and os.path.abspath(found) == path:
+        return name
+    relative = os.path.relpath(path)
+    return path if relative.startswith("..") else relative
 
 
 class Summary:
