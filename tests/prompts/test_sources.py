@@ -82,6 +82,10 @@ def test_csv_multiline_cells_keep_line_numbers(tmp_path):
 def test_tsv_and_semicolons(tmp_path):
     (tmp_path / "p.tsv").write_text("text\tseed\na, b\t5\n")
     assert read_prompts(Csv(path=str(tmp_path / "p.tsv")))[0].seeds == (5,)
+    (tmp_path / "q.tsv").write_text('text\n"Stop" says "x"\n')
+    assert texts(Csv(path=str(tmp_path / "q.tsv"))) == ['"Stop" says "x"']
+    (tmp_path / "q.tsv").write_text('text\tid\n"a\tb"\t1\n')
+    assert texts(Csv(path=str(tmp_path / "q.tsv"), quotes=True)) == ["a\tb"]
     (tmp_path / "p.csv").write_text("text;seed\na, b;5\n")
     assert read_prompts(Csv(path=str(tmp_path / "p.csv"), delimiter=";"))[0].text == "a, b"
 

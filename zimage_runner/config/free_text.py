@@ -24,6 +24,8 @@ FREE_TEXT_FIELDS = frozenset(
 """Texts and paths, which may hold blanks, brackets and any script.
 
 A path is a sweep in a multirun only when its values are quoted one by one, like a prompt's."""
+OPEN_MAPPINGS = ("prompts.columns", "prompts.template.fill")
+"""Mappings whose keys are the user's own. Hydra wants ``++`` before a new key, which nobody should have to know."""
 _ASSIGNMENT = re.compile(r"(?s)(?P<key>\+{0,2}[\w./@]+)=(?P<value>.*)")
 
 
@@ -45,12 +47,18 @@ def _quote(arg: str, multirun: bool) -> str:
     match = _ASSIGNMENT.fullmatch(arg)
     if match and match["key"] == "seeds" and re.fullmatch(r"\s*\{[^{}]*\}\s*", match["value"]):
         return f"seeds={hydra_quote(match['value'])}"  # OmegaConf cannot put a mapping where a list was
+    if match and _is_open(match["key"]):
+        return f"++{arg}"
     if not match or match["key"].lstrip("+") not in FREE_TEXT_FIELDS:
         return arg
     value = match["value"]
     if value == "null" or _is_quoted(value) or (multirun and _is_sweep(value)):
         return arg
     return f"{match['key']}={hydra_quote(value)}"
+
+
+def _is_open(key: str) -> bool:
+    return any(key == mapping or key.startswith(f"{mapping}.") for mapping in OPEN_MAPPINGS)
 
 
 def hydra_quote(text: str) -> str:

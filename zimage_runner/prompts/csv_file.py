@@ -21,6 +21,8 @@ class Csv(TableSource):
     path: str | None = None
     delimiter: str | None = None
     """One character; null is a tab for .tsv and .tab files, else a comma."""
+    quotes: bool | None = None
+    """Whether "..." encloses a cell. null: yes, but not between tabs, where quotation marks are usually text."""
 
     def read(self) -> Iterator[Prompt]:
         file = input_path(self.path, "csv")
@@ -28,7 +30,7 @@ class Csv(TableSource):
         if len(delimiter) != 1 or delimiter in '\r\n"':
             raise UserError(f"prompts.delimiter={delimiter!r} is not one character, such as ',' or ';'")
         reader = RowReader(self)
-        rows = _rows(file, delimiter)
+        rows = _rows(file, delimiter, quotes=delimiter != "\t" if self.quotes is None else self.quotes)
         where, names = next(rows)
         _check_names(names, where)
         reader.check_header(tuple(names), where)
@@ -36,11 +38,12 @@ class Csv(TableSource):
             yield reader.prompt(_row(names, cells, where), where)
 
 
-def _rows(file: Path, delimiter: str) -> Iterator[tuple[str, list[str]]]:
+def _rows(file: Path, delimiter: str, *, quotes: bool) -> Iterator[tuple[str, list[str]]]:
     """``file:line`` of each row's first line, and its cells; blank lines are skipped."""
     csv.field_size_limit(MAX_LINE_BYTES)
     lines = (line + "\n" for _, line in file_lines(file))
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    quoting = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
+    reader = csv.reader(lines, delimiter=delimiter, strict=True, quoting=quoting)
     while True:
         where = f"{file}:{reader.line_num + 1}"
         try:
