@@ -23,11 +23,14 @@ def gpu_memory() -> dict[str, float]:
     if torch is None:
         return {}
     stats = torch.cuda.memory_stats()
+    # Preloaded weights lie outside torch's allocator; they are there from before its first allocation to the end.
+    driver = sys.modules.get("zimage_runner.weights.cuda_driver")
+    outside = driver.allocated_bytes() if driver is not None else 0
     reading = {
-        "allocated_gb": stats["allocated_bytes.all.current"] / GB,
-        "reserved_gb": stats["reserved_bytes.all.current"] / GB,
-        "peak_allocated_gb": stats["allocated_bytes.all.peak"] / GB,
-        "peak_reserved_gb": stats["reserved_bytes.all.peak"] / GB,
+        "allocated_gb": (stats["allocated_bytes.all.current"] + outside) / GB,
+        "reserved_gb": (stats["reserved_bytes.all.current"] + outside) / GB,
+        "peak_allocated_gb": (stats["allocated_bytes.all.peak"] + outside) / GB,
+        "peak_reserved_gb": (stats["reserved_bytes.all.peak"] + outside) / GB,
     }
     return reading | {name: max(before, reading[name]) for name, before in _peaks_before_reset.items()}
 

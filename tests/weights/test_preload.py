@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from zimage_runner.weights import preload
-from zimage_runner.weights.cuda_driver import CudaDriver, CudaUnavailable
+from zimage_runner.weights.cuda_driver import CudaDriver, CudaUnavailable, allocated_bytes
 from zimage_runner.weights.preload import Preload
 
 pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc for the fake driver")
@@ -47,6 +47,15 @@ def test_every_byte_arrives(driver: CudaDriver, tmp_path: Path) -> None:
     for name, size in sizes.items():
         assert on_device(load.take(tmp_path / name)) == content(name, size)
     assert load.seconds.keys() == {tmp_path / name for name, size in sizes.items() if size}
+
+
+def test_memory_outside_torch_is_counted(driver: CudaDriver, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"x" * 10_000)
+    before = allocated_bytes()
+    buffer = Preload([(tmp_path / "a", 0, 10_000)], driver=driver).take(tmp_path / "a")
+    assert allocated_bytes() == before + 10_000
+    del buffer
+    assert allocated_bytes() == before
 
 
 def test_the_switch_interval_is_given_back(driver: CudaDriver, tmp_path: Path) -> None:

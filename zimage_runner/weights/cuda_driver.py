@@ -7,11 +7,27 @@ that torch uses too. Names and signatures: CUDA Driver API reference.
 from __future__ import annotations
 
 import ctypes
+import threading
 from ctypes import byref, c_int, c_size_t, c_uint64, c_void_p
 
 LIBRARY = "libcuda.so.1"
 _EVENT_DISABLE_TIMING = 0x2
 _STREAM_NON_BLOCKING = 0x1
+
+
+_allocated = 0
+_lock = threading.Lock()
+
+
+def allocated_bytes() -> int:
+    """Device memory that this process holds through the driver: torch's own statistics do not see it."""
+    return _allocated
+
+
+def _count(nbytes: int) -> None:
+    global _allocated
+    with _lock:
+        _allocated += nbytes
 
 
 class CudaUnavailable(Exception):
@@ -40,10 +56,13 @@ class CudaDriver:
         """Device memory, 256-byte aligned; the address."""
         address = c_uint64()
         self._call("cuMemAlloc_v2", byref(address), c_size_t(nbytes))
+        _count(nbytes)
         return address.value
 
-    def free(self, address: int) -> None:
+    def free(self, address: int, nbytes: int) -> None:
+        """Give back what ``allocate`` gave."""
         self._call("cuMemFree_v2", c_uint64(address))
+        _count(-nbytes)
 
     def allocate_pinned(self, nbytes: int) -> int:
         """Page-locked host memory, which the device reads at the bus's speed; the address."""

@@ -47,7 +47,7 @@ class DeviceBuffer:
     def __del__(self) -> None:
         with contextlib.suppress(CudaUnavailable):
             self._driver.enter()
-            self._driver.free(self.address)
+            self._driver.free(self.address, self.nbytes)
 
 
 @dataclass(slots=True, eq=False)

@@ -24,7 +24,7 @@ class NativeEngine(EngineConfig):
     fused_kernels: bool = True
     """Triton kernels for what lies between two matrix products; off: plain PyTorch, as on machines without Triton."""
     cuda_graphs: int = 4
-    """Most picture shapes recorded as CUDA graphs at a time (about 0.5 GB of GPU memory for 1024x1024); 0: none."""
+    """Most picture shapes recorded as CUDA graphs at a time; 0: none. Only small ones (512x512) are: they gain."""
 
     def __post_init__(self) -> None:
         if self.cuda_graphs < 0:
@@ -51,8 +51,8 @@ class NativeEngine(EngineConfig):
         from zimage_runner.model import Prepare
         from zimage_runner.weights import prepared, source
 
-        if memory.staged:
-            # All networks at once on the device is what staging avoids.
+        if memory.staged or memory.per_process_fraction is not None:
+            # All networks at once on the device is what staging avoids; a limit of torch's binds its allocator alone.
             found = None if model.prepare is Prepare.never else prepared.find(checkpoint, model)
             weights = source.WeightsSource(checkpoint, model, found, preload=None)
         else:
