@@ -14,7 +14,7 @@ import torch
 
 from tests.native.conftest import CHECKPOINT
 from zimage_runner.compile import Compile
-from zimage_runner.engines.base import Device, EngineConfig
+from zimage_runner.engines.base import Device, Engine, EngineConfig
 from zimage_runner.engines.diffusers import DiffusersEngine
 from zimage_runner.engines.generate import generate_one
 from zimage_runner.engines.native.config import NativeEngine
@@ -52,14 +52,22 @@ def test_describes_itself(engine: NativeEngineAdapter) -> None:
     engine.synchronize()
 
 
+@pytest.fixture(scope="module")
+def diffusers_engine():
+    engine = create(DiffusersEngine(device=Device.cpu))
+    yield engine
+    engine.close()
+
+
 @pytest.mark.parametrize(
     "params",
     [PARAMS, replace(PARAMS, guidance_scale=2.0, negative_prompt="blurry", cfg_truncation=0.7, cfg_normalization=1.0)],
     ids=["plain", "guided"],
 )
-def test_draws_the_diffusers_engines_picture(engine: NativeEngineAdapter, params: SamplingParams) -> None:
-    reference = create(DiffusersEngine(device=Device.cpu))
-    expected = generate_one(reference, "a red apple", params, seed=7).wait()
+def test_draws_the_diffusers_engines_picture(
+    engine: NativeEngineAdapter, diffusers_engine: Engine, params: SamplingParams
+) -> None:
+    expected = generate_one(diffusers_engine, "a red apple", params, seed=7).wait()
     got = generate_one(engine, "a red apple", params, seed=7).wait()
     assert got.shape == (1, 128, 128, 3)
     assert got.dtype == np.uint8

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 import torch
 
+from tests.native.conftest import captions, noise
+from zimage_runner.engines.native import model as model_module
 from zimage_runner.engines.native.graphs import Function, GraphCache
+from zimage_runner.engines.native.model import NativeModel
 
 
 class Recorder:
@@ -74,4 +78,19 @@ def test_clear_starts_afresh() -> None:
     cache.clear()
     assert len(cache) == 0
     run(cache, "a")
+    assert recorder.captures == 1
+
+
+def test_small_pictures_are_recorded_and_large_ones_are_not(
+    native: NativeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = Recorder()
+    monkeypatch.setattr(native, "graphs", GraphCache(2, recorder))
+    embeds, small, large = captions(5), noise(1, 32, 32), noise(1, 96, 96)
+    monkeypatch.setattr(model_module, "RECORDED_TOKENS", 64)
+    pictures = [native.denoise(embeds, small, 3) for _ in range(3)]
+    assert (recorder.captures, recorder.replays) == (1, 6)
+    assert all(torch.equal(picture, pictures[0]) for picture in pictures)
+    for _ in range(3):
+        native.denoise(embeds, large, 1)
     assert recorder.captures == 1

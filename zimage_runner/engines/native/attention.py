@@ -1,7 +1,8 @@
 """Choosing the attention kernel: PyTorch's scaled dot product attention backends, or FlashAttention 3.
 
 No mask is ever needed: items of one batch have equal padded lengths, and padding tokens are attended to.
-On a Hopper GPU cuDNN's kernel ran at 576 TFLOP/s where PyTorch's flash kernel ran at 327.
+On an H200, 30 heads x 4128 x 128: FlashAttention 3 ran at 511 to 578 TFLOP/s, cuDNN's kernel at 536, PyTorch's flash
+kernel at 325; eight forwards took 3.3 % less time with FlashAttention 3 than with cuDNN.
 """
 
 from __future__ import annotations

@@ -15,9 +15,7 @@ FUSES_BIAS: bool = False
 
 def scaled_rms_norm(x: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
     """x / rms(x) * scale. x [..., dim]; scale [dim] float32; result in x's dtype."""
-    if x.dtype == torch.float32:
-        return F.rms_norm(x, x.shape[-1:], scale, eps)
-    return F.rms_norm(x.float(), x.shape[-1:], scale, eps).to(x.dtype)
+    return _rms_norm(x.float(), scale, eps).to(x.dtype)
 
 
 def add_gated_norm(
@@ -28,7 +26,7 @@ def add_gated_norm(
     x' = x + update / rms(update) * gate; h = x' / rms(x') * next_scale. x, update [..., dim]; gate, next_scale [dim]
     float32. Returns (x', h); h is x' itself without next_scale. x may be overwritten.
     """
-    x = (x.float() + F.rms_norm(update.float(), update.shape[-1:], gate, eps)).to(x.dtype)
+    x = _rms_norm(update.float(), gate, eps).add_(x.float()).to(x.dtype)
     return x, x if next_scale is None else scaled_rms_norm(x, next_scale, eps)
 
 
@@ -42,9 +40,7 @@ def qk_norm_rope(
     """
     split = qkv.unflatten(-1, (3, -1, weight.shape[-1]))
     x = split[:, :, :2].float()
-    # By the vector's norm: F.rms_norm takes several passes on the CPU.
-    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
-    normed = (x * square.div_(weight.shape[-1]).add_(eps).rsqrt_()).mul_(weight[:, None, :])
+    normed = _rms_norm(x, weight[:, None, :], eps)
     pairs = torch.view_as_complex(normed.unflatten(-1, (-1, 2)))
     turned = torch.view_as_real(pairs.mul_(torch.complex(cos, sin)[:, None, None, :])).flatten(-2).to(qkv.dtype)
     return turned[:, :, 0], turned[:, :, 1], split[:, :, 2]
@@ -93,3 +89,12 @@ def interleave(phases: torch.Tensor, bias: torch.Tensor, row: int, out: torch.Te
     for column in range(2):
         part = split[:, column, :, row : row + height, column : column + width]
         torch.add(part, bias[:, None, None], out=out[:, :, row::2, column::2])
+
+
+def _rms_norm(x: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / rms(x) * scale for float32 x; scale broadcasts."""
+    if x.is_cuda:
+        return F.rms_norm(x, x.shape[-1:], None, eps) * scale
+    # By the vectors' lengths: on the CPU, F.rms_norm is a chain of passes over memory.
+    mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+    return (x * mean_square.add_(eps).rsqrt_()).mul_(scale)
