@@ -24,14 +24,15 @@ class StopRequest:
         """SIGINT, SIGTERM or SIGHUP once one has arrived."""
         self._event = threading.Event()
         self._interruptible = False
+        self._interrupted = False
 
     def __bool__(self) -> bool:
         return self._event.is_set()
 
     @property
     def is_interruptible(self) -> bool:
-        """Whether a signal ends the current phase at once."""
-        return self._interruptible
+        """Whether a signal ends the current phase at once, or just did."""
+        return self._interruptible or self._interrupted
 
     def wait(self, seconds: float) -> bool:
         """Sleep, but no longer than until the request; whether there is one."""
@@ -57,7 +58,7 @@ class StopRequest:
         """Python-level handler, in the main thread."""
         self.set(signal.Signals(number).name)
         if self._interruptible:
-            self._interruptible = False
+            self._interruptible, self._interrupted = False, True
             raise KeyboardInterrupt
 
 

@@ -61,7 +61,9 @@ def test_then_tiles(faults):
     session, ladder, results = draw([2, 2])
     assert drawn(results) == dict.fromkeys(range(4))
     assert [c for c in session.calls if c[0]] == [(2, 1, False), (1, 1, False)] + [(1, 1, True)] * 4
-    assert all(r.details["recovery"] == ["VAE decoded in tiles"] for r in results)
+    wanted = ["smaller batch for want of memory", "VAE decoded in tiles"]
+    assert all(r.details["recovery"] == wanted for r in results)
+    assert all(r.details["batch_size"] == 1 for r in results)
     assert ladder.report()["recovery"][-1] == "out of memory with one picture of 32x32: decoding in tiles from now on"
 
 

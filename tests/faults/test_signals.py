@@ -12,11 +12,13 @@ import signal
 import subprocess
 import sys
 import termios
+import threading
 import time
 
 import pytest
 
 from tests.faults.driver import Run, all_gone, children_of, kill
+from zimage_runner.signals import graceful_stop
 
 INLINE: list[str] = []
 PROCESS = ["executor=process"]
@@ -99,6 +101,45 @@ def test_while_the_model_is_loading_one_signal_is_enough(tmp_path, overrides):
     process.join(10)
     assert process.exitcode == 130
     assert not run.run_dir.exists()
+
+
+def test_handlers_are_there_during_a_run_and_gone_after_it():
+    before = signal.getsignal(signal.SIGTERM)
+    with graceful_stop() as stop:
+        assert signal.getsignal(signal.SIGTERM) != before
+        assert not stop
+        assert not stop.wait(0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.wait(5)
+        assert stop.signal_name == "SIGTERM"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_one_signal_interrupts_a_phase_with_nothing_to_lose():
+    def load() -> None:
+        with stop.interruptible():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+
+    with graceful_stop() as stop:
+        with pytest.raises(KeyboardInterrupt):
+            load()
+        with pytest.raises(KeyboardInterrupt):  # asked for before it began
+            load()
+
+
+def test_outside_the_main_thread_there_are_no_handlers():
+    found = []
+
+    def run() -> None:
+        with graceful_stop() as stop:
+            found.append((bool(stop), signal.getsignal(signal.SIGTERM)))
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [(False, before)]
 
 
 def test_a_terminal_that_closes_does_not_end_a_run_under_nohup(tmp_path):

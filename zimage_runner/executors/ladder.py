@@ -39,6 +39,7 @@ class Ladder:
         self._on_step = on_step
         self._auto_batch = auto_batch
         self._limits: dict[Shape, int] = {}
+        self._halved: set[Shape] = set()
         self._tiled: set[Shape] = set()
         self.steps: list[str] = []
         """Every step down that was taken, for the summary."""
@@ -75,8 +76,12 @@ class Ladder:
                 self._limits[shape] = memory.pictures_that_fit(MOST_AUTO_BATCH)
                 log.info("engine.batch_size=auto: %d pictures of %dx%d", self._limits[shape], shape[1], shape[0])
             reading = gpu_memory()
-            details = {**({"gpu_memory": reading} if reading else {}), **done.details}
-            unusual = {"VAE decoded in tiles": shape in self._tiled, "VAE decoded in float32": attempt > 1}
+            details = {"batch_size": len(items), **({"gpu_memory": reading} if reading else {}), **done.details}
+            unusual = {
+                "smaller batch for want of memory": shape in self._halved,
+                "VAE decoded in tiles": shape in self._tiled,
+                "VAE decoded in float32": attempt > 1,
+            }
             if steps := [step for step, taken in unusual.items() if taken]:
                 details = {**details, "recovery": [*details.get("recovery", []), *steps]}
             yield BatchResult(items=items, images=done.images, details=details, attempt=attempt)
@@ -102,6 +107,7 @@ class Ladder:
         size = f"{shape[1]}x{shape[0]}"
         if count > 1:
             self._limits[shape] = count // 2
+            self._halved.add(shape)
             self._note(f"out of memory with {count} pictures of {size}: {count // 2} at a time from now on")
             return True
         if shape not in self._tiled:
