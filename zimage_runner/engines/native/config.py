@@ -41,6 +41,16 @@ class NativeEngine(EngineConfig):
                 f"memory={memory.placement} is not for engine=native, which keeps what it computes with on the GPU: "
                 "use memory=resident, memory=staged (8 GB less at the same speed), or engine=diffusers"
             )
+        for name, value, why in (
+            ("loading", memory.loading.value != "direct" and memory.loading.value, "weights go straight to the GPU"),
+            ("vae_tiling", memory.vae_tiling, "it decodes a picture at a time in a fraction of the usual memory"),
+            ("vae_slicing", memory.vae_slicing, "it decodes a picture at a time anyway"),
+        ):
+            if value:
+                raise UserError(
+                    f"memory.{name}={str(value).lower()} does nothing for engine=native ({why}): "
+                    "leave it out, or use engine=diffusers"
+                )
         if compile.label != "none":
             raise UserError(
                 f"compile={compile.label} does nothing for engine=native, whose kernels are fused already: "
