@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from zimage_runner.engines.base import Engine, EngineConfig
+from zimage_runner.engines.device import choose_device
 from zimage_runner.engines.diffusers import DiffusersEngine
 from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.errors import UserError
@@ -39,6 +40,7 @@ class AutoEngine(EngineConfig):
             DiffusersEngine(**self._fields()).check(model, memory, compile)
 
     def create(self, *, checkpoint: Checkpoint, model: Model, memory: Memory, compile: Compile) -> Engine:
+        choose_device(self.device)  # no engine helps where there is no GPU: one refusal, not two
         reason = self._why_not_native(model, memory, compile)
         if reason is None:
             try:
