@@ -17,7 +17,7 @@ from PIL import Image
 from zimage_runner.outputs.metadata import read_metadata
 
 PROGRAM = Path(__file__).with_name("kill_and_resume.py")
-ITEMS = 12
+ITEMS = 6
 
 
 def torture(kills: int, folder: Path) -> list[Path]:

@@ -113,23 +113,25 @@ def test_harmless_settings_may_change(cli: Cli) -> None:
     assert_whole(run, 4)
 
 
-@pytest.mark.parametrize(
-    ("override", "expected"),
-    [
-        ("sampling.num_inference_steps=2", "sampling.num_inference_steps was 1, now 2"),
-        ("seeds=[1,2,3]", "seeds was [1, 2], now [1, 2, 3]"),
-        ("prompts.texts=['x']", "prompts.texts was ['a red apple', '一只猫'], now ['x']"),
-        ("model.dtype=bfloat16", "model.dtype was 'auto', now 'bfloat16'"),
-        ("engine.noise_device=cuda", "engine.noise_device was 'cpu', now 'cuda'"),
-    ],
-)
-def test_settings_that_change_pictures_are_refused(cli: Cli, override: str, expected: str) -> None:
+OTHER_PICTURES = {
+    "sampling.num_inference_steps=2": "sampling.num_inference_steps was 1, now 2",
+    "seeds=[1,2,3]": "seeds was [1, 2], now [1, 2, 3]",
+    "prompts.texts=['x']": "prompts.texts was ['a red apple', '一只猫'], now ['x']",
+    "model.dtype=bfloat16": "model.dtype was 'auto', now 'bfloat16'",
+    "engine.noise_device=cuda": "engine.noise_device was 'cpu', now 'cuda'",
+}
+
+
+def test_settings_that_change_pictures_are_refused(cli: Cli) -> None:
     run = first_run(cli)
     before = images(run)
-    code, _, err = cli(f"resume={run}", override)
-    assert code == 2
-    assert expected in err
-    assert len(err.strip().splitlines()) == 1
+    for override, expected in OTHER_PICTURES.items():
+        code, _, err = cli(f"resume={run}", override)
+        assert code == 2
+        assert expected in err
+        assert len(err.strip().splitlines()) == 1
+    code, _, err = cli(f"resume={run}", *OTHER_PICTURES)
+    assert all(expected in err for expected in OTHER_PICTURES.values())
     assert images(run) == before
 
 
@@ -185,6 +187,32 @@ def test_dry_run_of_a_resume_tells_what_is_left(cli: Cli) -> None:
     assert code == 0, err
     assert "4 pictures of 2 prompts; 3 are done, 1 remain" in out
     assert sorted(p for p in run.rglob("*")) == before
+
+
+def test_a_job_of_a_multirun_is_resumed_by_itself(cli: Cli) -> None:
+    code, out, err = cli("-m", "prompt=a red apple", "seeds=[1,2],[3,4]", *RUN[2:])
+    assert code == 0, err
+    sweep = run_dir(out)
+    pixels = pixels_of(sweep / "1")
+    next(sweep.glob("1/items/*/seed_3/image.png")).unlink()
+    code, _, err = cli(f"resume={sweep}")
+    assert code == 2
+    assert "is a multirun: resume its jobs one by one" in err
+    code, _, err = cli(f"resume={sweep}/1")
+    assert code == 0, err
+    assert_whole(sweep / "1", 2)
+    assert pixels_of(sweep / "1") == pixels
+
+
+def test_the_options_of_the_first_run_are_named(cli: Cli) -> None:
+    """So that another default since then changes nothing."""
+    from zimage_runner.resume import resume_command_line
+
+    run = first_run(cli, "memory=staged")
+    argv = resume_command_line([f"resume={run}", "warmup=generate"])
+    assert {"engine=auto", "memory=staged", "model=zimage_nano", "sampling=default", "warmup=generate"} <= set(argv)
+    assert not {"warmup=none", "experiment=null"} & set(argv)
+    assert argv.count("memory=staged") == 1
 
 
 @pytest.mark.parametrize(

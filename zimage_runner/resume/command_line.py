@@ -80,6 +80,10 @@ def _read_yaml(directory: Path, name: str) -> Any:
     try:
         return yaml.safe_load((directory / ".hydra" / name).read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if (directory / "multirun.yaml").is_file():
+            raise UserError(
+                f"resume={directory} is a multirun: resume its jobs one by one: {directory}/0 ..."
+            ) from None
         what = "is not a directory" if not directory.is_dir() else f"holds no run (no .hydra/{name} in it)"
         raise UserError(f"resume={directory} {what}: give the run directory that the first run printed") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
