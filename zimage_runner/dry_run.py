@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zimage_runner.job import Job
+from zimage_runner.job import NOT_DOWNLOADED, Job
 from zimage_runner.outputs.run_dir import RECORD_BYTES
 from zimage_runner.outputs.summary import one_line
 from zimage_runner.plan import Bucket, WorkItem
@@ -29,6 +29,8 @@ def describe(job: Job, done: Callable[[WorkItem], bool] | None = None) -> str:
     rows.append(("caption tokens", _tokens(job)))
     rows += _listed("truncated", [str(t) for t in job.plan.truncations])
     rows += _listed("drawn twice", [_duplicate(d) for d in job.plan.duplicates])
+    if job.checkpoint is NOT_DOWNLOADED:
+        rows.append(("weights", f"{job.config.model.repo} is not downloaded yet"))
     rows.append(("disk", f"about {_size(_disk_bytes(job, items))} in {job.config.output.root}"))
     rows.append(("time", _eta(job, items)))
     width = max(len(name) for name, _ in rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,9 +22,11 @@ from zimage_runner.seeds import parse_seeds
 from zimage_runner.session import SessionConfig
 from zimage_runner.warmup import WarmupShape
 from zimage_runner.weights.checkpoint import Checkpoint
-from zimage_runner.weights.resolve import resolve
+from zimage_runner.weights.resolve import resolve, resolve_without_network
 
 UNTRUNCATED = 1 << 24
+NOT_DOWNLOADED = Checkpoint(path=Path(os.devnull), revision="not downloaded", digest="")
+"""Stands in for the weights in a dry run before the first download: nothing is fetched to make a plan."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,7 +97,7 @@ def prepare(config: RunConfig, memo: dict[str, Any] | None = None) -> Job:
     config.engine.check(config.model, config.memory, config.compile)
     prompts = read_prompts(prompt_source(config))
     memo = {} if memo is None else memo
-    checkpoint = _once(memo, f"checkpoint {config.model}", lambda: resolve(config.model))
+    checkpoint = _once(memo, f"checkpoint {config.model} {config.dry_run}", lambda: _checkpoint(config))
     count_tokens = _once(memo, f"tokens {checkpoint.path}", lambda: token_counter(checkpoint.path))
     plan = build_plan(prompts, seeds, params, check_size=config.model.check_size, count_tokens=count_tokens)
     if config.output_file is not None and len(plan) > 1:
@@ -112,6 +115,12 @@ def prepare(config: RunConfig, memo: dict[str, Any] | None = None) -> Job:
         embedding_cache=config.embedding_cache,
     )
     return Job(config=config, plan=plan, checkpoint=checkpoint, session=session)
+
+
+def _checkpoint(config: RunConfig) -> Checkpoint:
+    if not config.dry_run:
+        return resolve(config.model)
+    return resolve_without_network(config.model) or NOT_DOWNLOADED
 
 
 def _once(memo: dict[str, Any], key: str, make: Callable[[], Any]) -> Any:

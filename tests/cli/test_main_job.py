@@ -122,3 +122,12 @@ def test_no_bar_when_stderr_is_no_terminal(cli: Cli) -> None:
     _, _, err = cli("prompt=a red apple", "warmup=none")
     assert "\r" not in err
     assert "%|" not in err
+
+
+def test_a_dry_run_downloads_nothing(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZIMAGE_RUNNER_CACHE", str(tmp_path / "cache"))
+    code, out, err = cli("model=zimage_turbo", "prompt=a cat", "dry_run=true", f"model.cache_dir={tmp_path}/hub")
+    assert code == 0, err
+    assert "Tongyi-MAI/Z-Image-Turbo is not downloaded yet" in out
+    assert not (tmp_path / "hub").exists()
+    assert not (tmp_path / "outputs").exists()

@@ -34,6 +34,13 @@ def resolve(model: Model) -> Checkpoint:
     return Checkpoint(path=layout.path, revision=_revision(model, layout.path) or digest[:12], digest=digest)
 
 
+def resolve_without_network(model: Model) -> Checkpoint | None:
+    """As ``resolve``, but None for a hub's model that no earlier run has downloaded."""
+    if model.path is None and model.source in hubs.HUB_NAMES and _cached(model) is None:
+        return None
+    return resolve(model)
+
+
 def locate(model: Model) -> Layout:
     """The checkpoint's directory and files, sizes and headers checked; downloads what is missing unless offline."""
     if model.path is not None or model.source is Source.local:
