@@ -33,6 +33,7 @@ from zimage_runner.warm import Executors, current_executors
 log = logging.getLogger(__name__)
 
 RECORDS = "records.jsonl"
+TRUNCATIONS_TOLD = 10
 MAX_ATTEMPTS = 2
 """A picture that comes out bad (NaN, one single colour) is drawn once more before its item counts as failed."""
 
@@ -113,8 +114,12 @@ class Run:
     def execute(self, composed: Mapping[str, str]) -> int:
         """Draw and write every item that is left, report, and return the exit code."""
         self._begin(composed)
-        for truncation in self.job.plan.truncations:
+        truncations = self.job.plan.truncations
+        for truncation in truncations[:TRUNCATIONS_TOLD]:
             log.warning("%s", truncation)
+        if len(truncations) > TRUNCATIONS_TOLD:
+            log.warning("%d prompts are cut off in all: summary.json names each", len(truncations))
+        for truncation in truncations:
             self.summary.truncated.append({"prompt": truncation.prompt.source, "message": str(truncation)})
         with contextlib.closing(self.ledger.open(self.run_dir.dir_fd)), self._bar:
             self._reused(self.reuse.from_earlier_runs(self.progress.todo))
