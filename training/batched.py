@@ -7,6 +7,7 @@ cannot fuse. tests/training/test_batched.py holds both against each other.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,7 +29,9 @@ def encode_text(encoder: Any, ids: Tensor) -> Tensor:
     x = F.embedding(ids, encoder.embed_tokens.weight)
     cos, sin = text_rope(cfg, ids.shape[1], ids.device)
     for layer in encoder.layers[:-1]:
-        x = x + text_attention(layer.self_attn, rms_norm(x, layer.input_layernorm.weight, cfg.rms_norm_eps), cos, sin, cfg)
+        x = x + text_attention(
+            layer.self_attn, rms_norm(x, layer.input_layernorm.weight, cfg.rms_norm_eps), cos, sin, cfg
+        )
         h, mlp = rms_norm(x, layer.post_attention_layernorm.weight, cfg.rms_norm_eps), layer.mlp
         x = x + mlp.down_proj(F.silu(mlp.gate_proj(h)) * mlp.up_proj(h))
     return x
@@ -100,7 +103,12 @@ def block(layer: Any, x: Tensor, rope: Tensor, time: Tensor | None) -> Tensor:
     gate_attention = gate_ffn = scale_ffn = None
     if time is not None:
         parts = layer.adaLN_modulation(time).unsqueeze(1).chunk(4, 2)
-        scale_attention, gate_attention, scale_ffn, gate_ffn = 1 + parts[0], parts[1].tanh(), 1 + parts[2], parts[3].tanh()
+        scale_attention, gate_attention, scale_ffn, gate_ffn = (
+            1 + parts[0],
+            parts[1].tanh(),
+            1 + parts[2],
+            parts[3].tanh(),
+        )
         h = h * scale_attention
     q = rms_norm(attn.to_q(h).view(b, n, attn.heads, -1), attn.norm_q.weight)
     k = rms_norm(attn.to_k(h).view(b, n, attn.heads, -1), attn.norm_k.weight)
@@ -117,7 +125,9 @@ def block(layer: Any, x: Tensor, rope: Tensor, time: Tensor | None) -> Tensor:
     return x + (out if gate_ffn is None else gate_ffn * out)
 
 
-def velocity(model: Any, z: Tensor, time: Tensor, caption: Tensor, real: Tensor, ropes: tuple[Tensor, Tensor]) -> Tensor:
+def velocity(
+    model: Any, z: Tensor, time: Tensor, caption: Tensor, real: Tensor, ropes: tuple[Tensor, Tensor]
+) -> Tensor:
     """The transformer's output: data minus noise (the pipeline negates it).
 
     z [B, 16, H, W] noisy latents; time [B] = 1 - sigma; caption [B, T, hidden]; real [B, T], False on padding;
@@ -155,7 +165,7 @@ def sample(model: Any, encoder: Any, ids: Tensor, noise: Tensor, steps: int = 8)
     """Euler sampling without guidance: ids [B, T] padded with 0, noise [B, 16, H, W] -> latents of the same shape."""
     ropes = rope_tables(model, ids.shape[1], noise.shape[2] // 2, noise.shape[3] // 2, noise.device)
     text, levels, z = encode_text(encoder, ids), sigmas(steps).tolist(), noise
-    for level, following in zip(levels[:-1], levels[1:]):
+    for level, following in pairwise(levels):
         time = torch.full((len(z),), 1 - level, device=z.device)
         z = z + (level - following) * velocity(model, z, time, text, ids != 0, ropes)
     return z

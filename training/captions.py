@@ -11,9 +11,30 @@ from training.lexicon import Phrases, colors, phrases, read_yaml
 from training.names import Picture
 
 COLORS = list(colors())
-SYLLABLES = [c + v for c in "b c d f g h j k l m n p r s t v w z br ch cl dr fl gr pl pr sh st th tr".split() for v in
-             ("a", "e", "i", "o", "u", "ai", "ea", "oo", "ou")]  # fmt: skip
-ENDINGS = ["", "", "n", "r", "s", "t", "l", "ng", "nd", "st", "ck", "ble", "tion", "ing", "ed", "ly", "er", "ous", "ish"]
+ONSETS = "b c d f g h j k l m n p r s t v w z br ch cl dr fl gr pl pr sh st th tr"
+VOWELS = ("a", "e", "i", "o", "u", "ai", "ea", "oo", "ou")
+SYLLABLES = [onset + vowel for onset in ONSETS.split(" ") for vowel in VOWELS]
+ENDINGS = [
+    "",
+    "",
+    "n",
+    "r",
+    "s",
+    "t",
+    "l",
+    "ng",
+    "nd",
+    "st",
+    "ck",
+    "ble",
+    "tion",
+    "ing",
+    "ed",
+    "ly",
+    "er",
+    "ous",
+    "ish",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +82,9 @@ class CaptionWriter:
         self.colorable = [p.index for p in pictures if p.colorable]
         spec = read_yaml("phrases.yaml")
         self.favourites = [p.index for p in pictures if p.label in spec["favourites"]] or self.popular
-        self.categories = [(words, members) for key, words in spec["categories"].items() if (members := self._members(key))]
+        self.categories = [
+            (words, members) for key, words in spec["categories"].items() if (members := self._members(key))
+        ]
 
     def _members(self, key: str) -> list[int]:
         start = key.rstrip("*")
@@ -117,7 +140,11 @@ class CaptionWriter:
         if noisy and rng.random() < 0.45:
             before, after = rng.choice(((1, 0), (0, 1), (1, 1)))
             count = 6 if long else 4
-            text = space.join(filter(None, (self.words(zh, 1, count) if before else "", text, self.words(zh, 1, count) if after else "")))
+            text = space.join(
+                filter(
+                    None, (self.words(zh, 1, count) if before else "", text, self.words(zh, 1, count) if after else "")
+                )
+            )
         return self._tails(text, zh, p, long, noisy, tails)
 
     def _tails(self, text: str, zh: bool, p: Phrases, long: bool, noisy: bool, tails: list[str] | None) -> str:

@@ -1,7 +1,7 @@
 """Evaluation cases and reference pictures, made once and committed: `python -m training.cases`.
 
-`reference/cases.jsonl`: one prompt a line with the pictures that count as right. `reference/pictures.webp`: all training
-pictures at 48x48 RGBA. `reference/pictures.json`: their emoji, labels and whether they may be mirrored.
+`reference/cases.jsonl`: one prompt a line with the pictures that count as right. `reference/pictures.webp`: all
+training pictures at 48x48 RGBA. `reference/pictures.json`: their emoji, labels and whether they may be mirrored.
 """
 
 from __future__ import annotations
@@ -31,12 +31,21 @@ POPULAR_ONLY = 100  # coloured and pair cases
 
 @dataclass(slots=True)
 class Case:
-    """A prompt. `right` holds one list of picture indices a thing; `tint` is the colour asked for, -1 for none."""
+    """A prompt. `right` holds one list of picture indices a thing; `tint` is the colour asked for, -1 for none.
+
+    `phrasing` is the held-out phrasing's place in heldout.yaml, -1 for none.
+    """
 
     set: str
     prompt: str
     right: list[list[int]] = field(default_factory=list)
     tint: int = -1
+    phrasing: int = -1
+
+    @property
+    def templates(self) -> list[str]:
+        """The held-out phrasings of the case's set; empty if it has none."""
+        return held_out(self.set[:2]) if self.phrasing >= 0 else []
 
 
 class CaseWriter:
@@ -60,7 +69,11 @@ class CaseWriter:
 
     def named(self, title: str, chosen: list[tuple[Picture, str]], zh: bool) -> list[Case]:
         """Cases of one held-out set."""
-        return [Case(title, self.held_out_phrasing(n, k, zh), [sharing(self.pictures, n)]) for k, (_, n) in enumerate(chosen)]
+        count = len(held_out("zh" if zh else "en"))
+        return [
+            Case(title, self.held_out_phrasing(n, k, zh), [sharing(self.pictures, n)], phrasing=k % count)
+            for k, (_, n) in enumerate(chosen)
+        ]
 
     def all(self) -> list[Case]:
         """Every case, set by set."""

@@ -88,9 +88,13 @@ class TransformerConfig:
 
 @dataclass(kw_only=True, slots=True)
 class EvaluateConfig:
-    """What `training.evaluate` measures; `NAME@4` in `sets` means 4 forwards instead of 8, `limit` 0 every case."""
+    """What `training.evaluate` measures; `NAME@4` in `sets` means 4 forwards instead of 8, `limit` 0 every case.
+
+    `engine` is native or diffusers.
+    """
 
     model: str = MISSING
+    engine: str = MISSING
     device: str = MISSING
     dtype: str = MISSING
     threads: int = MISSING

@@ -46,7 +46,9 @@ class TrainingPool:
         everything = torch.arange(count, device=self.device)
         poses_of = [self._encode_singles(everything, render, poser, encode) for _ in range(variants)]
         self.pictures = torch.stack(poses_of, 1)  # [N, variants, 16, 16, 16]
-        mine = torch.arange(len(array["things"]) - 1 - team.rank, -1, -team.size)  # last first: these have long captions
+        mine = torch.arange(
+            len(array["things"]) - 1 - team.rank, -1, -team.size
+        )  # last first: these have long captions
         row_of = torch.full((len(array["things"]),), -1, dtype=torch.long)
         parts: list[Tensor] = []
         for rows in mine.split(512):
@@ -62,10 +64,14 @@ class TrainingPool:
             rows = row_of[array[f"row_{bucket}"].long()]
             self.scene_ids[bucket] = array[f"scene_{bucket}"][rows >= 0].to(self.device)
             self.scene_rows[bucket] = rows[rows >= 0].to(self.device)
-        self.report = f"{variants} poses of {count} pictures, {len(self.scenes)} scenes encoded in {time.time() - start:.1f} s"
+        self.report = (
+            f"{variants} poses of {count} pictures, {len(self.scenes)} scenes encoded in {time.time() - start:.1f} s"
+        )
 
     @staticmethod
-    def _encode_singles(everything: Tensor, render: Renderer, poser: Poser, encode: Callable[[Tensor], Tensor]) -> Tensor:
+    def _encode_singles(
+        everything: Tensor, render: Renderer, poser: Poser, encode: Callable[[Tensor], Tensor]
+    ) -> Tensor:
         parts = []
         for indices in everything.split(512):
             things = torch.stack([indices, torch.full_like(indices, -1)], 1)
@@ -74,7 +80,7 @@ class TrainingPool:
         return torch.cat(parts)
 
     def draw(self, batch: int, bucket: int, weights: Tensor, single: float) -> tuple[Tensor, Tensor]:
-        """(latents fp32 [batch, 16, 16, 16], token ids int64 [batch, bucket]); `single` is the share of single pictures."""
+        """(latents fp32 [batch, 16, 16, 16], token ids int64 [batch, bucket]); `single`: share of single pictures."""
         first = int(batch * single)
         index = torch.multinomial(weights, first, replacement=True)
         table = self.single[bucket]

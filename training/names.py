@@ -14,7 +14,18 @@ from training.lexicon import CHINESE, colors, phrases, read_yaml
 COLOR_WORDS = {*colors(), "grey", "golden", "dark", "light"}
 COLOR_CHARS = "".join(c["zh"] for c in colors().values()) + "彩青金"
 FLAT_GROUPS = {0, 3, 4, 5, 6, 7}  # faces, nature, food, travel, activities, objects: these take a colour
-UNFLIPPABLE_SUBGROUPS = {"time", "money", "book-paper", "mail", "office", "music", "transport-sign", "game", "zodiac", "arrow"}
+UNFLIPPABLE_SUBGROUPS = {
+    "time",
+    "money",
+    "book-paper",
+    "mail",
+    "office",
+    "music",
+    "transport-sign",
+    "game",
+    "zodiac",
+    "arrow",
+}
 UNFLIPPABLE_WORDS = re.compile(
     r"\b(left|right|sign|post office|bank|hotel|hospital|store|ATM|stop|police|school|love|Tokyo|calendar|chart|clock"
     r"|watch|teller|lock(ed)?|musical|ticket|joystick|video game|slot|Statue|map|globe|Japan)\b", re.IGNORECASE
@@ -98,7 +109,7 @@ def spread(count: int, limit: int | None) -> list[int]:
 
 
 def build_names(entries: list[dict[str, Any]]) -> list[Picture]:
-    """Resolve names that several pictures claim: a label or alias belongs to its owner alone, shared tags weigh less."""
+    """Resolve names that several pictures claim: a label or alias is its owner's alone, shared tags weigh less."""
     aliases = read_yaml("aliases.yaml")
     pictures = [
         Picture(

@@ -49,7 +49,9 @@ class Muon:
         """One update at `factor` times the learning rate."""
         lr = self.lr * factor
         for shape, parameters in self.groups.items():
-            update = self.direction(torch.stack([g for p in parameters if (g := p.grad) is not None]), self.momentum[shape])
+            update = self.direction(
+                torch.stack([g for p in parameters if (g := p.grad) is not None]), self.momentum[shape]
+            )
             torch._foreach_mul_(parameters, 1 - lr * self.weight_decay)
             # update entries have RMS 1 / sqrt(max side); 0.2 sqrt(max side) gives them AdamW's usual size
             torch._foreach_add_(parameters, list(update.unbind(0)), alpha=-lr * 0.2 * max(shape) ** 0.5)
@@ -60,7 +62,11 @@ class Optimizers:
 
     def __init__(self, modules: list[nn.Module], muon_lr: float, adam_lr: float) -> None:
         named = [(n, p) for m in modules for n, p in m.named_parameters() if p.requires_grad]
-        matrices = [p for n, p in named if p.dim() == 2 and any(k in n for k in MATRICES) and "norm" not in n and "adaLN" not in n]
+        matrices = [
+            p
+            for n, p in named
+            if p.dim() == 2 and any(k in n for k in MATRICES) and "norm" not in n and "adaLN" not in n
+        ]
         chosen = {id(p) for p in matrices}
         self.parameters = [p for _, p in named]
         self.muon = Muon(matrices, muon_lr)

@@ -42,7 +42,9 @@ def bucket_of(length: int) -> int:
     return max(32, -(-length // 32) * 32)
 
 
-def fitting(tokenizer: PreTrainedTokenizerFast, draw: Callable[[], tuple], count: int, bucket: int) -> tuple[np.ndarray, list]:
+def fitting(
+    tokenizer: PreTrainedTokenizerFast, draw: Callable[[], tuple], count: int, bucket: int
+) -> tuple[np.ndarray, list]:
     """Draw until `count` captions pad to exactly `bucket` tokens; returns ids [count, bucket] and what was drawn."""
     ids, drawn = np.zeros((count, bucket), np.int16), []
     while len(drawn) < count:

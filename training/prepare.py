@@ -18,7 +18,10 @@ from PIL import Image
 
 from training.config import TrainingConfig, command
 
-PACKAGES = {"@lobehub/fluent-emoji-3d@1.1.0": "lobehub-fluent-emoji-3d-1.1.0.tgz", "emojibase-data@17.0.0": "emojibase-data-17.0.0.tgz"}
+PACKAGES = {
+    "@lobehub/fluent-emoji-3d@1.1.0": "lobehub-fluent-emoji-3d-1.1.0.tgz",
+    "emojibase-data@17.0.0": "emojibase-data-17.0.0.tgz",
+}
 SHORTCODES = ("cldr", "emojibase", "github")
 SIDE = 256
 PEOPLE, COMPONENTS, SYMBOLS, FLAGS = 1, 2, 8, 9
@@ -62,7 +65,9 @@ def wanted(entry: dict[str, Any], subgroup: str) -> bool:
     if "o’clock" in label or "-thirty" in label:
         return label.startswith(("twelve", "three o", "ten o"))
     if group == SYMBOLS:
-        if label.startswith(("keycap", "Japanese", "white small", "black small", "white medium", "black medium", "large")):
+        if label.startswith(
+            ("keycap", "Japanese", "white small", "black small", "white medium", "black medium", "large")
+        ):
             return False
         return "button" not in label or subgroup == "av-symbol"
     return True
@@ -99,7 +104,8 @@ def pack(pictures_tgz: Path, names_tgz: Path, out: Path) -> int:
                 add_picture(tar, f"{len(entries):04d}.webp", Image.open(source))
                 zh = zh_by_code.get(entry["hexcode"], {})
                 entries.append({
-                    "code": entry["hexcode"], "emoji": entry["emoji"], "label": entry["label"], "tags": entry.get("tags", []),
+                    "code": entry["hexcode"], "emoji": entry["emoji"], "label": entry["label"],
+                    "tags": entry.get("tags", []),
                     "label_zh": zh.get("label", ""), "tags_zh": zh.get("tags", []), "group": entry["group"],
                     "subgroup": subgroup, "shortcodes": codes.get(entry["hexcode"], []),
                 })  # fmt: skip

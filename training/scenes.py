@@ -95,7 +95,9 @@ class SceneWriter:
         w, zh = self.writer, self.writer.language()
         words, members = w.rng.choice(w.categories)
         noun = w.rng.choice(words["zh" if zh else "en"])
-        text = w._fill(w.rng.choice(phrases("zh" if zh else "en").categories), zh, np=w.noun_phrase(noun, zh, 0.1), n=noun)
+        text = w._fill(
+            w.rng.choice(phrases("zh" if zh else "en").categories), zh, np=w.noun_phrase(noun, zh, 0.1), n=noun
+        )
         return Scene((w.rng.choice(members),), (NATURAL,)), w.wrap(noun, text, zh, long)
 
     def nameless(self, long: bool) -> tuple[Scene, str]:

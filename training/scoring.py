@@ -56,13 +56,17 @@ class Judge:
         middle = images[:, :, side // 2 : side // 2 + side]
         halves = [F.interpolate(middle[..., k : k + side], scale_factor=2, mode="bilinear") for k in (0, side)]
         left, right = (self.ranks(half, [c.right[k] for c in cases]) for k, half in enumerate(halves))
-        parts = {"left": share(left, 1), "right": share(right, 1), "either": share([min(p) for p in zip(left, right)], 1)}
+        parts = {
+            "left": share(left, 1),
+            "right": share(right, 1),
+            "either": share([min(p) for p in zip(left, right)], 1),
+        }
         result = summary(cases, [max(p) for p in zip(left, right)])
         result.parts = parts
         return result
 
     def colored(self, cases: list[Case], images: Tensor) -> Score:
-        """Thing: nearest among all pictures in the colour asked for. Colour: nearest of the 11 by mean foreground colour.
+        """Thing: nearest among all pictures in the colour asked for. Colour: the thing is nearest in that of the 11.
 
         Right means both; `top5` lets the thing be among five.
         """

@@ -1,6 +1,6 @@
-"""Train text encoder and transformer together by flow matching: `python -m training.train_transformer`, or `torchrun`.
+"""Train text encoder and transformer by flow matching: `python -m training.train_transformer`, or `torchrun`.
 
-May be started while the VAE still trains: it compiles on random data first, then waits for the VAE and the caption pools.
+May be started while the VAE still trains: it compiles on random data, then waits for the VAE and the caption pools.
 Noise levels follow Z-Image-Turbo's static shift 3.0; the model predicts data minus noise, as Z-Image's does.
 """
 
@@ -20,7 +20,15 @@ from training.cases import Case, load_cases
 from training.config import TrainingConfig, command
 from training.export import save_checkpoint
 from training.latents import TrainingPool, make_encoder
-from training.models import LATENT_CHANNELS, SHIFT, build_text_encoder, build_transformer, count, load_tokenizer, load_vae
+from training.models import (
+    LATENT_CHANNELS,
+    SHIFT,
+    build_text_encoder,
+    build_transformer,
+    count,
+    load_tokenizer,
+    load_vae,
+)
 from training.names import load_pictures
 from training.optim import Average, Optimizers
 from training.parallel import Budget, Team, schedule
@@ -32,9 +40,12 @@ from training.tokenizer import chat
 
 LATENT_SIDE = 16  # 128 pixels
 WARMUP = 200
-SHEET = ["a red apple", "a cute cat face", "一只猫", "a dog", "a rocket", "红苹果", "a cup of coffee", "熊猫", "a blue car", "sunflower",
-         "a green cat", "two red apples", "a cat and a dog", "a cat and an apple", "苹果和香蕉", "", "robot", "a purple elephant",
-         "could you paint a lion for me", "a banana on a blue background", "a fruit", "an animal", "birthday cake", "火"]  # fmt: skip
+SHEET = [
+    "a red apple", "a cute cat face", "一只猫", "a dog", "a rocket", "红苹果", "a cup of coffee", "熊猫", "a blue car",
+    "sunflower", "a green cat", "two red apples", "a cat and a dog", "a cat and an apple", "苹果和香蕉", "", "robot",
+    "a purple elephant", "could you paint a lion for me", "a banana on a blue background", "a fruit", "an animal",
+    "birthday cake", "火",
+]  # fmt: skip
 
 
 def noise_levels(count: int, device: torch.device) -> Tensor:
@@ -98,7 +109,9 @@ class Painter:
                 for row, i in enumerate(part):
                     ids[row, : len(encoded[i])] = torch.tensor(encoded[i])
                 shape = (LATENT_CHANNELS, LATENT_SIDE, LATENT_SIDE)
-                noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in part])
+                noise = torch.stack(
+                    [torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in part]
+                )
                 device = self.flow.device
                 z = sample(self.flow.transformer, self.flow.encoder, ids.to(device), noise.to(device), steps)
                 images = self.vae.decode(z / self.vae.config.scaling_factor + self.vae.config.shift_factor).sample
@@ -147,7 +160,10 @@ class Trainer:
         rgba = load_rgba(Path(cfg.data.packed), cfg.data.limit)
         self.thumbs = thumbnails(rgba)
         self.render, self.poser = Renderer(rgba, team.device), Poser([p.flippable for p in self.pictures], team.device)
-        team.say(f"transformer {count(self.flow.transformer) / 1e6:.2f} M, text encoder {count(self.flow.encoder) / 1e6:.2f} M")
+        team.say(
+            f"transformer {count(self.flow.transformer) / 1e6:.2f} M,"
+            f" text encoder {count(self.flow.encoder) / 1e6:.2f} M"
+        )
         if team.device.type == "cuda":
             warm_up(cfg, self.flow, self.optimizers, team)
         self.average = Average(self.optimizers.parameters, t.ema)

@@ -1,7 +1,7 @@
 """Train the autoencoder: `python -m training.train_vae`, or under `torchrun` with one process a GPU.
 
-L1, squared and gradient-difference terms at three scales; a slight KL keeps latents near unit size; noise on half of the
-decoder's inputs makes it forgive the transformer's small errors. Pictures in `vae.held_out` are never shown.
+L1, squared and gradient-difference terms at three scales; a slight KL keeps latents near unit size; noise on half of
+the decoder's inputs makes it forgive the transformer's small errors. Pictures in `vae.held_out` are never shown.
 """
 
 from __future__ import annotations
@@ -90,7 +90,10 @@ def finish(cfg: TrainingConfig, team: Team, vae: Any, render: Renderer, poser: P
         db, seen = psnr(x, y), torch.ones(len(x), dtype=torch.bool, device=team.device)
         seen[held_out] = False
         vae.register_to_config(scaling_factor=1 / z.std().item(), shift_factor=z.mean().item())
-        team.say(f"vae psnr: seen {db[seen].mean():.2f} dB (p5 {db[seen].quantile(0.05):.2f}), held out {db[~seen].mean():.2f}")
+        team.say(
+            f"vae psnr: seen {db[seen].mean():.2f} dB (p5 {db[seen].quantile(0.05):.2f}),"
+            f" held out {db[~seen].mean():.2f}"
+        )
         team.say(f"latents: mean {z.mean():.3f} std {z.std():.3f}")
     folder = Path(cfg.data.work)
     vae.to(memory_format=torch.contiguous_format).save_pretrained(folder / "vae")
@@ -115,7 +118,9 @@ def main(cfg: TrainingConfig) -> None:
     vae = build_vae(cfg.vae).to(team.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     team.say(f"vae: {count(vae) / 1e6:.2f} M parameters, {team.size} x {cfg.vae.batch} pictures a step")
     parameters = list(vae.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=cfg.vae.lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=team.device.type == "cuda")
+    optimizer = torch.optim.AdamW(
+        parameters, lr=cfg.vae.lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=team.device.type == "cuda"
+    )
     average = Average(parameters, 0.999)
     cuda = team.device.type == "cuda"
     loss_of = torch.compile(vae_loss, dynamic=False) if cuda else vae_loss
@@ -124,7 +129,11 @@ def main(cfg: TrainingConfig) -> None:
     while (progress := budget.step()) < 1:
         x = source(cfg.vae.batch)
         noise = torch.randn(len(x), LATENT_CHANNELS, 16, 16, device=team.device)
-        strength = torch.rand(len(x), 1, 1, 1, device=team.device) * 0.25 * (torch.rand(len(x), 1, 1, 1, device=team.device) < 0.5)
+        strength = (
+            torch.rand(len(x), 1, 1, 1, device=team.device)
+            * 0.25
+            * (torch.rand(len(x), 1, 1, 1, device=team.device) < 0.5)
+        )
         with torch.autocast(team.device.type, torch.bfloat16, enabled=cuda):
             loss, error = loss_of(vae, x, noise, torch.randn_like(noise) * strength)
         loss.backward()
