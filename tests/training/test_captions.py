@@ -1,0 +1,96 @@
+"""Training captions hold no held-out phrasing and no held-back combination."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+
+from training.captions import COLORS, CaptionWriter, held_back
+from training.lexicon import colors, held_out, phrases
+from training.names import Picture, build_names
+from training.scenes import NATURAL, SceneWriter
+
+REFERENCE = Path(__file__).parents[2] / "training" / "reference" / "pictures.json"
+HAN = re.compile("[\u4e00-\u9fff]+")
+
+
+def units(text: str) -> set[str]:
+    """English words, and Chinese two-character sequences."""
+    words = set(re.findall(r"[a-z]+", text.lower()))
+    return words | {run[i : i + 2] for run in HAN.findall(text) for i in range(len(run) - 1)}
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[Picture]:
+    """Every picture's label in both languages; tags and short names are not in the repository."""
+    named = json.loads(REFERENCE.read_text(encoding="utf-8"))
+    groups = {"group": 3, "subgroup": "animal-mammal", "tags": [], "tags_zh": [], "shortcodes": [], "code": ""}
+    return build_names([{**groups, **{k: n[k] for k in ("emoji", "label", "label_zh")}} for n in named])
+
+
+@pytest.fixture(scope="module")
+def drawn(pictures: list[Picture]) -> list[str]:
+    writer = CaptionWriter(pictures, random.Random(0))
+    scenes = SceneWriter(writer)
+    singles = [writer.single(writer.rng.randrange(len(pictures)), long=k % 9 == 0) for k in range(12000)]
+    return singles + [scenes.draw(long=k % 9 == 0)[1] for k in range(6000)]
+
+
+NAMED = {"could you paint {np} for me", "{np} in the middle"}
+"""The prototype's phrasings whose only words unknown to every list, "paint" and "middle", are parts of names."""
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_every_held_out_phrasing_has_a_word_of_its_own(language: str, pictures: list[Picture]) -> None:
+    lists = phrases(language)
+    fields = ("determiners", "adjectives", "frames", "tails", "colored", "backdrops", "pairs", "twos", "categories")
+    known = {unit for field in (*fields, "words") for text in getattr(lists, field) for unit in units(str(text))}
+    names = {u for p in pictures for name in (*p.nouns, *p.nouns_zh) for u in units(name)}
+    for template in held_out(language):
+        own = units(re.sub(r"\{np?\}", "，" if language == "zh" else " ", template)) - known
+        assert own, template
+        assert own - names or template in NAMED, template
+
+
+def test_drawn_captions_lack_a_word_of_every_held_out_phrasing(drawn: list[str]) -> None:
+    seen = {unit for caption in drawn for unit in units(caption)}
+    assert len(seen) > 4000
+    for language in ("en", "zh"):
+        for template in held_out(language):
+            wanted = units(re.sub(r"\{np?\}", "，" if language == "zh" else " ", template))
+            assert wanted - seen or template in NAMED, template
+
+
+def test_held_back_combinations_are_not_drawn(pictures: list[Picture]) -> None:
+    scenes = SceneWriter(CaptionWriter(pictures, random.Random(1)))
+    coloured = [scenes.colored(False)[0] for _ in range(3000)]
+    assert not [s for s in coloured if held_back(COLORS[s.tints[0]], pictures[s.things[0]].label)]
+    pairs = [scenes.pair(False)[0] for _ in range(3000)]
+    assert not [s for s in pairs if held_back(*(pictures[i].label for i in s.things))]
+    tinted = [(pictures[i].label, t) for s in pairs for i, t in zip(s.things, s.tints) if t != NATURAL]
+    assert tinted
+    assert not [1 for label, tint in tinted if held_back(COLORS[tint], label)]
+
+
+def test_one_in_ten_combinations_is_held_back(pictures: list[Picture]) -> None:
+    share = [held_back(colour, p.label) for colour in COLORS for p in pictures]
+    assert 0.08 < sum(share) / len(share) < 0.12
+
+
+def test_a_caption_names_its_picture(pictures: list[Picture]) -> None:
+    writer = CaptionWriter(pictures, random.Random(2))
+    for index in random.Random(3).sample(range(len(pictures)), 300):
+        caption = writer.single(index, zh=False).lower()
+        assert any(name in caption for name, _ in pictures[index].weighted), (caption, pictures[index].label)
+
+
+def test_a_colour_caption_names_its_colour(pictures: list[Picture]) -> None:
+    scenes = SceneWriter(CaptionWriter(pictures, random.Random(4)))
+    for _ in range(300):
+        scene, caption = scenes.colored(False)
+        name = COLORS[scene.tints[0]]
+        assert name in caption.lower() or colors()[name]["zh"] in caption
