@@ -24,7 +24,7 @@ def runner_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def nano(tmp_path: Path) -> Path:
     """A copy of the embedded checkpoint that a test may damage."""
-    return Path(shutil.copytree(EMBEDDED, tmp_path / "nano"))
+    return Path(shutil.copytree(EMBEDDED, tmp_path / "nano", ignore=shutil.ignore_patterns("MODEL_CARD.md", "NOTICES")))
 
 
 @pytest.fixture

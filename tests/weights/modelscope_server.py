@@ -69,8 +69,13 @@ class ModelScopeServer:
         return [request.file for request in self.requests if request.file]
 
 
+DOCUMENTS = ("MODEL_CARD.md", "NOTICES")
+"""They lie beside the embedded model and are no part of a checkpoint."""
+
+
 def files_of(directory: Path) -> dict[str, bytes]:
-    return {p.relative_to(directory).as_posix(): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+    files = [p for p in sorted(directory.rglob("*")) if p.is_file() and p.name not in DOCUMENTS]
+    return {p.relative_to(directory).as_posix(): p.read_bytes() for p in files}
 
 
 class _Handler(BaseHTTPRequestHandler):
