@@ -7,7 +7,7 @@ import re
 import zlib
 from dataclasses import dataclass
 
-from training.lexicon import Phrases, colors, phrases, read_yaml
+from training.lexicon import CHINESE, Phrases, colors, phrases, read_yaml, reserved, units
 from training.names import Picture
 
 COLORS = list(colors())
@@ -73,11 +73,18 @@ def with_article(article: str, noun: str) -> str:
 class CaptionWriter:
     """Draws captions from one random stream.
 
-    `noisy` is the share of captions that get random filler: common words, invented words, odd punctuation.
+    `noisy` is the share of captions that get random filler: common words, invented words, odd punctuation; `fragments`
+    the share of filler words made of pieces of names, which teaches that a piece of a name does not name the picture.
     """
 
-    def __init__(self, pictures: list[Picture], rng: random.Random, noisy: float = 0.45) -> None:
-        self.pictures, self.rng, self.noisy = pictures, rng, noisy
+    def __init__(
+        self, pictures: list[Picture], rng: random.Random, noisy: float = 0.45, fragments: float = 0.0
+    ) -> None:
+        self.pictures, self.rng, self.noisy, self.fragments = pictures, rng, noisy, fragments
+        self.names = {n.lower() for p in pictures for n, _ in (*p.weighted, *p.weighted_zh)}
+        self.reserved = reserved() - {u for n in self.names for u in units(n)}
+        self.pieces = sorted({w for n in self.names for w in n.split() if w.isascii() and w.isalpha() and len(w) > 2})
+        self.characters = sorted({c for n in self.names for c in n if CHINESE.match(c)})
         self.popular = [p.index for p in pictures if p.popular and p.group != 8] or [p.index for p in pictures]
         self.colorable = [p.index for p in pictures if p.colorable]
         spec = read_yaml("phrases.yaml")
@@ -97,11 +104,32 @@ class CaptionWriter:
         rng = self.rng
         if zh and rng.random() < 0.12:
             zh = False
+        if rng.random() < self.fragments:
+            return self.fragment(zh)
         if not zh and rng.random() < 0.28:
             return "".join(rng.choices(SYLLABLES, k=rng.choice((1, 2, 2, 3)))) + rng.choice(ENDINGS)
         if zh and rng.random() < 0.15:
             return "".join(rng.choice(rng.choice(phrases("zh").words)) for _ in range(rng.choice((1, 2, 2, 3))))
         return rng.choice(phrases("zh" if zh else "en").words)
+
+    def fragment(self, zh: bool) -> str:
+        """A filler word made of pieces of names, itself neither a name nor held out: "volume", "crabtion"."""
+        rng = self.rng
+        while True:
+            if zh:
+                word = "".join(rng.choice(self.characters) for _ in range(rng.choice((1, 2, 2, 2, 3))))
+            elif rng.random() < 0.4:
+                word = rng.choice(self.pieces)
+            else:
+                piece = rng.choice(self.pieces)
+                start = rng.choice((0, 0, max(0, len(piece) - 4)))
+                word = piece[start : start + rng.randint(2, 5)] + rng.choice((*ENDINGS, *SYLLABLES))
+            if word not in self.names and not units(word) & reserved():
+                return word
+
+    def is_clean(self, caption: str) -> bool:
+        """Whether a caption holds no held-out word outside names."""
+        return not units(caption) & self.reserved
 
     def words(self, zh: bool, low: int, high: int) -> str:
         """`low` to `high` filler words."""
@@ -163,6 +191,11 @@ class CaptionWriter:
 
     def single(self, index: int, long: bool = False, zh: bool | None = None) -> str:
         """A caption of one picture on white."""
+        while not self.is_clean(caption := self._single(index, long, zh)):
+            pass
+        return caption
+
+    def _single(self, index: int, long: bool, zh: bool | None) -> str:
         picture, rng = self.pictures[index], self.rng
         zh = self.language() if zh is None else zh
         names = picture.weighted_zh if zh else picture.weighted

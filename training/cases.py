@@ -26,6 +26,7 @@ from training.scenes import SceneWriter
 
 COLUMNS = 37
 EACH = 300  # label cases a language
+FRESH = 120  # cases a language of the later phrasings
 POPULAR_ONLY = 100  # coloured and pair cases
 
 
@@ -45,7 +46,12 @@ class Case:
     @property
     def templates(self) -> list[str]:
         """The held-out phrasings of the case's set; empty if it has none."""
-        return held_out(self.set[:2]) if self.phrasing >= 0 else []
+        return held_out(phrasings_of(self.set)) if self.phrasing >= 0 else []
+
+
+def phrasings_of(name: str) -> str:
+    """The key in heldout.yaml of a set's phrasings."""
+    return name if name.endswith("_fresh") else name[:2]
 
 
 class CaseWriter:
@@ -62,16 +68,20 @@ class CaseWriter:
             noun = rng.choice(p.adjectives) + ("" if zh else " ") + noun
         return rng.choice(p.determiners) + noun if zh else with_article(rng.choice(["a", "a", "a", "the"]), noun)
 
-    def held_out_phrasing(self, name: str, k: int, zh: bool) -> str:
+    def held_out_phrasing(self, name: str, k: int, zh: bool, templates: list[str]) -> str:
         """The k-th held-out phrasing, filled."""
-        templates = held_out("zh" if zh else "en")
         return templates[k % len(templates)].replace("{np}", self.phrase(name, zh)).replace("{n}", name)
 
     def named(self, title: str, chosen: list[tuple[Picture, str]], zh: bool) -> list[Case]:
         """Cases of one held-out set."""
-        count = len(held_out("zh" if zh else "en"))
+        templates = held_out(phrasings_of(title))
         return [
-            Case(title, self.held_out_phrasing(n, k, zh), [sharing(self.pictures, n)], phrasing=k % count)
+            Case(
+                title,
+                self.held_out_phrasing(n, k, zh, templates),
+                [sharing(self.pictures, n)],
+                phrasing=k % len(templates),
+            )
             for k, (_, n) in enumerate(chosen)
         ]
 
@@ -85,7 +95,14 @@ class CaseWriter:
         cases += self.named("zh_label", [(p, p.label_zh) for p in sample if p.label_zh], zh=True)
         cases += self.named("zh_alias", aliased_zh, zh=True)
         cases += [Case("bare", p.label, [sharing(self.pictures, p.label)]) for p in sample[:200]]
-        return cases + self.colored() + self.pairs()
+        return cases + self.colored() + self.pairs() + self.fresh()
+
+    def fresh(self) -> list[Case]:
+        """Phrasings written after the first released weights, for the next ones: their own draw of pictures."""
+        self.rng = random.Random("fresh")
+        chosen = [self.rng.sample([p for p in self.pictures if p.label_zh], FRESH) for _ in range(2)]
+        english = self.named("en_fresh", [(p, p.label) for p in chosen[0]], zh=False)
+        return english + self.named("zh_fresh", [(p, p.label_zh) for p in chosen[1]], zh=True)
 
     def colored(self) -> list[Case]:
         """Combinations of a colour and a thing that training holds back, half of them in Chinese."""

@@ -33,6 +33,7 @@ class CaptionConfig:
     scenes: int = MISSING
     long_scenes: dict[int, int] = MISSING
     noisy: float = MISSING
+    fragments: float = MISSING
     workers: int = MISSING
 
 

@@ -33,7 +33,7 @@ def setup(cfg: TrainingConfig) -> None:
     _worker["cfg"] = cfg
     _worker["pictures"] = load_pictures(Path(cfg.data.packed), cfg.data.limit)
     _worker["tokenizer"] = load_tokenizer(cfg.data.work)
-    _worker["writer"] = CaptionWriter(_worker["pictures"], random.Random(), cfg.captions.noisy)
+    _worker["writer"] = CaptionWriter(_worker["pictures"], random.Random(), cfg.captions.noisy, cfg.captions.fragments)
     _worker["scenes"] = SceneWriter(_worker["writer"])
 
 

@@ -19,7 +19,10 @@ class SceneWriter:
     def draw(self, long: bool = False) -> tuple[Scene, str]:
         """One scene and one caption."""
         kind = self.writer.rng.choices(list(SHARES), list(SHARES.values()))[0]
-        return getattr(self, kind)(long)
+        while True:
+            scene, caption = getattr(self, kind)(long)
+            if self.writer.is_clean(caption):
+                return scene, caption
 
     def thing(self, index: int, tint: int, zh: bool) -> tuple[str, str]:
         """(bare noun, noun phrase) of a picture in a tint."""

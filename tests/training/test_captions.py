@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import json
 import random
-import re
 from pathlib import Path
 
 import pytest
 
 from training.captions import COLORS, CaptionWriter, held_back
-from training.lexicon import colors, held_out, phrases
+from training.lexicon import SLOT, colors, held_out, phrases, reserved, units
 from training.names import Picture, build_names
 from training.scenes import NATURAL, SceneWriter
 
 REFERENCE = Path(__file__).parents[2] / "training" / "reference" / "pictures.json"
-HAN = re.compile("[\u4e00-\u9fff]+")
-
-
-def units(text: str) -> set[str]:
-    """English words, and Chinese two-character sequences."""
-    words = set(re.findall(r"[a-z]+", text.lower()))
-    return words | {run[i : i + 2] for run in HAN.findall(text) for i in range(len(run) - 1)}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +26,7 @@ def pictures() -> list[Picture]:
 
 @pytest.fixture(scope="module")
 def drawn(pictures: list[Picture]) -> list[str]:
-    writer = CaptionWriter(pictures, random.Random(0))
+    writer = CaptionWriter(pictures, random.Random(0), fragments=0.3)
     scenes = SceneWriter(writer)
     singles = [writer.single(writer.rng.randrange(len(pictures)), long=k % 9 == 0) for k in range(12000)]
     return singles + [scenes.draw(long=k % 9 == 0)[1] for k in range(6000)]
@@ -44,14 +36,14 @@ NAMED = {"could you paint {np} for me", "{np} in the middle"}
 """The prototype's phrasings whose only words unknown to every list, "paint" and "middle", are parts of names."""
 
 
-@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize("language", ["en", "zh", "en_fresh", "zh_fresh"])
 def test_every_held_out_phrasing_has_a_word_of_its_own(language: str, pictures: list[Picture]) -> None:
-    lists = phrases(language)
+    lists = phrases(language[:2])
     fields = ("determiners", "adjectives", "frames", "tails", "colored", "backdrops", "pairs", "twos", "categories")
     known = {unit for field in (*fields, "words") for text in getattr(lists, field) for unit in units(str(text))}
     names = {u for p in pictures for name in (*p.nouns, *p.nouns_zh) for u in units(name)}
     for template in held_out(language):
-        own = units(re.sub(r"\{np?\}", "，" if language == "zh" else " ", template)) - known
+        own = units(SLOT.sub("|", template)) - known
         assert own, template
         assert own - names or template in NAMED, template
 
@@ -59,9 +51,9 @@ def test_every_held_out_phrasing_has_a_word_of_its_own(language: str, pictures: 
 def test_drawn_captions_lack_a_word_of_every_held_out_phrasing(drawn: list[str]) -> None:
     seen = {unit for caption in drawn for unit in units(caption)}
     assert len(seen) > 4000
-    for language in ("en", "zh"):
+    for language in ("en", "zh", "en_fresh", "zh_fresh"):
         for template in held_out(language):
-            wanted = units(re.sub(r"\{np?\}", "，" if language == "zh" else " ", template))
+            wanted = units(SLOT.sub("|", template))
             assert wanted - seen or template in NAMED, template
 
 
@@ -94,3 +86,14 @@ def test_a_colour_caption_names_its_colour(pictures: list[Picture]) -> None:
         scene, caption = scenes.colored(False)
         name = COLORS[scene.tints[0]]
         assert name in caption.lower() or colors()[name]["zh"] in caption
+
+
+def test_fragments_are_pieces_of_names_and_no_names(pictures: list[Picture]) -> None:
+    writer = CaptionWriter(pictures, random.Random(5))
+    names = {n.lower() for p in pictures for n, _ in (*p.weighted, *p.weighted_zh)}
+    english, chinese = ([writer.fragment(zh) for _ in range(2000)] for zh in (False, True))
+    assert not names & {*english, *chinese}
+    assert not [word for word in (*english, *chinese) if units(word) & reserved()]
+    whole = {word for name in names for word in name.split()}
+    assert 0.2 < sum(word in whole for word in english) / 2000 < 0.6
+    assert all(c in "".join(names) for word in chinese for c in word)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ import yaml
 
 FOLDER = Path(__file__).parent
 CHINESE = re.compile("[\u4e00-\u9fff]")
+HAN_RUN = re.compile("[\u4e00-\u9fff]+")
+SLOT = re.compile(r"\{np?\}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,23 @@ def colors() -> dict[str, dict[str, Any]]:
 
 
 @cache
+def reserved() -> frozenset[str]:
+    """Units (see `units`) of held-out phrasings that no phrasing or word list of training holds."""
+    known: set[str] = set()
+    for language in ("en", "zh"):
+        lists = phrases(language)
+        known |= {u for field in fields(lists) for text in getattr(lists, field.name) for u in units(str(text))}
+    templates = [t for key in read_yaml("heldout.yaml") for t in held_out(key)]
+    return frozenset(u for t in templates for u in units(SLOT.sub("|", t))) - known
+
+
+def units(text: str) -> set[str]:
+    """English words, and Chinese two-character sequences."""
+    pairs = {run[i : i + 2] for run in HAN_RUN.findall(text) for i in range(len(run) - 1)}
+    return pairs | set(re.findall(r"[a-z]+", text.lower()))
+
+
+@cache
 def held_out(language: str) -> list[str]:
-    """Held-out phrasings of `en` or `zh`."""
+    """Held-out phrasings of `en` or `zh`, or the later ones of `en_fresh` or `zh_fresh`."""
     return read_yaml("heldout.yaml")[language]
