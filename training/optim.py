@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# The types that diffusers and torch declare here are narrower than what they take.
+# pyright: reportPrivateImportUsage=false, reportArgumentType=false, reportCallIssue=false
 from collections.abc import Iterable
 
 import torch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# The types that diffusers and torch declare here are narrower than what they take.
+# pyright: reportArgumentType=false
 import torch
 from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
 
