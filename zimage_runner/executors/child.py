@@ -14,8 +14,6 @@ import time
 from multiprocessing.connection import wait
 from typing import Any
 
-import numpy as np
-
 from zimage_runner.errors import UserError
 from zimage_runner.executors.messages import Broken, Drawn, LogLine, Ready, Refused, Start
 
@@ -99,6 +97,8 @@ class Child:
             try:
                 message = self._connection.recv()
                 if isinstance(message, Drawn):
+                    import numpy as np  # not at the top: --cfg job and a config's error need no numpy
+
                     pixels = np.frombuffer(self._connection.recv_bytes(), dtype=np.uint8)
                     return message, pixels.reshape(message.shape)
             except (EOFError, OSError):
