@@ -1,0 +1,62 @@
+"""Both engines: a batch of n gives the latents of n batches of one, and both count forwards alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from zimage_runner.compile import NoCompile
+from zimage_runner.engines.base import DenoiseRequest, Engine, EngineConfig
+from zimage_runner.engines.diffusers import DiffusersEngine
+from zimage_runner.engines.native.config import NativeEngine
+from zimage_runner.engines.noise import draw_noise
+from zimage_runner.memory import Resident
+from zimage_runner.model import Model, Source
+from zimage_runner.sampling import SamplingParams
+from zimage_runner.weights.checkpoint import Checkpoint
+
+CAPTIONS = ["a red apple", "一只熊猫", "a small robot toy"]
+SEEDS = [1, 2, 3]
+TOLERANCE = 1e-4
+
+
+def load(config: EngineConfig, nano: Path) -> Engine:
+    model = Model(name="zimage_nano", source=Source.embedded)
+    checkpoint = Checkpoint(path=nano, revision="", digest="")
+    return config.create(checkpoint=checkpoint, model=model, memory=Resident(), compile=NoCompile())
+
+
+def request(engine: Engine, rows: slice, guidance: float, steps: int = 4) -> DenoiseRequest:
+    params = SamplingParams(
+        height=128, width=128, num_inference_steps=steps, guidance_scale=guidance, negative_prompt="",
+        max_sequence_length=512, cfg_normalization=0.0, cfg_truncation=1.0,
+    )  # fmt: skip
+    captions = CAPTIONS[rows]
+    return DenoiseRequest(
+        prompt_embeds=engine.encode(captions, 512),
+        negative_prompt_embeds=engine.encode([""] * len(captions), 512) if guidance else None,
+        noise=draw_noise(SEEDS[rows], engine.latent_channels, 16, 16),
+        params=params,
+    )
+
+
+@pytest.mark.parametrize("config", [DiffusersEngine(), NativeEngine()], ids=["diffusers", "native"])
+@pytest.mark.parametrize("guidance", [0.0, 2.0])
+def test_a_batch_equals_its_singles(config: EngineConfig, nano: Path, guidance: float) -> None:
+    engine = load(config, nano)
+    together = engine.denoise(request(engine, slice(0, 3), guidance))
+    for row in range(3):
+        alone = engine.denoise(request(engine, slice(row, row + 1), guidance))
+        assert (together[row] - alone[0]).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("steps", [1, 8, 9])
+def test_steps_are_transformer_forwards(nano: Path, steps: int) -> None:
+    engine = load(DiffusersEngine(), nano)
+    calls = []
+    engine.pipe.transformer.register_forward_hook(lambda *_: calls.append(1))  # pyright: ignore[reportAttributeAccessIssue]
+    latents = engine.denoise(request(engine, slice(0, 1), 0.0, steps))
+    assert len(calls) == steps
+    assert latents.dtype == torch.float32
