@@ -49,12 +49,8 @@ class NoCompile(Compile):
 
 
 @dataclass(kw_only=True, slots=True)
-class Regional(Compile):
-    """One block is compiled and used for all: seconds instead of a minute, nearly the speed of ``full``.
-
-    ``layers`` and ``noise_refiner`` alone: ``context_refiner`` sees the few caption tokens, and shapes tuned on
-    those once made the 4096-token blocks slower than eager (sgl-project/sglang#35755).
-    """
+class Compiled(Compile):
+    """What both ways of compiling share."""
 
     mode: CompileMode = CompileMode.default
     fullgraph: bool = True
@@ -71,7 +67,7 @@ class Regional(Compile):
 
     @property
     def label(self) -> str:
-        return describe("regional", self.mode, self.vae)
+        return describe(type(self).__name__.lower(), self.mode, self.vae)
 
     @property
     def active(self) -> bool:
@@ -86,36 +82,17 @@ class Regional(Compile):
 
 
 @dataclass(kw_only=True, slots=True)
-class Full(Compile):
+class Regional(Compiled):
+    """One block is compiled and used for all: seconds instead of a minute, nearly the speed of ``full``.
+
+    ``layers`` and ``noise_refiner`` alone: ``context_refiner`` sees the few caption tokens, and shapes tuned on
+    those once made the 4096-token blocks slower than eager (sgl-project/sglang#35755).
+    """
+
+
+@dataclass(kw_only=True, slots=True)
+class Full(Compiled):
     """The whole transformer as one graph."""
-
-    mode: CompileMode = CompileMode.default
-    fullgraph: bool = True
-    """Fail instead of falling back to Python between graphs."""
-    vae: bool = False
-    """Compile the VAE decoder too."""
-    cache_dir: str | None = None
-    """Where compiled code is kept; null is the runner's cache. Variables set by the user win."""
-    target: str = "transformer"
-    """The pipeline's component to compile."""
-
-    def __post_init__(self) -> None:
-        check_target(self.target)
-
-    @property
-    def label(self) -> str:
-        return describe("full", self.mode, self.vae)
-
-    @property
-    def active(self) -> bool:
-        return True
-
-    @property
-    def specializes(self) -> bool:
-        return True
-
-    def apply_environment(self) -> None:
-        export_cache(self.cache_dir)
 
 
 def uses_cuda_graphs(mode: CompileMode) -> bool:
