@@ -7,7 +7,6 @@ release the interpreter's lock, so imports go on meanwhile.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
 import threading
@@ -15,6 +14,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
+
+from zimage_runner.weights.cuda_driver import CudaDriver, CudaUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -140,18 +141,8 @@ class CudaContext:
     def _create(self, device: int) -> None:
         began = time.perf_counter()
         try:
-            driver = ctypes.CDLL("libcuda.so.1")
-        except OSError as error:
+            CudaDriver(device)
+        except CudaUnavailable as error:
             self.error = str(error)
             return
-        handle, context = ctypes.c_int(), ctypes.c_void_p()
-        for name, *arguments in (
-            ("cuInit", ctypes.c_uint(0)),
-            ("cuDeviceGet", ctypes.byref(handle), ctypes.c_int(device)),
-            ("cuDevicePrimaryCtxRetain", ctypes.byref(context), handle),
-        ):
-            status = getattr(driver, name)(*arguments)
-            if status != 0:
-                self.error = f"{name} answered {status}"
-                return
         self._seconds = time.perf_counter() - began

@@ -42,13 +42,14 @@ class WeightsSource:
 
         Makes the prepared checkpoint on first use if ``model.prepare`` says so.
         """
-        from zimage_runner.weights.prepare import ensure_prepared
-
         self.device = device
-        if device == "cuda":
+        if self._prepared is not None:  # found, and its digests checked, before torch was there
+            if dtype != "bfloat16" and not self._prepared.is_lossless:
+                self._prepared = None
+        elif device == "cuda":
+            from zimage_runner.weights.prepare import ensure_prepared
+
             self._prepared = ensure_prepared(self._checkpoint, self._model, dtype)
-        elif self._prepared is not None and dtype != "bfloat16" and not self._prepared.is_lossless:
-            self._prepared = None
         if self._preload is not None and (device != "cuda" or self._prepared is None):
             self._preload.close()
             self._preload = None
