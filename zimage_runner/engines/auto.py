@@ -40,7 +40,6 @@ class AutoEngine(EngineConfig):
             DiffusersEngine(**self._fields()).check(model, memory, compile)
 
     def create(self, *, checkpoint: Checkpoint, model: Model, memory: Memory, compile: Compile) -> Engine:
-        choose_device(self.device)  # no engine helps where there is no GPU: one refusal, not two
         reason = self._why_not_native(model, memory, compile)
         if reason is None:
             try:
@@ -49,6 +48,9 @@ class AutoEngine(EngineConfig):
                 )
             except UserError as error:
                 reason = str(error)
+        # Not before the native engine, whose weights are on their way before torch is imported. Where the GPU that was
+        # asked for is absent, no engine helps: one refusal, not two.
+        choose_device(self.device)
         log.warning("engine=auto takes diffusers: %s", reason)
         return DiffusersEngine(**self._fields()).create(
             checkpoint=checkpoint, model=model, memory=memory, compile=compile
