@@ -19,6 +19,11 @@ TABLE: list[tuple[list[str], str]] = [
     (["bogus=1"], "bogus: no such field; fields here: name"),
     (["sampling.heigth=128"], "sampling.heigth: no such field; did you mean height?"),
     (["memory.fraction=1"], "memory.fraction: no such field"),
+    (
+        ["warmup.passes=0"],
+        "warmup.passes: not a field of warmup=none, only of warmup=generate, warmup=article: choose that or leave",
+    ),
+    (["warmup=generate", "warmup.passes=0"], "warmup.passes=0 is below 1: use 1 or more, or warmup=none"),
     (["sampling.num_inference_steps=four"], "sampling.num_inference_steps=four: could not be converted to Integer"),
     (["model.dtype=float8"], "model.dtype=float8: .*expected one of .*bfloat16"),
     (["sampling.height=100"], "sampling.height=100 is not a positive multiple of 16: use 96"),

@@ -59,10 +59,15 @@ def _unknown_field(text: str) -> str | None:
     full_key = re.search(r"full_key: (\S+)", text)
     full = full_key[1] if full_key else match["key"]
     source = re.search(r"In '([^']+)': ", text)
-    known = _known_fields(full.rpartition(".")[0])
+    where = f"{source[1]}.yaml: " if source else ""
+    parent = full.rpartition(".")[0]
+    options = _options_with(parent, match["key"])
+    if options:
+        chosen = _option_of(parent, match["type"])
+        return f"{where}{full}: not a field of {chosen}, only of {', '.join(options)}: choose that or leave it out"
+    known = _known_fields(parent)
     close = difflib.get_close_matches(match["key"], known, 1)
     hint = f"; did you mean {close[0]}?" if close else (f"; fields here: {', '.join(known)}" if known else "")
-    where = f"{source[1]}.yaml: " if source else ""
     return f"{where}{full}: no such field{hint}"
 
 
@@ -87,7 +92,27 @@ def _known_fields(parent: str) -> list[str]:
     if not parent:
         return [f.name for f in dataclasses.fields(RunConfig)] + ["experiment"]
     options = SCHEMAS.get(parent, {}).values()
-    return sorted({f.name for option in options for f in dataclasses.fields(option)})
+    return sorted({name for option in options for name in _field_names(option)})
+
+
+def _options_with(group: str, field: str) -> list[str]:
+    """The options of a config group that have this field."""
+    from zimage_runner.config.registry import SCHEMAS
+
+    options = SCHEMAS.get(group, {})
+    return [f"{group}={name}" for name, option in options.items() if field in _field_names(option)]
+
+
+def _option_of(group: str, type_name: str | None) -> str:
+    """The option that stands in a config group, by the name of its dataclass."""
+    from zimage_runner.config.registry import SCHEMAS
+
+    names = [name for name, option in SCHEMAS.get(group, {}).items() if option.__name__ == type_name]
+    return f"{group}={names[0]}" if names else f"the {group} chosen"
+
+
+def _field_names(option: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(option)]
 
 
 def _one_line(text: str) -> str:
