@@ -8,9 +8,10 @@ from pathlib import Path
 
 from zimage_runner.weights.layout import Layout
 from zimage_runner.weights.names import COMPONENTS
-from zimage_runner.weights.pieces import Piece, pieces, plan_component, read_bfloat16, read_exactly
+from zimage_runner.weights.pieces import Piece, pieces, plan_component, read_bfloat16
 from zimage_runner.weights.prepare import THREADS
 from zimage_runner.weights.prepared import Prepared
+from zimage_runner.weights.read import read_exactly
 
 
 @dataclass(slots=True)
@@ -59,5 +60,6 @@ def _equal(piece: Piece, path: Path) -> bool:
 
     expected = read_bfloat16(piece).view(torch.uint8)
     stored = torch.empty_like(expected)
-    read_exactly(path, piece.offset, stored.numpy().data)
+    with path.open("rb", buffering=0) as file:
+        read_exactly(file.fileno(), piece.offset, stored.numpy().data, path)
     return torch.equal(expected, stored)

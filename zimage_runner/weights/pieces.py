@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 from zimage_runner.errors import UserError
 from zimage_runner.weights.layout import Layout
 from zimage_runner.weights.names import prepared_tensors
+from zimage_runner.weights.read import read_exactly
 from zimage_runner.weights.safetensors_header import TensorInfo
 
 if TYPE_CHECKING:
@@ -84,16 +84,6 @@ def read_bfloat16(piece: Piece) -> torch.Tensor:
 
     dtype = getattr(torch, DTYPES[piece.dtype])
     tensor = torch.empty(piece.count, dtype=dtype)
-    read_exactly(piece.source, piece.source_offset, tensor.view(torch.uint8).numpy().data)
+    with piece.source.open("rb", buffering=0) as file:
+        read_exactly(file.fileno(), piece.source_offset, tensor.view(torch.uint8).numpy().data, piece.source)
     return tensor.to(torch.bfloat16)
-
-
-def read_exactly(path: Path, offset: int, buffer: memoryview) -> None:
-    """Fill ``buffer`` from the file. Raises OSError where the file ends early."""
-    with path.open("rb", buffering=0) as file:
-        done = 0
-        while done < len(buffer):
-            count = os.preadv(file.fileno(), [buffer[done:]], offset + done)
-            if count == 0:
-                raise OSError(f"{path} ended at byte {offset + done} while it was read")
-            done += count

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from zimage_runner.weights.cuda_driver import CudaDriver, CudaUnavailable
+from zimage_runner.weights.read import read_exactly
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +157,8 @@ class _Lanes:
         self._turn = 1 - lane
         arrived = self._wait(lane)
         host = self._buffers[lane]
-        _read(self._descriptor(load.path), host, load.offset + start, nbytes, load.path)
+        memory = memoryview((ctypes.c_ubyte * nbytes).from_address(host)).cast("B")
+        read_exactly(self._descriptor(load.path), load.offset + start, memory, load.path)
         self._driver.copy_to_device(load.buffer.address + start, host, nbytes, self._stream, self._events[lane])
         self._flying[lane] = load
         return arrived
@@ -189,17 +191,6 @@ class _Lanes:
         self._driver.destroy_stream(self._stream)
         if self._file is not None:
             os.close(self._file[1])
-
-
-def _read(descriptor: int, address: int, offset: int, nbytes: int, path: Path) -> None:
-    """Fill ``nbytes`` of host memory from the file; the GIL is free while the kernel copies."""
-    view = memoryview((ctypes.c_ubyte * nbytes).from_address(address)).cast("B")
-    done = 0
-    while done < nbytes:
-        count = os.preadv(descriptor, [view[done:]], offset + done)
-        if count == 0:
-            raise OSError(f"{path} ends {nbytes - done} bytes early")
-        done += count
 
 
 def try_preload(ranges: Sequence[tuple[Path, int, int]]) -> Preload | None:

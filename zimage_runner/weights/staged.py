@@ -11,11 +11,13 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch
 
+from zimage_runner.weights.read import read_exactly
 from zimage_runner.weights.safetensors_header import WeightsFile
 
 PIECE = 8 * 1024 * 1024
@@ -33,6 +35,7 @@ TORCH_DTYPES = {
 @dataclass(frozen=True, slots=True)
 class _Piece:
     handle: int
+    path: Path
     offset: int
     target: torch.Tensor
     """uint8 view of the device buffer, as long as the piece."""
@@ -46,7 +49,7 @@ def load_staged(files: Sequence[WeightsFile], device: str, threads: int) -> dict
         work: SimpleQueue[_Piece] = SimpleQueue()
         for file, handle, buffer in zip(files, handles, buffers, strict=True):
             for begin in range(0, len(buffer), PIECE):
-                work.put(_Piece(handle, file.data_start + begin, buffer[begin : begin + PIECE]))
+                work.put(_Piece(handle, file.path, file.data_start + begin, buffer[begin : begin + PIECE]))
         _run_readers(work, device, threads)
     finally:
         for handle in handles:
@@ -94,20 +97,11 @@ def _reader(work: SimpleQueue[_Piece], device: str, ready: torch.cuda.Event) -> 
         turn += 1
         copied.synchronize()  # at once for an event that was never recorded
         size = len(piece.target)
-        _read(piece.handle, piece.offset, memory[:size])
+        read_exactly(piece.handle, piece.offset, memory[:size], piece.path)
         with torch.cuda.stream(stream):
             piece.target.copy_(pinned[:size], non_blocking=True)
             copied.record(stream)
     stream.synchronize()
-
-
-def _read(handle: int, offset: int, memory: memoryview) -> None:
-    done = 0
-    while done < len(memory):
-        count = os.preadv(handle, [memory[done:]], offset + done)
-        if count == 0:
-            raise OSError(f"a weights file ended at byte {offset + done} while it was read")
-        done += count
 
 
 def tensor_views(file: WeightsFile, buffer: torch.Tensor) -> list[tuple[str, torch.Tensor]]:

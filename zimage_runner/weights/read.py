@@ -1,0 +1,19 @@
+"""Reading a stretch of a weights file into memory that is already there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def read_exactly(descriptor: int, offset: int, memory: memoryview, path: Path) -> None:
+    """Fill ``memory`` (bytes) from ``offset`` of an open file; the GIL is free while the kernel copies.
+
+    ``path`` is for the message alone. Raises OSError where the file ends early.
+    """
+    done = 0
+    while done < len(memory):
+        count = os.preadv(descriptor, [memory[done:]], offset + done)
+        if count == 0:
+            raise OSError(f"{path} ended at byte {offset + done} while it was read")
+        done += count
