@@ -40,23 +40,34 @@ class Job:
 
     @property
     def shapes(self) -> list[WarmupShape]:
-        """Each shape of the plan, for warm-up: sizes and guidance on or off, and caption lengths for compiled code."""
+        """Each shape of the plan, for warm-up: size, guidance on or off, batch size, padded caption lengths.
+
+        The first caption length of a size is drawn to the end, further ones a step; compiled code needs them all whole,
+        and so does a guidance that is switched off within the loop.
+        """
         counts, engine = self.plan.buckets(), self.config.engine
         shapes: dict[tuple[Any, ...], WarmupShape] = {}
+        sizes: set[tuple[Any, ...]] = set()
         last = None
         for item in self.plan.items:
             params, bucket = item.params, item.bucket
             if bucket is last:
                 continue
             last = bucket
-            captions = (bucket.caption_tokens, bucket.negative_caption_tokens)
-            caption, negative = captions if self.config.compile.specializes else (0, 0)
             batch = 1 if engine.auto_batch else min(engine.largest_batch, counts[bucket])
-            key = (params.height, params.width, params.uses_guidance, caption, negative, batch)
-            if key not in shapes:
-                shapes[key] = WarmupShape(
-                    params=params, caption_tokens=caption, negative_caption_tokens=negative, batch_size=batch
-                )
+            size = (params.height, params.width, params.uses_guidance, batch)
+            key = (*size, bucket.caption_tokens, bucket.negative_caption_tokens)
+            if key in shapes:
+                continue
+            changes_within = params.uses_guidance and params.cfg_truncation < 1
+            shapes[key] = WarmupShape(
+                params=params,
+                caption_tokens=bucket.caption_tokens,
+                negative_caption_tokens=bucket.negative_caption_tokens,
+                batch_size=batch,
+                whole=size not in sizes or self.config.compile.specializes or changes_within,
+            )
+            sizes.add(size)
         return list(shapes.values())
 
     @property

@@ -2,6 +2,9 @@
 
 Warm-up draws its own prompt through the same calls as the work, after the model was loaded, placed and compiled;
 its pictures are thrown away. Every pass is timed, so that one sees when the engine is warm.
+
+The padded caption length is a shape too: attention kernels are planned, and CUDA graphs recorded, for the number of
+tokens. It concerns the transformer alone, so that a further length of a size costs one step instead of a picture.
 """
 
 from __future__ import annotations
@@ -35,9 +38,11 @@ class WarmupShape:
 
     params: SamplingParams
     caption_tokens: int = 0
-    """Padded caption length to warm; 0 takes the warm-up prompt's own. Matters to compiled code alone."""
+    """Padded caption length to warm; 0 takes the warm-up prompt's own."""
     negative_caption_tokens: int = 0
     batch_size: int = 1
+    whole: bool = True
+    """Draw a picture to the end; off: a single step, for a caption length of a size that another shape draws."""
 
     @property
     def label(self) -> str:
@@ -127,7 +132,7 @@ def check_passes(passes: int) -> None:
 
 
 def generations(engine: Engine, shapes: Sequence[WarmupShape], encode: Encode, passes: int) -> list[WarmupPass]:
-    """``passes`` whole generations (encode, denoise, decode) of the warm-up prompt at each shape."""
+    """``passes`` generations (encode, denoise, decode) of the warm-up prompt at each shape."""
     results = []
     for shape in shapes:
         for n in range(passes):
@@ -156,6 +161,8 @@ def _generate(engine: Engine, shape: WarmupShape, encode: Encode) -> None:
     from zimage_runner.engines.noise import draw_noise
 
     params, n, scale = shape.params, shape.batch_size, engine.vae_scale_factor
+    if not shape.whole:
+        params = params.overridden({"num_inference_steps": 1})
     caption = _sized(encode([WARMUP_PROMPT], params.max_sequence_length)[0], shape.caption_tokens)
     negatives = None
     if params.uses_guidance:
@@ -164,7 +171,9 @@ def _generate(engine: Engine, shape: WarmupShape, encode: Encode) -> None:
     seeds = range(WARMUP_SEED, WARMUP_SEED + n)
     noise = draw_noise(list(seeds), engine.latent_channels, params.height // scale, params.width // scale)
     request = DenoiseRequest(prompt_embeds=[caption] * n, negative_prompt_embeds=negatives, noise=noise, params=params)
-    engine.decode(engine.denoise(request)).wait()
+    latents = engine.denoise(request)
+    if shape.whole:
+        engine.decode(latents).wait()
 
 
 def _sized(embeds: torch.Tensor, tokens: int) -> torch.Tensor:

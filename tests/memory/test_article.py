@@ -34,7 +34,7 @@ def test_corrected_runs_on_the_embedded_model_and_prints_the_articles_figures(cl
     code, out, err = cli("+experiment=article", "model=zimage_nano", "compile=none", "sampling.num_inference_steps=2")
     assert code == 0
     summary = json.loads((Path(out.splitlines()[-1]) / "summary.json").read_text())
-    assert [p["label"] for p in summary["session"]["warmup_passes"]] == ["128x128 #1", "hardware"]
+    assert [p["label"] for p in summary["session"]["warmup_passes"]] == ["128x128 c32 #1", "hardware"]
     lines = err.splitlines()
     figures = lines[next(i for i, line in enumerate(lines) if "the article, RTX 4090D" in line) :]
     assert [line.split("  ")[1].strip() for line in figures[1:5]] == [
