@@ -15,7 +15,7 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 pytest.importorskip("triton")
 
-from zimage_runner.engines.native.kernels import triton_ops  # noqa: E402
+from zimage_runner.engines.native.kernels import fused_ops  # noqa: E402
 
 if DEVICE == "cpu":
     from triton.runtime import interpreter
@@ -51,7 +51,7 @@ def dtype(request: pytest.FixtureRequest) -> Any:
 @pytest.mark.parametrize("dim", [288, 256])
 def test_scaled_rms_norm(dtype: torch.dtype, dim: int) -> None:
     x, scale = randn(2, 3, dim, dtype=dtype), randn(dim, seed=1)
-    close(triton_ops.scaled_rms_norm(x, scale, 1e-5), torch_ops.scaled_rms_norm(x, scale, 1e-5))
+    close(fused_ops.scaled_rms_norm(x, scale, 1e-5), torch_ops.scaled_rms_norm(x, scale, 1e-5))
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -59,7 +59,7 @@ def test_add_gated_norm(dtype: torch.dtype, last: bool) -> None:
     x, update = randn(2, 3, 288, dtype=dtype), randn(2, 3, 288, seed=1, dtype=dtype)
     gate, scale = randn(288, seed=2), None if last else randn(288, seed=3)
     expected = torch_ops.add_gated_norm(x.clone(), update, gate, scale, 1e-5)
-    for got, wanted in zip(triton_ops.add_gated_norm(x, update, gate, scale, 1e-5), expected):
+    for got, wanted in zip(fused_ops.add_gated_norm(x, update, gate, scale, 1e-5), expected):
         close(got, wanted)
 
 
@@ -68,14 +68,14 @@ def test_qk_norm_rope(dtype: torch.dtype, heads: int, head_dim: int) -> None:
     qkv, weight = randn(2, 5, 3 * heads * head_dim, dtype=dtype), randn(2, head_dim, seed=1)
     angles = randn(5, head_dim // 2, seed=2)
     expected = torch_ops.qk_norm_rope(qkv.clone(), weight, angles.cos(), angles.sin(), 1e-5)
-    for got, wanted in zip(triton_ops.qk_norm_rope(qkv, weight, angles.cos(), angles.sin(), 1e-5), expected):
+    for got, wanted in zip(fused_ops.qk_norm_rope(qkv, weight, angles.cos(), angles.sin(), 1e-5), expected):
         close(got, wanted)
 
 
 @pytest.mark.parametrize("hidden", [96, 2560])
 def test_swiglu(dtype: torch.dtype, hidden: int) -> None:
     x = randn(2, 3, 2 * hidden, dtype=dtype)
-    close(triton_ops.swiglu(x), torch_ops.swiglu(x))
+    close(fused_ops.swiglu(x), torch_ops.swiglu(x))
 
 
 def pixels(channels: int, height: int, width: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
@@ -96,7 +96,7 @@ def test_group_norm_silu(
     expected = torch_ops.group_norm_silu(
         x.float(), groups, weight.float(), bias.float(), 1e-6, silu, None if added is None else added.float()
     )
-    got = triton_ops.group_norm_silu(x, groups, weight, bias, 1e-6, silu, added, in_place)
+    got = fused_ops.group_norm_silu(x, groups, weight, bias, 1e-6, silu, added, in_place)
     assert got.is_contiguous(memory_format=torch.channels_last)
     assert (got.data_ptr() == x.data_ptr()) == in_place
     close(got, expected.to(dtype))
@@ -105,7 +105,7 @@ def test_group_norm_silu(
 def test_add_bias_residual(dtype: torch.dtype) -> None:
     x, residual, bias = pixels(96, 5, 6, dtype), pixels(96, 5, 6, dtype, seed=1), randn(96, seed=2)
     expected = torch_ops.add_bias_residual(x.float(), bias, residual.float()).to(dtype)
-    close(triton_ops.add_bias_residual(x, bias, residual), expected)
+    close(fused_ops.add_bias_residual(x, bias, residual), expected)
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (5, 3), (8, 16)])
@@ -114,7 +114,7 @@ def test_interleave(dtype: torch.dtype, height: int, width: int) -> None:
     got, expected = (torch.full_like(pixels(24, 2 * height, 2 * width, dtype), torch.nan) for _ in range(2))
     for row in range(2):
         phases = pixels(2 * 24, height + 1, width + 1, dtype, seed=row)
-        triton_ops.interleave(phases, bias, row, got)
+        fused_ops.interleave(phases, bias, row, got)
         torch_ops.interleave(phases, bias, row, expected)
     close(got, expected)
 

@@ -1,4 +1,4 @@
-"""The few fused operations of the native engine: Triton where there is a GPU, plain PyTorch everywhere else."""
+"""The few fused operations of the native engine: own kernels where there is a GPU, PyTorch everywhere else."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class Operations(Protocol):
-    """What ``torch_ops`` defines and ``triton_ops`` computes in fewer passes over memory."""
+    """What ``torch_ops`` defines and ``fused_ops`` computes in fewer passes over memory."""
 
     FUSES_BIAS: bool
 
@@ -43,11 +43,11 @@ class Operations(Protocol):
 
 
 def choose_operations(device: str, fused: bool = True) -> Operations:
-    """Triton's operations on a GPU where Triton is installed and ``fused`` is asked for, else PyTorch's."""
+    """GPU kernels if ``fused`` is asked for and Triton is installed to make what is not prebuilt, else PyTorch's."""
     if fused and device == "cuda" and importlib.util.find_spec("triton") is not None:
-        from zimage_runner.engines.native.kernels import triton_ops
+        from zimage_runner.engines.native.kernels import fused_ops
 
-        return triton_ops  # a module satisfies the protocol by its functions
+        return fused_ops  # a module satisfies the protocol by its functions
     from zimage_runner.engines.native.kernels import torch_ops
 
     return torch_ops

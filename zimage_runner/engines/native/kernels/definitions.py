@@ -1,153 +1,17 @@
 # pyright: reportIndexIssue=false, reportMissingImports=false
-"""The operations of ``torch_ops`` as Triton kernels: one pass over memory each, statistics in float32.
+"""The kernels themselves, in Triton's language. Imported only where one has to be compiled (see prebuilt.py).
 
-Checked against ``torch_ops`` by Triton's interpreter on the CPU and on the GPU by benchmarks/profile_native.py.
-Block sizes are fixed, not tuned: each kernel is compiled once per width of the model, in a fraction of a second, and
-Triton keeps the result on disk.
+Statistics are in float32. Checked against ``torch_ops`` by Triton's interpreter on the CPU and on the GPU by tests.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
-FUSES_BIAS: bool = True
-"""See torch_ops: cuDNN's convolutions leave the bias to a pass of its own."""
-SWIGLU_BLOCK = 2048
-NORM_TILE = 8192
-"""Elements of a group norm tile: rows of all channels."""
-NORM_PARTS = 1024
-"""Programs that sum up one picture for its group norm."""
-
-
-def scaled_rms_norm(x: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
-    """See torch_ops."""
-    x = x.contiguous()
-    dim = x.shape[-1]
-    out = torch.empty_like(x)
-    block = triton.next_power_of_2(dim)
-    _scaled_rms_norm[(x.numel() // dim,)](x, scale, out, dim, eps, BLOCK=block, num_warps=_warps(block))
-    return out
-
-
-def add_gated_norm(
-    x: torch.Tensor, update: torch.Tensor, gate: torch.Tensor, next_scale: torch.Tensor | None, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See torch_ops. Overwrites x."""
-    x, update = x.contiguous(), update.contiguous()
-    dim = x.shape[-1]
-    h = x if next_scale is None else torch.empty_like(x)
-    block = triton.next_power_of_2(dim)
-    _add_gated_norm[(x.numel() // dim,)](
-        x, update, gate, gate if next_scale is None else next_scale, h, dim, eps,
-        NORM=next_scale is not None, BLOCK=block, num_warps=_warps(block),
-    )  # fmt: skip
-    return x, h
-
-
-def qk_norm_rope(
-    qkv: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See torch_ops. Works within qkv; the three results are views of it."""
-    qkv = qkv.contiguous()
-    batch, tokens, width = qkv.shape
-    head_dim = weight.shape[-1]
-    heads = width // 3 // head_dim
-    _qk_norm_rope[(batch * tokens, 2)](
-        qkv, weight, cos, sin, tokens, heads, eps,
-        HEADS=triton.next_power_of_2(heads), HEAD_DIM=head_dim, PAIRS=triton.next_power_of_2(head_dim // 2),
-        num_warps=4,
-    )  # fmt: skip
-    query, key, value = qkv.view(batch, tokens, 3, heads, head_dim).unbind(2)
-    return query, key, value
-
-
-def swiglu(w1w3: torch.Tensor) -> torch.Tensor:
-    """See torch_ops."""
-    w1w3 = w1w3.contiguous()
-    hidden = w1w3.shape[-1] // 2
-    out = w1w3.new_empty((*w1w3.shape[:-1], hidden))
-    grid = (out.numel() // hidden, triton.cdiv(hidden, SWIGLU_BLOCK))
-    _swiglu[grid](w1w3, out, hidden, BLOCK=SWIGLU_BLOCK, num_warps=4)
-    return out
-
-
-def group_norm_silu(
-    x: torch.Tensor,
-    groups: int,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    eps: float,
-    silu: bool,
-    before: torch.Tensor | None = None,
-    in_place: bool = False,
-) -> torch.Tensor:
-    """See torch_ops. Channels-last in and out."""
-    x = x.contiguous(memory_format=torch.channels_last)
-    batch, channels, height, width = x.shape
-    rows = height * width
-    block_c, block_r = _tile(channels)
-    parts = min(NORM_PARTS, triton.cdiv(rows, block_r))
-    rows_per_part = triton.cdiv(triton.cdiv(rows, parts), block_r) * block_r
-    sums = torch.empty(batch, 2, parts, channels, device=x.device, dtype=torch.float32)
-    affine = torch.empty(batch, 2, channels, device=x.device, dtype=torch.float32)
-    out = x if in_place else torch.empty_like(x)  # keeps the memory format
-    added = weight if before is None else before  # any pointer will do where nothing is added
-    has_before = before is not None
-    _channel_sums[(parts, batch)](
-        x, added, sums, rows, channels, rows_per_part, parts,
-        BEFORE=has_before, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=8,
-    )  # fmt: skip
-    size = channels // groups
-    _group_affine[(groups, batch)](
-        sums, added, weight, bias, affine, channels, size, parts, rows * size, eps,
-        BEFORE=has_before, BLOCK_P=min(256, triton.next_power_of_2(parts)), BLOCK_S=triton.next_power_of_2(size),
-    )  # fmt: skip
-    _apply_affine[(triton.cdiv(rows, block_r), batch)](
-        x, affine, out, rows, channels, SILU=silu, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=8
-    )
-    return out
-
-
-def add_bias_residual(x: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """See torch_ops. Overwrites x; channels-last."""
-    x = x.contiguous(memory_format=torch.channels_last)
-    residual = residual.contiguous(memory_format=torch.channels_last)
-    channels = x.shape[1]
-    rows = x.numel() // channels
-    block_c, block_r = _tile(channels)
-    _add_bias_residual[(triton.cdiv(rows, block_r),)](
-        x, bias, residual, rows, channels, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=8
-    )
-    return x
-
-
-def interleave(phases: torch.Tensor, bias: torch.Tensor, row: int, out: torch.Tensor) -> None:
-    """See torch_ops."""
-    phases = phases.contiguous(memory_format=torch.channels_last)
-    batch, _, height, width = phases.shape
-    height, width, channels = height - 1, width - 1, len(bias)
-    block_c, block_r = _tile(channels)
-    pixels = height * 2 * width
-    _interleave[(triton.cdiv(pixels, block_r), batch)](
-        phases, bias, out, row, pixels, width, (height + 1) * (width + 1), channels,
-        BLOCK_R=block_r, BLOCK_C=block_c, num_warps=8,
-    )  # fmt: skip
-
-
-def _tile(channels: int) -> tuple[int, int]:
-    """(all channels, rows) of a tile of about NORM_TILE elements."""
-    block_c = triton.next_power_of_2(channels)
-    return block_c, max(1, NORM_TILE // block_c)
-
-
-def _warps(block: int) -> int:
-    return max(1, min(8, block // 512))
-
 
 @triton.jit
-def _scaled_rms_norm(x_ptr, scale_ptr, out_ptr, dim, eps, BLOCK: tl.constexpr):
+def scaled_rms_norm(x_ptr, scale_ptr, out_ptr, dim, eps, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * dim
     columns = tl.arange(0, BLOCK)
     inside = columns < dim
@@ -158,7 +22,7 @@ def _scaled_rms_norm(x_ptr, scale_ptr, out_ptr, dim, eps, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _add_gated_norm(
+def add_gated_norm(
     x_ptr, update_ptr, gate_ptr, scale_ptr, h_ptr, dim, eps, NORM: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * dim
@@ -179,7 +43,7 @@ def _add_gated_norm(
 
 
 @triton.jit
-def _qk_norm_rope(
+def qk_norm_rope(
     qkv_ptr, weight_ptr, cos_ptr, sin_ptr, tokens, heads, eps,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
@@ -205,7 +69,7 @@ def _qk_norm_rope(
 
 
 @triton.jit
-def _swiglu(x_ptr, out_ptr, hidden, BLOCK: tl.constexpr):
+def swiglu(x_ptr, out_ptr, hidden, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < hidden
@@ -216,7 +80,7 @@ def _swiglu(x_ptr, out_ptr, hidden, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _channel_sums(
+def channel_sums(
     x_ptr, before_ptr, sums_ptr, rows, channels, rows_per_part, parts,
     BEFORE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -241,7 +105,7 @@ def _channel_sums(
 
 
 @triton.jit
-def _group_affine(
+def group_affine(
     sums_ptr, before_ptr, weight_ptr, bias_ptr, affine_ptr, channels, size, parts, count, eps,
     BEFORE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -269,7 +133,7 @@ def _group_affine(
 
 
 @triton.jit
-def _apply_affine(
+def apply_affine(
     x_ptr, affine_ptr, out_ptr, rows, channels, SILU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
     picture = tl.program_id(1).to(tl.int64)
@@ -287,7 +151,7 @@ def _apply_affine(
 
 
 @triton.jit
-def _add_bias_residual(
+def add_bias_residual(
     x_ptr, bias_ptr, residual_ptr, rows, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -301,7 +165,7 @@ def _add_bias_residual(
 
 
 @triton.jit
-def _interleave(
+def interleave(
     phases_ptr, bias_ptr, out_ptr, row, pixels, width, positions, channels,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip

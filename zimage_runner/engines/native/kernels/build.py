@@ -1,0 +1,192 @@
+# pyright: reportMissingImports=false
+"""Compile the kernels for the published models' widths: ``python -m zimage_runner.engines.native.kernels.build``.
+
+Needs Triton, but no GPU. Run it after every change of definitions.py or of the block sizes in fused_ops.py; a test
+compares both with what the files were made of.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from zimage_runner.engines.native.kernels import fused_ops, prebuilt
+
+ARCHITECTURES = (80, 90, 100, 120)
+"""A100, A10, L4, RTX 30 and 40; H100, H200; B200; RTX 50."""
+WIDTHS = ("dim", "hidden", "channels")
+"""Integer arguments that the published models have in multiples of 16."""
+SOURCE = Path(__file__).parent / "definitions.py"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A kernel launch, as it would happen."""
+
+    name: str
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+    warps: int
+
+    @property
+    def key(self) -> str:
+        key = prebuilt.specialization(self.name, self.args, self.constants, self.warps)
+        assert key is not None
+        return key
+
+
+@dataclass(frozen=True, slots=True)
+class Widths:
+    """What the kernels of a model depend on."""
+
+    dim: int
+    heads: int
+    head_dim: int
+    hidden: int
+    caption: int
+    channels: tuple[int, ...]
+    groups: int
+
+
+Z_IMAGE = Widths(dim=3840, heads=30, head_dim=128, hidden=10240, caption=2560, channels=(128, 256, 512), groups=32)
+Z_IMAGE_NANO = Widths(dim=288, heads=6, head_dim=48, hidden=768, caption=192, channels=(32, 64, 96), groups=16)
+
+
+class _Recorder:
+    """Stands in for ``launch.kernel``: remembers launches instead of making them."""
+
+    def __init__(self) -> None:
+        self.calls: dict[str, Call] = {}
+
+    def __call__(self, name: str) -> Any:
+        recorder = self
+
+        class Recording:
+            def __getitem__(self, grid: Sequence[int]) -> Callable[..., None]:
+                return recorder.record
+
+        self._name = name
+        return Recording()
+
+    def record(self, *args: Any, num_warps: int = 4, **constants: Any) -> None:
+        call = Call(self._name, args, constants, num_warps)
+        self.calls[call.key] = call
+
+
+def calls() -> dict[str, Call]:
+    """Every specialization that the published models launch, by its key."""
+    recorder = _Recorder()
+    with mock.patch.object(fused_ops, "kernel", recorder):
+        for widths, dtype in product((Z_IMAGE, Z_IMAGE_NANO), (torch.bfloat16, torch.float32)):
+            _draw_with(widths, dtype)
+    return recorder.calls
+
+
+def _draw_with(widths: Widths, dtype: torch.dtype) -> None:
+    """Call every operation as the model of these widths does, on tensors without memory."""
+
+    def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    tokens, vector = 64, tensor(widths.dim, dtype=torch.float32)
+    x = tensor(1, tokens, widths.dim)
+    fused_ops.scaled_rms_norm(x, vector, 1e-5)
+    fused_ops.scaled_rms_norm(tensor(1, tokens, widths.caption), tensor(widths.caption, dtype=torch.float32), 1e-5)
+    for next_scale in (vector, None):
+        fused_ops.add_gated_norm(x, x, vector, next_scale, 1e-5)
+    angles = tensor(tokens, widths.head_dim // 2, dtype=torch.float32)
+    heads = tensor(1, tokens, 3 * widths.heads * widths.head_dim)
+    fused_ops.qk_norm_rope(heads, tensor(2, widths.head_dim), angles, angles, 1e-5)
+    fused_ops.swiglu(tensor(1, tokens, 2 * widths.hidden))
+    for channels in widths.channels:
+        _decode_with(tensor, channels, widths.groups)
+
+
+def _decode_with(tensor: Callable[..., torch.Tensor], channels: int, groups: int) -> None:
+    picture, vector = tensor(1, channels, 8, 8), tensor(channels)
+    for silu, before in product((True, False), (vector, None)):
+        fused_ops.group_norm_silu(picture, groups, vector, vector, 1e-6, silu, before)
+    fused_ops.add_bias_residual(picture, vector, picture)
+    fused_ops.interleave(tensor(1, 2 * channels, 9, 9), vector, 0, picture)
+
+
+def compiled(call: Call, architecture: int) -> tuple[bytes, dict[str, Any]]:
+    """(machine code, its entry without start and size)."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from zimage_runner.engines.native.kernels import definitions
+
+    function = getattr(definitions, call.name)
+    names = function.arg_names
+    kinds = call.key.split("(", 1)[1].split(")", 1)[0].split(",")
+    signature = dict(zip(names, kinds)) | dict.fromkeys(call.constants, "constexpr")
+    widths = [i for i, name in enumerate(names) if name in WIDTHS]
+    assert all(call.args[place] % prebuilt.ALIGNMENT == 0 for place in widths), call
+    aligned = [i for i, kind in enumerate(kinds) if kind.startswith("*")] + widths
+    source = ASTSource(
+        fn=function,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in call.constants.items()},
+        attrs={(place,): [["tt.divisibility", prebuilt.ALIGNMENT]] for place in aligned},
+    )
+    made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": call.warps})
+    about = made.metadata
+    assert (about.global_scratch_size, about.profile_scratch_size) == (0, 0), about
+    assert about.shared <= 48 << 10, about
+    entry = {"symbol": about.name, "shared": about.shared, "warps": about.num_warps, "widths": widths}
+    return zlib.compress(made.asm["cubin"], 9), entry
+
+
+def build(architecture: int, wanted: dict[str, Call]) -> bytes:
+    """One architecture's file."""
+    kernels, body = {}, []
+    for key, call in sorted(wanted.items()):
+        code, entry = compiled(call, architecture)
+        kernels[key] = entry | {"start": sum(map(len, body)), "size": len(code)}
+        body.append(code)
+    header = json.dumps({"source": source_digest(), "compiler": _compiler(), "kernels": kernels}).encode()
+    return b"".join([len(header).to_bytes(8, "little"), header, *body])
+
+
+def source_digest() -> str:
+    """sha256 of the kernels' source text."""
+    return hashlib.sha256(SOURCE.read_bytes()).hexdigest()
+
+
+def _compiler() -> str:
+    import triton
+
+    return f"triton {triton.__version__}"
+
+
+def built() -> Iterator[prebuilt.Prebuilt]:
+    """The files there are."""
+    for path in sorted(prebuilt.FOLDER.glob("sm_*.bin")):
+        yield prebuilt.Prebuilt(path)
+
+
+def main() -> None:
+    os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # a third of the size, and no paths of this machine
+    wanted = calls()
+    prebuilt.FOLDER.mkdir(exist_ok=True)
+    for architecture in map(int, sys.argv[1:] or ARCHITECTURES):
+        path = prebuilt.FOLDER / f"sm_{architecture}.bin"
+        path.write_bytes(build(architecture, wanted))
+        print(f"{path.name}: {len(wanted)} kernels, {path.stat().st_size / 1024:.0f} KiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""``kernel(name)[grid](...)``: the prebuilt kernel where there is one for these arguments, else Triton's."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from zimage_runner.engines.native.kernels import prebuilt
+
+log = logging.getLogger(__name__)
+
+DEFINITIONS = "zimage_runner.engines.native.kernels.definitions"
+
+
+class Kernel:
+    """A kernel of ``definitions.py``, called as Triton's own are: ``kernel[grid](*args, num_warps=4, BLOCK=1024)``."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __getitem__(self, grid: Sequence[int]) -> Callable[..., None]:
+        return functools.partial(self._launch, grid)
+
+    def _launch(self, grid: Sequence[int], *args: Any, num_warps: int = 4, **constants: Any) -> None:
+        device = args[0].device
+        if device.type == "cuda":
+            ready = prebuilt.for_device(device.index)
+            key = prebuilt.specialization(self.name, args, constants, num_warps)
+            if ready is not None and key is not None and ready.launch(key, grid, args):
+                return
+            _tell(key or self.name)
+        definitions = importlib.import_module(DEFINITIONS)
+        getattr(definitions, self.name)[grid](*args, num_warps=num_warps, **constants)
+
+
+@functools.cache
+def kernel(name: str) -> Kernel:
+    """The kernel of that name."""
+    return Kernel(name)
+
+
+@functools.cache
+def _tell(key: str) -> None:
+    log.info("compiled here, not prebuilt: kernel %s", key)
