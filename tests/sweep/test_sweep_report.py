@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from zimage_runner.sweep.grid import MAX_PAGES, draw, layout, write_grids
+from zimage_runner.sweep.grid import MAX_PAGES, layout, write_grids
 from zimage_runner.sweep.report import SweptJob, csv_table, markdown_table, read_job, split_overrides, varying_fields
+from zimage_runner.sweep.sheet import COLUMN_LINES, ELLIPSIS, LINE, Page, _drawable, draw, wrapped
 
 
 def job(root: Path, number: int, overrides: dict[str, str], items=((0, 1),), size=(32, 16), prompt="a 猫") -> SweptJob:
@@ -114,11 +115,45 @@ def test_pages_are_capped(tmp_path):
 
 @given(st.text(max_size=60))
 def test_any_label_can_be_drawn(text):
-    from zimage_runner.sweep.grid import Page
-
     page = Page(title=text, name="x", rows=[text], columns=[text])
     page.pictures[0, 0] = PICTURE
     draw(page, 32)
+
+
+@given(st.text(max_size=200), st.integers(1, 4), st.integers(90, 300))
+def test_wrapping_loses_nothing_but_what_the_ellipsis_stands_for(text, lines, width):
+    pieces = wrapped(text, width, lines)
+    assert len(pieces) <= lines
+    shown = "".join("".join(pieces).split())
+    is_cut = shown.endswith(ELLIPSIS)
+    whole = "".join("".join(wrapped(text, 10**6, 1)).split())
+    assert shown == whole or (is_cut and whole.startswith(shown.removesuffix(ELLIPSIS)))
+    assert all(font_width(piece) <= width for piece in pieces)
+
+
+def font_width(text):
+    return _drawable(text)[1].getlength(_drawable(text)[0])
+
+
+def test_labels_wrap_at_words_and_an_ellipsis_ends_what_is_cut():
+    assert wrapped("num_inference_steps=4", 116, 3) == ["num_inference_", "steps=4"]
+    assert wrapped("guidance_scale=2", 116, 3) == ["guidance_scale=", "2"]
+    first, *_, last = wrapped("a lighthouse on a steep cliff above the stormy sea at dusk, in oil", 116, COLUMN_LINES)
+    assert first == "a lighthouse on a"
+    assert last.endswith(ELLIPSIS)
+    assert wrapped("seed=1", 116, 3) == ["seed=1"]
+
+
+def test_columns_have_the_lines_that_the_longest_label_needs(tmp_path):
+    jobs = [job(tmp_path, n, {"g": value}, size=(128, 64)) for n, value in enumerate(["1", "2", "x" * 25, "y" * 300])]
+    heights = [draw(layout(jobs[:n], ["g"])[0], 128).height for n in (2, 3, 4)]
+    assert [height - heights[0] for height in heights] == [0, LINE, (COLUMN_LINES - 1) * LINE]
+
+
+def test_swept_prompts_are_their_own_labels(tmp_path):
+    jobs = [job(tmp_path, n, {"prompt": text}, prompt=text) for n, text in enumerate(["a cat", "a dog"])]
+    (page,) = layout(jobs, ["prompt"])
+    assert (page.columns, page.rows) == (["a cat", "a dog"], ["0: seed 1"])
 
 
 PICTURE = Path(__file__).parents[2] / "zimage_runner" / "assets" / "none.png"

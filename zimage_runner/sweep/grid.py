@@ -5,44 +5,23 @@ With one swept field the rows are the prompts and seeds. Further fields become p
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-
-from PIL import Image, ImageDraw, ImageFont
 
 from zimage_runner.plan import slug
 from zimage_runner.sweep.report import SweptJob
+from zimage_runner.sweep.sheet import Page, draw
 
 log = logging.getLogger(__name__)
 
 MAX_PAGES = 50
-MAX_TILES = 2500
 MAX_ROWS = 100
-LABEL_HEIGHT = 22
-ROW_LABEL_WIDTH = 160
-GAP = 4
-FONT_SIZE = 14
-FONT_DIRS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts", "/System/Library/Fonts")
-CJK_FONTS = ("NotoSansCJK*", "NotoSansSC*", "SourceHanSans*", "wqy-*", "DroidSansFallback*", "PingFang*", "STHeiti*")
 
 Item = tuple[int, int]
 """Prompt number and seed."""
-
-
-@dataclass(kw_only=True, slots=True)
-class Page:
-    """Pictures by (row, column)."""
-
-    title: str
-    name: str
-    rows: list[str]
-    columns: list[str]
-    pictures: dict[tuple[int, int], Path] = field(default_factory=dict)
 
 
 def write_grids(root: Path, jobs: Sequence[SweptJob], fields: Sequence[str], *, tile: int) -> list[Path]:
@@ -64,10 +43,7 @@ def write_grids(root: Path, jobs: Sequence[SweptJob], fields: Sequence[str], *, 
 def layout(jobs: Sequence[SweptJob], fields: Sequence[str]) -> list[Page]:
     """Which picture goes where."""
     items = {job.number: _pictures(job) for job in jobs}
-    texts: dict[Item, str] = {}
-    for pictures in items.values():
-        for item, path in pictures.items():
-            texts.setdefault(item, _prompt_of(path))
+    texts = _texts(items.values())
     by_field = [f for f in fields if f not in ("prompt", "seeds", "prompts.texts")] or list(fields)
     column_field, row_field, rest = by_field[-1], by_field[-2] if len(by_field) > 1 else None, by_field[:-2]
     columns = _values(jobs, column_field)
@@ -107,11 +83,22 @@ def _values(jobs: Iterable[SweptJob], name: str) -> list[str]:
 
 
 def _labels(name: str, values: Iterable[str]) -> list[str]:
+    if name == "prompt":
+        return list(values)
     return [f"{name.rpartition('.')[2]}={value}" for value in values]
 
 
 def _item_label(item: Item, texts: dict[Item, str]) -> str:
-    return f"{item[0]}: {texts[item]} (seed {item[1]})"
+    return f"{item[0]}: {texts[item]} (seed {item[1]})" if texts[item] else f"{item[0]}: seed {item[1]}"
+
+
+def _texts(pictures: Iterable[dict[Item, Path]]) -> dict[Item, str]:
+    """Prompt of each item; empty where the jobs differ in it, as when prompts are swept."""
+    found: dict[Item, set[str]] = {}
+    for job in pictures:
+        for item, path in job.items():
+            found.setdefault(item, set()).add(_prompt_of(path))
+    return {item: next(iter(texts)) if len(texts) == 1 else "" for item, texts in found.items()}
 
 
 def _pictures(job: SweptJob) -> dict[Item, Path]:
@@ -134,86 +121,3 @@ def _prompt_of(picture: Path) -> str:
         return str(json.loads((picture.parent / "record.json").read_bytes())["prompt"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""
-
-
-def draw(page: Page, tile: int) -> Image.Image:
-    """The page as one picture; no tile is larger than ``tile`` pixels, and fewer fit when there are very many."""
-    rows = page.rows[: max(1, MAX_TILES // max(1, len(page.columns)))]
-    columns = page.columns[:MAX_TILES]
-    side_x, side_y = _tile_size(page, tile)
-    width = ROW_LABEL_WIDTH + len(columns) * (side_x + GAP) + GAP
-    height = 2 * LABEL_HEIGHT + len(rows) * (side_y + GAP) + GAP
-    sheet = Image.new("RGB", (width, height), "white")
-    pen = ImageDraw.Draw(sheet)
-    _write(pen, (GAP, GAP), page.title, width - 2 * GAP)
-    for n, text in enumerate(columns):
-        _write(pen, (ROW_LABEL_WIDTH + n * (side_x + GAP), LABEL_HEIGHT + GAP), text, side_x)
-    for n, text in enumerate(rows):
-        top = 2 * LABEL_HEIGHT + n * (side_y + GAP)
-        for line, part in enumerate(_wrapped(text, ROW_LABEL_WIDTH - 2 * GAP, max(1, side_y // LABEL_HEIGHT))):
-            _write(pen, (GAP, top + line * LABEL_HEIGHT), part, ROW_LABEL_WIDTH - 2 * GAP)
-    for (row, column), path in page.pictures.items():
-        if row < len(rows) and column < len(columns):
-            with Image.open(path) as picture:
-                picture.thumbnail((side_x, side_y), Image.Resampling.LANCZOS)
-                place = (ROW_LABEL_WIDTH + column * (side_x + GAP), 2 * LABEL_HEIGHT + row * (side_y + GAP))
-                sheet.paste(picture.convert("RGB"), place)
-    return sheet
-
-
-def _tile_size(page: Page, tile: int) -> tuple[int, int]:
-    """The largest picture's size, scaled down to the tile."""
-    sizes = []
-    for path in page.pictures.values():
-        with Image.open(path) as picture:
-            sizes.append(picture.size)
-    width, height = max(w for w, _ in sizes), max(h for _, h in sizes)
-    scale = min(1.0, tile / max(width, height))
-    return max(1, round(width * scale)), max(1, round(height * scale))
-
-
-def _write(pen: ImageDraw.ImageDraw, place: tuple[int, int], text: str, width: int) -> None:
-    """One line, cut to ``width`` pixels."""
-    clean, font = _drawable(text)
-    while clean and pen.textlength(clean, font) > width:
-        clean = clean[: max(0, min(len(clean) - 1, int(len(clean) * width / pen.textlength(clean, font))))]
-    pen.text(place, clean, "black", font)
-
-
-def _wrapped(text: str, width: int, lines: int) -> list[str]:
-    """Pieces of at most ``width`` pixels, the last one cut."""
-    clean, font = _drawable(text)
-    pieces: list[str] = []
-    while clean and len(pieces) < lines:
-        end = len(clean)
-        while end > 1 and font.getlength(clean[:end]) > width:
-            end = max(1, min(end - 1, int(end * width / font.getlength(clean[:end]))))
-        space = clean.rfind(" ", 0, end + 1)
-        if end < len(clean) and space > end // 2:
-            end = space
-        pieces.append(clean[:end].strip())
-        clean = clean[end:].lstrip()
-    return pieces
-
-
-def _drawable(text: str) -> tuple[str, ImageFont.FreeTypeFont | ImageFont.ImageFont]:
-    """Text and a font that can show it; without a font for it, what is not Latin becomes a dot."""
-    clean = "".join(c if c.isprintable() else " " for c in text)[:500]
-    latin = ImageFont.load_default(FONT_SIZE)
-    if all(c < "\u0180" for c in clean):
-        return clean, latin
-    wide = _cjk_font()
-    if wide is not None:
-        return clean, wide
-    return "".join(c if c < "\u0180" else "·" for c in clean), latin
-
-
-@functools.lru_cache(maxsize=1)
-def _cjk_font() -> ImageFont.FreeTypeFont | None:
-    for folder, pattern in itertools.product(FONT_DIRS, CJK_FONTS):
-        for path in sorted(Path(folder).expanduser().glob(f"**/{pattern}")):
-            try:
-                return ImageFont.truetype(str(path), FONT_SIZE)
-            except OSError:
-                continue
-    return None
