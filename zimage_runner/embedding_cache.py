@@ -1,7 +1,7 @@
 """Caption features kept on disk, so that a prompt is encoded once and not once a run.
 
 An entry's name is the sha256 of everything that decides it: text, max_sequence_length, weights, numerics and library
-versions. With ``memory=staged`` a run whose prompts are all here does not even load the text encoder.
+versions. A run whose captions are all here does not load the text encoder (``foresees`` tells before anything is).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 GB = 1e9
 FORMAT = 1
 TENSOR = "prompt_embeds"
+IDENTITIES = "identities"
+"""Folder of what numerics and versions came of a configuration last, by the configuration's digest."""
 FILL_AFTER_EVICTION = 0.9
 """Evicting a tenth at a time keeps the directory from being listed for each new entry."""
 
@@ -49,14 +51,17 @@ class EmbeddingCacheConfig:
 class EmbeddingCache:
     """Files of one tensor each, in 256 folders. Several processes may use one directory at a time."""
 
-    def __init__(self, config: EmbeddingCacheConfig, identity: Mapping[str, Any]) -> None:
-        """``identity``: weights digest, numerics and versions. Raises UserError if the directory cannot be made."""
-        assert config.path is not None
-        self._root = Path(config.path).expanduser()
+    def __init__(self, config: EmbeddingCacheConfig, identity: Mapping[str, Any], asked: str) -> None:
+        """``identity``: weights digest, numerics and versions; ``asked``: the configuration that they came of.
+
+        Raises UserError if the directory cannot be made.
+        """
+        self._root = _root(config)
         self._limit = config.max_gb * GB
         self._identity = json.dumps({"format": FORMAT, **identity}, sort_keys=True, default=str)
         try:
             self._root.mkdir(parents=True, exist_ok=True)
+            _remember(self._root, asked, self._identity)
         except OSError as error:
             raise UserError(f"embedding_cache.path={config.path} cannot be made: {error.strerror}") from None
         self._size = sum(size for _, size, _ in self._entries())
@@ -97,8 +102,7 @@ class EmbeddingCache:
             self._evict()
 
     def _path(self, text: str, max_sequence_length: int) -> Path:
-        key = hashlib.sha256(f"{self._identity}\n{max_sequence_length}\n{text}".encode()).hexdigest()
-        return self._root / key[:2] / f"{key}.safetensors"
+        return _path(self._root, self._identity, text, max_sequence_length)
 
     def _entries(self) -> list[tuple[float, int, Path]]:
         """(time of last use, bytes, path) of every entry; leftovers of killed processes are among them."""
@@ -119,3 +123,42 @@ class EmbeddingCache:
                 break
             path.unlink(missing_ok=True)
             self._size -= size
+
+
+def foresees(config: EmbeddingCacheConfig, asked: str, texts: Iterable[tuple[str, int]]) -> bool:
+    """Whether each (text, max_sequence_length) is there, if numerics and versions are those that ``asked`` gave last.
+
+    A guess, made before torch is imported: who relies on it must still be able to encode.
+    """
+    if config.path is None:
+        return False
+    root = _root(config)
+    try:
+        identity = _identity_file(root, asked).read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return all(_path(root, identity, text, length).exists() for text, length in texts)
+
+
+def _remember(root: Path, asked: str, identity: str) -> None:
+    file = _identity_file(root, asked)
+    if file.exists() and file.read_text(encoding="utf-8") == identity:
+        return
+    file.parent.mkdir(exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False, encoding="utf-8") as new:
+        new.write(identity)
+    os.replace(new.name, file)
+
+
+def _identity_file(root: Path, asked: str) -> Path:
+    return root / IDENTITIES / f"{hashlib.sha256(asked.encode()).hexdigest()}.json"
+
+
+def _root(config: EmbeddingCacheConfig) -> Path:
+    assert config.path is not None
+    return Path(config.path).expanduser()
+
+
+def _path(root: Path, identity: str, text: str, max_sequence_length: int) -> Path:
+    key = hashlib.sha256(f"{identity}\n{max_sequence_length}\n{text}".encode()).hexdigest()
+    return root / key[:2] / f"{key}.safetensors"

@@ -72,8 +72,9 @@ class Job:
 
     @property
     def texts(self) -> list[tuple[str, int]]:
-        """What the session should encode before it loads the denoiser; nothing unless memory=staged."""
-        return list(self.plan.encodings()) if self.config.memory.staged else []
+        """What the session wants to know of the plan's captions beforehand; nothing unless it makes a difference."""
+        wanted = self.config.memory.staged or self.config.embedding_cache.path is not None
+        return list(self.plan.encodings()) if wanted else []
 
     def recipe(self, item: WorkItem, report: dict[str, Any]) -> dict[str, Any]:
         """All that decides the item's picture; goes into its record and its PNG."""

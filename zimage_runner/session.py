@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from zimage_runner import monitor
 from zimage_runner.compile import Compile
-from zimage_runner.embedding_cache import EmbeddingCache, EmbeddingCacheConfig
+from zimage_runner.embedding_cache import EmbeddingCache, EmbeddingCacheConfig, foresees
 from zimage_runner.engines.base import DenoiseRequest, Engine, EngineConfig
 from zimage_runner.executors.base import GeneratedBatch
 from zimage_runner.executors.faults import is_out_of_memory
@@ -61,8 +61,8 @@ class Session:
     ) -> None:
         """``shapes``: each shape that the plan contains; warm-up draws each.
 
-        ``texts``: every (text, max_sequence_length) of the plan. Only ``memory=staged`` wants them: it encodes them
-        all before the denoiser is loaded.
+        ``texts``: every (text, max_sequence_length) of the plan. ``memory=staged`` encodes them all before the denoiser
+        is loaded; with an embedding cache that has them all, the text encoder is not loaded.
         """
         self.config = config
         self._shapes = list(shapes)
@@ -168,10 +168,8 @@ class Session:
     def _encode_ahead(self, texts: Sequence[tuple[str, int]]) -> None:
         """Encode every text of the plan and of the warm-up while the text encoder is loaded."""
         started = time.perf_counter()
-        lengths = {shape.params.max_sequence_length for shape in self._shapes}
-        warmup = [(WARMUP_PROMPT, length) for length in lengths] if self.config.warmup.generates else []
         by_length: dict[int, list[str]] = {}
-        for text, length in dict.fromkeys([*warmup, *texts]):
+        for text, length in dict.fromkeys([*((WARMUP_PROMPT, length) for length in self._warmup_lengths()), *texts]):
             by_length.setdefault(length, []).append(text)
         for length, same_length in by_length.items():
             self.encode(same_length, length)
@@ -210,7 +208,11 @@ class Session:
         config.compile.apply_environment()
         started = time.perf_counter()
         self._engine = config.engine.create(
-            checkpoint=config.checkpoint, model=config.model, memory=config.memory, compile=config.compile
+            checkpoint=config.checkpoint,
+            model=config.model,
+            memory=config.memory,
+            compile=config.compile,
+            encodes=not self._foresees_all(),
         )
         self._engine.synchronize()
         engine = self._engine
@@ -226,7 +228,17 @@ class Session:
         }
         if config.embedding_cache.path is not None:
             identity = {name: self._report[name] for name in ("numerics", "versions")}
-            self._disk = EmbeddingCache(config.embedding_cache, {"weights": config.checkpoint.digest, **identity})
+            weights = {"weights": config.checkpoint.digest}
+            self._disk = EmbeddingCache(config.embedding_cache, weights | identity, config.key())
+
+    def _foresees_all(self) -> bool:
+        """Whether the embedding cache will have every caption of the plan and of the warm-up."""
+        captions = [*self._texts, *((WARMUP_PROMPT, length) for length in self._warmup_lengths())]
+        return bool(self._texts) and foresees(self.config.embedding_cache, self.config.key(), captions)
+
+    def _warmup_lengths(self) -> set[int]:
+        """max_sequence_length of each shape that the warm-up draws."""
+        return {shape.params.max_sequence_length for shape in self._shapes} if self.config.warmup.generates else set()
 
     def numerics(self) -> dict[str, Any]:
         """What decides the last bits of a picture besides its item; part of every fingerprint."""

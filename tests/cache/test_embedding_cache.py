@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from zimage_runner.embedding_cache import EmbeddingCache, EmbeddingCacheConfig
+from zimage_runner.embedding_cache import EmbeddingCache, EmbeddingCacheConfig, foresees
 from zimage_runner.errors import UserError
 
 torch = pytest.importorskip("torch")
 
 
 def cache(path: Path, max_gb: float = 1.0, **identity: str) -> EmbeddingCache:
-    return EmbeddingCache(EmbeddingCacheConfig(path=str(path), max_gb=max_gb), {"weights": "w", **identity})
+    return EmbeddingCache(EmbeddingCacheConfig(path=str(path), max_gb=max_gb), {"weights": "w", **identity}, "asked")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -38,7 +38,7 @@ def test_everything_that_decides_them_is_in_the_name(tmp_path):
 @pytest.mark.parametrize("damage", [b"", b"x" * 40, None])
 def test_a_damaged_entry_is_missing_and_goes_away(tmp_path, damage, caplog):
     cache(tmp_path).put("a", 8, torch.randn(64, 64))
-    (entry,) = tmp_path.glob("*/*")
+    (entry,) = tmp_path.glob("??/*")
     entry.write_bytes(entry.read_bytes()[:500] if damage is None else damage)
     assert cache(tmp_path).get("a", 8, "cpu") is None
     assert not entry.exists()
@@ -49,12 +49,12 @@ def test_the_size_limit_drops_what_was_used_longest_ago(tmp_path):
     limited = cache(tmp_path, max_gb=50e3 / 1e9)
     for n in range(10):
         limited.put(str(n), 8, torch.randn(16, 64))  # 4 KB each
-        for age, path in enumerate(sorted(tmp_path.glob("*/*"), key=os.path.getmtime, reverse=True)):
+        for age, path in enumerate(sorted(tmp_path.glob("??/*"), key=os.path.getmtime, reverse=True)):
             os.utime(path, (1e9 - age, 1e9 - age))
     assert limited.get("0", 8, "cpu") is not None  # now the freshest
     for n in range(10, 14):
         limited.put(str(n), 8, torch.randn(16, 64))
-    assert sum(p.stat().st_size for p in tmp_path.glob("*/*")) <= 50e3
+    assert sum(p.stat().st_size for p in tmp_path.glob("??/*")) <= 50e3
     assert limited.get("0", 8, "cpu") is not None
     assert limited.get("1", 8, "cpu") is None
     assert limited.get("13", 8, "cpu") is not None
@@ -90,3 +90,43 @@ def test_a_second_run_encodes_nothing_and_draws_the_same(cli, tmp_path, monkeypa
         assert len(list((tmp_path / "cache").glob("*/*.safetensors"))) == 1
     assert pictures[0] == pictures[1]
     assert read_back == [False, True]
+
+
+def test_what_is_there_is_foreseen(tmp_path):
+    config = EmbeddingCacheConfig(path=str(tmp_path))
+    texts = [("a cat", 512), ("a dog", 512)]
+    assert not foresees(EmbeddingCacheConfig(), "asked", texts)
+    assert not foresees(config, "asked", texts)
+    for n, (text, length) in enumerate(texts):
+        assert foresees(config, "asked", texts) is False
+        cache(tmp_path).put(text, length, torch.full((1, 1), n))
+    assert foresees(config, "asked", texts)
+    assert not foresees(config, "something else", texts)
+    assert not foresees(config, "asked", [*texts, ("a cat", 256)])
+    cache(tmp_path, versions="newer")
+    assert not foresees(config, "asked", texts)
+
+
+@pytest.mark.parametrize("engine", ["native", "auto", "diffusers"])
+def test_a_run_whose_captions_are_cached_loads_no_text_encoder(engine, cli, tmp_path, monkeypatch):
+    from zimage_runner.engines.native import engine as native
+
+    loaded: list[object] = []
+    load = native.load_text_encoder
+    monkeypatch.setattr(native, "load_text_encoder", lambda *args: loaded.append(args) or load(*args))
+    options = [f"engine={engine}", "seeds=[1]", f"embedding_cache.path={tmp_path}/cache"]
+    pictures = []
+    for prompt in ("a red apple", "a red apple", "a green apple"):
+        code, out, err = cli(f"prompt={prompt}", *options)
+        assert code == 0, err
+        pictures.append(next(Path(out.strip().splitlines()[-1]).glob("items/*/*/image.png")).read_bytes())
+    assert pictures[0] == pictures[1] != pictures[2]
+    assert len(loaded) == (0 if engine == "diffusers" else 2)  # not for the second run
+
+
+def test_a_wrong_guess_costs_the_loading_and_nothing_else(cli, tmp_path, monkeypatch):
+    from zimage_runner import session
+
+    monkeypatch.setattr(session, "foresees", lambda *args: True)
+    code, _, err = cli("prompt=a red apple", "seeds=[1]", f"embedding_cache.path={tmp_path}/cache")
+    assert code == 0, err

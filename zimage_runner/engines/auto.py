@@ -39,12 +39,14 @@ class AutoEngine(EngineConfig):
         if self._why_not_native(model, memory, compile) is not None:
             DiffusersEngine(**self._fields()).check(model, memory, compile)
 
-    def create(self, *, checkpoint: Checkpoint, model: Model, memory: Memory, compile: Compile) -> Engine:
+    def create(
+        self, *, checkpoint: Checkpoint, model: Model, memory: Memory, compile: Compile, encodes: bool = True
+    ) -> Engine:
         reason = self._why_not_native(model, memory, compile)
         if reason is None:
             try:
                 return NativeEngine(**self._fields()).create(
-                    checkpoint=checkpoint, model=model, memory=memory, compile=compile
+                    checkpoint=checkpoint, model=model, memory=memory, compile=compile, encodes=encodes
                 )
             except UserError as error:
                 reason = str(error)

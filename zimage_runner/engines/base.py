@@ -63,8 +63,14 @@ class EngineConfig(abc.ABC):
         """Raise UserError for combinations this engine cannot run. Imports no torch."""
 
     @abc.abstractmethod
-    def create(self, *, checkpoint: Checkpoint, model: Model, memory: Memory, compile: Compile) -> Engine:
-        """Load the checkpoint, place it as ``memory`` says, and prepare ``compile``. Imports torch here, not before."""
+    def create(
+        self, *, checkpoint: Checkpoint, model: Model, memory: Memory, compile: Compile, encodes: bool = True
+    ) -> Engine:
+        """Load the checkpoint, place it as ``memory`` says, and prepare ``compile``. Imports torch here, not before.
+
+        ``encodes`` is False when every caption's features are expected to be there already: the text encoder need not
+        be loaded before ``Engine.encode`` is called, if it is.
+        """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -46,7 +46,9 @@ class DiffusersEngine(EngineConfig):
         check_name(self.attention)
         check_compile(memory, compile)
 
-    def create(self, *, checkpoint: Checkpoint, model: Model, memory: Memory, compile: Compile) -> Engine:
+    def create(
+        self, *, checkpoint: Checkpoint, model: Model, memory: Memory, compile: Compile, encodes: bool = True
+    ) -> Engine:
         return DiffusersPipelineEngine(self, checkpoint, model, memory, compile)
 
 

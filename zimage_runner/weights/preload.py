@@ -93,6 +93,10 @@ class Preload:
             self._chunks.put(None)
             thread.start()
 
+    def __contains__(self, path: Path) -> bool:
+        """Whether the file can be taken: it was asked for and was not taken before."""
+        return path in self._loads
+
     def take(self, path: Path) -> DeviceBuffer:
         """The file's bytes on the device, waiting for them. Each file can be taken once."""
         load = self._loads.pop(path)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+TEXT_ENCODER = "text_encoder"
+
 
 class WeightsSource:
     """A checkpoint's tensors, component by component, by the fastest way this machine has."""
@@ -64,7 +66,7 @@ class WeightsSource:
         if self._prepared is None or self.device != "cuda":
             return None
         file = self._prepared.weights[component]
-        if self._preload is not None:
+        if self._preload is not None and file.path in self._preload:
             from zimage_runner.weights.staged import tensor_views
 
             try:
@@ -76,17 +78,18 @@ class WeightsSource:
         return load_tensors([file.path], self.device)
 
 
-def begin(checkpoint: Checkpoint, model: Model, device: Device) -> WeightsSource:
-    """Start what can be started without torch, and return at once."""
+def begin(checkpoint: Checkpoint, model: Model, device: Device, encodes: bool = True) -> WeightsSource:
+    """Start what can be started without torch, and return at once. ``encodes``: the text encoder is wanted too."""
     wants_gpu = device is not Device.cpu and not _torch_is_cpu_only()
     found = None if model.prepare is Prepare.never else prepared.find(checkpoint, model)
     preload = None
     if wants_gpu and found is not None and model.dtype in (Dtype.auto, Dtype.bfloat16):
-        files = found.weights.values()
+        files = [file for name, file in found.weights.items() if encodes or name != TEXT_ENCODER]
         preload = try_preload([(file.path, file.data_start, file.size - file.data_start) for file in files])
     elif wants_gpu:
         CudaContext()
-        read_ahead(sorted(checkpoint.path.glob("*/*.safetensors")))
+        files = sorted(checkpoint.path.glob("*/*.safetensors"))
+        read_ahead([file for file in files if encodes or file.parent.name != TEXT_ENCODER])
     return WeightsSource(checkpoint, model, found, preload)
 
 

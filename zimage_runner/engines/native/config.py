@@ -57,7 +57,9 @@ class NativeEngine(EngineConfig):
                 "use compile=none, or engine=diffusers"
             )
 
-    def create(self, *, checkpoint: Checkpoint, model: Model, memory: Memory, compile: Compile) -> Engine:
+    def create(
+        self, *, checkpoint: Checkpoint, model: Model, memory: Memory, compile: Compile, encodes: bool = True
+    ) -> Engine:
         from zimage_runner.model import Prepare
         from zimage_runner.weights import prepared, source
 
@@ -66,7 +68,7 @@ class NativeEngine(EngineConfig):
             found = None if model.prepare is Prepare.never else prepared.find(checkpoint, model)
             weights = source.WeightsSource(checkpoint, model, found, preload=None)
         else:
-            weights = source.begin(checkpoint, model, self.device)  # on its way while torch is imported below
+            weights = source.begin(checkpoint, model, self.device, encodes)  # on its way while torch is imported below
         from zimage_runner.engines.native.engine import NativeEngineAdapter
 
-        return NativeEngineAdapter.load(self, weights, model, memory)
+        return NativeEngineAdapter.load(self, weights, model, memory, encodes)

@@ -42,8 +42,11 @@ class NativeEngineAdapter(Engine):
 
     name = "native"
 
-    def __init__(self, weights: WeightsSource, options: Options, staged: bool) -> None:
-        """Load the checkpoint. Raises UserError for one that this engine does not compute."""
+    def __init__(self, weights: WeightsSource, options: Options, staged: bool, encodes: bool = True) -> None:
+        """Load the checkpoint. Raises UserError for one that this engine does not compute.
+
+        Without ``encodes`` the text encoder waits for the first call of ``encode``.
+        """
         self.load_phases = {}
         path = weights.path
         self._path, self._staged = path, staged
@@ -51,7 +54,8 @@ class NativeEngineAdapter(Engine):
         try:
             with self._phase("open"):
                 self.model = open_model(path, options)
-            self._load_encoder()
+            if encodes:
+                self._load_encoder()
             if not staged:
                 self._load_denoiser()
         except (ValueError, KeyError) as error:
@@ -63,7 +67,9 @@ class NativeEngineAdapter(Engine):
         self.vae_scale_factor = self.model.description.vae.scale
 
     @classmethod
-    def load(cls, config: NativeEngine, weights: WeightsSource, model: Model, memory: Memory) -> NativeEngineAdapter:
+    def load(
+        cls, config: NativeEngine, weights: WeightsSource, model: Model, memory: Memory, encodes: bool = True
+    ) -> NativeEngineAdapter:
         """The engine that the configuration asks for."""
         device = choose_device(config.device)
         dtype = choose_dtype(model.dtype, device)
@@ -76,7 +82,7 @@ class NativeEngineAdapter(Engine):
         )
         memory.apply_limits(device)
         weights.settle(device, dtype)
-        return cls(weights, options, memory.staged)
+        return cls(weights, options, memory.staged, encodes)
 
     def encode(self, texts: Sequence[str], max_sequence_length: int) -> list[torch.Tensor]:
         self._load_encoder()
