@@ -1,0 +1,222 @@
+"""The lean import of torch: really lean for a native run, and like a plain import for everyone else."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from zimage_runner.torch_import import DEFERRED, NEEDS_ALL, PLAIN_IMPORT, VERIFIED
+
+pytestmark = pytest.mark.skipif(
+    not metadata.version("torch").startswith(VERIFIED), reason="this version of torch is imported plainly"
+)
+
+LEAN = """
+import gc, sys
+from zimage_runner import torch_import
+from zimage_runner.torch_import import DEFERRED, LATER, NEEDS_ALL, StandIn
+torch = torch_import.import_torch_lean()
+assert gc.isenabled()
+
+def bound(kind):
+    places = [(vars(m).get("__name__"), n, v) for m in list(sys.modules.values()) for n, v in list(vars(m).items())]
+    return [(m, n) for m, n, v in places if kind(v) and m not in ("__main__", torch_import.__name__)]
+
+def complete():
+    assert not any(isinstance(finder, torch_import.Deferral) for finder in sys.meta_path)
+    assert not bound(lambda value: type(value) is StandIn), bound(lambda value: type(value) is StandIn)
+    assert all(name in sys.modules for name in DEFERRED)
+    assert "torch_getattr" not in torch.__getattr__.__code__.co_freevars
+"""
+
+TOUCHES = {
+    "compile": """
+def f(x):
+    return x.sin() + torch.ones(3).sort().values
+x = torch.arange(3.0)
+assert torch.equal(torch.compile(f, backend="eager", fullgraph=True)(x), f(x))
+""",
+    "export": """
+class Twice(torch.nn.Module):
+    def forward(self, x):
+        return torch.nn.functional.gelu(x) * 2
+x = torch.arange(4.0)
+assert torch.equal(torch.export.export(Twice(), (x,)).module()(x), Twice()(x))
+""",
+    "fake tensors": """
+from torch._subclasses.fake_tensor import FakeTensorMode
+with FakeTensorMode():
+    values, indices = torch.linalg.eigh(torch.empty(3, 3))
+    assert torch.nonzero.__name__ and values.shape == (3,)
+    assert torch.empty(2, 8).unfold(1, 3, 2).shape == (2, 3, 3)
+""",
+    "cond": """
+x = torch.ones(2)
+assert torch.equal(torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,)), x.sin())
+""",
+    "vmap": """
+from torch import vmap
+assert torch.equal(vmap(torch.sum)(torch.ones(2, 3)), torch.full((2,), 3.0))
+""",
+    "optimizer": """
+weight = torch.nn.Parameter(torch.ones(1))
+optimizer = torch.optim.AdamW([weight], lr=0.1)
+(weight * 2).sum().backward()
+optimizer.step()
+assert weight.item() < 1
+""",
+    "submodule": """
+import torch.utils.data.dataloader
+assert torch.utils.data is sys.modules["torch.utils.data"]
+assert [len(b) for b in torch.utils.data.DataLoader(list(range(5)), batch_size=2)] == [2, 2, 1]
+""",
+    "quantized": """
+assert torch.nn.quantized.Linear.__module__.startswith("torch.ao.nn.quantized")
+""",
+    "decompositions": """
+import torch._decomp
+assert torch._decomp.get_decompositions([torch.ops.aten.addmm])
+assert torch._decomp.__spec__.origin == torch._decomp.__file__
+assert sys.modules["torch._decomp"] is torch._decomp
+""",
+    "patched": """
+from torch.nn import qat
+qat.own = 1
+assert sys.modules["torch.nn.qat"].own == 1
+""",
+    "diffusers": """
+from diffusers import ZImagePipeline
+assert ZImagePipeline.__name__ == "ZImagePipeline"
+""",
+}
+
+
+def python(code: str, *argv: str, **environment: str) -> str:
+    """Run in a fresh process; its stdout."""
+    env = {**os.environ, **environment}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, *argv], capture_output=True, text=True, timeout=120, env=env
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("touch", TOUCHES)
+def test_one_touch_makes_it_a_plain_import(touch):
+    python(f"{LEAN}\n{TOUCHES[touch]}\ncomplete()")
+
+
+def test_until_then_nothing_stands_in_where_an_import_would_find_it():
+    python(
+        LEAN
+        + """
+assert not [name for name, module in sys.modules.items() if isinstance(module, StandIn)]
+assert not bound(lambda value: value is LATER)
+assert not [name for name in (*DEFERRED, *NEEDS_ALL) if name in sys.modules]
+"""
+    )
+
+
+def test_afterwards_the_same_modules_as_after_a_plain_import():
+    names = "print(sorted(n for n in sys.modules if n.partition('.')[0] in ('torch', 'torchgen')))"
+    public = "print(sorted(n for n in vars(torch) if not n.startswith('__')))"
+    lean = python(f"{LEAN}\ntorch.export\n{names}\n{public}")
+    plain = python(f"import sys, torch\n{names}\n{public}")
+    assert lean == plain
+
+
+RUN = """
+import sys
+from zimage_runner.cli import main
+from zimage_runner.torch_import import DEFERRED, NEEDS_ALL
+code = main(sys.argv[1:])
+print("present:", [name for name in (*DEFERRED, *NEEDS_ALL) if name in sys.modules])
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("engine", ["auto", "native"])
+def test_a_native_run_touches_none_of_it_and_draws_the_same(engine, tmp_path: Path):
+    options = ["model=zimage_nano", f"engine={engine}", "prompt=a fox", f"output.root={tmp_path / 'out'}"]
+    lean = python(RUN, *options, f"output_file={tmp_path / 'lean.png'}")
+    assert lean.splitlines()[-1] == "present: []"
+    plain = python(RUN, *options, f"output_file={tmp_path / 'plain.png'}", **{PLAIN_IMPORT: "1"})
+    assert "torch._meta_registrations" in plain.splitlines()[-1]
+    assert pixels(tmp_path / "lean.png") == pixels(tmp_path / "plain.png")
+
+
+def pixels(path: Path) -> bytes:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return image.tobytes()
+
+
+@pytest.mark.parametrize("value", [None, "0", "1"])
+def test_the_choice_about_device_backends_is_the_users(value, monkeypatch):
+    """Backends that entry points name are loaded when the rest is, unless the user said no."""
+    monkeypatch.delenv("TORCH_DEVICE_BACKEND_AUTOLOAD", raising=False)
+    python(
+        f"""
+{LEAN}
+import os
+assert os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == {value!r}
+loaded = []
+torch._import_device_backends = lambda: loaded.append(1)
+torch.export
+assert loaded == {[] if value == "0" else [1]}
+""",
+        **({"TORCH_DEVICE_BACKEND_AUTOLOAD": value} if value else {}),
+    )
+
+
+@pytest.mark.parametrize(
+    ("setup", "environment"),
+    [
+        ("torch_import.VERIFIED = ('0.1.',)", {}),
+        ("", {PLAIN_IMPORT: "1"}),
+        ("", {"KINETO_USE_DAEMON": "1"}),
+        ("import torch", {}),
+    ],
+    ids=["unknown version", "switched off", "profiling daemon", "imported already"],
+)
+def test_plain_where_lean_is_not_known_to_work(setup, environment):
+    python(
+        f"""
+import sys
+from zimage_runner import torch_import
+{setup}
+torch = torch_import.import_torch_lean()
+assert "torch._meta_registrations" in sys.modules
+assert not any(isinstance(finder, torch_import.Deferral) for finder in sys.meta_path)
+""",
+        **environment,
+    )
+
+
+def test_a_stand_in_touched_while_torch_is_imported_gives_way():
+    """A device backend, or another version of torch, may use anything early."""
+    python(
+        """
+import sys
+from zimage_runner import torch_import
+early = torch_import.Deferral((*torch_import.DEFERRED, "torch.hub", "torch.jit", "torch.fx.experimental.sym_node"))
+torch = early.import_torch()
+assert torch.jit.script(torch.nn.ReLU())(torch.ones(1)) == 1
+assert type(sys.modules["torch.jit"]) is not torch_import.StandIn
+assert "torch._meta_registrations" not in sys.modules or early not in sys.meta_path
+"""
+    )
+
+
+def test_the_lists_name_modules():
+    """A name that no longer exists would defer or trigger nothing."""
+    plain = python("import sys, torch\nprint('\\n'.join(sys.modules))").split()
+    assert [name for name in DEFERRED if name not in plain] == []
+    assert [name for name in NEEDS_ALL if importlib.util.find_spec(name) is None] == []
