@@ -19,7 +19,7 @@ from torch import nn
 
 from zimage_runner.engines.native.attention import Attend
 from zimage_runner.engines.native.kernels import Operations
-from zimage_runner.engines.native.layers import Linear
+from zimage_runner.engines.native.layers import Linear, PackedLinear
 from zimage_runner.engines.native.rope import RotaryTable, padded_length
 
 PATCH = 2
@@ -99,9 +99,9 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.qkv = Linear(config.dim, 3 * config.dim, bias=False)
+        self.qkv = PackedLinear(config.dim, 3 * config.dim, bias=False)
         self.norm_qk = nn.Parameter(torch.empty(2, config.head_dim))
-        self.out = Linear(config.dim, config.dim, bias=False)
+        self.out = PackedLinear(config.dim, config.dim, bias=False)
 
     def forward(
         self, h: torch.Tensor, rope: RotaryTable, ops: Operations, attend: Attend, keep: int | None
@@ -116,8 +116,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.w1w3 = Linear(config.dim, 2 * config.hidden_dim, bias=False)
-        self.w2 = Linear(config.hidden_dim, config.dim, bias=False)
+        self.w1w3 = PackedLinear(config.dim, 2 * config.hidden_dim, bias=False)
+        self.w2 = PackedLinear(config.hidden_dim, config.dim, bias=False)
 
     def forward(self, h: torch.Tensor, ops: Operations) -> torch.Tensor:
         return self.w2(ops.swiglu(self.w1w3(h)))

@@ -26,7 +26,7 @@ def add_gated_norm(
     x' = x + update / rms(update) * gate; h = x' / rms(x') * next_scale. x, update [..., dim]; gate, next_scale [dim]
     float32. Returns (x', h); h is x' itself without next_scale. x may be overwritten.
     """
-    x = _rms_norm(update.float(), gate, eps).add_(x.float()).to(x.dtype)
+    x = torch.addcmul(x.float(), _normalised(update.float(), eps), gate).to(x.dtype)
     return x, x if next_scale is None else scaled_rms_norm(x, next_scale, eps)
 
 
@@ -39,11 +39,17 @@ def qk_norm_rope(
     cos, sin [tokens, head_dim / 2] float32. Returns query, key, value, each [batch, tokens, heads, head_dim].
     """
     split = qkv.unflatten(-1, (3, -1, weight.shape[-1]))
-    x = split[:, :, :2].float()
-    normed = _rms_norm(x, weight[:, None, :], eps)
-    pairs = torch.view_as_complex(normed.unflatten(-1, (-1, 2)))
-    turned = torch.view_as_real(pairs.mul_(torch.complex(cos, sin)[:, None, None, :])).flatten(-2).to(qkv.dtype)
-    return turned[:, :, 0], turned[:, :, 1], split[:, :, 2]
+    turns = torch.complex(cos, sin)[:, None, :]
+
+    # Query and key apart: at the embedded model's size each is too small for PyTorch to spread over threads, which
+    # would gain nothing, and on a machine that is busy costs each operation a wait for a core.
+    def turned(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        normed = _rms_norm(x.float(), weight, eps)
+        pairs = torch.view_as_complex(normed.unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs.mul_(turns)).flatten(-2).to(qkv.dtype)
+
+    query, key, value = split.unbind(2)
+    return turned(query, weight[0]), turned(key, weight[1]), value
 
 
 def swiglu(w1w3: torch.Tensor) -> torch.Tensor:
@@ -93,8 +99,13 @@ def interleave(phases: torch.Tensor, bias: torch.Tensor, row: int, out: torch.Te
 
 def _rms_norm(x: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
     """x / rms(x) * scale for float32 x; scale broadcasts."""
+    return _normalised(x, eps).mul_(scale)
+
+
+def _normalised(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / rms(x) for float32 x, in memory of its own."""
     if x.is_cuda:
-        return F.rms_norm(x, x.shape[-1:], None, eps) * scale
+        return F.rms_norm(x, x.shape[-1:], None, eps)
     # By the vectors' lengths: on the CPU, F.rms_norm is a chain of passes over memory.
     mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-    return (x * mean_square.add_(eps).rsqrt_()).mul_(scale)
+    return x * mean_square.add_(eps).rsqrt_()
