@@ -1,4 +1,4 @@
-"""Peak memory in use on the GPU while a process runs, read from the driver.
+"""What a process does to the GPU that it sees, read from the driver: peak memory, and how busy it was.
 
 torch's own peak knows only what torch's allocator handed out; weights that a loader puts on the GPU through the driver
 are not in it. What the driver counts includes the CUDA context, for everyone alike.
@@ -6,31 +6,48 @@ are not in it. What the driver counts includes the CUDA context, for everyone al
 
 from __future__ import annotations
 
+import os
+import statistics
 import threading
+import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
+from benchmarks.nvml import Gpu, NvmlError, visible_gpu
+
 INTERVAL_SECONDS = 0.05
+LEAST_SECONDS = 2.0
+"""The driver's reading of how busy the GPU is lags by up to a second: shorter spans say nothing."""
 
 
-class PeakDeviceMemory:
-    """``with PeakDeviceMemory() as memory: ...``; then ``memory.peak_gb``, None without NVML (nvidia-ml-py) or GPU.
+class DeviceUse:
+    """``with DeviceUse(environment) as use: ...``; ``environment`` is the process's own (CUDA_VISIBLE_DEVICES).
 
-    Counts what was added since the start, on the first GPU; nothing else may use it meanwhile.
+    Memory is what was added since the start; nothing else may use that GPU meanwhile.
     """
 
-    def __init__(self) -> None:
-        self._nvml, self._handle = _open()
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._gpu = open_gpu(environment)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._poll, daemon=True)
-        self._before = self._peak = self._used()
+        self._busy: list[tuple[float, int]] = []
+        self._before = self._peak = 0 if self._gpu is None else self._gpu.used_bytes()
 
     @property
     def peak_gb(self) -> float | None:
-        return None if self._nvml is None else (self._peak - self._before) / 1e9
+        """GB (1e9 bytes); None without a GPU that can be read."""
+        return None if self._gpu is None else (self._peak - self._before) / 1e9
 
-    def __enter__(self) -> PeakDeviceMemory:
-        if self._nvml is not None:
+    def busy_percent(self, start: float, end: float) -> float | None:
+        """Mean share of the time in which any kernel ran, between two ``time.time()``; None if that cannot be told."""
+        values = [value for at, value in self._busy if start <= at <= end]
+        if end - start < LEAST_SECONDS or not values:
+            return None
+        return statistics.fmean(values)
+
+    def __enter__(self) -> DeviceUse:
+        if self._gpu is not None:
             self._thread.start()
         return self
 
@@ -42,20 +59,23 @@ class PeakDeviceMemory:
             self._thread.join()
 
     def _poll(self) -> None:
+        assert self._gpu is not None
+        tells_busy = True
         while not self._stop.wait(INTERVAL_SECONDS):
-            self._peak = max(self._peak, self._used())
+            try:
+                self._peak = max(self._peak, self._gpu.used_bytes())
+                if tells_busy:
+                    self._busy.append((time.time(), self._gpu.busy_percent()))
+            except NvmlError:
+                tells_busy = False  # some virtual machines keep it to themselves
 
-    def _used(self) -> int:
-        return 0 if self._nvml is None else int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
+
+def open_gpu(environment: Mapping[str, str]) -> Gpu | None:
+    """The GPU that a process with this environment computes on, if any."""
+    return visible_gpu(environment.get("CUDA_VISIBLE_DEVICES"))
 
 
-def _open() -> tuple[Any, Any]:
-    try:
-        import pynvml  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        return None, None
-    try:
-        pynvml.nvmlInit()
-        return pynvml, pynvml.nvmlDeviceGetHandleByIndex(0)
-    except pynvml.NVMLError:
-        return None, None
+def describe_gpu(environment: Mapping[str, str] = os.environ) -> dict[str, Any] | None:
+    """Which GPU that is: number on the machine, UUID and name."""
+    gpu = open_gpu(environment)
+    return None if gpu is None else {"index": gpu.index, "uuid": gpu.uuid, "name": gpu.name}

@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import signal
-import statistics
 import subprocess
 import tempfile
 import time
@@ -23,10 +22,15 @@ from pathlib import Path
 from typing import IO, Any
 
 from benchmarks import machine
-from benchmarks.device_memory import PeakDeviceMemory
-from benchmarks.variants import Variant, Work, readings
+from benchmarks.device_memory import DeviceUse, describe_gpu
+from benchmarks.readings import pictures, readings
+from benchmarks.schedule import process_seconds
+from benchmarks.variants import Variant, Work
 
 LOG_TAIL = 1500
+BUSY_AFTER, BUSY_BEFORE_END = 1.0, 0.3
+"""Seconds after the first batch and before the last picture that do not count for how busy the GPU was: the driver's
+reading lags, and the last file is written after the GPU has finished."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +48,10 @@ class Scenario:
     caches: Sequence[str] = ("warm",)
     """Page cache before each process: warm, dropped."""
 
+    def rounds_of(self, variant: Variant) -> int:
+        """Processes of this contestant under each state of the page cache."""
+        return self.rounds if variant.rounds is None else min(variant.rounds, self.rounds)
+
 
 @dataclass(kw_only=True, slots=True)
 class Run:
@@ -58,9 +66,15 @@ class Run:
     """Process start to the first picture complete on disk."""
     intervals: list[float] = field(default_factory=list)
     """Seconds between consecutive pictures."""
+    batch_sizes: list[int] = field(default_factory=list)
+    """How many pictures were drawn together with each, in the order in which they were complete."""
+    busy_percent: float | None = None
+    """Share of the time after the first batch in which the GPU ran any kernel, as the driver samples it."""
     peak_device_gb: float | None = None
     """Most GPU memory in use, by the driver's count; None where it cannot be read."""
     readings: dict[str, Any] = field(default_factory=dict)
+    failure: str = ""
+    """What was wrong with it, in a line."""
     log_tail: str = ""
     """The end of its output, when it failed."""
 
@@ -68,9 +82,12 @@ class Run:
 class Results:
     """A scenario's JSON file, rewritten after every process, so that partial results are kept."""
 
-    def __init__(self, scenario: Scenario, path: Path, facts: Mapping[str, Any]) -> None:
+    def __init__(self, scenario: Scenario, path: Path, facts: Mapping[str, Any], note: str = "") -> None:
+        """``note``: what a reader of the figures should know, such as what else ran on the machine."""
         self.path = path
         self.runs: list[Run] = []
+        self.skipped: list[dict[str, Any]] = []
+        """Processes for which no time was left: variant, cache, round."""
         work = asdict(scenario.work) | {"model": scenario.work.model.name}
         self._head = {
             "scenario": scenario.name,
@@ -78,6 +95,8 @@ class Results:
             "prediction": scenario.prediction,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": dict(facts),
+            "gpu": describe_gpu() if scenario.work.device == "cuda" else None,
+            "note": note,
             "work": work,
             "variants": {v.name: _variant(v) for v in scenario.variants},
         }
@@ -86,14 +105,21 @@ class Results:
         self.runs.append(run)
         self.write()
 
+    def skip(self, variant: str, cache: str, number: int) -> None:
+        """Note a process that was not started."""
+        self.skipped.append({"variant": variant, "cache": cache, "round": number})
+        self.write()
+
     def write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        value = self._head | {"runs": [asdict(run) for run in self.runs]}
+        value = self._head | {"runs": [asdict(run) for run in self.runs], "skipped": self.skipped}
         self.path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _variant(variant: Variant) -> dict[str, Any]:
-    shown = {"ours": variant.is_ours, "env": variant.env}
+    shown: dict[str, Any] = {"ours": variant.is_ours, "env": variant.env}
+    if variant.keeps:
+        shown |= {"keeps": variant.keeps, "starts_empty": variant.starts_empty}
     return shown | ({"script": variant.script} if variant.script else {"overrides": list(variant.overrides or ())})
 
 
@@ -108,9 +134,9 @@ class Budget:
     def left(self) -> float:
         return self._end - time.monotonic()
 
-    def allows(self, key: str) -> bool:
-        """True when a process like the last of this kind would still end in time; at first any is tried."""
-        return self.left > self._longest.get(key, 0.0) * 1.05
+    def allows(self, key: str, expected: float = 0.0) -> bool:
+        """True when a process like the last of this kind would still end in time; the first counts as ``expected``."""
+        return self.left > self._longest.get(key, expected) * 1.05
 
     def took(self, key: str, seconds: float) -> None:
         self._longest[key] = max(seconds, self._longest.get(key, 0.0))
@@ -119,23 +145,42 @@ class Budget:
 def measure(scenario: Scenario, results: Results, seconds: float, models: Mapping[str, Path]) -> None:
     """Run the scenario's rounds until they are done or the budget is spent."""
     budget = Budget(seconds)
-    for cache in scenario.caches:
-        if cache == "warm":
-            for name in {v.uses_model for v in scenario.variants}:
-                machine.fill_page_cache(models[name])
-        for variant in (v for v in scenario.variants if v.primed and budget.allows(v.name)):
-            run_once(scenario, variant, cache, -1, budget.left, models)
-        for number in range(scenario.rounds):
-            # Every other round backwards, so that a drift of the machine meets all of them alike.
-            for variant in in_turn(scenario.variants, number):
-                key = f"{cache} {variant.name}"
-                if not budget.allows(key):
-                    continue
-                started = time.monotonic()
-                run = run_once(scenario, variant, cache, number, budget.left, models)
-                budget.took(key, time.monotonic() - started)
-                results.add(run)
-                print(_line(run), flush=True)
+    with tempfile.TemporaryDirectory(prefix="bench_kept_") as folder:
+        kept = Path(folder)
+        for cache in scenario.caches:
+            if cache == "warm":
+                used = [models[name] for name in {v.uses_model for v in scenario.variants}]
+                machine.fill_page_cache(used, libraries=scenario.work.device == "cuda")
+            for number in range(scenario.rounds):
+                # Every other round backwards, so that a drift of the machine meets all of them alike.
+                for variant in in_turn(scenario.variants, number):
+                    if number < scenario.rounds_of(variant) and cache in variant.caches:
+                        _turn(scenario, variant, cache, number, results, budget, models, kept)
+
+
+def _turn(
+    scenario: Scenario, variant: Variant, cache: str, number: int, results: Results, budget: Budget,
+    models: Mapping[str, Path], kept: Path,
+) -> None:  # fmt: skip
+    """One contestant's process of one round, if there is time for it."""
+    key = f"{cache} {variant.name}"
+    priming = variant.primed and not all(_is_filled(path) for path in variant.folders(kept))
+    if not budget.allows(key, process_seconds(variant, scenario.work, cache) * (1 + priming)):
+        results.skip(variant.name, cache, number)
+        print(f"{cache:8}{number} {variant.name:45} no time left", flush=True)
+        return
+    if priming:
+        run = run_once(scenario, variant, "warm", -1, budget.left, models, kept)
+        print(f"{line(run)}  (uncounted)", flush=True)
+    started = time.monotonic()
+    run = run_once(scenario, variant, cache, number, budget.left, models, kept)
+    budget.took(key, time.monotonic() - started)
+    results.add(run)
+    print(line(run), flush=True)
+
+
+def _is_filled(folder: Path) -> bool:
+    return any(path.is_file() for path in folder.rglob("*"))
 
 
 def in_turn(variants: Sequence[Variant], number: int) -> Iterable[Variant]:
@@ -143,35 +188,55 @@ def in_turn(variants: Sequence[Variant], number: int) -> Iterable[Variant]:
 
 
 def run_once(
-    scenario: Scenario, variant: Variant, cache: str, number: int, timeout: float, models: Mapping[str, Path]
-) -> Run:
-    """One process of one contestant."""
-    if cache == "dropped" and not machine.drop_page_cache():
-        raise SystemExit("cannot drop the page cache: run as root, or leave out --cache dropped")
+    scenario: Scenario, variant: Variant, cache: str, number: int, timeout: float, models: Mapping[str, Path],
+    kept: Path | None = None,
+) -> Run:  # fmt: skip
+    """One process of one contestant; ``kept`` holds what outlives it (by default nothing does)."""
     work = scenario.work
-    images = work.images if variant.images is None else min(variant.images, work.images)
+    images = work.images if variant.images is None else variant.images
     work = Work(model=models[variant.uses_model], images=images, size=work.size, steps=work.steps, device=work.device)
     out = Path(tempfile.mkdtemp(prefix="bench_"))
     log = out / "log.txt"
     try:
-        command, environment = variant.command(work, out), variant.environment()
-        memory = PeakDeviceMemory()
+        if variant.starts_empty:
+            for folder in variant.folders(kept or out):
+                shutil.rmtree(folder, ignore_errors=True)
+        if cache == "dropped" and not machine.drop_page_cache():
+            raise SystemExit("cannot drop the page cache: run as root, or leave out --cache dropped")
+        command, environment = variant.command(work, out, kept), variant.environment()
+        use = DeviceUse(environment)
         began, clock = time.time(), time.perf_counter()
-        with log.open("wb") as stream, memory:
+        with log.open("wb") as stream, use:
             code = _wait(start(command, stream, environment), timeout)
         wall = time.perf_counter() - clock
-        times = sorted(path.stat().st_ctime - began for path in out.rglob("*.png"))
-        failed = code != 0 or len(times) < images
+        drawn = pictures(variant, out)
+        times = drawn.times
+        failure = why_failed(code, len(times), images, wall, timeout)
+        busy = (times[drawn.first_batch - 1] + BUSY_AFTER, times[-1] - BUSY_BEFORE_END) if times else (0.0, 0.0)
         return Run(
             variant=variant.name, cache=cache, round=number, returncode=code, wall_seconds=wall,
-            first_png_seconds=times[0] if times else None,
+            first_png_seconds=times[0] - began if times else None,
             intervals=[b - a for a, b in itertools.pairwise(times)],
-            peak_device_gb=memory.peak_gb,
+            batch_sizes=drawn.batch_sizes,
+            busy_percent=use.busy_percent(*busy),
+            peak_device_gb=use.peak_gb,
             readings=readings(variant, out),
-            log_tail=(log.read_text(errors="replace")[-LOG_TAIL:] or "no output") if failed else "",
+            failure=failure,
+            log_tail=(log.read_text(errors="replace")[-LOG_TAIL:] or "no output") if failure else "",
         )  # fmt: skip
     finally:
         shutil.rmtree(out, ignore_errors=True)
+
+
+def why_failed(code: int, drawn: int, wanted: int, wall: float, timeout: float) -> str:
+    """What was wrong with a process, in a line; empty when it drew everything."""
+    if code == -signal.SIGKILL and wall >= timeout:
+        return f"ended after {wall:.0f} s, when the scenario's time was spent, with {drawn} of {wanted} pictures"
+    if code < 0:
+        return f"ended by {signal.Signals(-code).name} with {drawn} of {wanted} pictures"
+    if code or drawn < wanted:
+        return f"exit {code} with {drawn} of {wanted} pictures"
+    return ""
 
 
 def start(command: Sequence[str], log: IO[bytes], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
@@ -190,15 +255,31 @@ def _wait(process: subprocess.Popen[bytes], timeout: float) -> int:
         process.wait()
 
 
-def median(values: Sequence[float]) -> float:
-    """Median, NaN for none."""
-    return statistics.median(values) if values else float("nan")
+def seconds_a_picture(intervals: Sequence[float], batch_sizes: Sequence[int] = ()) -> float | None:
+    """Time from the end of the first batch to the last picture, for each picture after that batch; None without any.
+
+    Pictures of a batch come together: the mean of all intervals would give the first batch's pictures away.
+    """
+    first_batch = batch_sizes[0] if batch_sizes else 1
+    after = intervals[first_batch - 1 :]
+    return sum(after) / len(after) if after else None
 
 
-def _line(run: Run) -> str:
+def last_error(log: str) -> str:
+    """What a process said last of an error, or last of anything."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    errors = [line for line in lines if "error" in line.lower() or "failed:" in line.lower()]
+    return (errors or lines or ["no output"])[-1][:200]
+
+
+def line(run: Run) -> str:
+    """A process in a line of the log."""
     first = f"{run.first_png_seconds:7.2f}" if run.first_png_seconds is not None else "      -"
-    later = f"{statistics.mean(run.intervals):6.3f}" if run.intervals else "     -"
+    each = seconds_a_picture(run.intervals, run.batch_sizes)
+    later = f"{each:6.3f}" if each is not None else "     -"
     memory = run.peak_device_gb or run.readings.get("memory", {}).get("peak_allocated_gb")
     shown = f"{memory:5.1f} GB" if memory else ""
-    note = f"  FAILED ({run.returncode}): {run.log_tail.strip().splitlines()[-1:]}" if run.log_tail else ""
-    return f"{run.cache:8}{run.round} {run.variant:32} first {first} s  later {later} s  {shown}{note}"
+    busy = f"  busy {run.busy_percent:.0f} %" if run.busy_percent is not None else ""
+    note = f"  FAILED: {run.failure}: {last_error(run.log_tail)}" if run.failure else ""
+    wall = f"  wall {run.wall_seconds:6.1f} s"
+    return f"{run.cache:8}{run.round:2} {run.variant:45} first {first} s  later {later} s  {shown}{busy}{wall}{note}"

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import last_error, seconds_a_picture
+
 PHASES = ("start", "import", "load", "move", "compile", "warm-up", "first picture")
 """What the time to the first picture is made of, in order."""
 
@@ -47,11 +49,17 @@ class Row:
     engine: str | None
     first_png: Spread | None
     seconds_per_image: Spread | None
-    """Mean interval between pictures after the first, of each process."""
+    """Time from the end of the first batch to the last picture, for each picture between, of each process."""
     p95: Spread | None
     """95th percentile of those intervals."""
     jitter: Spread | None
     """Their standard deviation."""
+    busy: Spread | None
+    """Percent of the time after the first batch in which the GPU ran any kernel, as the driver samples it."""
+    largest_batch: int
+    """Most pictures drawn together."""
+    encoder: bool | None
+    """Whether the text encoder was loaded; None where that is not told."""
     peak_allocated: Spread | None
     peak_reserved: Spread | None
     peak_device: Spread | None
@@ -59,23 +67,29 @@ class Row:
     phases: dict[str, float]
     """Median seconds of each of PHASES."""
     failures: list[str]
+    """Why processes failed."""
+    skipped: int
+    """Processes that were not started for want of time."""
 
 
 def load(path: Path) -> tuple[dict[str, Any], list[Row]]:
     """A results file and its rows, in the scenario's order."""
     data = json.loads(path.read_text(encoding="utf-8"))
-    caches = list(dict.fromkeys(run["cache"] for run in data["runs"]))
+    skipped = data.get("skipped", [])
+    caches = list(dict.fromkeys(run["cache"] for run in [*data["runs"], *skipped]))
     rows = []
     for cache, (name, about) in itertools.product(caches, data["variants"].items()):
         runs = [run for run in data["runs"] if run["variant"] == name and run["cache"] == cache]
-        if runs:
-            rows.append(_row(name, cache, about["ours"], runs))
+        missed = sum(each["variant"] == name and each["cache"] == cache for each in skipped)
+        if runs or missed:
+            rows.append(_row(name, cache, about["ours"], runs, missed))
     return data, rows
 
 
-def _row(name: str, cache: str, ours: bool, runs: list[dict[str, Any]]) -> Row:
+def _row(name: str, cache: str, ours: bool, runs: list[dict[str, Any]], skipped: int) -> Row:
     good = [run for run in runs if not run["log_tail"]]
-    drew = [run for run in good if run["intervals"]]
+    # Of pictures that come in batches, single intervals say nothing.
+    single = [run for run in good if run["intervals"] and max(run.get("batch_sizes") or [1]) == 1]
 
     def of(runs: list[dict[str, Any]], value: Callable[[dict[str, Any]], float | None]) -> Spread | None:
         return Spread.of([v for v in map(value, runs) if v is not None])
@@ -87,15 +101,25 @@ def _row(name: str, cache: str, ours: bool, runs: list[dict[str, Any]]) -> Row:
         ours=ours,
         engine=next((run["readings"].get("engine") for run in good), None),
         first_png=of(good, lambda run: run["first_png_seconds"]),
-        seconds_per_image=of(drew, lambda run: statistics.mean(run["intervals"])),
-        p95=of(drew, lambda run: percentile(run["intervals"], 0.95)),
-        jitter=of(drew, lambda run: statistics.pstdev(run["intervals"])),
+        seconds_per_image=of(good, lambda run: seconds_a_picture(run["intervals"], run.get("batch_sizes", ()))),
+        p95=of(single, lambda run: percentile(run["intervals"], 0.95)),
+        jitter=of(single, lambda run: statistics.pstdev(run["intervals"])),
+        busy=of(good, lambda run: run.get("busy_percent")),
+        largest_batch=max((size for run in good for size in run.get("batch_sizes", ())), default=1),
+        encoder=_loads_encoder(good),
         peak_allocated=of(good, lambda run: run["readings"].get("memory", {}).get("peak_allocated_gb")),
         peak_reserved=of(good, lambda run: run["readings"].get("memory", {}).get("peak_reserved_gb")),
         peak_device=of(good, lambda run: run.get("peak_device_gb")),
         phases={p: statistics.median(each[p] for each in phases) for p in PHASES} if phases else {},
-        failures=[f"exit {run['returncode']}: {_last_line(run['log_tail'])}" for run in runs if run["log_tail"]],
+        failures=[reason(run) for run in runs if run["log_tail"]],
+        skipped=skipped,
     )
+
+
+def _loads_encoder(runs: list[dict[str, Any]]) -> bool | None:
+    """engine=native has a phase for each network that it loads."""
+    told = [run["readings"]["phases"] for run in runs if run["readings"].get("engine") == "native"]
+    return any("text_encoder" in phases for phases in told) if told else None
 
 
 def phases_of(run: dict[str, Any]) -> dict[str, float]:
@@ -123,6 +147,6 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
-def _last_line(log: str) -> str:
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    return lines[-1][:200] if lines else "no output"
+def reason(run: dict[str, Any]) -> str:
+    """Why a process failed: how it ended, and what it said last of an error."""
+    return f"{run.get('failure') or 'exit ' + str(run['returncode'])}: {last_error(run['log_tail'])}"

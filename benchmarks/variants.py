@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from dataclasses import dataclass, field
@@ -30,22 +29,29 @@ class Variant:
 
     name: str
     overrides: tuple[str, ...] | None = None
-    """Hydra overrides of this runner; None for a peer."""
+    """Hydra overrides (and flags) of this runner; None for a peer."""
     script: str | None = None
     """A peer's script below ``peers/``."""
     images: int | None = None
-    """Fewer (or more) pictures than the scenario's, for variants that are very slow."""
+    """Pictures, where it should draw more or fewer than the scenario's others."""
+    rounds: int | None = None
+    """Processes at most, for variants that are slow."""
+    caches: tuple[str, ...] = ("warm", "dropped")
+    """States of the page cache under which it takes part."""
     env: dict[str, str] = field(default_factory=dict)
-    fresh_compiler: bool = False
-    """Compile from nothing, as on the first run on a machine; otherwise the compiler's cache is as it was left."""
+    keeps: dict[str, str] = field(default_factory=dict)
+    """Option of this runner -> folder that lasts as long as the scenario; variants that name the same folder share it:
+    prompt embeddings and compiled code of an earlier run."""
+    starts_empty: bool = False
+    """Its folders are emptied before each process: as on the first run on a machine."""
     primed: bool = False
-    """Run once before the first round, uncounted: the compiler's cache is then that of an earlier run."""
+    """Run once, uncounted, when its folders are empty."""
     uses_model: str = "published"
     """Key of the model directory: published (fp32 transformer) or bf16."""
     is_ours: bool = True
 
-    def command(self, work: Work, out: Path) -> list[str]:
-        """The command line; pictures and readings go below ``out``."""
+    def command(self, work: Work, out: Path, kept: Path | None = None) -> list[str]:
+        """The command line; pictures and readings go below ``out``, what outlives the process below ``kept``."""
         if self.script is not None:
             return [
                 sys.executable, str(HERE / "peers" / self.script), "--model", str(work.model), "--out", str(out),
@@ -53,40 +59,27 @@ class Variant:
                 "--steps", str(work.steps), "--device", work.device,
             ]  # fmt: skip
         prompts = len(PROMPTS.read_text(encoding="utf-8").splitlines())
-        compiler = [f"compile.cache_dir={out / 'compiled'}"] if self.fresh_compiler else []
+        keeps = [f"{option}={folder}" for option, folder in zip(self.keeps, self.folders(kept or out))]
         seeds = max(1, -(-work.images // prompts))
+        flags = [override for override in self.overrides or () if override.startswith("-")]
+        overrides = [override for override in self.overrides or () if override not in flags]
         return [
-            sys.executable, "-m", "zimage_runner", "model=local", f"model.path={work.model}", "name=bench",
+            sys.executable, "-m", "zimage_runner", *flags,
+            "model=local", f"model.path={work.model}", "name=bench",
             f"output.root={out / 'runs'}", "prompts=text_file", f"prompts.path={PROMPTS}",
             f"prompts.limit={min(work.images, prompts)}", f"seeds='0-{seeds - 1}'", f"engine.device={work.device}",
             f"sampling.height={work.size}", f"sampling.width={work.size}",
-            f"sampling.num_inference_steps={work.steps}", *(self.overrides or ()), *compiler,
+            f"sampling.num_inference_steps={work.steps}", *overrides, *keeps,
         ]  # fmt: skip
+
+    def folders(self, kept: Path) -> list[Path]:
+        """Its folders that outlive the process."""
+        return [kept / name for name in self.keeps.values()]
 
     def environment(self) -> dict[str, str]:
         """The child's environment: this checkout importable, no progress bars, the variant's own settings."""
         paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"} | self.env
-
-
-def readings(variant: Variant, out: Path) -> dict[str, Any]:
-    """Phases (seconds) and memory (GB) that the process left; empty when it died before writing any."""
-    if variant.script is not None:
-        path = out / "phases.json"
-        return json.loads(path.read_text()) if path.exists() else {}
-    summaries = sorted((out / "runs").rglob("summary.json"))
-    if not summaries:
-        return {}
-    summary = json.loads(summaries[-1].read_text())
-    session = summary["session"]
-    return {
-        "phases": {**session["load_phases"], **session["phases"]},
-        "memory": {k: v for k, v in session.get("gpu_memory", {}).items() if k.startswith("peak")},
-        "warmup_passes": session.get("warmup_passes", []),
-        "images": summary["images"],
-        "attention": session.get("attention"),
-        "engine": session.get("numerics", {}).get("engine"),
-    }
 
 
 def ours(name: str, *overrides: str, **options: Any) -> Variant:

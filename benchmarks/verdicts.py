@@ -20,6 +20,8 @@ class Claim:
     baseline: str
     metric: str
     unit: str = "s"
+    short: str = ""
+    """In the README's summary; claims without are on the page alone."""
 
 
 CLAIMS = [
@@ -29,6 +31,7 @@ CLAIMS = [
         baseline="plain",
         metric="peak_reserved",
         unit="GB",
+        short="step 1, peak memory",
     ),
     Claim(
         text="step 1 makes later images steadier (jitter)",
@@ -41,6 +44,7 @@ CLAIMS = [
         variant="step 2: CPU first",
         baseline="plain",
         metric="first_png",
+        short="step 2, first picture",
     ),
     Claim(
         text="loading straight to the GPU, which step 2 advises against, shortens the way to the first picture",
@@ -50,15 +54,17 @@ CLAIMS = [
     ),
     Claim(
         text="step 3 corrected (compile the transformer, then warm up) makes later images faster (article: 18 %)",
-        variant="step 3 corrected: compile, then warm up",
+        variant="step 3 corrected, compiled before",
         baseline="plain",
         metric="seconds_per_image",
+        short="step 3 corrected, later pictures",
     ),
     Claim(
         text="step 3's compilation costs 2 to 3 s once: the first picture is not later",
         variant="step 3 corrected: compile, then warm up",
         baseline="plain",
         metric="first_png",
+        short="step 3 corrected, first picture",
     ),
     Claim(
         text="the same with the compiler's cache of an earlier run",
@@ -71,12 +77,14 @@ CLAIMS = [
         variant="step 3 as printed: sequential offload",
         baseline="plain",
         metric="seconds_per_image",
+        short="step 3 as printed, later pictures",
     ),
     Claim(
         text="step 4 (three convolutions) shortens the way to the first picture (article: by 1.2 s)",
         variant="step 4: wake the hardware",
         baseline="plain",
         metric="first_png",
+        short="step 4, first picture",
     ),
     Claim(
         text="one dummy generation makes later images faster",
@@ -89,12 +97,14 @@ CLAIMS = [
         variant="steps 1+2+3+4",
         baseline="plain",
         metric="first_png",
+        short="all four, first picture",
     ),
     Claim(
         text="all four steps make later images faster (article: 2.2 to 1.8 s)",
         variant="steps 1+2+3+4",
         baseline="plain",
         metric="seconds_per_image",
+        short="all four, later pictures",
     ),
     Claim(
         text="all four steps make later images steadier (article: no jitter)",
@@ -117,15 +127,20 @@ IMPOSSIBLE = {
 
 def verdict(claim: Claim, rows: Mapping[str, Row]) -> str:
     """confirmed, no effect or harmful, with figures; or not measured."""
-    one, other = _spread(rows, claim.variant, claim.metric), _spread(rows, claim.baseline, claim.metric)
+    one, other = spread_of(rows, claim.variant, claim.metric), spread_of(rows, claim.baseline, claim.metric)
     if one is None or other is None:
         return "not measured"
-    return f"{judge(one, other)}: {other.median:.2f} -> {one.median:.2f} {claim.unit}{_share(one, other)}"
+    figures = f"{other.median:.2f} -> {one.median:.2f} {claim.unit}{_share(one, other)}"
+    return f"{judge(one, other)}: {figures}, n = {other.count} and {one.count}"
 
 
 def judge(one: Spread, other: Spread) -> str:
-    """``one`` against ``other``, where less is better: beyond both spreads and 2 %, or no effect."""
-    noise = max(one.half_width + other.half_width, LEAST_SHARE * other.median)
+    """``one`` against ``other``, where less is better: beyond both spreads and 2 %, or no effect.
+
+    A single process has no spread to show; it is taken to be as uncertain as the other contestant.
+    """
+    widths = [s.half_width for s in (one, other) if s.count > 1] or [0.0]
+    noise = max(2 * sum(widths) / len(widths), LEAST_SHARE * other.median)
     difference = one.median - other.median
     if abs(difference) <= noise:
         return "no effect"
@@ -136,6 +151,7 @@ def _share(one: Spread, other: Spread) -> str:
     return f" ({one.median / other.median - 1:+.0%})" if other.median else ""
 
 
-def _spread(rows: Mapping[str, Row], variant: str, metric: str) -> Spread | None:
+def spread_of(rows: Mapping[str, Row], variant: str, metric: str) -> Spread | None:
+    """A contestant's figures by the field's name; None if it has none."""
     get: Callable[[Row], Spread | None] = lambda row: getattr(row, metric)  # noqa: E731
     return get(rows[variant]) if variant in rows else None

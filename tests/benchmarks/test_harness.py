@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from benchmarks import device_memory, harness, machine
-from benchmarks.harness import Budget, Results, Scenario, in_turn, measure, run_once
+from benchmarks import harness, machine
+from benchmarks.harness import Budget, Results, Scenario, in_turn, measure, run_once, seconds_a_picture
 from benchmarks.scenarios import SCENARIOS, TINY
 from benchmarks.variants import NAIVE, Variant, Work, ours
 
@@ -42,13 +46,13 @@ class Script(Variant):
     def __init__(self, name: str, code: str) -> None:
         super().__init__(name=name, script=code, is_ours=False)
 
-    def command(self, work: Work, out: Path) -> list[str]:
+    def command(self, work: Work, out: Path, kept: Path | None = None) -> list[str]:
         assert self.script is not None
         return [sys.executable, "-c", self.script, str(out)]
 
 
-def scenario(*variants: Variant, rounds: int = 1) -> Scenario:
-    return Scenario(name="main_job", title="t", prediction="p", variants=variants, work=WORK, rounds=rounds)
+def scenario(*variants: Variant, rounds: int = 1, **more: Any) -> Scenario:
+    return Scenario(name="main_job", title="t", prediction="p", variants=variants, work=WORK, rounds=rounds, **more)
 
 
 def once(variant: Variant, timeout: float = 30.0) -> harness.Run:
@@ -71,6 +75,8 @@ def test_a_failure_keeps_its_last_words() -> None:
     run = once(Script("s", "import sys; print('out of luck'); sys.exit(3)"))
     assert (run.returncode, run.first_png_seconds) == (3, None)
     assert "out of luck" in run.log_tail
+    assert run.failure == "exit 3 with 0 of 3 pictures"
+    assert "exit 3 with 0 of 3 pictures: out of luck" in harness.line(run)
 
 
 def test_missing_pictures_are_a_failure() -> None:
@@ -115,6 +121,7 @@ def test_budget_lets_nothing_start_that_would_not_end_in_time() -> None:
     budget.took("a", 11.0)
     assert not budget.allows("a")
     assert budget.allows("b")  # not tried yet
+    assert not budget.allows("b", expected=11.0)
     assert not Budget(-1.0).allows("b")
 
 
@@ -138,11 +145,11 @@ def test_scenarios_are_well_formed(name: str, tmp_path: Path) -> None:
         assert variant.script is None or Path(command[1]).is_file()
 
 
-@pytest.mark.parametrize(
-    "variant",
-    [v for name in SCENARIOS for v in SCENARIOS[name](WORK).variants if v.script is None],
-    ids=lambda v: v.name,
-)
+OURS = {v.overrides: v for name in SCENARIOS for size in (128, 1024) for v in SCENARIOS[name](
+    dataclasses.replace(WORK, size=size)).variants if v.script is None}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", OURS.values(), ids=lambda v: v.name)
 def test_our_command_lines_plan(variant: Variant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
     """Every override exists and is accepted together with the others; nothing is drawn."""
     from zimage_runner.cli import main
@@ -166,25 +173,130 @@ def test_a_peer_and_this_runner_end_to_end(variant: Variant) -> None:
     assert run.readings.get("engine") == (None if variant.script else "diffusers")
 
 
-def test_device_memory_counts_what_was_added_since_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Nvml:
-        """20 GB were in use before, then 21, then 20.5."""
-
-        values = iter([20.0, 21.0, 20.5])
-        last = 0.0
-
-        def nvmlDeviceGetMemoryInfo(self, handle: object) -> SimpleNamespace:
-            self.last = next(self.values, self.last)
-            return SimpleNamespace(used=self.last * 1e9)
-
-    monkeypatch.setattr(device_memory, "_open", lambda: (Nvml(), None))
-    with device_memory.PeakDeviceMemory() as memory:
-        time.sleep(0.4)
-    assert memory.peak_gb == pytest.approx(1.0)
+def test_rounds_and_caches_of_a_contestant_are_limits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(machine, "drop_page_cache", lambda: True)
+    a, b = Script("a", DRAWS), Script("b", DRAWS)
+    object.__setattr__(b, "rounds", 1)
+    object.__setattr__(b, "caches", ("warm",))
+    quick = scenario(a, b, rounds=2, caches=("warm", "dropped"))
+    results = Results(quick, tmp_path / "r.json", {})
+    measure(quick, results, 60, {"published": TINY})
+    assert [(run.variant, run.cache) for run in results.runs] == [
+        ("a", "warm"), ("b", "warm"), ("a", "warm"), ("a", "dropped"), ("a", "dropped"),
+    ]  # fmt: skip
 
 
-def test_without_a_gpu_device_memory_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_memory, "_open", lambda: (None, None))
-    with device_memory.PeakDeviceMemory() as memory:
-        pass
-    assert memory.peak_gb is None
+def test_what_no_time_is_left_for_is_noted(tmp_path: Path) -> None:
+    quick = scenario(Script("a", DRAWS), rounds=2)
+    results = Results(quick, tmp_path / "r.json", {}, note="something else ran")
+    measure(quick, results, -1.0, {"published": TINY})
+    data = json.loads((tmp_path / "r.json").read_text())
+    assert data["runs"] == []
+    assert data["skipped"] == [{"variant": "a", "cache": "warm", "round": number} for number in (0, 1)]
+    assert data["note"] == "something else ran"
+
+
+@pytest.mark.parametrize(
+    ("code", "drawn", "wall", "expected"),
+    [
+        (0, 3, 1.0, ""),
+        (0, 2, 1.0, "exit 0 with 2 of 3 pictures"),
+        (1, 3, 1.0, "exit 1 with 3 of 3 pictures"),
+        (-9, 1, 5.0, "ended after 5 s, when the scenario's time was spent, with 1 of 3 pictures"),
+        (-9, 1, 1.0, "ended by SIGKILL with 1 of 3 pictures"),
+        (-11, 0, 1.0, "ended by SIGSEGV with 0 of 3 pictures"),
+    ],
+)
+def test_why_a_process_failed(code: int, drawn: int, wall: float, expected: str) -> None:
+    assert harness.why_failed(code, drawn, 3, wall, timeout=4.0) == expected
+
+
+KEEPS = """
+import sys
+from pathlib import Path
+out, kept = Path(sys.argv[1]), Path(sys.argv[2])
+for n in range(3):
+    (out / f"{n}.png").write_bytes(b"picture")
+kept.mkdir(parents=True, exist_ok=True)
+print("found", len(list(kept.iterdir())), file=sys.stderr)
+(kept / f"file{len(list(kept.iterdir()))}").write_text("left")
+"""
+
+
+class Keeper(Script):
+    """Leaves a file in the folder that outlives it."""
+
+    def __init__(self, name: str, **options: Any) -> None:
+        super().__init__(name, KEEPS)
+        object.__setattr__(self, "keeps", {"x": "folder"})
+        for option, value in options.items():
+            object.__setattr__(self, option, value)
+
+    def command(self, work: Work, out: Path, kept: Path | None = None) -> list[str]:
+        assert kept is not None
+        return [*super().command(work, out), str(self.folders(kept)[0])]
+
+
+@pytest.mark.parametrize(
+    ("options", "files"), [({}, [1, 2]), ({"primed": True}, [2, 3]), ({"starts_empty": True}, [1, 1])]
+)
+def test_folders_outlive_a_process(
+    options: dict[str, Any], files: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A primed contestant finds what an uncounted process left; one that starts empty finds nothing."""
+    seen = []
+    variant = Keeper("keeper", **options)
+    real = harness.run_once
+
+    def spy(*args: Any) -> harness.Run:
+        run = real(*args)
+        if run.round >= 0:
+            seen.append(len(list(variant.folders(args[-1])[0].iterdir())))
+        return run
+
+    monkeypatch.setattr(harness, "run_once", spy)
+    quick = scenario(variant, rounds=2)
+    results = Results(quick, tmp_path / "r.json", {})
+    measure(quick, results, 60, {"published": TINY})
+    assert seen == files
+    assert len(results.runs) == 2
+
+
+@given(st.lists(st.floats(0.01, 5), min_size=1, max_size=20), st.integers(1, 20))
+def test_seconds_a_picture_leave_out_the_first_batch(intervals: list[float], batch: int) -> None:
+    times = [0.0, *itertools.accumulate(intervals)]
+    found = seconds_a_picture(intervals, [min(batch, len(times))] * len(times))
+    if batch >= len(times):
+        assert found is None
+    else:
+        assert found == pytest.approx((times[-1] - times[batch - 1]) / (len(times) - batch))
+
+
+def test_pictures_of_batches_are_counted_right() -> None:
+    """Two batches of four, two seconds each, files written at once: half a second a picture, whatever their spread."""
+    assert seconds_a_picture([0.01, 0.01, 0.01, 1.97, 0.01, 0.01, 0.01], [4] * 8) == pytest.approx(0.5025, abs=0.01)
+
+
+def test_the_machine_is_described_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(machine, "describe", lambda: {"cores": 2})
+    monkeypatch.setattr(machine, "matmul_tflops", lambda: calls.append(1) or 700.0)
+    path = tmp_path / "sub" / "machine.json"
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: machine.facts(path), range(4)))
+    assert found == [{"cores": 2, "bf16_matmul_tflops": 700.0}] * 4
+    assert len(calls) == 1
+
+
+def test_filling_the_page_cache_reads_models_and_prepared_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZIMAGE_RUNNER_CACHE", str(tmp_path))
+    copy = tmp_path / "prepared" / "x" / "model.safetensors"
+    copy.parent.mkdir(parents=True)
+    copy.write_bytes(b"1")
+    read = []
+    monkeypatch.setattr(machine, "_read", read.append)
+    machine.fill_page_cache([TINY], libraries=False)
+    assert copy in read
+    assert {path for path in TINY.rglob("*") if path.is_file()} <= set(read)

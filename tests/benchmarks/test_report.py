@@ -74,6 +74,58 @@ def test_failures_count_in_no_figure_and_are_shown(tmp_path: Path) -> None:
     assert "99.00" not in text
 
 
+def test_contestants_without_figures_are_shown_with_the_reason(tmp_path: Path) -> None:
+    """One whose processes all failed, and one for which no time was left."""
+    log = "Traceback\nRuntimeError: no such kernel\nlast words\n"
+    dead = run("dead", 1.0, [], returncode=1, log_tail=log, failure="exit 1 with 0 of 4 pictures")
+    path = results(tmp_path, [run("plain", 10.0, [1.0]), dead, run("late", 1.0, [])])
+    data = json.loads(path.read_text())
+    data["runs"].pop()
+    data["skipped"] = [{"variant": "late", "cache": "warm", "round": n} for n in range(2)]
+    data["note"] = "another scenario ran on the second GPU meanwhile"
+    data["gpu"] = {"index": 1, "uuid": "GPU-1", "name": "NVIDIA H200"}
+    path.write_text(json.dumps(data))
+    text = page(tmp_path, tmp_path)
+    assert "| **dead** | warm | failed |" in text
+    assert "- dead (warm): exit 1 with 0 of 4 pictures: RuntimeError: no such kernel" in text
+    assert "| **late** | warm | not run |" in text
+    assert "- late (warm): 2 not started" in text
+    assert "Note: another scenario ran on the second GPU meanwhile." in text
+    assert "GPU 1 of the machine" in text
+
+
+def test_medians_of_several_processes_show_spread_and_count(tmp_path: Path) -> None:
+    results(tmp_path, [run("plain", first, [1.0, first], n) for n, first in enumerate([10.0, 30.0, 11.0])])
+    text = page(tmp_path, tmp_path)
+    assert "| 11.00 (10.00-30.00) |" in text
+    assert "| 6.000 (5.500-15.500) |" in text
+    assert "| 11.000 (10.000-30.000) |" in text  # p95
+    assert " | 3 |\n" in text
+
+
+def test_single_intervals_of_batches_are_no_figures(tmp_path: Path) -> None:
+    intervals = [0.01, 0.01, 0.01, 1.97, 0.01, 0.01, 0.01]
+    results(tmp_path, [run("plain", 5.0, intervals, batch_sizes=[4] * 8)], "throughput")
+    _, (row,) = load(tmp_path / "throughput.json")
+    assert row.seconds_per_image is not None
+    assert row.seconds_per_image.median == pytest.approx(0.5)
+    assert (row.p95, row.jitter, row.largest_batch) == (None, None, 4)
+    assert "up to 4 at a time" in page(tmp_path, tmp_path)
+
+
+def test_jobs_of_a_sweep_beside_one_picture(tmp_path: Path) -> None:
+    one, sweep = run("one job", 5.0, [0.5, 0.5]), run("sweep", 5.0, [0.6, 0.6])
+    sweep["readings"]["jobs"] = [
+        {"load": 3.0, "warm_up": 0.5, "image": 0.5, "end_to_picture": None},
+        {"load": 0.0, "warm_up": 0.0, "image": 0.5, "end_to_picture": 0.54},
+        {"load": 0.0, "warm_up": 0.0, "image": 0.5, "end_to_picture": 0.56},
+    ]
+    results(tmp_path, [one, sweep], "multirun")
+    text = page(tmp_path, tmp_path)
+    assert "next job's picture: 0.550 (0.540-0.560) s, n = 2; one picture of a job of several 0.500 s: 1.10x" in text
+    assert "load 0.000 s, warm-up 0.000 s at most" in text
+
+
 def test_page_holds_the_figures_the_expectation_and_every_claim(tmp_path: Path) -> None:
     runs = [run(name, first, [each, each]) for name, first, each in
             [("plain", 20.0, 2.0), ("step 4: wake the hardware", 10.0, 2.0)]]  # fmt: skip
