@@ -79,7 +79,9 @@ class Variant:
     def environment(self) -> dict[str, str]:
         """The child's environment: this checkout importable, no progress bars, the variant's own settings."""
         paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-        return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"} | self.env
+        # GPUs in the driver's order, so that an index in CUDA_VISIBLE_DEVICES means the GPU that is read.
+        own = {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+        return os.environ | own | self.env
 
 
 def ours(name: str, *overrides: str, **options: Any) -> Variant:
