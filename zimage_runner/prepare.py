@@ -8,7 +8,8 @@ download  bring the hub's snapshot up to date; damaged files are fetched again
 accept    take the files as they are now for the undamaged ones (after changing them on purpose)
 info      where things are; changes nothing
 
-Exit codes: 0 done, 1 verify found a difference, 2 bad options or nothing that could be done.
+Exit codes: 0 done, 1 verify found a difference, 2 bad options or nothing that could be done, 130 interrupted: the
+same command goes on from there.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from zimage_runner.errors import UserError
 from zimage_runner.help import CONFIG_DIR
 from zimage_runner.logs import log_to_terminal
 from zimage_runner.model import Model
+from zimage_runner.signals import EXIT_INTERRUPTED, PATIENCE, StopRequest, graceful_stop
 from zimage_runner.sweep.launcher import register_launcher
 from zimage_runner.weights import prepared
 from zimage_runner.weights.checkpoint import Checkpoint
@@ -50,13 +52,14 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(
                 f"{' '.join(words)}: say one of {', '.join(ACTIONS)}, then options such as model=zimage_turbo"
             )
-        return ACTIONS[words[0] if words else "build"](compose_model([arg for arg in argv if "=" in arg]))
+        with graceful_stop() as stop:
+            return ACTIONS[words[0] if words else "build"](compose_model([arg for arg in argv if "=" in arg]), stop)
     except UserError as error:
         return _refuse(str(error))
     except CONFIG_ERRORS as error:
         return _refuse(explain(error))
     except KeyboardInterrupt:
-        return 130
+        return EXIT_INTERRUPTED
 
 
 def compose_model(overrides: Sequence[str]) -> Model:
@@ -70,10 +73,13 @@ def compose_model(overrides: Sequence[str]) -> Model:
     return model
 
 
-def _build(model: Model) -> int:
+def _build(model: Model, stop: StopRequest) -> int:
     from zimage_runner.weights.prepare import build
 
-    found = build(resolve(model), model)
+    with stop.interruptible(PATIENCE):
+        checkpoint = resolve(model)
+    with stop.interruptible():  # without a deadline: it removes what it has half made
+        found = build(checkpoint, model)
     sizes = ", ".join(f"{name} {file.size / 1e9:.2f} GB" for name, file in found.weights.items())
     print(f"prepared: {found.path} ({sizes})")
     return EXIT_OK
@@ -138,12 +144,22 @@ def _checkpoint(model: Model) -> Checkpoint:
     return Checkpoint(path=layout.path, revision=digest[:12], digest=digest)
 
 
-ACTIONS: dict[str, Callable[[Model], int]] = {
+def _at_once(action: Callable[[Model], int]) -> Callable[[Model, StopRequest], int]:
+    """An action that the first signal ends, whatever it is doing."""
+
+    def run(model: Model, stop: StopRequest) -> int:
+        with stop.interruptible(PATIENCE):
+            return action(model)
+
+    return run
+
+
+ACTIONS: dict[str, Callable[[Model, StopRequest], int]] = {
     "build": _build,
-    "verify": _verify,
-    "download": _download,
-    "accept": _accept,
-    "info": _info,
+    "verify": _at_once(_verify),
+    "download": _at_once(_download),
+    "accept": _at_once(_accept),
+    "info": _at_once(_info),
 }
 
 

@@ -27,7 +27,7 @@ from zimage_runner.plan import Fingerprints, WorkItem
 from zimage_runner.prompts.snapshot import SNAPSHOT_NAME, snapshot
 from zimage_runner.resume import Progress, check_same_pictures, survey
 from zimage_runner.reuse import Reuse
-from zimage_runner.signals import EXIT_INTERRUPTED, StopRequest, graceful_stop
+from zimage_runner.signals import EXIT_INTERRUPTED, PATIENCE, StopRequest, graceful_stop
 from zimage_runner.warm import Executors, current_executors
 
 log = logging.getLogger(__name__)
@@ -40,21 +40,26 @@ MAX_ATTEMPTS = 2
 
 def run(config: RunConfig, directory: Path, composed: Mapping[str, str]) -> int:
     """Do one job in ``directory``; ``composed`` are the files of its ``.hydra`` folder. Returns the exit code."""
-    shared = current_executors()
-    job = prepare(config, shared.memo if shared else None)
-    if config.dry_run:
-        say(describe(job, progress_of(job, directory, Ledger.load(directory / RECORDS)).is_settled), sys.stdout)
-        return 0
-    with _executors() as executors, _open(config, directory) as run_dir:
-        ledger = Ledger.load(run_dir.records_path)
-        progress = progress_of(job, run_dir.path, ledger)
-        if not progress.todo and config.resume is not None:
-            say(f"nothing to draw: {progress}")
-            say(str(run_dir.path), sys.stdout)
-            return 1 if progress.failed else 0
-        run_dir.check_space([(i.params.height, i.params.width) for i in progress.todo], config.output)
-        with executors.lease(job) as executor, run_log(run_dir.log_path):
-            return Run(job, run_dir, executor, executors.stop, ledger, progress).execute(composed)
+    with _executors() as executors:
+        with executors.stop.interruptible(PATIENCE):  # it may download and hash gigabytes
+            job = prepare(config, executors.memo)
+        if config.dry_run:
+            say(describe(job, progress_of(job, directory, Ledger.load(directory / RECORDS)).is_settled), sys.stdout)
+            return 0
+        with _open(config, directory) as run_dir:
+            return _draw(job, run_dir, executors, composed)
+
+
+def _draw(job: Job, run_dir: RunDirectory, executors: Executors, composed: Mapping[str, str]) -> int:
+    config, ledger = job.config, Ledger.load(run_dir.records_path)
+    progress = progress_of(job, run_dir.path, ledger)
+    if not progress.todo and config.resume is not None:
+        say(f"nothing to draw: {progress}")
+        say(str(run_dir.path), sys.stdout)
+        return 1 if progress.failed else 0
+    run_dir.check_space([(i.params.height, i.params.width) for i in progress.todo], config.output)
+    with executors.lease(job) as executor, run_log(run_dir.log_path):
+        return Run(job, run_dir, executor, executors.stop, ledger, progress).execute(composed)
 
 
 @contextlib.contextmanager

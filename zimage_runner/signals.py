@@ -14,6 +14,9 @@ from collections.abc import Iterator
 from types import FrameType
 
 EXIT_INTERRUPTED = 130
+PATIENCE = 3.0
+"""Seconds. Hub clients finish the files that are under way, which may be gigabytes, before they let an exception out;
+what they have of a file is kept and the next download goes on from there."""
 
 
 class StopRequest:
@@ -25,6 +28,8 @@ class StopRequest:
         self._event = threading.Event()
         self._interruptible = False
         self._interrupted = False
+        self._deadline: tuple[threading.Event, float] | None = None
+        """Of an interruptible phase: set when it is left, and how long it may take to be left after a signal."""
 
     def __bool__(self) -> bool:
         return self._event.is_set()
@@ -44,15 +49,27 @@ class StopRequest:
         self._event.set()
 
     @contextlib.contextmanager
-    def interruptible(self) -> Iterator[None]:
-        """For phases with nothing to lose (download, load): the first signal raises KeyboardInterrupt there."""
+    def interruptible(self, patience: float | None = None) -> Iterator[None]:
+        """For phases with nothing to lose (download, load): the first signal raises KeyboardInterrupt there.
+
+        ``patience``: seconds after a signal at which the process exits if the phase has not been left.
+        """
         if self:
             raise KeyboardInterrupt
+        left = threading.Event()
+        self._deadline = None if patience is None else (left, patience)
         self._interruptible = True
         try:
             yield
         finally:
             self._interruptible = False
+            left.set()
+            self._deadline = None
+
+    def watch_deadline(self) -> None:
+        """After a signal: end the process when the present phase takes longer than it may."""
+        if self._deadline is not None:
+            threading.Thread(target=_exit_unless, args=self._deadline, name="deadline", daemon=True).start()
 
     def on_signal(self, number: int, _frame: FrameType | None) -> None:
         """Python-level handler, in the main thread."""
@@ -101,10 +118,16 @@ def _count(reader: int, numbers: frozenset[int], request: StopRequest) -> None:
                 what = "stopping" if request.is_interruptible else "finishing the pictures in flight"
                 request.set(signal.Signals(number).name)
                 _say(f"{signal.Signals(number).name}: {what}; once more to exit at once")
+                request.watch_deadline()
             else:
                 _say("exiting at once; finished pictures are kept")
                 os._exit(EXIT_INTERRUPTED)
     os.close(reader)
+
+
+def _exit_unless(left: threading.Event, seconds: float) -> None:
+    if not left.wait(seconds):
+        os._exit(EXIT_INTERRUPTED)
 
 
 def _say(text: str) -> None:

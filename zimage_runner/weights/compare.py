@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from zimage_runner.weights.pieces import Piece, pieces, plan_component, read_bfl
 from zimage_runner.weights.prepare import THREADS
 from zimage_runner.weights.prepared import Prepared
 from zimage_runner.weights.read import read_exactly
+from zimage_runner.weights.threads import Threads
 
 
 @dataclass(slots=True)
@@ -46,7 +46,7 @@ def _compare_component(layout: Layout, prepared: Prepared, component: str, resul
     places = {name: info.start for name, info in file.tensors.items()}
     result.tensors += len(common)
     different: dict[str, None] = {}
-    with ThreadPoolExecutor(max_workers=THREADS) as pool:
+    with Threads(THREADS) as pool:
         for piece, equal in pool.map(lambda piece: (piece, _equal(piece, file.path)), pieces(common, places)):
             result.nbytes += 2 * piece.count
             if not equal:

@@ -12,7 +12,6 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from zimage_runner.weights.pieces import Piece, PlannedTensor, pieces, plan_comp
 from zimage_runner.weights.prepared import Prepared, UnusablePrepared
 from zimage_runner.weights.safetensors_header import read_header
 from zimage_runner.weights.safetensors_writer import create
+from zimage_runner.weights.threads import Threads
 from zimage_runner.weights.verify import remember, sha256_of
 
 log = logging.getLogger(__name__)
@@ -97,12 +97,12 @@ def _make(checkpoint: Checkpoint, layout: Layout, plan: dict[str, list[PlannedTe
             shutil.rmtree(leftover)
     temporary.mkdir(parents=True)
     try:
-        with ThreadPoolExecutor(max_workers=len(COMPONENTS)) as hashing:  # of one component while the next is made
+        with Threads(len(COMPONENTS)) as hashing:  # of one component while the next is made
             sha256 = {}
             for component, tensors in plan.items():
                 path = prepared.component_file(temporary, component)
                 _write_component(path, component, tensors)
-                sha256[component] = hashing.submit(sha256_of, path)
+                sha256[component] = hashing.submit(sha256_of, path, lambda count: hashing.check())
         digests = {component: future.result() for component, future in sha256.items()}
         names = _copy_configs(layout, temporary)
         write_json(temporary / prepared.MANIFEST, _manifest(checkpoint, layout, plan, temporary, digests, names))
@@ -139,7 +139,7 @@ def _write_component(path: Path, component: str, plan: list[PlannedTensor]) -> N
         disable=None,
     )
     try:
-        with bar, ThreadPoolExecutor(max_workers=THREADS) as pool:
+        with bar, Threads(THREADS) as pool:
             for written in pool.map(convert, pieces(plan, places)):
                 bar.update(written)
         os.fsync(handle)

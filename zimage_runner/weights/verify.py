@@ -12,12 +12,12 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from zimage_runner.weights.cache import read_entry, write_entry
+from zimage_runner.weights.threads import Threads
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +53,13 @@ def file_digests(paths: Sequence[Path], force: bool = False) -> list[FileDigest]
     """
     known = {path: None if force else _unchanged_entry(path) for path in paths}
     missing = [path for path, entry in known.items() if entry is None]
-    with _progress(missing) as advance, ThreadPoolExecutor(max_workers=THREADS) as pool:
-        sha256s = pool.map(lambda path: sha256_of(path, advance), missing)
+    with _progress(missing) as advance, Threads(THREADS) as pool:
+
+        def step(count: int) -> None:
+            pool.check()
+            advance(count)
+
+        sha256s = pool.map(lambda path: sha256_of(path, step), missing)
         computed = dict(zip(missing, sha256s, strict=True))
     return [_compare(path, known[path], computed.get(path)) for path in paths]
 
