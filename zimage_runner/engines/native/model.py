@@ -86,7 +86,7 @@ class NativeModel:
         unique = dict.fromkeys(texts)
         features = {}
         for text, ids in zip(unique, self.tokenizer(list(unique), max_sequence_length)):
-            features[text] = self.text_encoder(self._to_device(torch.tensor([ids])))[0]
+            features[text] = self.text_encoder(self._to_device(torch.tensor([ids])), self.ops)[0]
         return [features[text] for text in texts]
 
     @torch.inference_mode()

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from zimage_runner.engines.native.kernels import Operations
+from zimage_runner.engines.native.kernels.torch_ops import normalised
 from zimage_runner.engines.native.layers import Embedding, Linear
 
 
@@ -52,15 +54,15 @@ class TextEncoderConfig:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, statistics in float32."""
+    """x / rms(x) * weight, in float32 throughout; the weight is kept in float32."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim))
         self.eps = eps
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
+    def forward(self, x: torch.Tensor, ops: Operations) -> torch.Tensor:
+        return ops.scaled_rms_norm(x, self.weight.float(), self.eps)
 
 
 class Qwen3Attention(nn.Module):
@@ -76,14 +78,19 @@ class Qwen3Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
-    def forward(self, h: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        qkv = self.qkv_proj(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        query, key, value = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        query, key = rotate_halves(self.q_norm(query), cos, sin), rotate_halves(self.k_norm(key), cos, sin)
-        groups = self.heads // self.kv_heads
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+    def forward(self, h: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+        """All heads' results [batch, tokens, heads * head_dim], for o_proj."""
+        qkv = self.qkv_proj(h).unflatten(-1, (-1, self.head_dim))
+        # Query and key heads together: a caption is so short that every launch costs more than its work.
+        both, value = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
+        normed = normalised(both.float(), self.q_norm.eps)
+        normed[:, :, : self.heads].mul_(self.q_norm.weight)
+        normed[:, :, self.heads :].mul_(self.k_norm.weight)
+        query, key = rotate_halves(normed, turns).to(h.dtype).split([self.heads, self.kv_heads], dim=2)
+        out = F.scaled_dot_product_attention(
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), is_causal=True, enable_gqa=True
+        )
+        return out.transpose(1, 2).flatten(2)
 
 
 class Qwen3Layer(nn.Module):
@@ -97,10 +104,12 @@ class Qwen3Layer(nn.Module):
         self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
-        gate, up = self.gate_up_proj(self.post_attention_layernorm(x)).chunk(2, dim=-1)
-        return x + self.down_proj(F.silu(gate) * up)
+    def forward(self, x: torch.Tensor, turns: torch.Tensor, ops: Operations) -> None:
+        """Overwrites x."""
+        attended = self.self_attn(self.input_layernorm(x, ops), turns)
+        add_product(x, attended, self.self_attn.o_proj)
+        hidden = ops.swiglu(self.gate_up_proj(self.post_attention_layernorm(x, ops)))
+        add_product(x, hidden, self.down_proj)
 
 
 class TextEncoder(nn.Module):
@@ -112,25 +121,32 @@ class TextEncoder(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Qwen3Layer(config) for _ in range(config.num_hidden_layers - 1))
 
-    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, token_ids: torch.Tensor, ops: Operations) -> torch.Tensor:
         """Hidden states [batch, tokens, hidden_size] before the last layer; ids [batch, tokens] padded on the right."""
         x = self.embed_tokens(token_ids)
-        cos, sin = self.rotary(token_ids.shape[1], x.device)
+        turns = self.rotary(token_ids.shape[1], x.device)
         for layer in self.layers:
-            x = layer(x, cos, sin)
+            layer(x, turns, ops)
         return x
 
-    def rotary(self, tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine [tokens, head_dim] float32, both halves alike."""
+    def rotary(self, tokens: int, device: torch.device) -> torch.Tensor:
+        """cos + i sin of each token's angles [tokens, 1, head_dim / 2], complex64."""
         dim = self.config.head_dim
         # On the device: a copy from here would wait for all work that is queued there.
         exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
         positions = torch.arange(tokens, dtype=torch.float32, device=device)
-        angles = torch.outer(positions, 1.0 / self.config.rope_theta**exponent).repeat(1, 2)
-        return angles.cos(), angles.sin()
+        angles = torch.outer(positions, 1.0 / self.config.rope_theta**exponent)
+        return torch.complex(angles.cos(), angles.sin())[:, None]
 
 
-def rotate_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate channel i against channel i + head_dim / 2. x [batch, heads, tokens, head_dim]."""
-    first, second = x.float().chunk(2, dim=-1)
-    return (x.float() * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+def rotate_halves(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    """Rotate channel i against channel i + head_dim / 2. x [batch, tokens, heads, head_dim] float32.
+
+    The two end up side by side: in query and key alike, so that their products are what they were.
+    """
+    return torch.view_as_real(torch.complex(*x.chunk(2, dim=-1)).mul_(turns)).flatten(-2)
+
+
+def add_product(x: torch.Tensor, h: torch.Tensor, linear: Linear) -> None:
+    """x += linear(h), as one operation; x [batch, tokens, hidden_size] contiguous, linear without bias."""
+    x.flatten(0, 1).addmm_(h.flatten(0, 1), linear.weight.t())

@@ -26,7 +26,7 @@ def add_gated_norm(
     x' = x + update / rms(update) * gate; h = x' / rms(x') * next_scale. x, update [..., dim]; gate, next_scale [dim]
     float32. Returns (x', h); h is x' itself without next_scale. x may be overwritten.
     """
-    x = torch.addcmul(x.float(), _normalised(update.float(), eps), gate).to(x.dtype)
+    x = torch.addcmul(x.float(), normalised(update.float(), eps), gate).to(x.dtype)
     return x, x if next_scale is None else scaled_rms_norm(x, next_scale, eps)
 
 
@@ -99,10 +99,10 @@ def interleave(phases: torch.Tensor, bias: torch.Tensor, row: int, out: torch.Te
 
 def _rms_norm(x: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
     """x / rms(x) * scale for float32 x; scale broadcasts."""
-    return _normalised(x, eps).mul_(scale)
+    return normalised(x, eps).mul_(scale)
 
 
-def _normalised(x: torch.Tensor, eps: float) -> torch.Tensor:
+def normalised(x: torch.Tensor, eps: float) -> torch.Tensor:
     """x / rms(x) for float32 x, in memory of its own."""
     if x.is_cuda:
         return F.rms_norm(x, x.shape[-1:], None, eps)
