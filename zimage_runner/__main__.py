@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 
 
@@ -13,6 +14,7 @@ def entry_point() -> None:
 
         print(help_text(argv), end="")
         sys.exit(0)
+    gc.disable()  # the command line's imports leave no garbage; a job switches it on again
     from zimage_runner.cli import main
 
     sys.exit(main(argv))

@@ -5,12 +5,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import hydra
+from hydra._internal.hydra import Hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
@@ -42,7 +46,8 @@ def main(argv: Sequence[str]) -> int:
     log_to_terminal()
     try:
         sys.argv = [sys.argv[0], *quote_free_text(resume_command_line(argv))]
-        job()
+        with _composed_once(sys.argv[1:]):
+            job()
     except UserError as error:
         return _refuse(str(error))
     except CONFIG_ERRORS as error:
@@ -54,6 +59,27 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     return max([*_exit_codes, *exit_codes], default=EXIT_OK)
+
+
+@contextlib.contextmanager
+def _composed_once(argv: Sequence[str]) -> Iterator[None]:
+    """Spare Hydra the composition that only finds out hydra.mode: nothing under ``conf/`` sets it.
+
+    Command lines that speak of Hydra, or bring config files of their own, are composed twice as ever.
+    """
+    if any("hydra" in word or (word.startswith("-") and word not in ("-m", "--multirun")) for word in argv):
+        yield
+        return
+    get_mode = Hydra.get_mode
+    Hydra.get_mode = _mode_not_configured
+    try:
+        yield
+    finally:
+        Hydra.get_mode = get_mode
+
+
+def _mode_not_configured(*_: Any, **__: Any) -> None:
+    """What ``Hydra.get_mode`` returns when no config sets one: the command line decides."""
 
 
 def _refuse(message: str) -> int:
@@ -73,6 +99,7 @@ def job(cfg: DictConfig) -> int:
             cfg = restore(cfg, directory, list(HydraConfig.get().overrides.task))
         config = OmegaConf.to_object(cfg)
         assert isinstance(config, RunConfig)
+        gc.enable()  # paused while importing and composing, which leave no garbage
         _exit_codes[-1] = run(config, directory, composed_files(cfg))
     except (UserError, RunStopped) as error:  # here and not in main: Hydra would print a line of its own
         _exit_codes[-1] = _refuse(str(error))

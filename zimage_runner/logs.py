@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from tqdm import tqdm
-
 from zimage_runner.errors import one_line
 
 LOGGER = logging.getLogger("zimage_runner")
@@ -65,4 +63,9 @@ class _StderrHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
-            tqdm.write(f"zimage_runner: {one_line(self.format(record))}", file=sys.stderr)
+            line = f"zimage_runner: {one_line(self.format(record))}"
+            bars = sys.modules.get("tqdm")  # without it there is no bar
+            if bars is None:
+                print(line, file=sys.stderr)
+            else:
+                bars.tqdm.write(line, file=sys.stderr)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import sys
-from importlib import metadata
 from typing import Any
 
 from zimage_runner import __version__
@@ -74,6 +73,8 @@ def peak_host_gb() -> float:
 
 def versions() -> dict[str, str]:
     """Versions of this package and of what decides pixels."""
+    from importlib import metadata
+
     found = {"zimage_runner": __version__, "python": platform.python_version()}
     for name in LIBRARIES:
         try:

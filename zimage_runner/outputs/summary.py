@@ -10,10 +10,12 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zimage_runner.errors import one_line
-from zimage_runner.outputs.writer import Outcome
+
+if TYPE_CHECKING:
+    from zimage_runner.outputs.writer import Outcome
 
 LISTED = 1000
 """Failures named in summary.json; all are in records.jsonl."""

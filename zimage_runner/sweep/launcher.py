@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
 from hydra.plugins.launcher import Launcher
@@ -23,7 +24,9 @@ from zimage_runner.errors import error_text
 from zimage_runner.signals import EXIT_INTERRUPTED, graceful_stop
 from zimage_runner.sweep.compose import compose_quickly
 from zimage_runner.sweep.config import PLUGIN_MODULE
-from zimage_runner.warm import Executors, shared_executors
+
+if TYPE_CHECKING:
+    from zimage_runner.warm import Executors
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +50,8 @@ class WarmLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run all jobs; their returns in the order given."""
+        from zimage_runner.warm import shared_executors
+
         setup_globals()
         Path(str(self.config.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
         configs = [self._compose(list(o), initial_job_idx + n) for n, o in enumerate(job_overrides)]
