@@ -31,7 +31,7 @@ from zimage_runner.logs import log_to_terminal
 from zimage_runner.outputs.metadata import read_metadata
 from zimage_runner.outputs.picture import encode_png
 from zimage_runner.prompts.inline import Inline
-from zimage_runner.resume.command_line import override_key
+from zimage_runner.resume.saved import override_key
 from zimage_runner.sampling import SAMPLING_FIELDS, Sampling
 from zimage_runner.signals import graceful_stop
 from zimage_runner.warm import Executors

@@ -18,6 +18,7 @@ import time
 import pytest
 
 from tests.faults.driver import Run, all_gone, children_of, kill
+from zimage_runner.outputs.summary import resume_command
 from zimage_runner.signals import graceful_stop
 
 INLINE: list[str] = []
@@ -70,6 +71,10 @@ def test_one_signal_ends_a_whole_multirun(tmp_path):
     assert summary["stopped"] == "SIGTERM"
     assert not list((tmp_path / "sweep").glob("[12]/records.jsonl"))
     assert "Traceback" not in sweep.log
+    assert f"to finish the whole multirun: {resume_command(tmp_path / 'sweep')}" in sweep.log
+    sweep.argv = lambda: [f"resume={tmp_path}/sweep"]  # type: ignore[method-assign]
+    assert sweep.execute() == 0
+    assert [len(list((tmp_path / f"sweep/{n}").glob("items/*/*/image.png"))) for n in range(3)] == [20] * 3
 
 
 @pytest.mark.parametrize("overrides", [INLINE, PROCESS])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -195,13 +196,69 @@ def test_a_job_of_a_multirun_is_resumed_by_itself(cli: Cli) -> None:
     sweep = run_dir(out)
     pixels = pixels_of(sweep / "1")
     next(sweep.glob("1/items/*/seed_3/image.png")).unlink()
-    code, _, err = cli(f"resume={sweep}")
-    assert code == 2
-    assert "is a multirun: resume its jobs one by one" in err
     code, _, err = cli(f"resume={sweep}/1")
     assert code == 0, err
     assert_whole(sweep / "1", 2)
     assert pixels_of(sweep / "1") == pixels
+
+
+class TestWholeMultirun:
+    @pytest.fixture
+    def sweep(self, cli: Cli) -> Path:
+        """Four jobs: untouched, one picture short, never begun, begun but without any picture."""
+        code, out, err = cli("-m", "prompt='a red, apple','一只猫'", "seeds=[1,2],[3,4]", *RUN[2:])
+        assert code == 0, err
+        return run_dir(out)
+
+    def damage(self, sweep: Path) -> None:
+        next(sweep.glob("1/items/*/seed_3/image.png")).unlink()
+        shutil.rmtree(sweep / "2")
+        shutil.rmtree(sweep / "3/items")
+        (sweep / "3/records.jsonl").unlink()
+
+    def test_every_job_is_finished_as_it_began(self, cli: Cli, sweep: Path) -> None:
+        pixels = {n: pixels_of(sweep / str(n)) for n in range(4)}
+        kept = {path: path.stat().st_mtime_ns for path in sweep.glob("0/items/*/*/image.png")}
+        self.damage(sweep)
+        code, out, err = cli(f"resume={sweep}", "verify=true")
+        assert code == 0, err
+        assert out.splitlines() == [*(str(sweep / str(n)) for n in range(4)), str(sweep)]
+        for n in range(4):
+            assert_whole(sweep / str(n), 2)
+            assert pixels_of(sweep / str(n)) == pixels[n]
+        assert {path: path.stat().st_mtime_ns for path in kept} == kept
+        assert "job 1 is continued" in err
+        assert "job 2 was never begun: it starts now" in err
+        assert (sweep / "summary.csv").read_text().count(",complete,2,0,") == 4
+        code, _, err = cli(f"resume={sweep}")  # the sweep's file was written anew meanwhile
+        assert (code, err.count("nothing to draw: 2 pictures are done")) == (0, 4)
+
+    def test_failed_items_alone(self, cli: Cli, sweep: Path) -> None:
+        self.damage(sweep)
+        code, _, err = cli(f"resume={sweep}", "retry=failed")
+        assert code == 1
+        assert "job 2 was never begun and left alone (retry=failed)" in err
+        assert not (sweep / "2").exists()
+
+    def test_harmless_settings_may_change_and_others_are_refused_job_by_job(self, cli: Cli, sweep: Path) -> None:
+        next(sweep.glob("1/items/*/seed_3/image.png")).unlink()
+        code, _, err = cli("-m", f"resume={sweep}", "engine.batch_size=2", "sampling.num_inference_steps=2")
+        assert code == 2
+        assert err.count("would mix other pictures into the run: sampling.num_inference_steps was 1, now 2") == 4
+        code, _, err = cli(f"resume={sweep}", "engine.batch_size=2")
+        assert code == 0, err
+        assert_whole(sweep / "1", 2)
+
+    def test_a_sweeper_that_chooses_as_it_goes_is_refused(self, cli: Cli, sweep: Path) -> None:
+        text = (sweep / ".hydra/multirun.yaml").read_text()
+        (sweep / ".hydra/multirun.yaml").write_text(text.replace("basic_sweeper.BasicSweeper", "optuna.OptunaSweeper"))
+        code, _, err = cli(f"resume={sweep}")
+        assert code == 2
+        assert "its jobs were chosen by OptunaSweeper" in err
+        (sweep / ".hydra/multirun.yaml").write_text("hydra: {}")
+        code, _, err = cli(f"resume={sweep}")
+        assert code == 2
+        assert "multirun.yaml has no sweeper: resume its jobs one by one" in err
 
 
 def test_the_options_of_the_first_run_are_named(cli: Cli) -> None:

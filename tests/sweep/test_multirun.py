@@ -45,7 +45,16 @@ def test_jobs_share_one_session(cli: Cli, loads: list[str]) -> None:
     assert code == 0, err
     sweep = sweep_dir(out)
     assert loads == ["auto"]
-    assert sorted(p.name for p in sweep.iterdir()) == ["0", "1", "2", "3", "grid.png", "multirun.yaml", *TABLES]
+    assert sorted(p.name for p in sweep.iterdir()) == [
+        ".hydra",
+        "0",
+        "1",
+        "2",
+        "3",
+        "grid.png",
+        "multirun.yaml",
+        *TABLES,
+    ]
     for job, (steps, guidance) in enumerate([(1, 0), (1, 2), (2, 0), (2, 2)]):
         record = json.loads(next(sweep.glob(f"{job}/items/*/*/record.json")).read_text())
         assert (record["params"]["num_inference_steps"], record["params"]["guidance_scale"]) == (steps, guidance)

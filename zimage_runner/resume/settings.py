@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from zimage_runner.errors import UserError
-from zimage_runner.resume.command_line import override_key, saved_overrides
+from zimage_runner.resume.saved import override_key, saved_overrides
 
 HARMLESS = (
     "name",

@@ -21,6 +21,10 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from zimage_runner.errors import error_text
+from zimage_runner.logs import say
+from zimage_runner.outputs.summary import resume_command
+from zimage_runner.resume import job_to_resume, keep_first_settings
+from zimage_runner.resume.progress import Retry
 from zimage_runner.signals import EXIT_INTERRUPTED, graceful_stop
 from zimage_runner.sweep.compose import compose_quickly
 from zimage_runner.sweep.config import PLUGIN_MODULE
@@ -53,7 +57,10 @@ class WarmLauncher(Launcher):
         from zimage_runner.warm import shared_executors
 
         setup_globals()
-        Path(str(self.config.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
+        directory = Path(str(self.config.hydra.sweep.dir))
+        directory.mkdir(parents=True, exist_ok=True)
+        if self.config.resume is None:
+            keep_first_settings(directory)
         configs = [self._compose(list(o), initial_job_idx + n) for n, o in enumerate(job_overrides)]
         returns: dict[int, JobReturn] = {}
         with graceful_stop() as stop, shared_executors(stop) as executors:
@@ -62,6 +69,8 @@ class WarmLauncher(Launcher):
                 if not self.keep_going and returns[n].return_value:
                     log.warning("job %d failed: the jobs after it are not run (keep_going=false)", initial_job_idx + n)
                     break
+            if stop:
+                say(f"to finish the whole multirun: {resume_command(directory.absolute())}")
         return [returns.get(n) or _not_run(EXIT_FAILED) for n in range(len(configs))]
 
     def _compose(self, overrides: list[str], number: int) -> DictConfig:
@@ -69,12 +78,22 @@ class WarmLauncher(Launcher):
         with open_dict(config):
             config.hydra.job.id = str(number)
             config.hydra.job.num = number
+        if config.resume is not None:  # the whole multirun's directory
+            config.resume = job_to_resume(_directory(config))
+            config.verify = config.verify and config.resume is not None
         return config
 
     def _run(self, config: DictConfig, executors: Executors) -> JobReturn:
         """One job. What it raises is reported here: raised to Hydra it would end the sweep."""
         if executors.stop:
             return _not_run(EXIT_INTERRUPTED)
+        if self.config.resume is not None:
+            retry_failed = config.resume is None and config.retry is Retry.failed
+            what = "is continued" if config.resume else "was never begun"
+            what += " and left alone (retry=failed)" if retry_failed else "" if config.resume else ": it starts now"
+            say(f"job {config.hydra.job.num} {what} ({_directory(config)})")
+            if retry_failed:
+                return _not_run(EXIT_FAILED)
         result = run_job(
             task_function=self.task_function,
             config=config,
@@ -89,6 +108,10 @@ class WarmLauncher(Launcher):
             log.error("job %d: %s", config.hydra.job.num, error_text(error), exc_info=error)
             result.status, result.return_value = JobStatus.COMPLETED, EXIT_FAILED
         return result
+
+
+def _directory(config: DictConfig) -> Path:
+    return Path(str(config.hydra.sweep.dir)) / str(config.hydra.sweep.subdir)
 
 
 def _not_run(code: int) -> JobReturn:

@@ -98,7 +98,7 @@ class SweepReport(Callback):
             from zimage_runner.sweep.grid import write_grids
 
             write_grids(root, jobs, fields, tile=self._tile)
-        say(str(root), sys.stdout)
+        say(str(root.absolute()), sys.stdout)
 
     def _jobs(self, root: Path, expected: list[dict[str, str]]) -> list[SweptJob]:
         found = {int(path.name): read_job(path) for path in root.iterdir() if path.name.isdigit() and path.is_dir()}

@@ -1,0 +1,68 @@
+"""``resume=DIR`` of a whole multirun: its own command line again, each job continued where it stopped.
+
+The sweep's overrides give the same jobs with the same numbers, so that a number's directory tells what became of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from zimage_runner.config.free_text import hydra_quote
+from zimage_runner.errors import UserError
+from zimage_runner.outputs import atomic
+from zimage_runner.resume.saved import SETTINGS, config_dirs, override_key, read_yaml, with_choices
+
+SWEEP = "multirun.yaml"
+FIRST = ".hydra/multirun.yaml"
+"""The same as it was at first: Hydra writes multirun.yaml anew whenever the multirun is resumed."""
+OWN_HYDRA = ("hydra.mode", "hydra.sweep.dir", "hydra/launcher", "hydra.launcher")
+"""Overrides of the first command line that this one gives anew: jobs run here, one after the other."""
+
+
+def is_sweep(directory: Path) -> bool:
+    """True for the directory of a multirun, not for one of its jobs."""
+    return (directory / SWEEP).is_file() and not (directory / SETTINGS).exists()
+
+
+def sweep_command_line(directory: Path, others: Sequence[str]) -> list[str]:
+    """The multirun's command line with ``others`` in place of what they change. Raises UserError."""
+    settings = read_yaml(directory, FIRST if (directory / FIRST).is_file() else SWEEP)
+    sweeper = str(_entry(directory, settings, "sweeper", "_target_"))
+    if not sweeper.endswith(".BasicSweeper"):
+        raise UserError(
+            f"resume={directory}: its jobs were chosen by {sweeper.rpartition('.')[2]}, which cannot be asked for the "
+            f"same ones again: resume its jobs one by one, {directory}/0 ..."
+        )
+    runtime, overrides = _entry(directory, settings, "runtime"), _entry(directory, settings, "overrides")
+    saved = with_choices(directory, SWEEP, overrides["task"], runtime)
+    hydra = [text for text in overrides["hydra"] if not override_key(text).startswith(OWN_HYDRA)]
+    mine = {override_key(text) for text in others}
+    kept = [text for text in [*saved, *hydra] if override_key(text) not in mine]
+    quoted = hydra_quote(str(directory))
+    return [
+        "-m", *config_dirs(runtime, others), *kept, *(text for text in others if text not in ("-m", "--multirun")),
+        "hydra/launcher=warm", f"hydra.sweep.dir={quoted}", f"resume={quoted}",
+    ]  # fmt: skip
+
+
+def keep_first_settings(directory: Path) -> None:
+    """Called when a multirun begins; of a sweeper that comes with several batches, the first one's are kept."""
+    if (directory / SWEEP).is_file() and not (directory / FIRST).exists():
+        (directory / FIRST).parent.mkdir(exist_ok=True)
+        with atomic.directory(directory) as folder:
+            atomic.write_file(folder, FIRST, (directory / SWEEP).read_bytes())
+
+
+def job_to_resume(job_directory: Path) -> str | None:
+    """What ``resume`` is for a job of a multirun that is resumed; None for one that was never begun."""
+    return str(job_directory) if (job_directory / SETTINGS).is_file() else None
+
+
+def _entry(directory: Path, settings: Any, *names: str) -> Any:
+    for name in ("hydra", *names):
+        if not isinstance(settings, dict) or name not in settings:
+            raise UserError(f"resume={directory}: {SWEEP} has no {name}: resume its jobs one by one, {directory}/0 ...")
+        settings = settings[name]
+    return settings
