@@ -22,7 +22,7 @@ import gc, sys
 from zimage_runner import torch_import
 from zimage_runner.torch_import import DEFERRED, LATER, NEEDS_ALL, StandIn
 torch = torch_import.import_torch_lean()
-assert gc.isenabled()
+assert gc.isenabled() and gc.get_freeze_count() > 10_000
 
 def bound(kind):
     places = [(vars(m).get("__name__"), n, v) for m in list(sys.modules.values()) for n, v in list(vars(m).items())]
