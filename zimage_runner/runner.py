@@ -1,9 +1,8 @@
-"""The loop: plan, session, progress, failure policy. One screen, no Hydra, no torch."""
+"""One run: plan, session, progress, failure policy, report. No Hydra, no torch; the loop itself is in drawing.py."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import sys
 from collections.abc import Iterator, Mapping
@@ -13,6 +12,7 @@ from tqdm import tqdm
 
 from zimage_runner.article import Report, article_table
 from zimage_runner.config.schema import RunConfig
+from zimage_runner.drawing import Drawing
 from zimage_runner.dry_run import comparable, describe
 from zimage_runner.errors import RunStopped
 from zimage_runner.executors.base import Batch, Executor
@@ -22,7 +22,7 @@ from zimage_runner.outputs.json_text import readable_json
 from zimage_runner.outputs.ledger import Ledger
 from zimage_runner.outputs.run_dir import RunDirectory
 from zimage_runner.outputs.summary import Summary, table
-from zimage_runner.outputs.writer import Outcome, PictureJob, Writer
+from zimage_runner.outputs.writer import Outcome
 from zimage_runner.plan import Fingerprints, WorkItem
 from zimage_runner.prompts.snapshot import SNAPSHOT_NAME, snapshot
 from zimage_runner.resume import Progress, check_same_pictures, survey
@@ -34,8 +34,6 @@ log = logging.getLogger(__name__)
 
 RECORDS = "records.jsonl"
 TRUNCATIONS_TOLD = 10
-MAX_ATTEMPTS = 2
-"""A picture that comes out bad (NaN, one single colour) is drawn once more before its item counts as failed."""
 
 
 def run(config: RunConfig, directory: Path, composed: Mapping[str, str]) -> int:
@@ -106,8 +104,6 @@ class Run:
         self.fingerprints = Fingerprints(job.checkpoint.digest, self.report["numerics"])
         self.reuse = Reuse(job, run_dir, ledger, self.fingerprints, self.report)
         self.summary = Summary(run_dir.path, planned=len(job.plan), already_done=len(progress.done))
-        self._again: list[WorkItem] = []
-        self._items: dict[str, WorkItem] = {}
         self._bar = tqdm(
             total=len(job.plan),
             initial=len(progress.done),
@@ -119,19 +115,14 @@ class Run:
     def execute(self, composed: Mapping[str, str]) -> int:
         """Draw and write every item that is left, report, and return the exit code."""
         self._begin(composed)
-        truncations = self.job.plan.truncations
-        for truncation in truncations[:TRUNCATIONS_TOLD]:
-            log.warning("%s", truncation)
-        if len(truncations) > TRUNCATIONS_TOLD:
-            log.warning("%d prompts are cut off in all: summary.json names each", len(truncations))
-        for truncation in truncations:
-            self.summary.truncated.append({"prompt": truncation.prompt.source, "message": str(truncation)})
+        self._tell_truncations()
         with contextlib.closing(self.ledger.open(self.run_dir.dir_fd)), self._bar:
             self._reused(self.reuse.from_earlier_runs(self.progress.todo))
-            self.writer = Writer(self.run_dir, self.ledger, self.job.config.output, self._on_done)
+            drawing = Drawing(
+                self.job, self.run_dir, self.ledger, self.fingerprints, self.report, on_settled=self._on_settled
+            )
             self.summary.start_clock()
-            self.writer.start_clock()
-            stopped = self._draw_all()
+            stopped = self._draw_all(drawing)
         return self._finish(stopped)
 
     def _begin(self, composed: Mapping[str, str]) -> None:
@@ -151,11 +142,19 @@ class Run:
         if self.progress.damaged:
             log.warning("%s", self.progress)
 
-    def _draw_all(self) -> str | None:
+    def _tell_truncations(self) -> None:
+        truncations = self.job.plan.truncations
+        for truncation in truncations[:TRUNCATIONS_TOLD]:
+            log.warning("%s", truncation)
+        if len(truncations) > TRUNCATIONS_TOLD:
+            log.warning("%d prompts are cut off in all: summary.json names each", len(truncations))
+        for truncation in truncations:
+            self.summary.truncated.append({"prompt": truncation.prompt.source, "message": str(truncation)})
+
+    def _draw_all(self, drawing: Drawing) -> str | None:
         """Draw and write what can be; why that ended early, if it did."""
         try:
-            with contextlib.closing(self.writer):
-                self._draw(self._batches())
+            drawing.run(self.executor, self._batches(), self.stop)
             self._reused(self.reuse.among_own(self.progress.is_settled))
         except RunStopped as error:
             return str(error)
@@ -176,45 +175,8 @@ class Run:
         for items in self.job.plan.batches(self.job.config.engine.largest_batch, settled, self.progress.todo):
             yield Batch(items=items)
 
-    def _draw(self, batches: Iterator[Batch]) -> None:
-        """Draw the plan's batches, then whatever came out bad once more."""
-        for attempt in range(1, MAX_ATTEMPTS + 1):
-            for result in self.executor.run(itertools.takewhile(lambda _: not self.stop, batches)):
-                jobs = [self._picture_job(item, {**result.details, "attempt": attempt}) for item in result.items]
-                if result.images is not None:
-                    self.writer.submit(jobs, result.images)
-                else:
-                    for picture in jobs:
-                        self.writer.fail(picture, result.error or "unknown error")
-            self.writer.flush()
-            again, self._again = self._again, []
-            if not again or self.stop:
-                return
-            batches = iter([Batch(items=[item], attempt=attempt + 1) for item in again])
-
-    def _picture_job(self, item: WorkItem, details: dict) -> PictureJob:
-        self._items[item.item_dir] = item
-        return PictureJob(
-            item_dir=item.item_dir,
-            index=item.prompt_index,
-            seed=item.seed,
-            fingerprint=self.fingerprints(item),
-            recipe=self.job.recipe(item, self.report),
-            details=details,
-            output_file=self.job.config.output_file,
-        )
-
-    def _on_done(self, outcome: Outcome) -> None:
+    def _on_settled(self, outcome: Outcome) -> None:
         """Called from the writer's threads."""
-        item = self._items.pop(outcome.job.item_dir)
-        if outcome.status == "bad":
-            if outcome.job.details["attempt"] < MAX_ATTEMPTS:
-                log.warning("%s: %s, drawing it once more", outcome.job.item_dir, outcome.error)
-                self._again.append(item)
-            else:
-                self._items[outcome.job.item_dir] = item
-                self.writer.fail(outcome.job, outcome.error or "bad picture")
-            return
         self.summary.add(outcome)
         self._bar.update()
 
