@@ -19,7 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from zimage_runner.config.free_text import quote_free_text
-from zimage_runner.config.messages import CONFIG_ERRORS, explain
+from zimage_runner.config.messages import CONFIG_ERRORS, explain, unknown_attribute
 from zimage_runner.config.registry import register
 from zimage_runner.config.schema import RunConfig
 from zimage_runner.config.yaml_text import to_yaml
@@ -97,7 +97,10 @@ def job(cfg: DictConfig) -> int:
     try:
         if cfg.resume is not None:
             cfg = restore(cfg, directory, list(HydraConfig.get().overrides.task))
-        config = OmegaConf.to_object(cfg)
+        try:
+            config = OmegaConf.to_object(cfg)
+        except AttributeError as error:  # OmegaConf's way to say that +group.field=value is no field
+            raise UserError(unknown_attribute(error)) from error
         assert isinstance(config, RunConfig)
         gc.enable()  # paused while importing and composing, which leave no garbage
         _exit_codes[-1] = run(config, directory, composed_files(cfg))

@@ -18,6 +18,8 @@ TABLE: list[tuple[list[str], str]] = [
     (["engine=comfyui"], "engine=comfyui: no such option; available: .*diffusers"),
     (["bogus=1"], "bogus: no such field; fields here: name"),
     (["sampling.heigth=128"], "sampling.heigth: no such field; did you mean height?"),
+    (["+sampling.heigth=128"], "heigth: no such field of Sampling, and [+] cannot add one; did you mean height?"),
+    (["+warmup.passes=2"], "passes: no such field of NoWarmup, and [+] cannot add one"),
     (["memory.fraction=1"], "memory.fraction: no such field"),
     (
         ["warmup.passes=0"],

@@ -29,6 +29,20 @@ def explain(error: BaseException) -> str:
     return _unknown_option(text) or _unknown_field(text) or _wrong_type(text) or _one_line(texts[-1] or texts[0])
 
 
+def unknown_attribute(error: AttributeError) -> str:
+    """A field that ``+group.field=value`` added, though the option that stands there has none of that name."""
+    from zimage_runner.config.registry import SCHEMAS
+
+    match = re.search(r"'(?P<type>\w+)' object has no attribute '(?P<field>\w+)'", str(error))
+    if match is None:
+        raise error  # a mistake of ours
+    options = {option.__name__: option for group in SCHEMAS.values() for option in group.values()}
+    fields = _field_names(options[match["type"]]) if match["type"] in options else []
+    close = difflib.get_close_matches(match["field"], fields, 1)
+    hint = f"; did you mean {close[0]}?" if close else (f"; fields there: {', '.join(fields)}" if fields else "")
+    return f"{match['field']}: no such field of {match['type']}, and + cannot add one{hint}"
+
+
 def _chain(error: BaseException) -> list[BaseException]:
     chain: list[BaseException] = []
     current: BaseException | None = error
