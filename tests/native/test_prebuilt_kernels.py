@@ -11,8 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zimage_runner.engines.native.kernels import build, prebuilt
+from zimage_runner.engines.native import model
+from zimage_runner.engines.native.assembly import load_model
+from zimage_runner.engines.native.kernels import build, fused_ops, prebuilt
 from zimage_runner.engines.native.kernels.prebuilt import Prebuilt, specialization
+from zimage_runner.engines.native.model import Options
 
 KEY = "swiglu(*bf16,*bf16,i32) BLOCK=2048 4"
 
@@ -105,3 +108,17 @@ def test_headers_name_the_compiler():
     raw = (prebuilt.FOLDER / "sm_90.bin").read_bytes()
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     assert header["compiler"].startswith("triton ")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_what_a_model_launches_is_prebuilt(dtype, nano, monkeypatch):
+    """Drawn with operations that only note down what they would launch."""
+    recorder = build.Recorder()
+    monkeypatch.setattr(fused_ops, "kernel", recorder)
+    monkeypatch.setattr(model, "choose_operations", lambda *args: fused_ops)
+    native = load_model(nano, Options(dtype=dtype))
+    latents = native.denoise(native.encode(["a red apple"], 512), torch.randn(1, 16, 16, 16), 2)
+    native.decode(latents)
+    native.decode(latents, float32=True)
+    assert recorder.calls.keys() - build.calls().keys() == set()
+    assert {call.name for call in recorder.calls.values()} == {call.name for call in build.calls().values()}

@@ -63,7 +63,7 @@ Z_IMAGE = Widths(dim=3840, heads=30, head_dim=128, hidden=10240, caption=2560, c
 Z_IMAGE_NANO = Widths(dim=288, heads=6, head_dim=48, hidden=768, caption=192, channels=(32, 64, 96), groups=16)
 
 
-class _Recorder:
+class Recorder:
     """Stands in for ``launch.kernel``: remembers launches instead of making them."""
 
     def __init__(self) -> None:
@@ -86,7 +86,7 @@ class _Recorder:
 
 def calls() -> dict[str, Call]:
     """Every specialization that the published models launch, by its key."""
-    recorder = _Recorder()
+    recorder = Recorder()
     with mock.patch.object(fused_ops, "kernel", recorder):
         for widths, dtype in product((Z_IMAGE, Z_IMAGE_NANO), (torch.bfloat16, torch.float32)):
             _draw_with(widths, dtype)
@@ -107,7 +107,7 @@ def _draw_with(widths: Widths, dtype: torch.dtype) -> None:
         fused_ops.add_gated_norm(x, x, vector, next_scale, 1e-5)
     angles = tensor(tokens, widths.head_dim // 2, dtype=torch.float32)
     heads = tensor(1, tokens, 3 * widths.heads * widths.head_dim)
-    fused_ops.qk_norm_rope(heads, tensor(2, widths.head_dim), angles, angles, 1e-5)
+    fused_ops.qk_norm_rope(heads, tensor(2, widths.head_dim, dtype=torch.float32), angles, angles, 1e-5)
     fused_ops.swiglu(tensor(1, tokens, 2 * widths.hidden))
     for channels in widths.channels:
         _decode_with(tensor, channels, widths.groups)
@@ -117,7 +117,8 @@ def _decode_with(tensor: Callable[..., torch.Tensor], channels: int, groups: int
     picture, vector = tensor(1, channels, 8, 8), tensor(channels)
     for silu, before in product((True, False), (vector, None)):
         fused_ops.group_norm_silu(picture, groups, vector, vector, 1e-6, silu, before)
-    fused_ops.add_bias_residual(picture, vector, picture)
+    for bias in (vector, tensor(channels, dtype=torch.float32)):  # the latter where two biases are added up
+        fused_ops.add_bias_residual(picture, bias, picture)
     fused_ops.interleave(tensor(1, 2 * channels, 9, 9), vector, 0, picture)
 
 
