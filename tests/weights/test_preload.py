@@ -82,6 +82,11 @@ def test_a_failing_copy_is_an_error(driver: CudaDriver, tmp_path: Path, monkeypa
     load.close()
 
 
-def test_without_a_driver_there_is_no_preload(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_driver_there_is_no_preload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preload, "CudaDriver", lambda: CudaDriver(library="libnowhere.so"))
-    assert preload.try_preload([]) is None
+    before = sys.getswitchinterval()
+    load = Preload([(tmp_path / "a", 0, 10)])
+    with pytest.raises(CudaUnavailable, match=r"libnowhere\.so"):
+        load.take(tmp_path / "a")
+    load.close()
+    assert sys.getswitchinterval() == before

@@ -1,7 +1,7 @@
 """The few CUDA driver calls that loading needs, through ctypes: weights can travel before torch is imported.
 
-Every call releases the GIL. Memory comes from plain cuMemAlloc in the device's primary context, which is the one
-that torch uses too. Names and signatures: CUDA Driver API reference.
+Calls that take time release the GIL. Memory comes from plain cuMemAlloc in the device's primary context, which is the
+one that torch uses too. Names and signatures: CUDA Driver API reference.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class CudaDriver:
     def __init__(self, device: int = 0, library: str = LIBRARY) -> None:
         try:
             self._lib = ctypes.CDLL(library)
+            self._quick = ctypes.PyDLL(library)
         except OSError as error:
             raise CudaUnavailable(str(error)) from error
         handle = c_int()
@@ -91,14 +92,17 @@ class CudaDriver:
         self._call("cuEventDestroy_v2", event)
 
     def copy_to_device(self, device: int, host: int, nbytes: int, stream: c_void_p, done: c_void_p) -> None:
-        """Start a copy and record ``done`` behind it."""
-        self._call("cuMemcpyHtoDAsync_v2", c_uint64(device), c_void_p(host), c_size_t(nbytes), stream)
-        self._call("cuEventRecord", done, stream)
+        """Start a copy and record ``done`` behind it. Keeps the GIL: getting it back takes longer than both calls."""
+        self._check("cuMemcpyHtoDAsync_v2", self._quick, c_uint64(device), c_void_p(host), c_size_t(nbytes), stream)
+        self._check("cuEventRecord", self._quick, done, stream)
 
     def wait(self, event: c_void_p) -> None:
         self._call("cuEventSynchronize", event)
 
     def _call(self, name: str, *args: object) -> None:
-        code = getattr(self._lib, name)(*args)
+        self._check(name, self._lib, *args)
+
+    def _check(self, name: str, library: ctypes.CDLL, *args: object) -> None:
+        code = getattr(library, name)(*args)
         if code != 0:
             raise CudaUnavailable(f"{name} failed with CUDA error {code}")

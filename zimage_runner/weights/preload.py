@@ -25,9 +25,10 @@ from zimage_runner.weights.read import read_exactly
 
 log = logging.getLogger(__name__)
 
-THREADS = 6
-CHUNK_BYTES = 64 << 20
-"""Large, so that a thread seldom needs the GIL, which the import holds for long stretches."""
+THREADS = 5
+CHUNK_BYTES = 32 << 20
+"""Large, so that a thread seldom needs the GIL, which the import holds for long stretches; but page-locking memory, two
+chunks a thread, holds up the import's own mappings."""
 SWITCH_INTERVAL = 0.0002
 """Seconds until the importing thread hands the GIL over; the default 5 ms would add up to seconds."""
 
@@ -57,7 +58,8 @@ class _Load:
 
     path: Path
     offset: int
-    buffer: DeviceBuffer
+    nbytes: int
+    buffer: DeviceBuffer | None = None
     remaining: int = 0
     done: threading.Event = field(default_factory=threading.Event)
 
@@ -65,33 +67,51 @@ class _Load:
 class Preload:
     """Copies byte ranges of files to the GPU in the background.
 
-    Files arrive in the order given. ``take`` waits for one of them. After any failure ``take`` raises it, and the
-    caller loads that file in another way.
+    Files arrive in the order given. ``take`` waits for one of them. After any failure, that there is no GPU among
+    them, ``take`` raises it, and the caller loads that file in another way.
     """
 
     def __init__(self, ranges: Sequence[tuple[Path, int, int]], *, driver: CudaDriver | None = None) -> None:
-        """``ranges``: (path, first byte, number of bytes) of each file. Raises CudaUnavailable without a GPU."""
-        self._driver = driver or CudaDriver()
-        self._driver.enter()
+        """``ranges``: (path, first byte, number of bytes) of each file. Returns at once."""
         self._error: BaseException | None = None
         self._lock = threading.Lock()
         self._started = time.perf_counter()
         self.seconds: dict[Path, float] = {}
         """Time from the start until each file was on the device."""
-        self._loads = {path: _Load(path, start, DeviceBuffer(self._driver, size)) for path, start, size in ranges}
+        self._all = [_Load(path, start, size) for path, start, size in ranges]
+        self._loads = {load.path: load for load in self._all}
+        """Those that were not taken yet."""
         self._chunks: queue.SimpleQueue[tuple[_Load, int, int] | None] = queue.SimpleQueue()
-        for load in self._loads.values():
-            for start in range(0, load.buffer.nbytes, CHUNK_BYTES):
-                load.remaining += 1
-                self._chunks.put((load, start, min(CHUNK_BYTES, load.buffer.nbytes - start)))
-            if not load.remaining:
-                load.done.set()
-        self._threads = [threading.Thread(target=self._work, name="preload", daemon=True) for _ in range(THREADS)]
+        self._readers: list[threading.Thread] = []
         self._interval = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_INTERVAL)
-        for thread in self._threads:
-            self._chunks.put(None)
-            thread.start()
+        self._opener = threading.Thread(target=self._open, args=(driver,), name="preload", daemon=True)
+        self._opener.start()
+
+    def _open(self, driver: CudaDriver | None) -> None:
+        """Creating the CUDA context and taking memory need a third of a second of their own."""
+        try:
+            driver = driver or CudaDriver()
+            driver.enter()
+            for load in self._all:
+                self._queue(load, DeviceBuffer(driver, load.nbytes))
+            self._readers = [
+                threading.Thread(target=self._read, args=(driver,), name="preload", daemon=True) for _ in range(THREADS)
+            ]
+            for reader in self._readers:
+                self._chunks.put(None)
+                reader.start()
+        except BaseException as error:
+            self._fail(error)
+
+    def _queue(self, load: _Load, buffer: DeviceBuffer) -> None:
+        load.buffer = buffer
+        starts = range(0, load.nbytes, CHUNK_BYTES)
+        load.remaining = len(starts)
+        for start in starts:
+            self._chunks.put((load, start, min(CHUNK_BYTES, load.nbytes - start)))
+        if not starts:
+            load.done.set()
 
     def __contains__(self, path: Path) -> bool:
         """Whether the file can be taken: it was asked for and was not taken before."""
@@ -105,19 +125,23 @@ class Preload:
             raise self._error
         if not self._loads:
             self.close()
-        return load.buffer
+        buffer, load.buffer = load.buffer, None  # the caller's alone: it is freed with the last tensor made from it
+        assert buffer is not None
+        return buffer
 
     def close(self) -> None:
         """Wait for the threads and give up what was not taken. Harmless when called twice."""
-        for thread in self._threads:
-            thread.join()
+        self._opener.join()
+        for reader in self._readers:
+            reader.join()
         self._loads.clear()
+        self._all.clear()
         sys.setswitchinterval(self._interval)
 
-    def _work(self) -> None:
+    def _read(self, driver: CudaDriver) -> None:
         try:
-            self._driver.enter()
-            with _Lanes(self._driver) as lanes:
+            driver.enter()
+            with _Lanes(driver) as lanes:
                 while (chunk := self._chunks.get()) is not None and self._error is None:
                     self._finished(lanes.send(*chunk))
                 for load in lanes.drain():
@@ -136,7 +160,7 @@ class Preload:
 
     def _fail(self, error: BaseException) -> None:
         self._error = self._error or error
-        for load in list(self._loads.values()):
+        for load in self._all:
             load.done.set()
 
 
@@ -163,6 +187,7 @@ class _Lanes:
         host = self._buffers[lane]
         memory = memoryview((ctypes.c_ubyte * nbytes).from_address(host)).cast("B")
         read_exactly(self._descriptor(load.path), load.offset + start, memory, load.path)
+        assert load.buffer is not None
         self._driver.copy_to_device(load.buffer.address + start, host, nbytes, self._stream, self._events[lane])
         self._flying[lane] = load
         return arrived
@@ -195,12 +220,3 @@ class _Lanes:
         self._driver.destroy_stream(self._stream)
         if self._file is not None:
             os.close(self._file[1])
-
-
-def try_preload(ranges: Sequence[tuple[Path, int, int]]) -> Preload | None:
-    """A started Preload, or None (logged) on a machine where it cannot work."""
-    try:
-        return Preload(ranges)
-    except CudaUnavailable as error:
-        log.info("weights are loaded after torch is imported: %s", error)
-        return None

@@ -18,7 +18,7 @@ from zimage_runner.weights import prepared
 from zimage_runner.weights.checkpoint import Checkpoint
 from zimage_runner.weights.cuda_driver import CudaUnavailable
 from zimage_runner.weights.prefetch import CudaContext, read_ahead
-from zimage_runner.weights.preload import Preload, try_preload
+from zimage_runner.weights.preload import Preload
 from zimage_runner.weights.prepared import Prepared
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def begin(checkpoint: Checkpoint, model: Model, device: Device, encodes: bool = 
     preload = None
     if wants_gpu and found is not None and model.dtype in (Dtype.auto, Dtype.bfloat16):
         files = [file for name, file in found.weights.items() if encodes or name != TEXT_ENCODER]
-        preload = try_preload([(file.path, file.data_start, file.size - file.data_start) for file in files])
+        preload = Preload([(file.path, file.data_start, file.size - file.data_start) for file in files])
     elif wants_gpu:
         CudaContext()
         files = sorted(checkpoint.path.glob("*/*.safetensors"))
