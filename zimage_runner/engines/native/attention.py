@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -17,6 +18,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from zimage_runner.weights import cache
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(query, key, value), each [batch, tokens, heads, head_dim], to [batch, tokens, heads, head_dim]."""
@@ -59,19 +62,46 @@ def choose_attention(name: str, device: str, dtype: torch.dtype, head_dim: int) 
         return Attention("native", scaled_dot_product)
     if device != "cuda":
         raise ValueError(f"engine.attention={name} needs a CUDA GPU: use auto or native")
-    for candidate in CUDA_ORDER if name == "auto" else (name,):
-        attention, reason = try_attention(candidate, dtype, head_dim)
+    if name == "auto":
+        return _fastest(dtype, head_dim)
+    attention, reason = try_attention(name, dtype, head_dim)
+    if attention is None:
+        raise ValueError(f"engine.attention={name} does not run here ({reason}): use auto or native")
+    return attention
+
+
+def _fastest(dtype: torch.dtype, head_dim: int) -> Attention:
+    """The first that computes right; what was found out is kept for the next process, whose first picture it delays."""
+    key = _machine_key(dtype, head_dim)
+    known = cache.read_entry("attention", key)
+    if known is not None and known.get("backend") in CUDA_ORDER:
+        with contextlib.suppress(ImportError):
+            return _backend(known["backend"])
+    for candidate in CUDA_ORDER:
+        attention, _ = try_attention(candidate, dtype, head_dim)
         if attention is not None:
+            cache.write_entry("attention", key, {"backend": candidate})
             return attention
-        if name != "auto":
-            raise ValueError(f"engine.attention={name} does not run here ({reason}): use auto or native")
     return Attention("native", scaled_dot_product)
+
+
+def _machine_key(dtype: torch.dtype, head_dim: int) -> str:
+    """Everything that decides which backends compute right."""
+    found = [name for name in FLASH3_MODULES if importlib.util.find_spec(name) is not None]
+    versions = (torch.__version__, torch.version.cuda, torch.backends.cudnn.version())
+    return repr(
+        (torch.cuda.get_device_name(), torch.cuda.get_device_capability(), versions, found, str(dtype), head_dim)
+    )
+
+
+def _backend(name: str) -> Attention:
+    return _flash3() if name == "flash3" else _sdpa(name)
 
 
 def try_attention(name: str, dtype: torch.dtype, head_dim: int) -> tuple[Attention | None, str]:
     """The backend if a small attention through it agrees with plain arithmetic; else None and why not."""
     try:
-        attention = _flash3() if name == "flash3" else _sdpa(name)
+        attention = _backend(name)
         generator = torch.Generator("cuda").manual_seed(0)
         shape = (1, 96, 2, head_dim)
         query, key, value = (torch.randn(shape, device="cuda", dtype=dtype, generator=generator) for _ in range(3))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -31,14 +32,25 @@ class CudaGraphCall:
         self.output = torch.empty_like(function(*self.inputs))
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
-            self.output.copy_(function(*self.inputs))
+        # torch.cuda.graph() would do the same, but import torch.compiler and all that a lean import put off.
+        with torch.cuda.stream(capture_stream()):
+            self.graph.capture_begin(pool=pool)
+            try:
+                self.output.copy_(function(*self.inputs))
+            finally:
+                self.graph.capture_end()
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         for static, new in zip(self.inputs, inputs):
             static.copy_(new)
         self.graph.replay()
         return self.output
+
+
+@lru_cache(1)
+def capture_stream() -> torch.cuda.Stream:
+    """One for all recordings, because they share a memory pool."""
+    return torch.cuda.Stream()
 
 
 class GraphCache:
