@@ -119,7 +119,9 @@ def _article(loaded: Loaded) -> Iterator[str]:
         one, other = (spread_of(by_name, name, claim.metric) for name in (claim.variant, claim.baseline))
         if claim.short and one is not None and other is not None:
             share = f" {one.median / other.median - 1:+.0%}" if other.median else ""
-            judged.setdefault(VERDICTS[judge(one, other)], []).append(f"{claim.short}{share}")
+            told = VERDICTS.get(judge(one, other, claim.metric))
+            if told is not None:
+                judged.setdefault(told, []).append(f"{claim.short}{share}")
     if judged:
         told = [f"{word}: {', '.join(judged[word])}" for word in VERDICTS.values() if word in judged]
         yield f"**The article's steps**, measured: {'; '.join(told)}; impossible as printed: {len(IMPOSSIBLE)} claims"

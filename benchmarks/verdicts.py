@@ -7,6 +7,11 @@ from dataclasses import dataclass
 
 from benchmarks.statistics_of import Row, Spread
 
+FEW = 3
+"""Processes of a contestant whose spread is not worth much yet."""
+BETWEEN_PROCESSES = {"first_png": 0.35, "seconds_per_image": 0.05, "jitter": 1.0, "peak_reserved": 0.01}
+"""By how much single processes that do the same were seen to differ: 19.3 to 26.3 s to the first picture (imports, on a
+shared host), 1.31 to 1.36 s a picture, any jitter of three intervals. Of so few, only larger differences count."""
 LEAST_SHARE = 0.02
 """Differences below 2 % are no effect, however small the spread of so few processes happens to be."""
 
@@ -126,24 +131,27 @@ IMPOSSIBLE = {
 
 
 def verdict(claim: Claim, rows: Mapping[str, Row]) -> str:
-    """confirmed, no effect or harmful, with figures; or not measured."""
+    """confirmed, no effect, harmful or not decided, with figures; or not measured."""
     one, other = spread_of(rows, claim.variant, claim.metric), spread_of(rows, claim.baseline, claim.metric)
     if one is None or other is None:
         return "not measured"
     figures = f"{other.median:.2f} -> {one.median:.2f} {claim.unit}{_share(one, other)}"
-    return f"{judge(one, other)}: {figures}, n = {other.count} and {one.count}"
+    return f"{judge(one, other, claim.metric)}: {figures}, n = {other.count} and {one.count}"
 
 
-def judge(one: Spread, other: Spread) -> str:
+def judge(one: Spread, other: Spread, metric: str = "") -> str:
     """``one`` against ``other``, where less is better: beyond both spreads and 2 %, or no effect.
 
-    A single process has no spread to show; it is taken to be as uncertain as the other contestant.
+    A single process has no spread to show; it is taken to be as uncertain as the other contestant. Fewer than three
+    processes do not decide what is within the usual differences between processes.
     """
     widths = [s.half_width for s in (one, other) if s.count > 1] or [0.0]
     noise = max(2 * sum(widths) / len(widths), LEAST_SHARE * other.median)
     difference = one.median - other.median
     if abs(difference) <= noise:
         return "no effect"
+    if min(one.count, other.count) < FEW and abs(difference) <= BETWEEN_PROCESSES.get(metric, 0.0) * other.median:
+        return "not decided"
     return "confirmed" if difference < 0 else "harmful"
 
 

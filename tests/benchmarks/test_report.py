@@ -180,6 +180,23 @@ def test_judge(one: Spread, other: Spread, expected: str) -> None:
     assert judge(one, other) == expected
 
 
+@pytest.mark.parametrize(
+    ("seconds", "count", "expected"),
+    [
+        (23.4, 1, "not decided"),
+        (23.4, 3, "harmful"),
+        (35.0, 1, "harmful"),
+        (13.0, 1, "confirmed"),
+        (21.7, 1, "no effect"),
+    ],
+)
+def test_few_processes_decide_only_what_is_beyond_their_usual_differences(
+    seconds: float, count: int, expected: str
+) -> None:
+    one, other = (Spread(median=value, low=value, high=value, count=count) for value in (seconds, 21.7))
+    assert judge(one, other, "first_png") == expected
+
+
 @given(st.floats(0.1, 100), st.floats(0, 5), st.floats(0.1, 100), st.floats(0, 5))
 def test_a_verdict_turns_round_when_the_contestants_do(a: float, da: float, b: float, db: float) -> None:
     one, other = spread(a, da), spread(b, db)
