@@ -1,6 +1,6 @@
-# Seven targets; `make` lists them.
+# Eight targets; `make` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-faults lint format clean
+.PHONY: help quickstart test test-faults test-gpu lint format clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -25,6 +25,9 @@ test: $(STAMP) ## run the test suite (CPU, minutes)
 
 test-faults: $(STAMP) ## the long fault campaign: kills, full disks, broken engines
 	$(BIN)/python -m pytest -m slow -n 2
+
+test-gpu: $(STAMP) ## the tests that need a CUDA GPU: placements, compilation, running out of memory
+	$(BIN)/python -m pytest -m gpu -v
 
 lint: $(STAMP) ## ruff and pyright
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright

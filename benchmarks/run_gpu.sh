@@ -3,6 +3,7 @@
 #
 #   benchmarks/run_gpu.sh main_job=240 throughput=200          # scenario=seconds, most important first
 #   TINY=1 benchmarks/run_gpu.sh main_job=60                   # the embedded model: does the script work?
+#   benchmarks/run_gpu.sh tests=200 throughput=200             # the GPU tests first, each outcome as it comes
 #
 # WHEELS: folder of wheels to install (default .whl; none is fine when everything is installed already).
 # DATA: local disk for the synthetic checkpoint and the caches. OUT: where results and the log go.
@@ -53,6 +54,13 @@ for argument in "$@"; do
   scenario=${argument%%=*}
   seconds=${argument#*=}
   [ "$seconds" = "$argument" ] && seconds=300
+  if [ "$scenario" = tests ]; then
+    timeout "$seconds" $PYTHON -m pytest -m gpu -v --tb=short --durations=10 -p no:cacheprovider tests/gpu \
+      tests/weights/test_load.py 2>&1 | tee "$OUT/gpu_tests.txt" | tail -n 60
+    timeout "$seconds" $PYTHON -m pytest -p no:cacheprovider tests/native/test_kernels.py 2>&1 | tail -n 20
+    say "tests done"
+    continue
+  fi
   # shellcheck disable=SC2086
   $PYTHON -m benchmarks.run "$scenario" --seconds "$seconds" "${options[@]}" ${EXTRA:-} 2>&1 | tee -a "$OUT/log.txt"
   say "$scenario done"
