@@ -18,6 +18,7 @@ from zimage_runner.engines.native.rope import (
     RotaryTable,
     caption_positions,
     check_axes,
+    move_table,
     padded_length,
     rotary_table,
     sequence_tables,
@@ -25,7 +26,7 @@ from zimage_runner.engines.native.rope import (
 from zimage_runner.engines.native.sampler import Guidance, Schedule, euler, make_schedule
 from zimage_runner.engines.native.text_encoder import TextEncoder
 from zimage_runner.engines.native.tokenizer import CaptionTokenizer
-from zimage_runner.engines.native.transformer import PATCH, StepModulation, Transformer
+from zimage_runner.engines.native.transformer import PATCH, StepModulation, Transformer, embed_times
 from zimage_runner.engines.native.vae_decoder import VaeDecoder
 
 Tensors = Mapping[str, torch.Tensor]
@@ -86,7 +87,9 @@ class NativeModel:
         unique = dict.fromkeys(texts)
         features = {}
         for text, ids in zip(unique, self.tokenizer(list(unique), max_sequence_length)):
-            features[text] = self.text_encoder(self._to_device(torch.tensor([ids])), self.ops)[0]
+            turns = self.text_encoder.rotary(len(ids))
+            token_ids = self._to_device(torch.tensor([ids]))
+            features[text] = self.text_encoder(token_ids, self._to_device(turns), self.ops)[0]
         return [features[text] for text in texts]
 
     @torch.inference_mode()
@@ -180,20 +183,19 @@ class NativeModel:
         check_axes(1, 1, length, config.axes_lens)
         features = torch.zeros(1, length, config.cap_feat_dim, device=self.device, dtype=dtype)
         features[0, :tokens] = embeds.to(self.device, dtype)
-        padding = torch.arange(length, device=self.device)[None] >= tokens
-        table = rotary_table(caption_positions(length), config.axes_dims, config.rope_theta)
-        rope = RotaryTable(self._to_device(table.cos), self._to_device(table.sin))
+        rope = move_table(rotary_table(caption_positions(length), config.axes_dims, config.rope_theta), self._to_device)
         with self.attention.context():
-            return self.transformer.embed_caption(features, padding, rope)[0]
+            return self.transformer.embed_caption(features, tokens, rope)[0]
 
     def _make_tables(self, rows: int, columns: int, caption_length: int) -> tuple[RotaryTable, RotaryTable]:
         config = self.description.transformer
         check_axes(rows, columns, caption_length, config.axes_lens)
-        return sequence_tables(rows, columns, caption_length, config.axes_dims, config.rope_theta, self.device)
+        return sequence_tables(rows, columns, caption_length, config.axes_dims, config.rope_theta, self._to_device)
 
     def _make_steps(self, num_inference_steps: int) -> tuple[Schedule, list[StepModulation]]:
         schedule = make_schedule(num_inference_steps, self.shift)
-        return schedule, self.transformer.modulation(self._to_device(schedule.times))
+        embedded_times = embed_times(schedule.times, self.description.transformer.t_scale)
+        return schedule, self.transformer.modulation(self._to_device(embedded_times))
 
     def _to_device(self, x: torch.Tensor) -> torch.Tensor:
         # From pageable memory the copy would wait for all work that is queued on the GPU.

@@ -6,7 +6,7 @@ fused kernel reads. Positions follow diffusers' ZImageTransformer2DModel.patchif
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -57,15 +57,23 @@ def rotary_table(positions: torch.Tensor, axes_dims: Sequence[int], theta: float
 
 
 def sequence_tables(
-    rows: int, columns: int, caption_length: int, axes_dims: Sequence[int], theta: float, device: torch.device
+    rows: int,
+    columns: int,
+    caption_length: int,
+    axes_dims: Sequence[int],
+    theta: float,
+    to_device: Callable[[torch.Tensor], torch.Tensor],
 ) -> tuple[RotaryTable, RotaryTable]:
     """Tables of the image tokens alone and of the unified sequence: image tokens, then caption tokens."""
-    image = rotary_table(image_positions(rows, columns, caption_length), axes_dims, theta)
-    caption = rotary_table(caption_positions(caption_length), axes_dims, theta)
-    unified = RotaryTable(torch.cat([image.cos, caption.cos]), torch.cat([image.sin, caption.sin]))
-    unified = RotaryTable(unified.cos.to(device), unified.sin.to(device))
-    tokens = len(image.cos)
+    positions = torch.cat([image_positions(rows, columns, caption_length), caption_positions(caption_length)])
+    unified = move_table(rotary_table(positions, axes_dims, theta), to_device)
+    tokens = padded_length(rows * columns)
     return RotaryTable(unified.cos[:tokens], unified.sin[:tokens]), unified
+
+
+def move_table(table: RotaryTable, to_device: Callable[[torch.Tensor], torch.Tensor]) -> RotaryTable:
+    """The table on the device, in one copy."""
+    return RotaryTable(*to_device(torch.stack(table)).unbind(0))
 
 
 def check_axes(rows: int, columns: int, caption_length: int, axes_lens: Sequence[int]) -> None:

@@ -121,20 +121,24 @@ class TextEncoder(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Qwen3Layer(config) for _ in range(config.num_hidden_layers - 1))
 
-    def forward(self, token_ids: torch.Tensor, ops: Operations) -> torch.Tensor:
-        """Hidden states [batch, tokens, hidden_size] before the last layer; ids [batch, tokens] padded on the right."""
+    def forward(self, token_ids: torch.Tensor, turns: torch.Tensor, ops: Operations) -> torch.Tensor:
+        """Hidden states [batch, tokens, hidden_size] before the last layer.
+
+        token_ids [batch, tokens] padded on the right; turns as ``rotary`` gives them, on the device.
+        """
         x = self.embed_tokens(token_ids)
-        turns = self.rotary(token_ids.shape[1], x.device)
         for layer in self.layers:
             layer(x, turns, ops)
         return x
 
-    def rotary(self, tokens: int, device: torch.device) -> torch.Tensor:
-        """cos + i sin of each token's angles [tokens, 1, head_dim / 2], complex64."""
+    def rotary(self, tokens: int) -> torch.Tensor:
+        """cos + i sin of each token's angles [tokens, 1, head_dim / 2], complex64, on the CPU.
+
+        A GPU would load a kernel for each of these operations when the process first uses it: a tenth of a second.
+        """
         dim = self.config.head_dim
-        # On the device: a copy from here would wait for all work that is queued there.
-        exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
-        positions = torch.arange(tokens, dtype=torch.float32, device=device)
+        exponent = torch.arange(0, dim, 2, dtype=torch.float32) / dim
+        positions = torch.arange(tokens, dtype=torch.float32)
         angles = torch.outer(positions, 1.0 / self.config.rope_theta**exponent)
         return torch.complex(angles.cos(), angles.sin())[:, None]
 

@@ -108,7 +108,8 @@ class SelfAttention(nn.Module):
     ) -> torch.Tensor:
         """Of the first ``keep`` tokens only, where given; all tokens are attended to."""
         query, key, value = ops.qk_norm_rope(self.qkv(h), self.norm_qk, rope.cos, rope.sin, QK_NORM_EPS)
-        return self.out(attend(query[:, :keep], key, value).flatten(2))
+        # Dropped afterwards: cuDNN takes longer to plan for another number of queries than to compute a few more.
+        return self.out(attend(query, key, value)[:, :keep].flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -141,15 +142,14 @@ class Block(nn.Module):
         self.ffn_norm2 = nn.Parameter(torch.empty(config.dim))
         self.adaLN_modulation = Linear(ADALN_WIDTH, 4 * config.dim) if modulated else None
 
-    def modulation(self, adaln_input: torch.Tensor | None) -> torch.Tensor:
-        """Vectors [steps, 4, dim] float32 (see BlockModulation) for embedded timesteps [steps, ADALN_WIDTH] float32."""
-        norms = torch.stack([self.attention_norm1, self.attention_norm2, self.ffn_norm1, self.ffn_norm2]).float()
-        if self.adaLN_modulation is None or adaln_input is None:
-            return norms[None]
-        raw = linear_float32(self.adaLN_modulation, adaln_input).unflatten(-1, (4, -1))
-        scale_msa, gate_msa, scale_mlp, gate_mlp = raw.unbind(1)
-        factors = torch.stack([1 + scale_msa, gate_msa.tanh(), 1 + scale_mlp, gate_mlp.tanh()], dim=1)
-        return factors * norms
+    def adaLN(self) -> Linear:
+        """The layer that makes a step's scales and gates, of a block that has one."""
+        assert self.adaLN_modulation is not None
+        return self.adaLN_modulation
+
+    def norms(self) -> list[torch.Tensor]:
+        """The learned weights [dim] of its norms, in BlockModulation's order."""
+        return [self.attention_norm1, self.attention_norm2, self.ffn_norm1, self.ffn_norm2]
 
     def forward(
         self,
@@ -191,31 +191,36 @@ class Transformer(nn.Module):
         self.final_modulation = Linear(ADALN_WIDTH, config.dim)
         self.final_linear = Linear(config.dim, patch_dim)
 
-    def modulation(self, timesteps: torch.Tensor) -> list[StepModulation]:
-        """What each step's time does to the network. timesteps [steps] float32 in 0 (noise) .. 1 (picture).
+    def modulation(self, embedded_times: torch.Tensor) -> list[StepModulation]:
+        """What each step's time does to the network; embedded_times [steps, FREQUENCIES] (see ``embed_times``).
 
         Computed in float32 from the stored weights: it is done once a schedule, and its rounding would touch
-        every token of every step.
+        every token of every step. Products fill one tensor that the rest then works on as a whole: few launches, and
+        few kernels to load in the seconds before the first picture.
         """
-        half = FREQUENCIES // 2
-        exponent = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
-        angles = (timesteps * self.config.t_scale)[:, None] * torch.exp(-math.log(10000) * exponent)
-        embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        adaln_input = linear_float32(self.t_embedder_out, F.silu(linear_float32(self.t_embedder_in, embedding)))
+        adaln_input = linear_float32(self.t_embedder_out, F.silu(linear_float32(self.t_embedder_in, embedded_times)))
         modulated = blocks_of(self.noise_refiner) + blocks_of(self.layers)
-        blocks = torch.stack([block.modulation(adaln_input) for block in modulated], dim=1)
-        final = 1 + linear_float32(self.final_modulation, F.silu(adaln_input))
-        return [StepModulation(*step) for step in zip(blocks.unbind(0), final.unbind(0))]
+        raw = adaln_input.new_empty(len(modulated), len(adaln_input), 4 * self.config.dim)
+        for block, out in zip(modulated, raw):
+            linear_float32(block.adaLN(), adaln_input, out)
+        factors = raw.unflatten(-1, (4, -1))
+        factors[:, :, 0::2].add_(1)
+        factors[:, :, 1::2].tanh_()
+        factors.mul_(norms_of(modulated)[:, None])
+        final = linear_float32(self.final_modulation, F.silu(adaln_input)).add_(1)
+        return [StepModulation(*step) for step in zip(factors.unbind(1), final.unbind(0))]
 
-    def embed_caption(self, features: torch.Tensor, padding: torch.Tensor, rope: RotaryTable) -> torch.Tensor:
+    def embed_caption(self, features: torch.Tensor, tokens: int, rope: RotaryTable) -> torch.Tensor:
         """Refined caption tokens [batch, length, dim]; the same for every step and seed.
 
-        features [batch, length, cap_feat_dim], length a multiple of 32; padding [batch, length] bool, True where
-        the learned padding token stands; rope the caption's own table.
+        features [batch, length, cap_feat_dim], length a multiple of 32; from ``tokens`` on the learned padding token
+        stands; rope the caption's own table.
         """
         normed = self.ops.scaled_rms_norm(features, self.cap_norm.float(), self.config.norm_eps)
-        x = torch.where(padding[..., None], self.cap_pad_token, self.cap_embedder(normed))
-        vectors = [BlockModulation(*block.modulation(None)[0]) for block in blocks_of(self.context_refiner)]
+        x = self.cap_embedder(normed)
+        x[:, tokens:] = self.cap_pad_token
+        refiner = blocks_of(self.context_refiner)
+        vectors = [BlockModulation(*norms) for norms in norms_of(refiner)] if refiner else []
         return self._run(self.context_refiner, x, vectors, rope)
 
     def forward(
@@ -277,6 +282,19 @@ def blocks_of(modules: nn.ModuleList) -> list[Block]:
     return cast("list[Block]", list(modules))
 
 
-def linear_float32(linear: Linear, x: torch.Tensor) -> torch.Tensor:
-    """The layer in float32 whatever its weights are stored in; x [..., features] float32."""
-    return F.linear(x, linear.weight.float(), None if linear.bias is None else linear.bias.float())
+def norms_of(blocks: list[Block]) -> torch.Tensor:
+    """Learned norm weights [blocks, 4, dim] float32, in BlockModulation's order."""
+    return torch.stack([norm for block in blocks for norm in block.norms()]).float().unflatten(0, (-1, 4))
+
+
+def embed_times(times: torch.Tensor, t_scale: float) -> torch.Tensor:
+    """Sinusoids [steps, FREQUENCIES] of times [steps] float32, 0 (noise) .. 1 (picture), on the CPU."""
+    half = FREQUENCIES // 2
+    exponent = torch.arange(half, dtype=torch.float32) / half
+    angles = (times * t_scale)[:, None] * torch.exp(-math.log(10000) * exponent)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def linear_float32(linear: Linear, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The layer, which has a bias, in float32 whatever its weights are stored in; x [rows, features] float32."""
+    return torch.addmm(linear.bias.float(), x, linear.weight.float().t(), out=out)
