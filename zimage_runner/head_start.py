@@ -1,0 +1,54 @@
+"""Whether a command line is sure to draw in this process, told before it is composed.
+
+Composing takes a quarter of a second in which torch's libraries can be opened already. Command lines that might mean
+something else wait for their composed config.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+
+from zimage_runner import torch_libraries
+from zimage_runner.config.schema import RunConfig
+from zimage_runner.executors.inline import InlineExecutorConfig
+from zimage_runner.help import CONFIG_DIR
+
+HARMLESS = {
+    "embedding_cache", "engine", "model", "name", "output", "output_file", "prompt", "prompts", "report", "sampling",
+    "seeds", "warmup",
+}  # fmt: skip
+"""Fields and groups that change neither where pictures are drawn nor what torch reads from the environment."""
+
+EXTENSIONS = ("tokenizers", "PIL._imaging")
+"""Compiled modules that planning needs. Opened later, they would wait for the linker, and all threads with them."""
+
+
+def before_composing(argv: Sequence[str]) -> None:
+    """Start opening torch's libraries if ``argv`` alone says that they are needed."""
+    if all(_is_harmless(word) for word in argv) and not _files_set_the_allocator():
+        _begin()
+
+
+def after_composing(config: RunConfig) -> None:
+    """The same for every other command line."""
+    here = isinstance(config.executor, InlineExecutorConfig)
+    if here and not config.dry_run and config.resume is None:
+        config.memory.apply_environment()
+        _begin()
+
+
+def _begin() -> None:
+    for name in EXTENSIONS:
+        importlib.import_module(name)
+    torch_libraries.begin()
+
+
+def _is_harmless(word: str) -> bool:
+    return word in ("-m", "--multirun") or word.partition("=")[0].partition(".")[0] in HARMLESS
+
+
+def _files_set_the_allocator() -> bool:
+    """Its settings are read when torch is opened. If no word of the command line has any, these two files decide."""
+    files = (CONFIG_DIR / "config.yaml", CONFIG_DIR / "memory" / "resident.yaml")
+    return any("alloc" in path.read_text(encoding="utf-8") for path in files)
