@@ -19,9 +19,9 @@ from zimage_runner.engines.native.kernels import build, fused_ops
 from zimage_runner.engines.native.model import NativeModel, Options
 
 NO_KERNEL = {
-    "_unsafe_view", "alias", "as_strided", "chunk", "detach", "empty", "empty_like", "expand", "flatten", "narrow", "new_empty",
-    "permute", "reshape", "select", "slice", "split", "split_with_sizes", "t", "transpose", "unbind", "unflatten",
-    "unsqueeze", "view", "view_as_real",
+    "_unsafe_view", "alias", "as_strided", "chunk", "detach", "empty", "empty_like", "expand", "flatten", "narrow",
+    "new_empty", "permute", "reshape", "select", "slice", "split", "split_with_sizes", "t", "transpose", "unbind",
+    "unflatten", "unsqueeze", "view", "view_as_real",
 }  # fmt: skip
 
 

@@ -17,7 +17,6 @@ from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.engines.native.images import HostCopy, Ready
 from zimage_runner.engines.native.model import Options
 from zimage_runner.engines.native.sampler import Guidance
-from zimage_runner.engines.native.wake import wake_decoder
 from zimage_runner.errors import UserError
 from zimage_runner.memory import Memory
 from zimage_runner.model import Model
@@ -80,10 +79,9 @@ class NativeEngineAdapter(Engine):
             attention=config.attention,
             fused_kernels=config.fused_kernels,
             cuda_graphs=config.cuda_graphs,
+            rehearse_decoder=device == "cuda" and not memory.staged,
         )
         memory.apply_limits(device)
-        if device == "cuda":
-            wake_decoder(options.dtype)
         weights.settle(device, dtype)
         return cls(weights, options, memory.staged, encodes)
 

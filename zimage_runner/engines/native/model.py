@@ -14,6 +14,7 @@ from zimage_runner.engines.native.description import Description
 from zimage_runner.engines.native.graphs import GraphCache
 from zimage_runner.engines.native.images import HostCopy, Ready
 from zimage_runner.engines.native.kernels import choose_operations
+from zimage_runner.engines.native.rehearsal import Rehearsals, advance
 from zimage_runner.engines.native.rope import (
     RotaryTable,
     caption_positions,
@@ -50,6 +51,9 @@ class Options:
     """Triton's fused operations, where there are a GPU and Triton."""
     cuda_graphs: int = 0
     """Most shapes recorded as CUDA graphs at a time."""
+    rehearse_decoder: bool = False
+    """Run the decoder's layers for a new size while the GPU is busy with the forwards before. For a GPU that holds the
+    decoder and a forward's memory at the same time."""
 
 
 class NativeModel:
@@ -73,6 +77,7 @@ class NativeModel:
         self.attention = choose_attention(options.attention, options.device, options.dtype, head_dim)
         self.graphs = GraphCache(options.cuda_graphs if self.device.type == "cuda" else 0)
         self._captions = WeakIdKeyDictionary()
+        self._rehearsals = Rehearsals(options.rehearse_decoder, self._to_host)
         self._copy_stream = torch.cuda.Stream() if self.device.type == "cuda" else None
         self._tables = lru_cache(CACHED_SHAPES)(self._make_tables)
         self._steps = lru_cache(CACHED_SCHEDULES)(self._make_steps)
@@ -113,11 +118,16 @@ class NativeModel:
         if guidance.scale > 0 and len(negatives) != len(captions):
             raise ValueError("guidance_scale > 0 needs negative_prompt_embeds, one per picture")
         groups = {False: group_captions(captions), True: group_captions(captions + negatives)}
+        # Forwards that are worth recording are so short that they leave the host no time.
+        spare_time = noise[:, 0].numel() // PATCH**2 > RECORDED_TOKENS and hasattr(self, "vae")
+        rehearsal = self._rehearsals.begin(noise, self.vae) if spare_time else iter(())
 
         def predict(step: int, latents: torch.Tensor, guided: bool) -> torch.Tensor:
             if guided:
                 latents = latents.repeat(2, 1, 1, 1)
-            return self._velocity(latents, groups[guided], steps[step], first=step == 0)
+            velocity = self._velocity(latents, groups[guided], steps[step], first=step == 0)
+            advance(rehearsal, step, num_inference_steps)
+            return velocity
 
         with self.attention.context():
             return euler(self._to_device(noise.float()), schedule, guidance, predict)
@@ -131,7 +141,11 @@ class NativeModel:
         """
         latents = latents.to(self.device, torch.float32)
         vae = self._float32_vae() if float32 else self.vae
-        pixels = torch.cat([vae(one) for one in latents.split(1)])
+        self._rehearsals.decoded(latents)
+        return self._to_host([vae(one) for one in latents.split(1)])
+
+    def _to_host(self, decoded: list[torch.Tensor]) -> HostCopy | Ready:
+        pixels = torch.cat(decoded)
         return Ready(pixels) if self._copy_stream is None else HostCopy(pixels, self._copy_stream)
 
     def forget(self) -> None:

@@ -6,7 +6,7 @@ convolutions want.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -232,19 +232,41 @@ class VaeDecoder(nn.Module):
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         """Pixels [batch, 3, height, width], about -1..1, of the transformer's (scaled) latents float32."""
+        # Only the layer that works on a tensor holds it: at 1024x1024 each one kept longer is up to half a gigabyte.
+        held = [self.unscale(latents)]
+        for layer in self.layers():
+            held.append(layer.forward(held.pop()))  # calling the module itself would hold its argument
+        return held.pop()
+
+    def unscale(self, latents: torch.Tensor) -> torch.Tensor:
+        """The first layer's input: the transformer's latents as the autoencoder has them, in the weights' dtype."""
         unscaled = latents / self.config.scaling_factor + self.config.shift_factor
-        x = unscaled.to(self.conv_in.weight.dtype).contiguous(memory_format=torch.channels_last)
-        if self.post_quant_conv is not None:
-            x = self.post_quant_conv(x)
-        layers: list[nn.Module] = [self.conv_in, self.mid_resnets[0]]
+        return unscaled.to(self.conv_in.weight.dtype).contiguous(memory_format=torch.channels_last)
+
+    def layers(self) -> list[nn.Module]:
+        """What is applied one after the other."""
+        layers: list[nn.Module] = [] if self.post_quant_conv is None else [self.post_quant_conv]
+        layers += [self.conv_in, self.mid_resnets[0]]
         layers += [self.mid_attention] if self.mid_attention is not None else []
         layers += [self.mid_resnets[1]]
         for block in self.up_blocks:
             layers += cast("UpBlock", block).layers()
-        layers += [self.conv_norm_out, self.conv_out]
-        # Only the layer that works on a tensor holds it: at 1024x1024 each one kept longer is up to half a gigabyte.
-        held = [x]
-        del x
-        for layer in layers:
-            held.append(layer.forward(held.pop()))  # calling the module itself would hold its argument
-        return held.pop()
+        return [*layers, self.conv_norm_out, self.conv_out]
+
+    def rehearse(self, height: int, width: int) -> Iterator[None]:
+        """Run every kind of layer once, one at each ``next``, as for latents of height x width, on memory as it comes.
+
+        What cuDNN plans and CUDA loads for a layer is then there when a picture needs it. Nothing is kept from one
+        layer to the next, so that this takes no more memory than decoding does.
+        """
+        weight = self.conv_in.weight
+        shape = self.unscale(weight.new_zeros(1, self.config.latent_channels, height, width, dtype=torch.float32)).shape
+        results: dict[tuple[object, ...], torch.Size] = {}
+        for layer in self.layers():
+            kind = (type(layer), *(parameter.shape for parameter in layer.parameters()), shape)
+            if kind not in results:
+                results[kind] = layer.forward(
+                    torch.empty(shape, dtype=weight.dtype, device=weight.device, memory_format=torch.channels_last)
+                ).shape
+                yield
+            shape = results[kind]
