@@ -160,6 +160,15 @@ def test_nothing_follows_when_the_first_cannot_be_opened(tmp_path):
     assert len(linker.opened) == 1
 
 
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows with each start; on a machine of many cores."""
+    calls: list[int] = []
+    monkeypatch.setattr(torch_libraries, "begin", lambda: calls.append(1))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(head_start.ENOUGH_CORES)))
+    return calls
+
+
 COMMAND_LINES = [
     (["prompt=a fox", "seeds=0-3", "model=zimage_turbo", "engine.device=cuda", "output.root=x"], True),
     (["-m", "sampling.num_inference_steps=4,8"], True),
@@ -178,18 +187,20 @@ COMMAND_LINES = [
 
 
 @pytest.mark.parametrize(("argv", "starts"), COMMAND_LINES)
-def test_starts_before_composing_only_when_the_words_alone_say_so(argv, starts, monkeypatch):
-    begun = []
-    monkeypatch.setattr(torch_libraries, "begin", lambda: begun.append(1))
+def test_starts_before_composing_only_when_the_words_alone_say_so(argv, starts, begun):
     head_start.before_composing(argv)
     assert bool(begun) is starts
 
 
+def test_few_cores_are_left_to_the_composing(begun, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    head_start.before_composing(["prompt=a fox"])
+    assert not begun
+
+
 @pytest.mark.parametrize("file", ["config.yaml", "memory/resident.yaml"])
-def test_allocator_settings_in_a_file_are_waited_for(file, tmp_path, monkeypatch):
+def test_allocator_settings_in_a_file_are_waited_for(file, tmp_path, begun, monkeypatch):
     """torch reads them when its libraries are opened."""
-    begun = []
-    monkeypatch.setattr(torch_libraries, "begin", lambda: begun.append(1))
     (tmp_path / "memory").mkdir()
     for name in ("config.yaml", "memory/resident.yaml"):
         (tmp_path / name).write_text((CONFIG_DIR / name).read_text(encoding="utf-8"), encoding="utf-8")
@@ -233,7 +244,8 @@ def test_after_composing_the_config_decides(options, starts, monkeypatch):
 def test_a_mistake_ends_the_process_without_waiting_for_the_linker():
     """Exit code and message arrive although a library never finishes opening."""
     code = """
-import sys, threading
+import os, sys, threading
+os.sched_getaffinity = lambda _: range(8)
 from zimage_runner import __main__ as program, torch_libraries
 torch_libraries._load = lambda package: threading.Event().wait()
 sys.argv = ["zimage_runner", "prompt=a fox", "sampling.height=100"]

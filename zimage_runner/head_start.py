@@ -7,6 +7,7 @@ something else wait for their composed config.
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Sequence
 
 from zimage_runner import torch_libraries
@@ -24,9 +25,17 @@ EXTENSIONS = ("tokenizers", "PIL._imaging")
 """Compiled modules that planning needs. Opened later, they would wait for the linker, and all threads with them."""
 
 
+ENOUGH_CORES = 4
+"""On fewer the linker would slow down composing, and with it the answer to a mistake on the command line."""
+
+
 def before_composing(argv: Sequence[str]) -> None:
     """Start opening torch's libraries if ``argv`` alone says that they are needed."""
-    if all(_is_harmless(word) for word in argv) and not _files_set_the_allocator():
+    if (
+        len(os.sched_getaffinity(0)) >= ENOUGH_CORES
+        and all(_is_harmless(word) for word in argv)
+        and not _files_set_the_allocator()
+    ):
         _begin()
 
 
