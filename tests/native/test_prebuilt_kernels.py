@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 from zimage_runner.engines.native import model
 from zimage_runner.engines.native.assembly import load_model
 from zimage_runner.engines.native.kernels import build, fused_ops, prebuilt
-from zimage_runner.engines.native.kernels.prebuilt import Prebuilt, specialization
+from zimage_runner.engines.native.kernels import launch as launch_module
+from zimage_runner.engines.native.kernels.prebuilt import Entry, Launcher, Prebuilt, specialization
 from zimage_runner.engines.native.model import Options
 
 KEY = "swiglu(*bf16,*bf16,i32) BLOCK=2048 4"
@@ -26,9 +28,13 @@ class Driver:
     def __init__(self, refuses: bool = False) -> None:
         self.refuses = refuses
         self.launches: list[tuple[Any, ...]] = []
+        self.loads = 0
+        # A function of its own, which takes attributes as ctypes' do.
+        self.cuLaunchKernel = lambda *args: self.launch(*args)
 
     def cuModuleLoadData(self, module: Any, code: bytes) -> int:
         assert code[:4] == b"\x7fELF"
+        self.loads += 1
         return 218 if self.refuses else 0
 
     def cuModuleGetFunction(self, function: Any, module: Any, name: bytes) -> int:
@@ -36,9 +42,10 @@ class Driver:
         ctypes.cast(function, ctypes.POINTER(ctypes.c_void_p))[0] = 4711
         return 0
 
-    def cuLaunchKernel(self, function: Any, *rest: Any) -> int:
+    def launch(self, function: Any, *rest: Any) -> int:
         *shape, stream, parameters, extra = rest
-        assert (function.value, stream.value, extra) == (4711, 99, None)
+        assert (function.value, stream, extra) == (4711, 99, None)
+        assert len(rest) + 1 == len(prebuilt.LAUNCH_TYPES)
         read = [ctypes.c_uint64.from_address(parameters[0]).value, ctypes.c_int32.from_address(parameters[2]).value]
         self.launches.append((*shape, len(parameters), *read))
         return 0
@@ -47,7 +54,6 @@ class Driver:
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Prebuilt:
     monkeypatch.setattr(prebuilt.ctypes, "CDLL", lambda name: Driver())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: type("Stream", (), {"cuda_stream": 99}))
     return Prebuilt(prebuilt.FOLDER / "sm_90.bin")
 
 
@@ -64,31 +70,93 @@ def test_files_are_made_of_todays_source(monkeypatch):
         assert made.entries.keys() == wanted, remedy
 
 
+def launch(kernels: Prebuilt, x: torch.Tensor, out: torch.Tensor, hidden: int, block: int = 2048) -> bool:
+    return kernels.launch("swiglu", (2, 5), (x, out, hidden), {"BLOCK": block}, 4, 99)
+
+
 def test_launch_hands_over_grid_and_arguments(kernels):
     x, out = torch.zeros(2, 20480, dtype=torch.bfloat16), torch.zeros(2, 10240, dtype=torch.bfloat16)
-    args = (x, out, 10240)
-    key = specialization("swiglu", args, {"BLOCK": 2048}, 4)
-    assert key == KEY
-    assert kernels.launch(KEY, (2, 5), args)
+    assert specialization("swiglu", (x, out, 10240), {"BLOCK": 2048}, 4) == KEY
+    other = torch.zeros_like(x)
+    assert launch(kernels, x, out, 10240)
+    assert launch(kernels, other, out, 768)
     # x, out, hidden and two scratch pointers
-    assert kernels._driver.launches == [(2, 5, 1, 128, 1, 1, 0, 5, x.data_ptr(), 10240)]
+    shape = (2, 5, 1, 128, 1, 1, 0, 5)
+    assert kernels._driver.launches == [(*shape, x.data_ptr(), 10240), (*shape, other.data_ptr(), 768)]
+    assert kernels._driver.loads == 1
+
+
+@given(arguments=st.lists(st.one_of(st.integers(-(2**31), 2**31 - 1), st.floats(width=32), st.none()), max_size=9))
+def test_every_argument_lies_where_the_kernel_reads_it(arguments):
+    """None stands for a tensor."""
+    tensor = torch.zeros(4)
+    args = [tensor if value is None else value for value in arguments]
+    read: list[Any] = []
+
+    def driver(*launched: Any) -> int:
+        parameters = launched[-2]
+        assert len(parameters) == len(args) + 2
+        kinds = [{int: ctypes.c_int32, float: ctypes.c_float}.get(type(arg), ctypes.c_uint64) for arg in args]
+        read.extend(kind.from_address(place).value for kind, place in zip([*kinds, *[ctypes.c_uint64] * 2], parameters))
+        return 0
+
+    entry = Entry(symbol="k", shared=0, warps=4, widths=(), start=0, size=0)
+    assert Launcher(driver, ctypes.c_void_p(1), entry, args).launch((1,), args, 0)
+    wanted = [tensor.data_ptr() if value is None else value for value in arguments]
+    assert repr(read) == repr([*wanted, 0, 0])  # as text: NaN is not equal to itself
 
 
 def test_what_the_machine_code_takes_for_granted_is_checked(kernels):
     x = torch.zeros(2, 20480, dtype=torch.bfloat16)
     shifted = torch.zeros(10241, dtype=torch.bfloat16)[1:]
-    assert not kernels.launch(KEY, (2, 5), (x, shifted, 10240))
-    assert not kernels.launch(KEY, (2, 5), (x, x, 10241))
-    assert not kernels.launch("swiglu(*fp16,*fp16,i32) BLOCK=2048 4", (2, 5), (x, x, 10240))
+    assert not launch(kernels, x, x, 2**40)
+    for _ in range(2):
+        assert not launch(kernels, x, shifted, 10240)
+        assert not launch(kernels, x, x, 10241)
+        assert not launch(kernels, x, x, 2**40)
+        assert not launch(kernels, x, x, 10240, block=1024)
+        assert not launch(kernels, x.half(), x.half(), 10240)
+        assert not launch(kernels, x.float(), x, 10240)
     assert kernels._driver.launches == []
+    assert launch(kernels, x, x, 10240)
 
 
 def test_a_driver_that_refuses_the_code_is_asked_once(kernels):
     kernels._driver.refuses = True
     x = torch.zeros(2, 20480, dtype=torch.bfloat16)
-    assert not kernels.launch(KEY, (2, 5), (x, x, 10240))
+    assert not launch(kernels, x, x, 10240)
     kernels._driver.refuses = False
-    assert not kernels.launch(KEY, (2, 5), (x, x, 10240))
+    assert not launch(kernels, x, x, 10240)
+    assert kernels._driver.loads == 1
+
+
+def test_a_launch_that_fails_is_an_error(kernels):
+    kernels._driver.launch = lambda *args: 700
+    x = torch.zeros(2, 20480, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="CUDA error 700 when kernel swiglu was launched"):
+        launch(kernels, x, x, 10240)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_cuda_tensor_goes_to_the_prebuilt_kernel_first(kernels, monkeypatch, there):
+    """On the stream that torch uses on the tensor's device."""
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+        def get_device(self) -> int:
+            return 3
+
+    compiled: list[Any] = []
+    triton = SimpleNamespace(swiglu={(2, 5): lambda *args, **constants: compiled.append((args, constants))})
+    monkeypatch.setattr(prebuilt, "for_device", lambda index: kernels if there and index == 3 else None)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 96 + index, raising=False)
+    monkeypatch.setattr(launch_module.importlib, "import_module", lambda name: triton)
+    x = torch.zeros(2, 20480, dtype=torch.bfloat16).as_subclass(OnGpu)
+    launch_module.kernel("swiglu")[2, 5](x, x, 10240, BLOCK=2048, num_warps=4)
+    assert (len(kernels._driver.launches), len(compiled)) == ((1, 0) if there else (0, 1))
+    if compiled:
+        assert compiled[0][1] == {"num_warps": 4, "BLOCK": 2048}
 
 
 def test_types_without_a_kernel_have_no_key():

@@ -8,6 +8,8 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from zimage_runner.engines.native.kernels import prebuilt
 
 log = logging.getLogger(__name__)
@@ -25,13 +27,14 @@ class Kernel:
         return functools.partial(self._launch, grid)
 
     def _launch(self, grid: Sequence[int], *args: Any, num_warps: int = 4, **constants: Any) -> None:
-        device = args[0].device
-        if device.type == "cuda":
-            ready = prebuilt.for_device(device.index)
-            key = prebuilt.specialization(self.name, args, constants, num_warps)
-            if ready is not None and key is not None and ready.launch(key, grid, args):
+        if args[0].is_cuda:
+            device = args[0].get_device()
+            ready = prebuilt.for_device(device)
+            # What torch.cuda.current_stream() asks, without the object around the answer.
+            stream = torch._C._cuda_getCurrentRawStream(device)
+            if ready is not None and ready.launch(self.name, grid, args, constants, num_warps, stream):
                 return
-            _tell(key or self.name)
+            _tell(prebuilt.specialization(self.name, args, constants, num_warps) or self.name)
         definitions = importlib.import_module(DEFINITIONS)
         getattr(definitions, self.name)[grid](*args, num_warps=num_warps, **constants)
 

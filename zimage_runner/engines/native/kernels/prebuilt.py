@@ -9,8 +9,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
+import struct
+import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ ALIGNMENT = 16
 WARP = 32
 KINDS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 INT32_LIMIT = 2**31
+LAUNCH_TYPES = (ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * 3)
+"""cuLaunchKernel's: function, grid, block, shared memory, stream, parameters, nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,50 +75,89 @@ class Prebuilt:
             key: Entry(**(value | {"widths": tuple(value["widths"])})) for key, value in self.header["kernels"].items()
         }
         self._driver = ctypes.CDLL(LIBRARY)
-        self._functions: dict[str, ctypes.c_void_p] = {}
+        self._driver.cuLaunchKernel.argtypes = LAUNCH_TYPES
+        self._launchers: dict[tuple[Any, ...], Launcher | None] = {}
 
-    def launch(self, key: str, grid: Sequence[int], args: Sequence[Any]) -> bool:
-        """Launch on torch's current stream. False, and nothing done, if there is no such kernel for these arguments."""
+    def launch(
+        self, name: str, grid: Sequence[int], args: Sequence[Any], constants: dict[str, Any], warps: int, stream: int
+    ) -> bool:
+        """Launch on a CUDA stream. False, and nothing done, if there is no such kernel for these arguments."""
+        kinds = [arg.dtype if isinstance(arg, torch.Tensor) else type(arg) for arg in args]
+        signature = (name, warps, *constants.items(), *kinds)
+        try:
+            launcher = self._launchers[signature]
+        except KeyError:
+            key = specialization(name, args, constants, warps)
+            if key is None:
+                return False
+            launcher = self._launchers[signature] = self._load(key, args)
+        return launcher is not None and launcher.launch(grid, args, stream)
+
+    def _load(self, key: str, args: Sequence[Any]) -> Launcher | None:
         entry = self.entries.get(key)
-        if entry is None or not _aligned(entry, args):
-            return False
-        function = self._functions.get(key) or self._load(key, entry)
-        if not function:
-            return False
-        # Triton's kernels take two more pointers, to scratch memory that ours do not use (build.py makes sure).
-        values = [*map(_value, args), ctypes.c_void_p(), ctypes.c_void_p()]
-        parameters = (ctypes.c_void_p * len(values))(*[ctypes.addressof(value) for value in values])
-        x, y, z = (*grid, 1, 1)[:3]
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        code = self._driver.cuLaunchKernel(
-            function, x, y, z, WARP * entry.warps, 1, 1, entry.shared, stream, parameters, None
-        )
-        if code != 0:
-            raise RuntimeError(f"CUDA error {code} when kernel {entry.symbol} was launched")
-        return True
-
-    def _load(self, key: str, entry: Entry) -> ctypes.c_void_p | None:
+        if entry is None:
+            return None
         code = zlib.decompress(self._data[self._body + entry.start : self._body + entry.start + entry.size])
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
         if (
             self._driver.cuModuleLoadData(ctypes.byref(module), code)
             or self._driver.cuModuleGetFunction(ctypes.byref(function), module, entry.symbol.encode())
         ):  # fmt: skip
-            del self.entries[key]  # a driver that is too old for it: Triton's compiler fits the machine
-            return None
-        self._functions[key] = function
-        return function
+            return None  # a driver that is too old for it: Triton's compiler fits the machine
+        return Launcher(self._driver.cuLaunchKernel, function, entry, args)
 
 
-def _aligned(entry: Entry, args: Sequence[Any]) -> bool:
-    pointers = all(arg.data_ptr() % ALIGNMENT == 0 for arg in args if isinstance(arg, torch.Tensor))
-    return pointers and all(args[place] % ALIGNMENT == 0 for place in entry.widths)
+class Launcher:
+    """A kernel in the driver's hands, and the memory that its arguments are written to for every launch.
+
+    A picture takes more than a thousand launches, and the first one waits for the host: what does not change from one
+    to the next is made once.
+    """
+
+    def __init__(
+        self, launch: Callable[..., int], function: ctypes.c_void_p, entry: Entry, args: Sequence[Any]
+    ) -> None:
+        """``args`` are of the kinds that every launch will have."""
+        self._launch, self._function, self._entry = launch, function, entry
+        self._pointers = [isinstance(arg, torch.Tensor) for arg in args]
+        self._aligned = [place for place, pointer in enumerate(self._pointers) if pointer] + list(entry.widths)
+        letters = "".join(_letter(arg) for arg in args)
+        self._pack = struct.Struct(letters).pack_into
+        # Triton's kernels take two more pointers, to scratch memory that ours do not use (build.py makes sure).
+        letters += "PP"
+        self._values = ctypes.create_string_buffer(struct.calcsize(letters))
+        start = ctypes.addressof(self._values)
+        ends = [struct.calcsize(letters[: place + 1]) for place in range(len(letters))]
+        places = [start + end - struct.calcsize(letter) for end, letter in zip(ends, letters)]
+        self._parameters = (ctypes.c_void_p * len(places))(*places)
+        self._lock = threading.Lock()
+
+    def launch(self, grid: Sequence[int], args: Sequence[Any], stream: int) -> bool:
+        """See Prebuilt.launch."""
+        values = [arg.data_ptr() if pointer else arg for arg, pointer in zip(args, self._pointers)]
+        for place in self._aligned:
+            if values[place] % ALIGNMENT:
+                return False
+        x, y, z = (*grid, 1, 1)[:3]
+        with self._lock:
+            try:
+                self._pack(self._values, 0, *values)
+            except struct.error:  # an integer that takes more than 32 bits
+                return False
+            code = self._launch(
+                self._function, x, y, z, WARP * self._entry.warps, 1, 1, self._entry.shared, stream,
+                self._parameters, None,
+            )  # fmt: skip
+        if code != 0:
+            raise RuntimeError(f"CUDA error {code} when kernel {self._entry.symbol} was launched")
+        return True
 
 
-def _value(arg: Any) -> Any:
+def _letter(arg: Any) -> str:
+    """How the struct module calls an argument's type."""
     if isinstance(arg, torch.Tensor):
-        return ctypes.c_void_p(arg.data_ptr())
-    return ctypes.c_float(arg) if isinstance(arg, float) else ctypes.c_int32(arg)
+        return "P"
+    return "f" if isinstance(arg, float) else "i"
 
 
 @functools.cache
