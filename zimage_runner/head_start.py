@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from collections.abc import Sequence
 
 from zimage_runner import torch_libraries
@@ -24,18 +25,13 @@ HARMLESS = {
 EXTENSIONS = ("tokenizers", "PIL._imaging")
 """Compiled modules that planning needs. Opened later, they would wait for the linker, and all threads with them."""
 
-
 ENOUGH_CORES = 4
 """On fewer the linker would slow down composing, and with it the answer to a mistake on the command line."""
 
 
 def before_composing(argv: Sequence[str]) -> None:
     """Start opening torch's libraries if ``argv`` alone says that they are needed."""
-    if (
-        len(os.sched_getaffinity(0)) >= ENOUGH_CORES
-        and all(_is_harmless(word) for word in argv)
-        and not _files_set_the_allocator()
-    ):
+    if _has_cores() and all(_is_harmless(word) for word in argv) and not _files_set_the_allocator():
         _begin()
 
 
@@ -51,6 +47,10 @@ def _begin() -> None:
     for name in EXTENSIONS:
         importlib.import_module(name)
     torch_libraries.begin()
+
+
+def _has_cores() -> bool:
+    return sys.platform == "linux" and len(os.sched_getaffinity(0)) >= ENOUGH_CORES
 
 
 def _is_harmless(word: str) -> bool:
