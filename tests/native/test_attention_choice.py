@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from zimage_runner.engines.native import attention
+from zimage_runner.engines.native import attention, flash3
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_another_question_is_asked_anew(tried, monkeypatch):
     choose()
     choose(torch.float32)
     choose(head_dim=48)
-    monkeypatch.setattr(attention, "FLASH3_MODULES", ("json", *attention.FLASH3_MODULES))  # installed meanwhile
+    monkeypatch.setattr(flash3, "INTERFACES", ("json", *flash3.INTERFACES))  # installed meanwhile
     choose()
     assert len(tried) == 4 * 3
 

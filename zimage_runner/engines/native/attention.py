@@ -8,10 +8,9 @@ kernel at 325; eight forwards took 3.3 % less time with FlashAttention 3 than wi
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.util
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from zimage_runner.engines.native import flash3
 from zimage_runner.weights import cache
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -30,8 +30,6 @@ SDPA_BACKENDS = {
     "efficient": "EFFICIENT_ATTENTION",
     "math": "MATH",
 }
-FLASH3_MODULES = ("flash_attn_interface", "fa3_fwd_interface")
-"""FlashAttention 3's own build, and its forward half as the package fa3-fwd."""
 CUDA_ORDER = ("flash3", "cudnn", "flash", "efficient", "math")
 BACKENDS = ("auto", "native", *CUDA_ORDER)
 
@@ -87,7 +85,7 @@ def _fastest(dtype: torch.dtype, head_dim: int) -> Attention:
 
 def _machine_key(dtype: torch.dtype, head_dim: int) -> str:
     """Everything that decides which backends compute right."""
-    found = [name for name in FLASH3_MODULES if importlib.util.find_spec(name) is not None]
+    found = [name for name in flash3.INTERFACES if importlib.util.find_spec(name) is not None]
     versions = (torch.__version__, torch.version.cuda, torch.backends.cudnn.version())
     return repr(
         (torch.cuda.get_device_name(), torch.cuda.get_device_capability(), versions, found, str(dtype), head_dim)
@@ -95,7 +93,7 @@ def _machine_key(dtype: torch.dtype, head_dim: int) -> str:
 
 
 def _backend(name: str) -> Attention:
-    return _flash3() if name == "flash3" else _sdpa(name)
+    return Attention("flash3", flash3.load_flash3()) if name == "flash3" else _sdpa(name)
 
 
 def try_attention(name: str, dtype: torch.dtype, head_dim: int) -> tuple[Attention | None, str]:
@@ -127,20 +125,3 @@ def _sdpa(name: str) -> Attention:
 
     backend = getattr(SDPBackend, SDPA_BACKENDS[name])
     return Attention(name, scaled_dot_product, lambda: sdpa_kernel(backend))
-
-
-def _flash3() -> Attention:
-    interface = _first_module(FLASH3_MODULES)
-
-    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        out = interface.flash_attn_func(query, key, value)
-        return out[0] if isinstance(out, tuple) else out  # older builds also return the log-sum-exp
-
-    return Attention("flash3", attend)
-
-
-def _first_module(names: Sequence[str]) -> Any:
-    for name in names[:-1]:
-        with contextlib.suppress(ImportError):
-            return importlib.import_module(name)
-    return importlib.import_module(names[-1])
