@@ -113,17 +113,22 @@ class CaptionWriter:
         return rng.choice(phrases("zh" if zh else "en").words)
 
     def fragment(self, zh: bool) -> str:
-        """A filler word made of pieces of names, itself neither a name nor held out: "volume", "crabtion"."""
+        """A filler word made of pieces of names, itself neither a name nor held out: "volume", "crabtion", "broaship".
+
+        The tokenizer does not mark where a word starts, so a piece must be met at either end of other words.
+        """
         rng = self.rng
         while True:
+            kind, piece = rng.random(), rng.choice(self.pieces)
             if zh:
                 word = "".join(rng.choice(self.characters) for _ in range(rng.choice((1, 2, 2, 2, 3))))
-            elif rng.random() < 0.4:
-                word = rng.choice(self.pieces)
-            else:
-                piece = rng.choice(self.pieces)
+            elif kind < 0.35:
+                word = piece
+            elif kind < 0.7:
                 start = rng.choice((0, 0, max(0, len(piece) - 4)))
                 word = piece[start : start + rng.randint(2, 5)] + rng.choice((*ENDINGS, *SYLLABLES))
+            else:
+                word = "".join(rng.choices(SYLLABLES, k=rng.choice((1, 1, 2)))) + piece[-rng.randint(3, 5) :]
             if word not in self.names and not units(word) & reserved():
                 return word
 

@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint: `python -m training.evaluate`, every case in about ten minutes on two CPU cores.
+"""Evaluate a checkpoint: `python -m training.evaluate`, every case in about twenty minutes on two CPU cores.
 
 Prints and saves a table: retrieval on the committed cases at 8 and at 4 forwards, which phrasings miss, how much seeds
 differ, time and size. Needs nothing but the checkpoint and the committed reference. `evaluate.limit=20` gives a quick

@@ -16,6 +16,8 @@ from training.config import TrainingConfig, command
 from training.models import build_scheduler
 
 ASSETS = Path("zimage_runner/assets/zimage_nano")
+LOADING = {"_name_or_path", "is_local", "local_files_only"}
+"""What diffusers and transformers note in a part's config about how it was loaded."""
 
 
 def save_checkpoint(folder: Path, transformer: Any, encoder: Any, vae: Any, tokenizer: Any, dtype: torch.dtype) -> None:
@@ -41,13 +43,12 @@ def save_checkpoint(folder: Path, transformer: Any, encoder: Any, vae: Any, toke
 def install(source: Path, target: Path) -> int:
     """Copy a checkpoint's files over those in `target`, each replaced at once; return the bytes there.
 
-    Files that the checkpoint lacks (the model card) stay. The folder that a part was loaded from, which diffusers notes
-    in its config, is dropped.
+    Files that the checkpoint lacks (the model card) stay. How and from where a part was loaded (`LOADING`) is dropped.
     """
     for file in sorted(f for f in source.rglob("*") if f.is_file()):
         content, place = file.read_bytes(), target / file.relative_to(source)
-        if file.name == "config.json":
-            config = {k: v for k, v in json.loads(content).items() if k != "_name_or_path"}
+        if file.name in ("config.json", "tokenizer_config.json"):
+            config = {k: v for k, v in json.loads(content).items() if k not in LOADING}
             content = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
         place.parent.mkdir(parents=True, exist_ok=True)
         partial = place.with_name(place.name + ".partial")

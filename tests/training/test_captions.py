@@ -97,3 +97,6 @@ def test_fragments_are_pieces_of_names_and_no_names(pictures: list[Picture]) -> 
     whole = {word for name in names for word in name.split()}
     assert 0.2 < sum(word in whole for word in english) / 2000 < 0.6
     assert all(c in "".join(names) for word in chinese for c in word)
+    ends = {name[-4:] for name in whole if len(name) > 3}
+    starts = {name[:4] for name in whole if len(name) > 3}
+    assert sum(word not in whole and word[-4:] in ends and word[:4] not in starts for word in english) / 2000 > 0.05
