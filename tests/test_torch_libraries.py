@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
 from importlib import metadata, util
@@ -239,6 +240,33 @@ def test_after_composing_the_config_decides(options, starts, monkeypatch):
     head_start.after_composing(config)  # pyright: ignore[reportArgumentType]
     wanted = "expandable_segments:True" if "memory.alloc_conf" in str(options) else ""
     assert exported == ([wanted] if starts else [])
+
+
+def test_planning_needs_the_linker_no_more(tmp_path):
+    """Captions are counted while another thread is inside the linker."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    source, library = tmp_path / "slow.c", tmp_path / "slow.so"
+    source.write_text("#include <unistd.h>\n__attribute__((constructor)) static void open(void) { sleep(3600); }\n")
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], check=True)
+    python(
+        f"""
+import os, threading, time
+from zimage_runner import head_start, torch_libraries
+from zimage_runner.engines.native.tokenizer import CaptionTokenizer
+from zimage_runner.help import PACKAGE
+
+opened = torch_libraries._dlopen()
+torch_libraries.begin = lambda: threading.Thread(target=opened, args=({str(library)!r}, os.RTLD_NOW)).start()
+head_start._begin()
+time.sleep(0.2)
+import PIL.Image
+tokenizer = CaptionTokenizer(PACKAGE / "assets" / "zimage_nano" / "tokenizer")
+assert all(tokenizer(["a red fox"], 512)) and all(tokenizer(["a red fox", "a blue fox"], 512))
+os._exit(0)
+"""
+    )
 
 
 def test_a_mistake_ends_the_process_without_waiting_for_the_linker():

@@ -22,8 +22,16 @@ HARMLESS = {
 }  # fmt: skip
 """Fields and groups that change neither where pictures are drawn nor what torch reads from the environment."""
 
-EXTENSIONS = ("tokenizers", "PIL._imaging")
-"""Compiled modules that planning needs. Opened later, they would wait for the linker, and all threads with them."""
+TOKENIZER = b"""{
+    "normalizer": {"type": "NFC"},
+    "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": "\\\\s+"}, "behavior": "Isolated", "invert": false},
+        {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true}]},
+    "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}
+}"""
+"""One made of the same parts as the checkpoints'."""
+TEXTS = 64
+"""Enough for each thread of the tokenizers library to get one."""
 
 ENOUGH_CORES = 4
 """On fewer the linker would slow down composing, and with it the answer to a mistake on the command line."""
@@ -44,9 +52,19 @@ def after_composing(config: RunConfig) -> None:
 
 
 def _begin() -> None:
-    for name in EXTENSIONS:
-        importlib.import_module(name)
+    _open_what_planning_needs()
     torch_libraries.begin()
+
+
+def _open_what_planning_needs() -> None:
+    """Compiled modules, and what they ask the linker for at their first use: later they would wait until it is done
+    with torch, and with them all threads."""
+    importlib.import_module("PIL._imaging")
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_buffer(TOKENIZER)
+    tokenizer.encode("a fox")
+    tokenizer.encode_batch(["a fox"] * TEXTS)
 
 
 def _has_cores() -> bool:
