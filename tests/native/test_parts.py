@@ -16,7 +16,7 @@ from zimage_runner.engines.native.sampler import make_schedule, read_shift
 from zimage_runner.engines.native.text_encoder import TextEncoderConfig
 from zimage_runner.engines.native.tokenizer import USER_TURN, CaptionTokenizer
 from zimage_runner.engines.native.transformer import TransformerConfig
-from zimage_runner.engines.native.vae_decoder import VaeConfig
+from zimage_runner.engines.native.vae_decoder import FewChannels, VaeConfig
 from zimage_runner.errors import BadPictureError, UserError
 
 TEXTS = [
@@ -50,6 +50,22 @@ def test_decoder(native: NativeModel, reference: Reference, height: int, width: 
     latents = noise(2, height, width)
     with torch.inference_mode():
         assert difference(native.vae(latents), reference.decode(latents)) <= 1e-4
+
+
+@pytest.mark.parametrize(("channels", "computed"), [(3, 8), (8, 8), (9, 16)])
+def test_a_convolution_to_few_channels(channels: int, computed: int) -> None:
+    conv = FewChannels(32, channels, 3, padding=1)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in conv.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    x = torch.randn(2, 32, 9, 10, generator=generator).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        got, expected = conv.convolve_padded(x), conv(x)
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-5)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    assert conv._padded is not None
+    assert [len(part) for part in conv._padded] == [computed, computed]
+    assert len(conv.state_dict()) == 2  # what is computed from the weights is not one of them
 
 
 def test_pictures_with_nan_are_refused() -> None:

@@ -18,6 +18,7 @@ from zimage_runner.engines.native.kernels import Operations
 from zimage_runner.engines.native.layers import Conv2d, Linear
 
 NORM_EPS = 1e-6
+CHANNEL_MULTIPLE = 8
 SCORE_ROWS = 4096
 """Rows of attention scores computed at a time: 0.27 GB at 1024x1024."""
 
@@ -194,6 +195,28 @@ def fold(kernel: torch.Tensor, dim: int, phase: int) -> torch.Tensor:
     return torch.stack([first, second + third] if phase == 0 else [first + second, third], dim)
 
 
+class FewChannels(Conv2d):
+    """A convolution to three channels, which on a GPU computes CHANNEL_MULTIPLE and drops the others.
+
+    cuDNN's tensor core kernels take channels in multiples of 8 (NVIDIA's cuDNN documentation, legacy API, "Tensor Core
+    operations"). Three mean slower kernels, and a search for one that takes them the first time.
+    """
+
+    _padded: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.convolve_padded(x) if x.is_cuda else super().forward(x)
+
+    def convolve_padded(self, x: torch.Tensor) -> torch.Tensor:
+        """The same values, by way of more channels; channels last."""
+        if self._padded is None:
+            missing = -self.out_channels % CHANNEL_MULTIPLE
+            weight = F.pad(self.weight, (0, 0, 0, 0, 0, 0, 0, missing)).contiguous(memory_format=torch.channels_last)
+            self._padded = weight, F.pad(present(self.bias), (0, missing))
+        wide = self._conv_forward(x, *self._padded)
+        return wide[:, : self.out_channels].contiguous(memory_format=torch.channels_last)
+
+
 class UpBlock(nn.Module):
     """Residual blocks, then twice the resolution except in the last block."""
 
@@ -228,7 +251,7 @@ class VaeDecoder(nn.Module):
             for i in range(len(channels))
         )
         self.conv_norm_out = GroupNorm(groups, channels[-1], ops)
-        self.conv_out = Conv2d(channels[-1], config.out_channels, 3, padding=1)
+        self.conv_out = FewChannels(channels[-1], config.out_channels, 3, padding=1)
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         """Pixels [batch, 3, height, width], about -1..1, of the transformer's (scaled) latents float32."""
