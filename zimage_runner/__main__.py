@@ -5,29 +5,63 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import signal
 import sys
-from typing import NoReturn
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # importing typing would come before signals are listened to
+    from types import FrameType
+    from typing import NoReturn
+
+EXIT_INTERRUPTED = 130
+
+_stopped = False
 
 
 def entry_point() -> None:
     """Run the command line and exit with its code. --help is answered without importing Hydra."""
-    argv = sys.argv[1:]
+    listen()
+    try:
+        code = _run(sys.argv[1:])
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
+    _exit(EXIT_INTERRUPTED if _stopped else code)
+
+
+def listen() -> None:
+    """Answer SIGINT and SIGTERM with one line and code 130 until a run listens to them itself (signals.py)."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, _stop)
+
+
+def _stop(number: int, _frame: FrameType | None) -> None:
+    """The first signal unwinds, so that no empty run directory is left behind; the second ends the process."""
+    global _stopped
+    if _stopped:
+        os._exit(EXIT_INTERRUPTED)
+    _stopped = True
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        os.write(2, f"zimage_runner: stopped by {signal.Signals(number).name}; nothing was begun\n".encode())
+    raise KeyboardInterrupt
+
+
+def _run(argv: list[str]) -> int:
     if {"--help", "-h"} & set(argv):
         from zimage_runner.help import help_text
 
         print(help_text(argv), end="")
-        sys.exit(0)
+        return 0
     gc.disable()  # the command line's imports leave no garbage; a job switches it on again
     from zimage_runner.cli import main
 
-    _exit(main(argv))
+    return main(argv)
 
 
 def _exit(code: int) -> NoReturn:
     """End the process; at once when it would only wait for libraries that it does not need any more."""
-    from zimage_runner import torch_libraries
-
-    if not torch_libraries.is_loading():
+    libraries = sys.modules.get("zimage_runner.torch_libraries")
+    if libraries is None or not libraries.is_loading():
         sys.exit(code)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads it

@@ -92,11 +92,11 @@ def _refuse(message: str) -> int:
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")
 def job(cfg: DictConfig) -> int:
     """One job: a single run, or one of a multirun's. Returns its exit code, for launchers."""
-    from zimage_runner.runner import run
-
     directory = Path(HydraConfig.get().runtime.output_dir)
     _exit_codes.append(EXIT_ITEMS_FAILED)  # unless it gets further
     try:
+        from zimage_runner.runner import run
+
         if cfg.resume is not None:
             cfg = restore(cfg, directory, list(HydraConfig.get().overrides.task))
         try:
