@@ -15,17 +15,11 @@ if TYPE_CHECKING:  # importing typing would come before signals are listened to
 
 EXIT_INTERRUPTED = 130
 
-_stopped = False
-
 
 def entry_point() -> None:
     """Run the command line and exit with its code. --help is answered without importing Hydra."""
     listen()
-    try:
-        code = _run(sys.argv[1:])
-    except KeyboardInterrupt:
-        code = EXIT_INTERRUPTED
-    _exit(EXIT_INTERRUPTED if _stopped else code)
+    _exit(_run(sys.argv[1:]))
 
 
 def listen() -> None:
@@ -36,14 +30,13 @@ def listen() -> None:
 
 
 def _stop(number: int, _frame: FrameType | None) -> None:
-    """The first signal unwinds, so that no empty run directory is left behind; the second ends the process."""
-    global _stopped
-    if _stopped:
-        os._exit(EXIT_INTERRUPTED)
-    _stopped = True
+    """End here: an exception raised in the middle of an import may be swallowed by it."""
     with contextlib.suppress(OSError):  # the terminal may be gone
-        os.write(2, f"zimage_runner: stopped by {signal.Signals(number).name}; nothing was begun\n".encode())
-    raise KeyboardInterrupt
+        os.write(2, f"zimage_runner: stopped by {signal.Signals(number).name}\n".encode())
+    remove = getattr(sys.modules.get("zimage_runner.cli"), "remove_unused_directory", None)
+    if remove is not None:
+        remove()
+    os._exit(EXIT_INTERRUPTED)
 
 
 def _run(argv: list[str]) -> int:

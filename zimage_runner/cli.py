@@ -124,6 +124,15 @@ def composed_files(cfg: DictConfig) -> dict[str, str]:
     }
 
 
+def remove_unused_directory() -> None:
+    """For a signal that ends the process: Hydra may just have made the run directory."""
+    with contextlib.suppress(Exception):
+        if HydraConfig.initialized():
+            directory = Path(HydraConfig.get().runtime.output_dir)
+            directory.rmdir()
+            directory.parent.rmdir()  # of the run's name
+
+
 def _remove_if_empty(directory: Path, root: Path) -> None:
     """Hydra makes the run directory before the config is validated; leave none behind when nothing ran."""
     for folder in (directory, *directory.parents):

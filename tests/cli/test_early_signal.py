@@ -48,15 +48,6 @@ def test_one_line_and_130(name, moment, tmp_path: Path):
     assert not list(root.glob("*"))
 
 
-def test_nothing_is_left_to_wait_for_after_the_second_signal():
-    process = started("prompts=stdin", "dry_run=true")
-    process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert len(err.splitlines()) == 1
-
-
 def test_ignored_signals_stay_ignored():
     """What a shell without job control does to the background's SIGINT."""
     code = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n{PROGRAM}"
