@@ -31,7 +31,7 @@ def run_log(path: Path) -> Iterator[None]:
 
 
 def log_to_terminal() -> None:
-    """Warnings and worse go to stderr, one line each. Harmless when called twice."""
+    """Warnings and worse go to stderr, one line each, a traceback below it. Harmless when called twice."""
     if any(isinstance(h, _StderrHandler) for h in LOGGER.handlers):
         return
     LOGGER.addHandler(_StderrHandler())
@@ -63,9 +63,12 @@ class _StderrHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
-            line = f"zimage_runner: {one_line(self.format(record))}"
+            text = f"zimage_runner: {one_line(record.getMessage())}"
+            if record.exc_info:
+                traceback = logging.Formatter().formatException(record.exc_info)
+                text = "\n".join([text, *(one_line(line) for line in traceback.splitlines())])
             bars = sys.modules.get("tqdm")  # without it there is no bar
             if bars is None:
-                print(line, file=sys.stderr)
+                print(text, file=sys.stderr)
             else:
-                bars.tqdm.write(line, file=sys.stderr)
+                bars.tqdm.write(text, file=sys.stderr)

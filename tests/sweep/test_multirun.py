@@ -123,6 +123,10 @@ def test_a_crash_is_one_jobs_affair(cli: Cli, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(runner, "prepare", prepare)
     code, out, err = cli("-m", "prompt=a", "seeds=1,2,3", *FAST)
     assert code == 1
+    lines = err.splitlines()
+    begin = lines.index("zimage_runner: job 1: ZeroDivisionError: a bug")
+    assert lines[begin + 1] == "Traceback (most recent call last):"
+    assert lines.index("ZeroDivisionError: a bug") > begin + 3
     assert "ZeroDivisionError: a bug" in err
     assert summary(sweep_dir(out), 2)["status"] == "complete"
 

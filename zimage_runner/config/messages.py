@@ -26,7 +26,13 @@ def explain(error: BaseException) -> str:
         return f"{mark.name}:{mark.line + 1}: not readable as YAML data: {marked.problem or marked.context}"
     texts = [str(e) for e in chain]
     text = "\n".join(texts)
-    return _unknown_option(text) or _unknown_field(text) or _wrong_type(text) or _one_line(texts[-1] or texts[0])
+    return (
+        _no_assignment(text)
+        or _unknown_option(text)
+        or _unknown_field(text)
+        or _wrong_type(text)
+        or _one_line(texts[-1] or texts[0])
+    )
 
 
 def unknown_attribute(error: AttributeError) -> str:
@@ -50,6 +56,21 @@ def _chain(error: BaseException) -> list[BaseException]:
         chain.append(current)
         current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
     return chain
+
+
+def _no_assignment(text: str) -> str | None:
+    """A word without an equals sign, such as ``dry_run`` for ``dry_run=true``."""
+    match = re.search(r"Error parsing override '(?P<word>.*)'\s+missing EQUAL at", text, re.S)
+    match = match or re.search(r"LexerNoViableAltException: (?P<word>[^=\n]+)$", text, re.M)
+    if match is None:
+        return None
+    word = match["word"]
+    known = [*_known_fields(""), *_known_fields(word.rpartition(".")[0])]
+    if word.rpartition(".")[2] in known:
+        return f"{word}: write field=value, here {word}=..."
+    close = difflib.get_close_matches(word, known, 1)
+    hint = f"did you mean {close[0]}=...?" if close else "for the text of a picture prompt='...', or see --help"
+    return f"{word}: write field=value; {hint}"
 
 
 def _unknown_option(text: str) -> str | None:
@@ -131,4 +152,4 @@ def _field_names(option: type) -> list[str]:
 
 def _one_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip() and "object_type=" not in line]
-    return " ".join(line for line in lines if not line.startswith("full_key:"))
+    return " ".join(line for line in lines if not line.startswith(("full_key:", "See https://hydra.cc")))
