@@ -124,7 +124,7 @@ assert not [name for name in (*DEFERRED, *NEEDS_ALL) if name in sys.modules]
 
 
 def test_afterwards_the_same_modules_as_after_a_plain_import():
-    names = "print(sorted(n for n in sys.modules if n.partition('.')[0] in ('torch', 'torchgen')))"
+    names = "print(sorted(n for n in sys.modules if n.partition('.')[0] in ('torch', 'torchgen', 'unittest')))"
     public = "print(sorted(n for n in vars(torch) if not n.startswith('__')))"
     lean = python(f"{LEAN}\ntorch.export\n{names}\n{public}")
     plain = python(f"import sys, torch\n{names}\n{public}")
@@ -198,6 +198,30 @@ assert not any(isinstance(finder, torch_import.Deferral) for finder in sys.meta_
 """,
         **environment,
     )
+
+
+def test_other_packages_modules_come_alone(tmp_path: Path):
+    """One import of them, or one use of torch's own reference to them, and neither drags torch's parts in."""
+    (tmp_path / "pynvml.py").write_text("def nvmlInit(): return 'real'\n")
+    code = (
+        LEAN
+        + """
+assert [name for name in ALONE if name in sys.modules] == []
+import unittest, torch.cuda
+assert not hasattr(unittest, "mock")
+{use}
+assert unittest.mock.patch is sys.modules["unittest.mock"].patch
+assert torch._guards.unittest.mock.patch is unittest.mock.patch
+assert torch.cuda.pynvml.nvmlInit() == "real"
+assert not [name for name in DEFERRED if name in sys.modules]
+torch.export
+complete()
+assert torch.cuda.pynvml is sys.modules["pynvml"]
+"""
+    )
+    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    for use in ("import unittest.mock, pynvml", "from unittest import mock"):
+        python(code.replace("{use}", use).replace("import DEFERRED", "import ALONE, DEFERRED"), PYTHONPATH=paths)
 
 
 def test_a_stand_in_touched_while_torch_is_imported_gives_way():

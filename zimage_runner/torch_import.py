@@ -29,6 +29,7 @@ from zimage_runner import torch_libraries
 from zimage_runner.torch_libraries import PLAIN_IMPORT, VERIFIED
 
 DEFERRED = (
+    "torchgen.model",
     "torch.utils.data",
     "torch.distributions",
     "torch.optim",
@@ -48,6 +49,10 @@ DEFERRED = (
     "torch.compiler",
 )
 """Modules that torch imports and nothing here uses, in torch's order."""
+
+ALONE = ("unittest.mock", "pynvml")
+"""Modules of other packages, pynvml if it is installed, that torch imports for functions hardly ever called. They are
+deferred too, but each for itself: using one imports it and nothing else."""
 
 TAKEN_FROM = {"torch.func": {"vmap"}, "torch._higher_order_ops": {"cond", "while_loop"}}
 """Names that torch's own ``__init__`` takes from them."""
@@ -126,7 +131,7 @@ class StandIn(ModuleType):
 class Deferral(MetaPathFinder):
     """One lean import: hands out the stand-ins, and replaces all of them when one is used."""
 
-    def __init__(self, names: Sequence[str] = DEFERRED) -> None:
+    def __init__(self, names: Sequence[str] = (*DEFERRED, *ALONE)) -> None:
         self._names = set(names)
         self._given: list[str] = []
         self._hidden: dict[str, str] = {}
@@ -149,6 +154,8 @@ class Deferral(MetaPathFinder):
         for name in self._given:
             if isinstance(sys.modules.get(name), StandIn):
                 del sys.modules[name]
+                if name in ALONE:
+                    _unbind_from_package(name)
         self._hide(torch)
         _prepare_generators(torch)
         if any(name in sys.modules for name in NEEDS_ALL):
@@ -163,7 +170,7 @@ class Deferral(MetaPathFinder):
             if isinstance(sys.modules.get(fullname.rpartition(".")[0]), StandIn):
                 self.real(fullname.rpartition(".")[0])
             return self._stand_in_spec(fullname, path, target) if fullname in self._names else None
-        if fullname not in self._given and fullname not in NEEDS_ALL:
+        if fullname in ALONE or (fullname not in self._given and fullname not in NEEDS_ALL):
             return None
         self.complete()
         return _loaded_spec(fullname)
@@ -171,7 +178,8 @@ class Deferral(MetaPathFinder):
     def real(self, name: str) -> ModuleType:
         """The module behind a stand-in: while torch is imported that one alone, afterwards with all others."""
         if not self.importing:
-            self.complete()
+            if name not in ALONE:
+                self.complete()
         elif name in self._names:
             self._names.remove(name)
             if isinstance(sys.modules.get(name), StandIn):
@@ -246,6 +254,12 @@ class Deferral(MetaPathFinder):
             for name, value in list(getattr(module, "__dict__", {}).items()):
                 if type(value) is StandIn:
                     vars(module)[name] = sys.modules[value.__name__]
+
+
+def _unbind_from_package(name: str) -> None:
+    package, _, module = name.rpartition(".")
+    if package in sys.modules:
+        vars(sys.modules[package]).pop(module, None)
 
 
 def _prepare_generators(torch: ModuleType) -> None:
