@@ -11,7 +11,6 @@ import sys
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # importing typing would come before signals are listened to
     from types import FrameType
-    from typing import NoReturn
 
 EXIT_INTERRUPTED = 130
 
@@ -19,7 +18,7 @@ EXIT_INTERRUPTED = 130
 def entry_point() -> None:
     """Run the command line and exit with its code. --help is answered without importing Hydra."""
     listen()
-    _exit(_run(sys.argv[1:]))
+    sys.exit(_run(sys.argv[1:]))
 
 
 def listen() -> None:
@@ -49,17 +48,6 @@ def _run(argv: list[str]) -> int:
     from zimage_runner.cli import main
 
     return main(argv)
-
-
-def _exit(code: int) -> NoReturn:
-    """End the process; at once when it would only wait for libraries that it does not need any more."""
-    libraries = sys.modules.get("zimage_runner.torch_libraries")
-    if libraries is None or not libraries.is_loading():
-        sys.exit(code)
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads it
-            stream.flush()
-    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from hydra._internal.hydra import Hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from zimage_runner import head_start
 from zimage_runner.config.free_text import quote_free_text
 from zimage_runner.config.messages import CONFIG_ERRORS, explain, unknown_attribute
 from zimage_runner.config.registry import register
@@ -42,7 +41,6 @@ def main(argv: Sequence[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us instead of Hydra's own report and exit code 1
     _exit_codes.clear()
     exit_codes.clear()
-    head_start.before_composing(argv)
     register()
     register_launcher()
     log_to_terminal()
@@ -104,7 +102,6 @@ def job(cfg: DictConfig) -> int:
         except AttributeError as error:  # OmegaConf's way to say that +group.field=value is no field
             raise UserError(unknown_attribute(error)) from error
         assert isinstance(config, RunConfig)
-        head_start.after_composing(config)
         gc.enable()  # paused while importing and composing, which leave no garbage
         _exit_codes[-1] = run(config, directory, composed_files(cfg))
     except (UserError, RunStopped) as error:  # here and not in main: Hydra would print a line of its own

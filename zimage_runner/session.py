@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import platform
 import time
 from collections import OrderedDict
@@ -18,7 +19,6 @@ from zimage_runner.executors.base import GeneratedBatch
 from zimage_runner.executors.faults import is_out_of_memory
 from zimage_runner.memory import HealthCheck, Memory
 from zimage_runner.model import Model
-from zimage_runner.torch_libraries import spin_little
 from zimage_runner.warmup import WARMUP_PROMPT, Warmup, WarmupShape
 from zimage_runner.weights.checkpoint import Checkpoint
 
@@ -199,7 +199,11 @@ class Session:
 
     def _load(self) -> None:
         config = self.config
-        spin_little()
+        # Threads that wait for work must not spin for long: on a machine that is busy with anything else, OpenMP's
+        # default made the embedded model twenty times slower. This little keeps the speed of an idle one. Both are
+        # read when torch is imported; the user's own settings stand.
+        if "OMP_WAIT_POLICY" not in os.environ:
+            os.environ.setdefault("GOMP_SPINCOUNT", "10000")
         config.memory.apply_environment()
         config.compile.apply_environment()
         started = time.perf_counter()

@@ -25,8 +25,11 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-from zimage_runner import torch_libraries
-from zimage_runner.torch_libraries import PLAIN_IMPORT, VERIFIED
+PLAIN_IMPORT = "ZIMAGE_RUNNER_PLAIN_IMPORT"
+"""Environment variable: 1 makes every import of torch a plain one."""
+
+VERIFIED = ("2.11.", "2.13.")
+"""Versions of torch whose import was read, line by line. Any other is imported plainly."""
 
 DEFERRED = (
     "torchgen.model",
@@ -84,7 +87,6 @@ LATER: Any = object()
 
 def import_torch_lean() -> ModuleType:
     """torch, imported lean where that is known to work and not switched off, else plainly."""
-    torch_libraries.wait()
     if "torch" in sys.modules or os.environ.get(PLAIN_IMPORT, "") not in ("", "0") or not _is_verified():
         return importlib.import_module("torch")
     with _paused_collection():

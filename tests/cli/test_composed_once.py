@@ -72,7 +72,7 @@ def test_nothing_under_conf_sets_the_mode(experiment):
 def test_a_config_error_imports_nothing_for_pictures():
     code = (
         "import sys; from zimage_runner.cli import main; assert main(['sampling.steps=four']) == 2;"
-        "print({'torch', 'numpy', 'PIL.Image', 'tqdm', 'email', 'http', 'ssl', 'asyncio',"
+        "print({'torch', 'numpy', 'PIL', 'tokenizers', 'tqdm', 'email', 'http', 'ssl', 'asyncio',"
         " 'zimage_runner.runner', 'zimage_runner.session', 'zimage_runner.outputs.writer'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
