@@ -78,7 +78,7 @@ class Child:
         try:
             self._connection.send(message)
         except OSError:
-            raise self._died() from None
+            raise self._last_words() or self._died() from None
 
     def receive(self, timeout_s: float, limit_s: float) -> Any:
         """The next message; Drawn comes with its pixels, as a pair. Raises WorkerDied, or WorkerHung after the timeout.
@@ -128,6 +128,18 @@ class Child:
             os.close(self._pidfd)
             self._pidfd = -1
         return code
+
+    def _last_words(self) -> WorkerBroken | None:
+        """Why it ended, if it said so before: what it sent can be read after its death too."""
+        with contextlib.suppress(EOFError, OSError):
+            while self._connection.poll():
+                message = self._connection.recv()
+                if isinstance(message, Broken):
+                    self.kill()
+                    return WorkerBroken(f"ended: {message.message}")
+                if isinstance(message, Drawn):
+                    self._connection.recv_bytes()  # drawn again by the next worker
+        return None
 
     def _died(self) -> WorkerDied:
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -1,0 +1,40 @@
+"""A worker as its parent sees it, at the moments that a whole run meets only by chance."""
+
+from __future__ import annotations
+
+import multiprocessing
+import subprocess
+import sys
+from multiprocessing.connection import Connection
+
+import pytest
+
+from zimage_runner.executors.child import Child, WorkerBroken, WorkerDied
+from zimage_runner.executors.messages import Broken, LogLine
+
+
+@pytest.fixture
+def gone() -> tuple[Child, Connection]:
+    """A worker whose process has ended, and its end of the connection."""
+    child = Child.__new__(Child)
+    child._connection, theirs = multiprocessing.Pipe()
+    child._process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(1)"], process_group=0)
+    child._process.wait()
+    child._pidfd = -1
+    return child, theirs
+
+
+def test_why_it_ended_is_known_even_if_it_is_noticed_while_sending(gone):
+    child, theirs = gone
+    theirs.send(LogLine(20, "worker", "about to fail"))
+    theirs.send(Broken("an illegal memory access was encountered"))
+    theirs.close()
+    with pytest.raises(WorkerBroken, match="ended: an illegal memory access"):
+        child.send("the next item")
+
+
+def test_without_last_words_it_is_the_exit_code(gone):
+    child, theirs = gone
+    theirs.close()
+    with pytest.raises(WorkerDied, match="ended with exit code 1"):
+        child.send("the next item")
