@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zimage_runner.errors import UserError
+from zimage_runner.weights.cache import write_json
 
 if TYPE_CHECKING:
     import torch
@@ -133,21 +134,20 @@ def foresees(config: EmbeddingCacheConfig, asked: str, texts: Iterable[tuple[str
     if config.path is None:
         return False
     root = _root(config)
-    try:
-        identity = _identity_file(root, asked).read_text(encoding="utf-8")
-    except OSError:
-        return False
-    return all(_path(root, identity, text, length).exists() for text, length in texts)
+    identity = _remembered(root, asked)
+    return identity is not None and all(_path(root, identity, text, length).exists() for text, length in texts)
 
 
 def _remember(root: Path, asked: str, identity: str) -> None:
-    file = _identity_file(root, asked)
-    if file.exists() and file.read_text(encoding="utf-8") == identity:
-        return
-    file.parent.mkdir(exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False, encoding="utf-8") as new:
-        new.write(identity)
-    os.replace(new.name, file)
+    if _remembered(root, asked) != identity:
+        write_json(_identity_file(root, asked), identity)
+
+
+def _remembered(root: Path, asked: str) -> str | None:
+    try:
+        return json.loads(_identity_file(root, asked).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none yet, or damaged: it is only a guess
+        return None
 
 
 def _identity_file(root: Path, asked: str) -> Path:

@@ -130,3 +130,13 @@ def test_a_wrong_guess_costs_the_loading_and_nothing_else(cli, tmp_path, monkeyp
     monkeypatch.setattr(session, "foresees", lambda *args: True)
     code, _, err = cli("prompt=a red apple", "seeds=[1]", f"embedding_cache.path={tmp_path}/cache")
     assert code == 0, err
+
+
+def test_a_damaged_guess_is_none(tmp_path):
+    config = EmbeddingCacheConfig(path=str(tmp_path))
+    cache(tmp_path).put("a cat", 512, torch.ones(1, 1))
+    (guess,) = tmp_path.glob("identities/*")
+    guess.write_bytes(b"\xff{")
+    assert not foresees(config, "asked", [("a cat", 512)])
+    cache(tmp_path)
+    assert foresees(config, "asked", [("a cat", 512)])
