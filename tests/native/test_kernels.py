@@ -72,6 +72,18 @@ def test_qk_norm_rope(dtype: torch.dtype, heads: int, head_dim: int) -> None:
         close(got, wanted)
 
 
+@pytest.mark.parametrize(("features", "outputs"), [(256, 96), (1024, 256), (48, 40)])
+@pytest.mark.parametrize("filled", [False, True])
+def test_linear_float32(dtype: torch.dtype, features: int, outputs: int, filled: bool) -> None:
+    x, weight = randn(3, features), randn(outputs, features, seed=1, dtype=dtype) / features**0.5
+    bias = randn(outputs, seed=2, dtype=dtype)
+    expected = torch_ops.linear_float32(x, weight, bias)
+    out = torch.full((3, outputs), torch.nan, device=DEVICE) if filled else None
+    got = fused_ops.linear_float32(x, weight, bias, out)
+    assert out is None or got is out
+    close(got, expected)
+
+
 @pytest.mark.parametrize("hidden", [96, 2560])
 def test_swiglu(dtype: torch.dtype, hidden: int) -> None:
     x = randn(2, 3, 2 * hidden, dtype=dtype)

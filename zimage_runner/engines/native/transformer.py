@@ -198,17 +198,21 @@ class Transformer(nn.Module):
         every token of every step. Products fill one tensor that the rest then works on as a whole: few launches, and
         few kernels to load in the seconds before the first picture.
         """
-        adaln_input = linear_float32(self.t_embedder_out, F.silu(linear_float32(self.t_embedder_in, embedded_times)))
+        hidden = F.silu(self._linear_float32(self.t_embedder_in, embedded_times))
+        adaln_input = self._linear_float32(self.t_embedder_out, hidden)
         modulated = blocks_of(self.noise_refiner) + blocks_of(self.layers)
         raw = adaln_input.new_empty(len(modulated), len(adaln_input), 4 * self.config.dim)
         for block, out in zip(modulated, raw):
-            linear_float32(block.adaLN(), adaln_input, out)
+            self._linear_float32(block.adaLN(), adaln_input, out)
         factors = raw.unflatten(-1, (4, -1))
         factors[:, :, 0::2].add_(1)
         factors[:, :, 1::2].tanh_()
         factors.mul_(norms_of(modulated)[:, None])
-        final = linear_float32(self.final_modulation, F.silu(adaln_input)).add_(1)
+        final = self._linear_float32(self.final_modulation, F.silu(adaln_input)).add_(1)
         return [StepModulation(*step) for step in zip(factors.unbind(1), final.unbind(0))]
+
+    def _linear_float32(self, linear: Linear, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        return self.ops.linear_float32(x, linear.weight, linear.bias, out)
 
     def embed_caption(self, features: torch.Tensor, tokens: int, rope: RotaryTable) -> torch.Tensor:
         """Refined caption tokens [batch, length, dim]; the same for every step and seed.
@@ -293,8 +297,3 @@ def embed_times(times: torch.Tensor, t_scale: float) -> torch.Tensor:
     exponent = torch.arange(half, dtype=torch.float32) / half
     angles = (times * t_scale)[:, None] * torch.exp(-math.log(10000) * exponent)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
-def linear_float32(linear: Linear, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """The layer, which has a bias, in float32 whatever its weights are stored in; x [rows, features] float32."""
-    return torch.addmm(linear.bias.float(), x, linear.weight.float().t(), out=out)

@@ -25,6 +25,10 @@ class Operations(Protocol):
 
     def swiglu(self, w1w3: torch.Tensor) -> torch.Tensor: ...
 
+    def linear_float32(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor: ...
+
     def group_norm_silu(
         self,
         x: torch.Tensor,

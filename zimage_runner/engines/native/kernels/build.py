@@ -22,6 +22,7 @@ from unittest import mock
 import torch
 
 from zimage_runner.engines.native.kernels import fused_ops, prebuilt
+from zimage_runner.engines.native.transformer import ADALN_WIDTH
 
 ARCHITECTURES = (80, 90, 100, 120)
 """A100, A10, L4, RTX 30 and 40; H100, H200; B200; RTX 50."""
@@ -109,6 +110,8 @@ def _draw_with(widths: Widths, dtype: torch.dtype) -> None:
     heads = tensor(1, tokens, 3 * widths.heads * widths.head_dim)
     fused_ops.qk_norm_rope(heads, tensor(2, widths.head_dim, dtype=torch.float32), angles, angles, 1e-5)
     fused_ops.swiglu(tensor(1, tokens, 2 * widths.hidden))
+    row = tensor(1, ADALN_WIDTH, dtype=torch.float32)
+    fused_ops.linear_float32(row, tensor(widths.dim, ADALN_WIDTH), tensor(widths.dim))
     for channels in widths.channels:
         _decode_with(tensor, channels, widths.groups)
 

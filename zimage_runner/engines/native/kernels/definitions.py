@@ -80,6 +80,22 @@ def swiglu(x_ptr, out_ptr, hidden, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def linear_float32(
+    x_ptr, weight_ptr, bias_ptr, out_ptr, dim, outputs, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.load(bias_ptr + column, mask=column < outputs, other=0.0).to(tl.float32)
+    for start in range(0, dim, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        x = tl.load(x_ptr + row * dim + k, mask=k < dim, other=0.0)
+        inside = (column[:, None] < outputs) & (k[None, :] < dim)
+        weight = tl.load(weight_ptr + column[:, None] * dim + k[None, :], mask=inside, other=0.0)
+        total += tl.sum(weight.to(tl.float32) * x[None, :], axis=1)
+    tl.store(out_ptr + row * outputs + column, total, mask=column < outputs)
+
+
+@triton.jit
 def channel_sums(
     x_ptr, before_ptr, sums_ptr, rows, channels, rows_per_part, parts,
     BEFORE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,

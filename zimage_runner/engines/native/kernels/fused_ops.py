@@ -13,6 +13,8 @@ from zimage_runner.engines.native.kernels.launch import kernel
 FUSES_BIAS: bool = True
 """See torch_ops: cuDNN's convolutions leave the bias to a pass of its own."""
 SWIGLU_BLOCK = 2048
+LINEAR_FEATURES, LINEAR_OUTPUTS = 256, 32
+"""Tile of a small float32 product."""
 NORM_TILE = 8192
 """Elements of a group norm tile: rows of all channels."""
 NORM_PARTS = 1024
@@ -70,6 +72,20 @@ def swiglu(w1w3: torch.Tensor) -> torch.Tensor:
     out = w1w3.new_empty((*w1w3.shape[:-1], hidden))
     grid = (out.numel() // hidden, ceil_div(hidden, SWIGLU_BLOCK))
     kernel("swiglu")[grid](w1w3, out, hidden, BLOCK=SWIGLU_BLOCK, num_warps=4)
+    return out
+
+
+def linear_float32(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """See torch_ops. Reads the weights as they are stored; cuBLAS would load kernels for these few rows alone."""
+    x, weight = x.contiguous(), weight.contiguous()
+    rows, (outputs, features) = len(x), weight.shape
+    if out is None:
+        out = torch.empty(rows, outputs, device=x.device, dtype=torch.float32)
+    kernel("linear_float32")[(ceil_div(outputs, LINEAR_OUTPUTS), rows)](
+        x, weight, bias, out, features, outputs, BLOCK_K=LINEAR_FEATURES, BLOCK_N=LINEAR_OUTPUTS, num_warps=4
+    )
     return out
 
 

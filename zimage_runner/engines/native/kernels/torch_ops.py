@@ -60,6 +60,17 @@ def swiglu(w1w3: torch.Tensor) -> torch.Tensor:
     return (F.silu(gate.float()) * value.float()).to(w1w3.dtype)
 
 
+def linear_float32(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x weight^T + bias, computed in float32 whatever the weights are stored in.
+
+    x [rows, features] float32, few rows; weight [outputs, features]; bias [outputs]; out, if given, takes the result
+    [rows, outputs] float32.
+    """
+    return torch.addmm(bias.float(), x, weight.float().t(), out=out)
+
+
 def group_norm_silu(
     x: torch.Tensor,
     groups: int,
