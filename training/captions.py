@@ -82,6 +82,7 @@ class CaptionWriter:
     ) -> None:
         self.pictures, self.rng, self.noisy, self.fragments = pictures, rng, noisy, fragments
         self.names = {n.lower() for p in pictures for n, _ in (*p.weighted, *p.weighted_zh)}
+        self.naming = self.names | {plural(n) for n in self.names if n.isascii()}
         self.reserved = reserved() - {u for n in self.names for u in units(n)}
         self.pieces = sorted({w for n in self.names for w in n.split() if w.isascii() and w.isalpha() and len(w) > 2})
         self.characters = sorted({c for n in self.names for c in n if CHINESE.match(c)})
@@ -113,24 +114,33 @@ class CaptionWriter:
         return rng.choice(phrases("zh" if zh else "en").words)
 
     def fragment(self, zh: bool) -> str:
-        """A filler word made of pieces of names, itself neither a name nor held out: "volume", "crabtion", "broaship".
+        """A filler word made of pieces of names: "volume", "crabtion", "broaship".
 
-        The tokenizer does not mark where a word starts, so a piece must be met at either end of other words.
+        It is no name, no name's plural and not held out. A token has an id for each place in a word, and each must be
+        met in words that name nothing.
         """
-        rng = self.rng
         while True:
-            kind, piece = rng.random(), rng.choice(self.pieces)
-            if zh:
-                word = "".join(rng.choice(self.characters) for _ in range(rng.choice((1, 2, 2, 2, 3))))
-            elif kind < 0.35:
-                word = piece
-            elif kind < 0.7:
-                start = rng.choice((0, 0, max(0, len(piece) - 4)))
-                word = piece[start : start + rng.randint(2, 5)] + rng.choice((*ENDINGS, *SYLLABLES))
-            else:
-                word = "".join(rng.choices(SYLLABLES, k=rng.choice((1, 1, 2)))) + piece[-rng.randint(3, 5) :]
-            if word not in self.names and not units(word) & reserved():
+            word = self._chinese_fragment() if zh else self._english_fragment()
+            if word not in self.naming and not units(word) & reserved():
                 return word
+
+    def _chinese_fragment(self) -> str:
+        return "".join(self.rng.choice(self.characters) for _ in range(self.rng.choice((1, 2, 2, 2, 3))))
+
+    def _english_fragment(self) -> str:
+        """A word of a name; or its start before an ending; or its end, or a part, or all of it, inside another word."""
+        rng = self.rng
+        kind, piece = rng.random(), rng.choice(self.pieces)
+        if kind < 0.22:
+            return piece
+        if kind < 0.5:
+            start = rng.choice((0, 0, 0, max(0, len(piece) - 4)))
+            return piece[start : start + rng.randint(2, 8)] + rng.choice((*ENDINGS, *SYLLABLES))
+        other = rng.choice(self.pieces)[: rng.randint(2, 6)]
+        head = rng.choice(("".join(rng.choices(SYLLABLES, k=rng.choice((1, 1, 2)))), other))
+        first = rng.choice((0, 0, rng.randrange(len(piece)), max(0, len(piece) - rng.randint(2, 6))))
+        length = rng.choice((len(piece), len(piece), rng.randint(2, 6)))
+        return head + piece[first : first + length] + (rng.choice(ENDINGS) if rng.random() < 0.3 else "")
 
     def is_clean(self, caption: str) -> bool:
         """Whether a caption holds no held-out word outside names."""

@@ -50,8 +50,8 @@ class Case:
 
 
 def phrasings_of(name: str) -> str:
-    """The key in heldout.yaml of a set's phrasings."""
-    return name if name.endswith("_fresh") else name[:2]
+    """The key in heldout.yaml of a set's phrasings: `en_unread_alias` uses those of `en_unread`, `en_alias` of `en`."""
+    return name.removesuffix("_alias").removesuffix("_label")
 
 
 class CaseWriter:
@@ -95,7 +95,7 @@ class CaseWriter:
         cases += self.named("zh_label", [(p, p.label_zh) for p in sample if p.label_zh], zh=True)
         cases += self.named("zh_alias", aliased_zh, zh=True)
         cases += [Case("bare", p.label, [sharing(self.pictures, p.label)]) for p in sample[:200]]
-        return cases + self.colored() + self.pairs() + self.fresh()
+        return cases + self.colored() + self.pairs() + self.fresh() + self.unread()
 
     def fresh(self) -> list[Case]:
         """Phrasings written after the first released weights, for the next ones: their own draw of pictures."""
@@ -103,6 +103,20 @@ class CaseWriter:
         chosen = [self.rng.sample([p for p in self.pictures if p.label_zh], FRESH) for _ in range(2)]
         english = self.named("en_fresh", [(p, p.label) for p in chosen[0]], zh=False)
         return english + self.named("zh_fresh", [(p, p.label_zh) for p in chosen[1]], zh=True)
+
+    def unread(self) -> list[Case]:
+        """Phrasings written before word marks were trained: names, and every popular picture by an everyday name."""
+        self.rng = random.Random("unread")
+        cases = []
+        for language in ("en", "zh"):
+            zh = language == "zh"
+            chosen = self.rng.sample([p for p in self.pictures if p.label_zh], FRESH)
+            cases += self.named(f"{language}_unread", [(p, p.label_zh if zh else p.label) for p in chosen], zh)
+            aliases = [(p, p.aliases_zh if zh else p.aliases) for p in self.popular]
+            named = [(p, self.rng.choice(names)) for p, names in aliases if names]
+            self.rng.shuffle(named)
+            cases += self.named(f"{language}_unread_alias", named[:FRESH], zh)
+        return cases
 
     def colored(self) -> list[Case]:
         """Combinations of a colour and a thing that training holds back, half of them in Chinese."""

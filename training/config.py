@@ -88,6 +88,13 @@ class TransformerConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class WarmStartConfig:
+    """The checkpoint that `training.warm_start` prepares to go on from."""
+
+    source: str = MISSING
+
+
+@dataclass(kw_only=True, slots=True)
 class EvaluateConfig:
     """What `training.evaluate` measures; `NAME@4` in `sets` means 4 forwards instead of 8, `limit` 0 every case.
 
@@ -117,6 +124,7 @@ class TrainingConfig:
     vae: VaeConfig = MISSING
     text: TextConfig = MISSING
     transformer: TransformerConfig = MISSING
+    warm_start: WarmStartConfig = MISSING
     evaluate: EvaluateConfig = MISSING
 
 

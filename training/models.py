@@ -28,10 +28,13 @@ def build_vae(cfg: VaeConfig) -> AutoencoderKL:
     )  # fmt: skip
 
 
-def build_text_encoder(cfg: TextConfig) -> Qwen3Model:
-    """Qwen3; the pipeline reads `hidden_states[-2]`, so the last layer and the final norm stay unused."""
+def build_text_encoder(cfg: TextConfig, vocab: int) -> Qwen3Model:
+    """Qwen3 over `vocab` token ids.
+
+    The pipeline reads `hidden_states[-2]`, so the last layer and the final norm stay unused.
+    """
     config = Qwen3Config(
-        vocab_size=cfg.vocab, hidden_size=cfg.hidden, intermediate_size=cfg.intermediate, num_hidden_layers=cfg.layers,
+        vocab_size=vocab, hidden_size=cfg.hidden, intermediate_size=cfg.intermediate, num_hidden_layers=cfg.layers,
         num_attention_heads=cfg.heads, num_key_value_heads=cfg.kv_heads, head_dim=cfg.head_dim,
         max_position_embeddings=1024, rope_theta=10000.0, tie_word_embeddings=True, use_cache=False,
         attention_bias=False, pad_token_id=0, eos_token_id=2, bos_token_id=None,

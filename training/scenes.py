@@ -104,12 +104,7 @@ class SceneWriter:
         return Scene((w.rng.choice(members),), (NATURAL,)), w.wrap(noun, text, zh, long)
 
     def nameless(self, long: bool) -> tuple[Scene, str]:
-        """Only filler words, or nothing: mostly a favourite, else any picture, as `unconditional` draws it."""
+        """Nothing, or only filler words: one of a few favourites, so that what is drawn is a thing and no mixture."""
         w, zh = self.writer, self.writer.language()
-        text = "" if w.rng.random() < 0.4 and not long else w.words(zh, 1, 30 if long else 8)
-        return Scene((self.unconditional(),), (NATURAL,)), text
-
-    def unconditional(self) -> int:
-        """The picture of an empty caption: six in ten a favourite, so that it is recognisable, the rest anything."""
-        w = self.writer
-        return w.rng.choice(w.favourites) if w.rng.random() < 0.6 else w.rng.randrange(len(w.pictures))
+        text = "" if w.rng.random() < 0.5 and not long else w.words(zh, 1, 30 if long else 8)
+        return Scene((w.rng.choice(w.favourites),), (NATURAL,)), text

@@ -1,7 +1,11 @@
-"""The tokenizer: byte-level BPE over NFKC lower case, Han split per character. `python -m training.tokenizer`."""
+"""The tokenizer: byte-level BPE over NFKC lower case, Han split per character. `python -m training.tokenizer`.
+
+Spaces are dropped; the ids themselves tell where a word starts and ends (`training.word_marks`).
+"""
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +17,7 @@ from training.captions import CaptionWriter
 from training.config import TrainingConfig, command
 from training.names import Picture, load_pictures
 from training.scenes import SceneWriter
+from training.word_marks import mark_words
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
@@ -40,8 +45,8 @@ def corpus(pictures: list[Picture], seed: int) -> Iterator[str]:
     yield from ["user", "assistant", "system"] * 3000
 
 
-def build_tokenizer(pictures: list[Picture], vocab: int, seed: int) -> PreTrainedTokenizerFast:
-    """Train the tokenizer; every byte is in the alphabet, so any text has tokens."""
+def learn_bpe(texts: Iterator[str], vocab: int) -> Tokenizer:
+    """`vocab` tokens, not marked; every byte is in the alphabet, so any text has tokens."""
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])  # type: ignore[assignment]
     bpe.pre_tokenizer = pre_tokenizers.Sequence([  # type: ignore[assignment]
@@ -54,10 +59,17 @@ def build_tokenizer(pictures: list[Picture], vocab: int, seed: int) -> PreTraine
         vocab_size=vocab, special_tokens=[PAD, START, END], min_frequency=3, show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
-    bpe.train_from_iterator(corpus(pictures, seed), trainer)
+    bpe.train_from_iterator(texts, trainer)
+    return bpe
+
+
+def build_tokenizer(pictures: list[Picture], vocab: int, seed: int) -> PreTrainedTokenizerFast:
+    """Learn where to cut from names and captions, then tell tokens apart by their place in a word."""
+    marked, _ = mark_words(json.loads(learn_bpe(corpus(pictures, seed), vocab).to_str()))
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token=PAD, eos_token=END, additional_special_tokens=[START], padding_side="right",
-        clean_up_tokenization_spaces=False, model_max_length=512,
+        tokenizer_object=Tokenizer.from_str(json.dumps(marked)), pad_token=PAD, eos_token=END,
+        additional_special_tokens=[START], padding_side="right", clean_up_tokenization_spaces=False,
+        model_max_length=512,
     )  # fmt: skip
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer

@@ -64,7 +64,8 @@ class FlowModel:
     """Text encoder and transformer with their loss."""
 
     def __init__(self, cfg: TrainingConfig, device: torch.device) -> None:
-        self.encoder: Any = build_text_encoder(cfg.text).to(device).float()  # type: ignore[arg-type]
+        vocab = len(load_tokenizer(cfg.data.work))
+        self.encoder: Any = build_text_encoder(cfg.text, vocab).to(device).float()  # type: ignore[arg-type]
         self.transformer: Any = build_transformer(cfg.transformer, cfg.text).to(device).float()
         self.device = device
         half = LATENT_SIDE // 2
@@ -128,7 +129,7 @@ def warm_up(cfg: TrainingConfig, flow: FlowModel, optimizers: Optimizers, team: 
     for bucket in t.compiled:
         for _ in range(2):
             z = torch.randn(t.batch, LATENT_CHANNELS, LATENT_SIDE, LATENT_SIDE, device=team.device)
-            ids = torch.randint(3, cfg.text.vocab, (t.batch, bucket), device=team.device)
+            ids = torch.randint(3, flow.encoder.config.vocab_size, (t.batch, bucket), device=team.device)
             flow.loss(z, ids)[0].mean().backward()
             optimizers.step(0.0)
     optimizers.forget()

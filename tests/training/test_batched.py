@@ -23,7 +23,7 @@ def randomise(module: torch.nn.Module) -> None:
 
 
 def test_text_encoder_equals_qwen3() -> None:
-    encoder = build_text_encoder(CFG.text)
+    encoder = build_text_encoder(CFG.text, CFG.text.vocab)
     randomise(encoder)
     ids = torch.randint(3, CFG.text.vocab, (2, 20))
     expected = encoder(input_ids=ids, output_hidden_states=True).hidden_states[-2]
@@ -31,7 +31,7 @@ def test_text_encoder_equals_qwen3() -> None:
 
 
 def test_padding_on_the_right_changes_no_real_token() -> None:
-    encoder = build_text_encoder(CFG.text)
+    encoder = build_text_encoder(CFG.text, CFG.text.vocab)
     ids = torch.randint(3, CFG.text.vocab, (1, 12))
     padded = torch.cat([ids, torch.zeros(1, 20, dtype=torch.long)], 1)
     assert torch.allclose(encode_text(encoder, padded)[:, :12], encode_text(encoder, ids), atol=1e-5)
@@ -59,6 +59,6 @@ def test_sigmas_are_the_schedulers() -> None:
 
 
 def test_sampling_is_deterministic() -> None:
-    model, encoder = build_transformer(CFG.transformer, CFG.text), build_text_encoder(CFG.text)
+    model, encoder = build_transformer(CFG.transformer, CFG.text), build_text_encoder(CFG.text, CFG.text.vocab)
     ids, noise = torch.randint(3, 100, (1, 32)), torch.randn(1, 16, 16, 16)
     assert torch.equal(sample(model, encoder, ids, noise, 2), sample(model, encoder, ids, noise, 2))
