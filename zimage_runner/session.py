@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+WORTH_FREEING = 64e6
+"""Bytes of caption features whose loss may let a batch fit that did not."""
 EMBEDS_IN_MEMORY = 4096
 """Caption features kept in memory: 512 x 2560 bf16 is 2.6 MB at worst, a usual caption a tenth of that."""
 
@@ -134,9 +136,19 @@ class Session:
         clock.lap("decode")
         return GeneratedBatch(images=images, details={"timings": clock.laps} | health)
 
-    def free_memory(self) -> None:
-        """Make room after running out of memory."""
-        self.engine.free_memory()
+    def free_memory(self) -> bool:
+        """Make room after running out of memory; whether the same call may fit now."""
+        freed = self.engine.free_memory()
+        if self.config.memory.staged:  # encoding again would take the denoiser's place
+            return freed
+        kept = sum(embed.nbytes for embed in self._embeds.values() if embed.is_cuda)
+        self._embeds.clear()
+        return freed or kept > WORTH_FREEING
+
+    @property
+    def tiles(self) -> bool:
+        """Whether decoding in tiles saves memory."""
+        return self.engine.tiles
 
     def encode(self, texts: Sequence[str], max_sequence_length: int) -> list[torch.Tensor]:
         """Caption features of each text; each unique text is encoded once and kept while memory allows."""

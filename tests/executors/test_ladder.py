@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -9,6 +12,7 @@ from zimage_runner.executors.base import Batch, BatchResult
 from zimage_runner.executors.faults import DeviceLost, is_device_lost, is_out_of_memory
 from zimage_runner.executors.inline import InlineExecutor, InlineExecutorConfig
 from zimage_runner.executors.ladder import Ladder
+from zimage_runner.memory import release
 
 
 def draw(batch_sizes: list[int], *, attempt: int = 1) -> tuple[FaultySession, Ladder, list[BatchResult]]:
@@ -73,6 +77,43 @@ def test_then_the_item_fails_and_the_others_do_not(faults):
     errors = drawn(results)
     assert errors[0] is errors[2] is None
     assert errors[1] == "OutOfMemoryError: CUDA out of memory. Tried to allocate 1.00 GiB"
+
+
+def test_what_can_be_freed_is_freed_before_the_batch_is_halved(faults, monkeypatch):
+    monkeypatch.setattr(FaultySession, "free_memory", lambda self: self.calls.append((0, 0, False)) or True)
+    faults({"on": 1, "kind": "oom", "above": 2})
+    session, ladder, results = draw([4])
+    assert drawn(results) == dict.fromkeys(range(4))
+    assert [n for n, _, _ in session.calls] == [4, 0, 4, 0, 2, 2], "once more, and not again and again"
+    freed = "out of memory with 4 pictures of 32x32: CUDA graphs and caches are given up"
+    assert ladder.steps == [freed, freed, "out of memory with 4 pictures of 32x32: 2 at a time from now on"]
+
+
+def test_a_session_without_tiles_tries_one_picture_twice(faults, monkeypatch):
+    monkeypatch.setattr(FaultySession, "tiles", False)
+    faults({"on": 0, "kind": "oom"}, {"on": 1, "kind": "oom", "times": 1})
+    session, ladder, results = draw([1, 1])
+    errors = drawn(results)
+    assert errors == {0: "OutOfMemoryError: CUDA out of memory. Tried to allocate 1.00 GiB", 1: None}
+    assert [n for n, _, _ in session.calls] == [1, 0, 1, 0, 1, 0, 1]
+    assert ladder.report() == {}
+
+
+def test_all_that_torch_keeps_is_given_back(monkeypatch):
+    told = []
+    cuda = SimpleNamespace(
+        is_available=lambda: True, is_initialized=lambda: True, empty_cache=lambda: told.append("cache")
+    )
+    torch = SimpleNamespace(
+        cuda=cuda, _C=SimpleNamespace(_cuda_clearCublasWorkspaces=lambda: told.append("workspaces"))
+    )
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setattr(release.gc, "collect", lambda: told.append("garbage"))
+    release.release_unused()
+    assert told == ["garbage", "workspaces", "cache"], "each makes room that the next gives back"
+    cuda.is_initialized = lambda: False
+    release.release_unused()
+    assert told[3:] == ["garbage"]
 
 
 def test_only_the_culprit_fails(faults):
@@ -141,6 +182,8 @@ class AcceleratorError(RuntimeError):
         (RuntimeError("CUDA error: device-side assert triggered"), False, True),
         (AcceleratorError("unspecified"), False, True),
         (AcceleratorError("CUDA error: out of memory"), True, False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), True, False),
+        (RuntimeError("GET was unable to find an engine to execute this computation"), True, False),
         (ValueError("CUDA error: quoted in somebody's prompt"), False, False),
         (RuntimeError("shapes do not match"), False, False),
     ],

@@ -85,8 +85,11 @@ class FaultySession:
         self.items += len(items)
         return GeneratedBatch(images=ReadyImages(np.stack(pictures)), details={"timings": {"total": 0.0}})
 
-    def free_memory(self) -> None:
+    tiles = True
+
+    def free_memory(self) -> bool:
         self.calls.append((0, 0, False))
+        return False
 
     def extend(self, shapes: Sequence[Any], texts: Sequence[tuple[str, int]]) -> None:
         for fault in faults("extend"):

@@ -120,6 +120,8 @@ class Engine(abc.ABC):
     """The attention backend in use."""
     latent_channels: int = 16
     vae_scale_factor: int = 8
+    tiles: bool = True
+    """Whether decode_carefully takes less memory in tiles than decode does."""
     load_phases: dict[str, float]
     """Seconds of each part of loading, in order, for the summary."""
 
@@ -146,8 +148,12 @@ class Engine(abc.ABC):
     def synchronize(self) -> None:
         """Block until the device has finished all submitted work (for timing)."""
 
-    def free_memory(self) -> None:  # noqa: B027  # most engines keep nothing
-        """Drop whatever can be made again (recordings, caches), after running out of memory."""
+    def free_memory(self) -> bool:
+        """Drop whatever can be made again (recordings, caches), after running out of memory.
+
+        Whether that was so much that the same call may fit now; it is then not taken again for calls like that one.
+        """
+        return False
 
     @abc.abstractmethod
     def close(self) -> None:

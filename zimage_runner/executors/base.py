@@ -87,8 +87,13 @@ class SessionLike(Protocol):
         """
         ...
 
-    def free_memory(self) -> None:
-        """Drop whatever can be made again, after generate ran out of memory."""
+    def free_memory(self) -> bool:
+        """Drop whatever can be made again, after generate ran out of memory; whether the same call may fit now."""
+        ...
+
+    @property
+    def tiles(self) -> bool:
+        """Whether ``tiled`` saves memory."""
         ...
 
     def extend(self, shapes: Sequence[WarmupShape], texts: Sequence[tuple[str, int]]) -> None:

@@ -15,6 +15,10 @@ _OUT_OF_MEMORY = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
+    # What remains of it where a library or torch itself hides it: cuBLAS cannot be set up in full memory, and torch
+    # tries each of cuDNN's plans for a convolution until one finds room for its work area.
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+    "was unable to find an engine to execute this computation",
 )
 _DEVICE_LOST = (
     "CUDA error:",

@@ -1,12 +1,12 @@
 """Drawing a batch so that as many of its pictures as possible come out.
 
-Out of memory: half the batch, down to one picture; then the VAE in tiles. What worked is remembered for pictures of
-that size. Any other error: the items one by one, so that only the culprit fails.
+Out of memory: the same without what the engine kept only to be faster; then half the batch, down to one picture; then
+the VAE in tiles. What worked is remembered for pictures of that size. Any other error: the items one by one, so that
+only the culprit fails.
 """
 
 from __future__ import annotations
 
-import gc
 import logging
 import sys
 from collections import deque
@@ -17,6 +17,7 @@ from zimage_runner.engines.base import MOST_AUTO_BATCH
 from zimage_runner.errors import RunStopped, UserError, error_text
 from zimage_runner.executors.base import Batch, BatchResult, SessionLike
 from zimage_runner.executors.faults import DeviceLost, is_device_lost, is_out_of_memory
+from zimage_runner.memory.release import release_unused
 from zimage_runner.monitor import BatchMemory, gpu_memory
 
 if TYPE_CHECKING:
@@ -62,7 +63,10 @@ class Ladder:
         # With auto_batch the first picture of a size is drawn alone, and measured.
         return self._limits.get(shape, 1 if self._auto_batch else sys.maxsize)
 
-    def _draw(self, items: Sequence[WorkItem], shape: Shape, attempt: int) -> Iterator[BatchResult]:
+    def _draw(
+        self, items: Sequence[WorkItem], shape: Shape, attempt: int, again: bool = False
+    ) -> Iterator[BatchResult]:
+        """``again``: the batch has run out of memory at this size before, and some was freed."""
         memory = BatchMemory() if self._auto_batch and shape not in self._limits else None
         try:
             done = self._session.generate(items, attempt=attempt, tiled=shape in self._tiled)
@@ -90,8 +94,9 @@ class Ladder:
         if lost:
             raise DeviceLost(f"the GPU can no longer be used ({message})")
         if exhausted:
-            self._session.free_memory()
-            free_cached_blocks()
+            if self._make_room(len(items), shape) and not again:
+                yield from self._draw(items, shape, attempt, again=True)
+                return
             if self._step_down(len(items), shape):
                 yield from self.run(Batch(items=items, attempt=attempt))
                 return
@@ -102,17 +107,26 @@ class Ladder:
         for item in items:
             yield from self._draw([item], shape, attempt)
 
+    def _make_room(self, count: int, shape: Shape) -> bool:
+        """Free what can be freed; whether the same batch may fit then."""
+        freed = self._session.free_memory()
+        release_unused()
+        if freed:
+            self._note(f"out of memory with {_pictures(count, shape)}: CUDA graphs and caches are given up")
+        # A single picture that cannot be decoded in tiles has this one chance more.
+        return freed or (count == 1 and not self._session.tiles)
+
     def _step_down(self, count: int, shape: Shape) -> bool:
         """Take the next step for pictures of this shape; False when there is none left."""
-        size = f"{shape[1]}x{shape[0]}"
+        trouble = f"out of memory with {_pictures(count, shape)}"
         if count > 1:
             self._limits[shape] = count // 2
             self._halved.add(shape)
-            self._note(f"out of memory with {count} pictures of {size}: {count // 2} at a time from now on")
+            self._note(f"{trouble}: {count // 2} at a time from now on")
             return True
-        if shape not in self._tiled:
+        if self._session.tiles and shape not in self._tiled:
             self._tiled.add(shape)
-            self._note(f"out of memory with one picture of {size}: decoding in tiles from now on")
+            self._note(f"{trouble}: decoding in tiles from now on")
             return True
         return False
 
@@ -122,12 +136,8 @@ class Ladder:
         self._on_step(step)
 
 
-def free_cached_blocks() -> None:
-    """Give cached blocks back to the GPU, so that fragments do not make the next try fail as well."""
-    gc.collect()
-    torch: Any = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+def _pictures(count: int, shape: Shape) -> str:
+    return f"{'one picture' if count == 1 else f'{count} pictures'} of {shape[1]}x{shape[0]}"
 
 
 def _shape(item: WorkItem) -> Shape:

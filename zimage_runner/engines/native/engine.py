@@ -41,6 +41,8 @@ class NativeEngineAdapter(Engine):
     """
 
     name = "native"
+    tiles = False
+    """Pictures are decoded one by one, with a fraction of a usual decoder's memory."""
 
     def __init__(self, weights: WeightsSource, options: Options, staged: bool, encodes: bool = True) -> None:
         """Load the checkpoint. Raises UserError for one that this engine does not compute.
@@ -106,7 +108,6 @@ class NativeEngineAdapter(Engine):
         return NativePending(self.model.decode(latents))
 
     def decode_carefully(self, latents: torch.Tensor, *, float32: bool = False, tiled: bool = False) -> PendingImages:
-        # Nothing to do for tiled: pictures are decoded one by one, with a fraction of a usual decoder's memory.
         self._load_denoiser()
         return NativePending(self.model.decode(latents, float32=float32))
 
@@ -114,8 +115,10 @@ class NativeEngineAdapter(Engine):
         if self.device == "cuda":
             torch.cuda.synchronize()
 
-    def free_memory(self) -> None:
+    def free_memory(self) -> bool:
+        held = self.model.graphs.give_up()
         self.model.forget()
+        return held
 
     def close(self) -> None:
         self.model.forget()

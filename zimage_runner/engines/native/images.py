@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from zimage_runner.errors import BadPictureError
+from zimage_runner.executors.faults import is_out_of_memory
 
 
 def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
@@ -20,6 +21,16 @@ def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
     )
 
 
+def page_locked(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """Host memory that the GPU can copy to while the host goes on; pageable where the system allows no more of it."""
+    try:
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    return torch.empty(shape, dtype=dtype)  # a copy to it makes the host wait, and is otherwise the same
+
+
 class HostCopy:
     """Pictures being copied to page-locked memory on a stream of their own."""
 
@@ -27,8 +38,8 @@ class HostCopy:
         images, finite = to_uint8(pixels), pixels.isfinite().all()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self._images = torch.empty(images.shape, dtype=torch.uint8, pin_memory=True)
-            self._finite = torch.empty((), dtype=torch.bool, pin_memory=True)
+            self._images = page_locked(images.shape, torch.uint8)
+            self._finite = page_locked(finite.shape, torch.bool)
             self._images.copy_(images, non_blocking=True)
             self._finite.copy_(finite, non_blocking=True)
             self._done = torch.cuda.Event()

@@ -12,7 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from zimage_runner.engines.native.attention import choose_attention
 from zimage_runner.engines.native.description import Description
 from zimage_runner.engines.native.graphs import GraphCache
-from zimage_runner.engines.native.images import HostCopy, Ready
+from zimage_runner.engines.native.images import HostCopy, Ready, page_locked
 from zimage_runner.engines.native.kernels import choose_operations
 from zimage_runner.engines.native.rehearsal import Rehearsals, advance
 from zimage_runner.engines.native.rope import (
@@ -213,7 +213,9 @@ class NativeModel:
 
     def _to_device(self, x: torch.Tensor) -> torch.Tensor:
         # From pageable memory the copy would wait for all work that is queued on the GPU.
-        return x if self.device.type == "cpu" else x.pin_memory().to(self.device, non_blocking=True)
+        if self.device.type == "cpu":
+            return x
+        return page_locked(x.shape, x.dtype).copy_(x).to(self.device, non_blocking=True)
 
 
 def group_captions(captions: Sequence[torch.Tensor]) -> list[tuple[list[int], torch.Tensor]]:

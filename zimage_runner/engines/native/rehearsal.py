@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from zimage_runner.engines.native.vae_decoder import VaeDecoder
+from zimage_runner.executors.faults import is_out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,10 @@ def advance(rehearsal: Iterator[None], step: int, steps: int) -> None:
     try:
         for _ in itertools.islice(rehearsal, LAYERS):
             pass
-    except torch.OutOfMemoryError as error:  # ends the rehearsal; whether decoding fits will be seen
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        # It ends the rehearsal; whether decoding fits will be seen.
         log.debug("decoder not rehearsed: %s", error)
 
 
