@@ -49,6 +49,11 @@ SHEET = [
     "birthday cake", "火",
 ]  # fmt: skip
 
+LAST_PROBE = (
+    "en_unread", "en_unread_alias", "zh_unread", "zh_unread_alias", "en_label", "en_alias", "zh_label", "zh_alias",
+    "colored", "pairs",
+)  # fmt: skip
+
 
 def noise_levels(count: int, device: torch.device) -> Tensor:
     """Sigmas [count], stratified over (0, 1) and bent by the sampler's shift, in random order.
@@ -239,7 +244,7 @@ def main(cfg: TrainingConfig) -> None:
     trainer.load(budget)
     trainer.fit(budget)
     if team.leads:
-        trainer.checkpoint(("en_label", "en_alias", "zh_label", "zh_alias", "colored", "pairs"), 300, budget)
+        trainer.checkpoint(LAST_PROBE, 300, budget)
         (trainer.work / "nano.done").touch()
     team.close()
 
