@@ -2,12 +2,15 @@
 
 Hydra 1.3 answers ``prompt=一只猫`` with "token recognition error" and ``prompt=a (8k) cat`` with "Unknown
 function", so the fields that hold free text are always quoted, unless the user already quoted them for Hydra.
+Lists of free text are ``free_lists``'s affair.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+
+from zimage_runner.config.free_lists import field_of, quote_entries
 
 FREE_TEXT_FIELDS = frozenset(
     {
@@ -16,6 +19,7 @@ FREE_TEXT_FIELDS = frozenset(
         "sampling.negative_prompt",
         "prompts.path",
         "prompts.glob",
+        "prompts.delimiter",
         "model.path",
         "resume",
         "skip_existing",
@@ -26,7 +30,7 @@ FREE_TEXT_FIELDS = frozenset(
 A path is a sweep in a multirun only when its values are quoted one by one, like a prompt's."""
 OPEN_MAPPINGS = ("prompts.columns", "prompts.template.fill")
 """Mappings whose keys are the user's own. Hydra wants ``++`` before a new key, which nobody should have to know."""
-_ASSIGNMENT = re.compile(r"(?s)(?P<key>\+{0,2}[\w./@]+)=(?P<value>.*)")
+_ASSIGNMENT = re.compile(r"(?sa)(?P<key>\+{0,2}[\w./@]+)=(?P<value>.*)")
 
 
 def quote_free_text(argv: Sequence[str], multirun: bool | None = None) -> list[str]:
@@ -47,14 +51,24 @@ def _quote(arg: str, multirun: bool) -> str:
     match = _ASSIGNMENT.fullmatch(arg)
     if match and match["key"] == "seeds" and re.fullmatch(r"\s*\{[^{}]*\}\s*", match["value"]):
         return f"seeds={hydra_quote(match['value'])}"  # OmegaConf cannot put a mapping where a list was
-    if match and _is_open(match["key"]):
-        return f"++{arg}"
-    if not match or match["key"].lstrip("+") not in FREE_TEXT_FIELDS:
+    if match and field_of(name := match["key"].lstrip("+")):
+        key = f"++{name}" if _is_open(name) else match["key"]
+        return f"{key}={quote_entries(name, match['value'], multirun, hydra_quote)}"
+    is_free_text = match is not None and match["key"].lstrip("+") in FREE_TEXT_FIELDS
+    if match and not is_free_text and _is_foreign(match["value"]):
+        values = match["value"].split(",") if multirun else [match["value"]]
+        return f"{match['key']}={','.join(hydra_quote(value.strip()) for value in values)}"
+    if not match or not is_free_text:
         return arg
     value = match["value"]
     if value == "null" or _is_quoted(value) or (multirun and _is_sweep(value)):
         return arg
     return f"{match['key']}={hydra_quote(value)}"
+
+
+def _is_foreign(value: str) -> bool:
+    """True for plain words with a letter that Hydra's grammar has not, such as a folder's Chinese name."""
+    return not value.isascii() and re.fullmatch(r"[^\[\]{}()\"'$\\=]+", value) is not None
 
 
 def _is_open(key: str) -> bool:

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import re
 
-from hydra.errors import ConfigCompositionException, HydraException
+from hydra.errors import ConfigCompositionException, HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
@@ -28,6 +28,7 @@ def explain(error: BaseException) -> str:
     text = "\n".join(texts)
     return (
         _no_assignment(text)
+        or _bad_value(chain)
         or _unknown_option(text)
         or _unknown_field(text)
         or _wrong_type(text)
@@ -71,6 +72,20 @@ def _no_assignment(text: str) -> str | None:
     close = difflib.get_close_matches(word, known, 1)
     hint = f"did you mean {close[0]}=...?" if close else "for the text of a picture prompt='...', or see --help"
     return f"{word}: write field=value; {hint}"
+
+
+def _bad_value(chain: list[BaseException]) -> str | None:
+    """A value that Hydra's grammar has no reading for, such as an open bracket or letters that are not Latin."""
+    error = next((e for e in chain if isinstance(e, OverrideParseException)), None)
+    if error is None or "=" not in error.override:
+        return None
+    key, _, value = error.override.partition("=")
+    if not re.fullmatch(r"[+~]{0,2}[A-Za-z_$][\w$./@:-]*", key, re.ASCII):
+        return f"{error.override}: {key} is no field's name; for the text of a picture prompt='...', or see --help"
+    if value.startswith(("[", "{")):
+        return f"{key}={value}: not readable as a list or mapping: look for a bracket or quotation mark not closed"
+    quoted = re.sub("[\"']", "", value)
+    return f"{key}={value}: not readable as a value: quote it twice, {key}='\"{quoted}\"'"
 
 
 def _unknown_option(text: str) -> str | None:
@@ -151,5 +166,6 @@ def _field_names(option: type) -> list[str]:
 
 
 def _one_line(text: str) -> str:
+    text = re.sub(r"^\w+ raised while resolving interpolation: ", "", text)
     lines = [line.strip() for line in text.splitlines() if line.strip() and "object_type=" not in line]
     return " ".join(line for line in lines if not line.startswith(("full_key:", "See https://hydra.cc")))
