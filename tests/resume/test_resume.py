@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zimage_runner.resume.command_line import find_latest
 
 Cli = Callable[..., tuple[int, str, str]]
 RUN = ["prompts.texts=['a red apple','一只猫']", "seeds=[1,2]", "sampling.num_inference_steps=1", "warmup=none"]
@@ -259,6 +265,58 @@ class TestWholeMultirun:
         code, _, err = cli(f"resume={sweep}")
         assert code == 2
         assert "multirun.yaml has no sweeper: resume its jobs one by one" in err
+
+
+class TestLatest:
+    """Whatever was started last is what is resumed."""
+
+    def begin(self, root: Path, name: str, order: int, job: int | None = None, sweeper: str = "BasicSweeper") -> Path:
+        """A run, or a job of a multirun, as far as what it left tells when it was started."""
+        run = root / name / "now" if job is None else root / "multirun" / name / "now" / str(job)
+        files = {run / ".hydra/overrides.yaml": "[]", run / ".hydra/hydra.yaml": "{}"}
+        if job is not None and not (run.parent / "multirun.yaml").exists():
+            files[run.parent / "multirun.yaml"] = (
+                f"hydra: {{sweeper: {{_target_: x.{sweeper}}}, runtime: {{}}, overrides: {{task: [], hydra: []}}}}"
+            )
+        for path, text in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+            os.utime(path, (order, order))
+        return run
+
+    @given(st.lists(st.tuples(st.sampled_from("abc"), st.none() | st.integers(0, 2)), min_size=1, unique=True))
+    def test_any_order_of_starts(self, starts: list[tuple[str, int | None]]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            for order, (name, job) in enumerate(starts, start=1):
+                last = self.begin(Path(folder), name, order, job)
+            assert find_latest(Path(folder)) == (last if starts[-1][1] is None else last.parent)
+
+    def test_an_interrupted_multirun_is_finished_whole(self, cli: Cli) -> None:
+        first_run(cli, "name=older")
+        code, out, err = cli("-m", "prompt='a red, apple','一只猫'", "seeds=[1,2],[3]", *RUN[2:])
+        assert code == 0, err
+        sweep = run_dir(out)
+        next(sweep.glob("1/items/*/*/image.png")).unlink()
+        shutil.rmtree(sweep / "3")
+        cli("-m", "prompt=a", "seeds=[1,2],[3]", "dry_run=true", "name=planned")
+        code, out, err = cli("resume=latest")
+        assert code == 0, err
+        assert run_dir(out) == sweep
+        assert f"resume=latest: the whole multirun {sweep} (3 of its jobs were begun)" in err.splitlines()
+        assert_whole(sweep / "1", 1)
+        assert_whole(sweep / "3", 1)
+        newer = first_run(cli, "name=newer")
+        code, out, _ = cli("resume=latest")
+        assert (code, run_dir(out)) == (0, newer)
+
+    def test_a_multirun_that_cannot_be_resumed_gives_its_last_job_and_says_so(
+        self, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        self.begin(tmp_path, "s", 1, 0, "OptunaSweeper")
+        last = self.begin(tmp_path, "s", 3, 1)
+        self.begin(tmp_path, "s", 2, 2)
+        assert find_latest(tmp_path) == last
+        assert f"only the last job, {last}, because" in capfd.readouterr().err
 
 
 def test_the_options_of_the_first_run_are_named(cli: Cli) -> None:

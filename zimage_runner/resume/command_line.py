@@ -9,8 +9,9 @@ from pathlib import Path
 
 from zimage_runner.config.free_text import hydra_quote, is_multirun
 from zimage_runner.errors import UserError
+from zimage_runner.logs import say
 from zimage_runner.resume.saved import SETTINGS, config_dirs, override_key, saved_overrides, saved_runtime
-from zimage_runner.resume.sweep import is_sweep, sweep_command_line
+from zimage_runner.resume.sweep import check_resumable, is_sweep, settings_file, sweep_command_line
 
 _RESUME = re.compile(r"\+{0,2}resume=(?P<value>.*)", re.S)
 LATEST = "latest"
@@ -49,13 +50,34 @@ def _root(argv: Sequence[str]) -> Path:
 
 
 def find_latest(root: Path) -> Path:
-    """The run directory that was started last below the output root, jobs of multiruns included."""
-    pattern = SETTINGS
-    found = [*root.glob(f"*/*/{pattern}"), *root.glob(f"multirun/*/*/*/{pattern}")]
-    if not found:
+    """The run or multirun that was started last below the output root; a job's start is its multirun's.
+
+    A multirun that cannot be resumed as a whole gives its last job instead.
+    """
+    runs = [*root.glob(f"*/*/{SETTINGS}"), *root.glob(f"multirun/*/*/*/{SETTINGS}")]
+    sweeps = [file for path in root.glob("multirun/*/*") if (file := settings_file(path)) is not None]
+    if not runs and not sweeps:
         raise UserError(f"resume=latest: there is no run in {root.absolute()}: set output.root to where runs are")
-    newest = max(found, key=lambda path: (os.stat(path).st_mtime_ns, str(path)))
-    return newest.parent.parent.absolute()
+    directory = _newest([*runs, *sweeps])
+    sweep = directory if is_sweep(directory) else directory.parent
+    if not is_sweep(sweep):
+        return directory
+    jobs = [path for path in runs if path.parents[2].absolute() == sweep]
+    try:
+        check_resumable(sweep)
+    except UserError as error:
+        if not jobs:
+            raise
+        say(f"resume=latest: only the last job, {_newest(jobs)}, because {error}")
+        return _newest(jobs)
+    say(f"resume=latest: the whole multirun {sweep} ({len(jobs)} of its jobs were begun)")
+    return sweep
+
+
+def _newest(files: Sequence[Path]) -> Path:
+    """The directory of the run or multirun whose settings were written last."""
+    newest = max(files, key=lambda path: (os.stat(path).st_mtime_ns, str(path)))
+    return (newest.parents[1] if newest.parent.name == ".hydra" else newest.parent).absolute()
 
 
 def _unquote(value: str) -> str:

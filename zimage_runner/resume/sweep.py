@@ -26,8 +26,26 @@ def is_sweep(directory: Path) -> bool:
     return (directory / SWEEP).is_file() and not (directory / SETTINGS).exists()
 
 
-def sweep_command_line(directory: Path, others: Sequence[str]) -> list[str]:
-    """The multirun's command line with ``others`` in place of what they change. Raises UserError."""
+def settings_file(directory: Path) -> Path | None:
+    """What a multirun wrote when it began; None for one that began nothing (``dry_run``), and for what is none."""
+    if not is_sweep(directory):
+        return None
+    file = directory / (FIRST if (directory / FIRST).is_file() else SWEEP)
+    if any(directory.glob(f"*/{SETTINGS}")):
+        return file
+    try:
+        overrides = _entry(directory, read_yaml(directory, SWEEP), "overrides", "task")
+    except UserError:  # cannot be read, so it tells nothing to the contrary
+        return file
+    return None if any(str(text).lower() == "dry_run=true" for text in overrides or ()) else file
+
+
+def check_resumable(directory: Path) -> None:
+    """Raise UserError for a multirun whose jobs have to be resumed one by one."""
+    _settings(directory)
+
+
+def _settings(directory: Path) -> Any:
     settings = read_yaml(directory, FIRST if (directory / FIRST).is_file() else SWEEP)
     sweeper = str(_entry(directory, settings, "sweeper", "_target_"))
     if not sweeper.endswith(".BasicSweeper"):
@@ -35,6 +53,14 @@ def sweep_command_line(directory: Path, others: Sequence[str]) -> list[str]:
             f"resume={directory}: its jobs were chosen by {sweeper.rpartition('.')[2]}, which cannot be asked for the "
             f"same ones again: resume its jobs one by one, {directory}/0 ..."
         )
+    _entry(directory, settings, "runtime")
+    _entry(directory, settings, "overrides")
+    return settings
+
+
+def sweep_command_line(directory: Path, others: Sequence[str]) -> list[str]:
+    """The multirun's command line with ``others`` in place of what they change. Raises UserError."""
+    settings = _settings(directory)
     runtime, overrides = _entry(directory, settings, "runtime"), _entry(directory, settings, "overrides")
     saved = with_choices(directory, SWEEP, overrides["task"], runtime)
     hydra = [text for text in overrides["hydra"] if not override_key(text).startswith(OWN_HYDRA)]
