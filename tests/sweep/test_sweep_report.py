@@ -8,13 +8,15 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from zimage_runner.sweep import fonts
+from zimage_runner.sweep.fonts import can_show, default_font, font_for
 from zimage_runner.sweep.grid import MAX_PAGES, layout, write_grids
 from zimage_runner.sweep.report import SweptJob, csv_table, markdown_table, read_job, split_overrides, varying_fields
-from zimage_runner.sweep.sheet import COLUMN_LINES, ELLIPSIS, LINE, Page, _drawable, draw, wrapped
+from zimage_runner.sweep.sheet import COLUMN_LINES, ELLIPSIS, LINE, Page, clean, draw, drawable, wrapped
 
 
 def job(root: Path, number: int, overrides: dict[str, str], items=((0, 1),), size=(32, 16), prompt="a 猫") -> SweptJob:
@@ -113,6 +115,7 @@ def test_pages_are_capped(tmp_path):
     assert len(write_grids(tmp_path, jobs, ["s", "g"], tile=8)) == MAX_PAGES
 
 
+@settings(max_examples=20)  # fontconfig is asked each time
 @given(st.text(max_size=60))
 def test_any_label_can_be_drawn(text):
     page = Page(title=text, name="x", rows=[text], columns=[text])
@@ -120,28 +123,29 @@ def test_any_label_can_be_drawn(text):
     draw(page, 32)
 
 
+FONT = default_font()
+
+
 @given(st.text(max_size=200), st.integers(1, 4), st.integers(90, 300))
 def test_wrapping_loses_nothing_but_what_the_ellipsis_stands_for(text, lines, width):
-    pieces = wrapped(text, width, lines)
+    pieces = wrapped(text, width, lines, FONT)
     assert len(pieces) <= lines
     shown = "".join("".join(pieces).split())
     is_cut = shown.endswith(ELLIPSIS)
-    whole = "".join("".join(wrapped(text, 10**6, 1)).split())
+    whole = "".join("".join(wrapped(text, 10**6, 1, FONT)).split())
     assert shown == whole or (is_cut and whole.startswith(shown.removesuffix(ELLIPSIS)))
-    assert all(font_width(piece) <= width for piece in pieces)
-
-
-def font_width(text):
-    return _drawable(text)[1].getlength(_drawable(text)[0])
+    assert all(FONT.getlength(piece) <= width for piece in pieces)
 
 
 def test_labels_wrap_at_words_and_an_ellipsis_ends_what_is_cut():
-    assert wrapped("num_inference_steps=4", 116, 3) == ["num_inference_", "steps=4"]
-    assert wrapped("guidance_scale=2", 116, 3) == ["guidance_scale=", "2"]
-    first, *_, last = wrapped("a lighthouse on a steep cliff above the stormy sea at dusk, in oil", 116, COLUMN_LINES)
+    assert wrapped("num_inference_steps=4", 116, 3, FONT) == ["num_inference_", "steps=4"]
+    assert wrapped("guidance_scale=2", 116, 3, FONT) == ["guidance_scale=", "2"]
+    first, *_, last = wrapped(
+        "a lighthouse on a steep cliff above the stormy sea at dusk, in oil", 116, COLUMN_LINES, FONT
+    )
     assert first == "a lighthouse on a"
     assert last.endswith(ELLIPSIS)
-    assert wrapped("seed=1", 116, 3) == ["seed=1"]
+    assert wrapped("seed=1", 116, 3, FONT) == ["seed=1"]
 
 
 def test_columns_have_the_lines_that_the_longest_label_needs(tmp_path):
@@ -156,6 +160,14 @@ def test_swept_prompts_are_their_own_labels(tmp_path):
     assert (page.columns, page.rows) == (["a cat", "a dog"], ["0: seed 1"])
 
 
+def test_no_picture_of_a_swept_prompt_is_lost(tmp_path):
+    fields = [("a cat", "1"), ("a cat", "2"), ("a dog", "1"), ("a dog", "2")]
+    jobs = [job(tmp_path, n, {"prompt": text, "s": s}, prompt=text) for n, (text, s) in enumerate(fields)]
+    (page,) = layout(jobs, ["prompt", "s"])
+    assert (page.rows, page.columns) == (["a cat", "a dog"], ["s=1", "s=2"])
+    assert len(set(page.pictures.values())) == 4
+
+
 PICTURE = Path(__file__).parents[2] / "zimage_runner" / "assets" / "none.png"
 
 
@@ -164,3 +176,37 @@ def _picture(tmp_path_factory):
     global PICTURE
     PICTURE = tmp_path_factory.mktemp("picture") / "p.png"
     Image.new("RGB", (8, 8)).save(PICTURE)
+
+
+def test_what_a_font_cannot_show_is_known_from_its_box():
+    assert can_show(FONT, "a")
+    assert can_show(FONT, "é")
+    assert not can_show(FONT, "猫")
+    assert drawable("a 猫猫 b 猫", FONT) == f"a {ELLIPSIS} b {ELLIPSIS}"
+    assert clean("a\n猫") == "a 猫"
+
+
+@pytest.mark.parametrize("text", ["猫", "Привет", "ñandú", "สวัสดี"])
+def test_the_font_shows_the_text_or_no_font_of_fontconfig_does(text, tmp_path):
+    font = font_for([text, "x"])
+    shown = all(can_show(font, c) for c in text)
+    assert shown or not list(fonts._fonts_of_fontconfig(frozenset(text)))
+
+
+def test_without_a_font_labels_are_numbered_and_a_table_says_what_they_are(tmp_path, monkeypatch):
+    monkeypatch.setattr("zimage_runner.sweep.sheet.font_for", lambda texts: FONT)
+    jobs = [job(tmp_path, n, {"prompt": text}, prompt=text) for n, text in enumerate(["一只猫", "a dog", "狗, red"])]
+    (path,) = write_grids(tmp_path, jobs, ["prompt"], tile=64)
+    assert path.name == "grid.png"
+    rows = list(csv.reader((tmp_path / "grid_labels.csv").open(encoding="utf-8")))
+    assert rows == [
+        ["page", "label", "text"],
+        ["all", "column 1: ...", "一只猫"],
+        ["all", "column 3: ..., red", "狗, red"],
+    ]
+
+
+def test_no_table_where_every_label_can_be_read(tmp_path):
+    jobs = [job(tmp_path, n, {"g": str(n)}, prompt="a cat") for n in range(2)]
+    write_grids(tmp_path, jobs, ["g"], tile=64)
+    assert not (tmp_path / "grid_labels.csv").exists()

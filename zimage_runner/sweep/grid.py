@@ -5,6 +5,8 @@ With one swept field the rows are the prompts and seeds. Further fields become p
 
 from __future__ import annotations
 
+import csv
+import io
 import itertools
 import json
 import logging
@@ -12,8 +14,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from zimage_runner.plan import slug
-from zimage_runner.sweep.report import SweptJob
-from zimage_runner.sweep.sheet import Page, draw
+from zimage_runner.sweep.report import SweptJob, inert
+from zimage_runner.sweep.sheet import Page, clean, draw, drawable
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +32,15 @@ def write_grids(root: Path, jobs: Sequence[SweptJob], fields: Sequence[str], *, 
     if len(pages) > MAX_PAGES:
         log.warning("the grid has %d pages, the first %d are drawn", len(pages), MAX_PAGES)
     written = []
+    hidden = [entry for page in pages[:MAX_PAGES] for entry in number_hidden_labels(page)]
+    if hidden:
+        path = root / "grid_labels.csv"
+        path.write_text(_labels_table(hidden), encoding="utf-8")
+        log.warning(
+            "no font here shows every letter of the grid's labels: %s tells what each of them says; install one that "
+            "does (Noto Sans CJK, WenQuanYi ...) and resume the multirun to have the grid drawn again",
+            path,
+        )
     for page in pages[:MAX_PAGES]:
         path = root / "grid.png" if len(pages) == 1 else root / "grid" / f"{page.name}.png"
         path.parent.mkdir(exist_ok=True)
@@ -40,11 +51,32 @@ def write_grids(root: Path, jobs: Sequence[SweptJob], fields: Sequence[str], *, 
     return written
 
 
+def number_hidden_labels(page: Page) -> list[tuple[str, str, str]]:
+    """Number the rows and columns of which no font shows every letter. Returns (page, label as drawn, text) of each."""
+    font, found = page.font, []
+    if drawable(page.title, font) != clean(page.title):
+        found.append((page.name, drawable(page.title, font), page.title))
+    for kind, labels in (("row", page.rows), ("column", page.columns)):
+        for n, text in enumerate(labels):
+            if drawable(text, font) != clean(text):
+                labels[n] = f"{kind} {n + 1}: {drawable(text, font)}"
+                found.append((page.name, labels[n], text))
+    return found
+
+
+def _labels_table(entries: Iterable[tuple[str, str, str]]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["page", "label", "text"])
+    writer.writerows([inert(cell) for cell in entry] for entry in entries)
+    return out.getvalue()
+
+
 def layout(jobs: Sequence[SweptJob], fields: Sequence[str]) -> list[Page]:
     """Which picture goes where."""
     items = {job.number: _pictures(job) for job in jobs}
     texts = _texts(items.values())
-    by_field = [f for f in fields if f not in ("prompt", "seeds", "prompts.texts")] or list(fields)
+    by_field = [f for f in fields if f != "seeds"] or list(fields)  # seeds tell items apart, as swept prompts do not
     column_field, row_field, rest = by_field[-1], by_field[-2] if len(by_field) > 1 else None, by_field[:-2]
     columns = _values(jobs, column_field)
     pages: dict[tuple[str, ...], Page] = {}

@@ -149,14 +149,14 @@ def csv_table(jobs: list[SweptJob], fields: list[str]) -> str:
     """A row a job. Text that a spreadsheet would run as a formula is kept from it by an apostrophe."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["job", *map(_inert, fields), *COLUMNS])
+    writer.writerow(["job", *map(inert, fields), *COLUMNS])
     for job in jobs:
         cells = job.cells()
-        writer.writerow([job.number, *(_inert(job.overrides.get(f, "")) for f in fields), *(cells[c] for c in COLUMNS)])
+        writer.writerow([job.number, *(inert(job.overrides.get(f, "")) for f in fields), *(cells[c] for c in COLUMNS)])
     return out.getvalue()
 
 
-def _inert(text: str) -> str:
+def inert(text: str) -> str:
     """Spreadsheets take cells that start with these as formulas; numbers are none."""
     text = text.replace("\r", " ")
     if text.startswith(("=", "+", "-", "@", "\t")):

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from zimage_runner.sweep.fonts import Font, can_show, font_for
 
 MAX_TILES = 2500
-FONT_SIZE = 14
 LINE = 20
 """Pixels from one line of text to the next."""
 GAP = 4
@@ -23,12 +22,9 @@ MIN_COLUMN = 96
 COLUMN_LINES = 3
 TITLE_LINES = 2
 ELLIPSIS = "..."
-FONT_DIRS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts", "/System/Library/Fonts")
-CJK_FONTS = ("NotoSansCJK*", "NotoSansSC*", "SourceHanSans*", "wqy-*", "DroidSansFallback*", "PingFang*", "STHeiti*")
+HIDDEN = "\0"
 _BREAKS = re.compile(r"[ =_/,.;:-]")
 """A line ends best after one of these: blanks, and what field names, paths and lists are made of."""
-
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @dataclass(kw_only=True, slots=True)
@@ -41,6 +37,11 @@ class Page:
     columns: list[str]
     pictures: dict[tuple[int, int], Path] = field(default_factory=dict)
 
+    @property
+    def font(self) -> Font:
+        """One for all of the page's texts."""
+        return font_for([self.title, *self.rows, *self.columns])
+
 
 def draw(page: Page, tile: int) -> Image.Image:
     """The page as one picture; no tile is larger than ``tile`` pixels, and fewer fit when there are very many."""
@@ -49,17 +50,19 @@ def draw(page: Page, tile: int) -> Image.Image:
     side_x, side_y = _tile_size(page, tile)
     pitch_x, pitch_y = max(side_x, MIN_COLUMN) + GAP, side_y + GAP
     width = LABEL_WIDTH + len(columns) * pitch_x + GAP
-    title = wrapped(page.title, width - 2 * GAP, TITLE_LINES)
-    labels = [wrapped(text, pitch_x - 3 * GAP, COLUMN_LINES) for text in columns]
+    font = page.font
+    title = wrapped(page.title, width - 2 * GAP, TITLE_LINES, font)
+    labels = [wrapped(text, pitch_x - 3 * GAP, COLUMN_LINES, font) for text in columns]
     head = GAP + LINE * len(title)
     top = head + LINE * max(map(len, labels), default=0) + GAP
     sheet = Image.new("RGB", (width, top + len(rows) * pitch_y), "white")
     pen = ImageDraw.Draw(sheet)
-    _write(pen, (GAP, GAP), title)
+    _write(pen, (GAP, GAP), title, font)
     for n, lines in enumerate(labels):
-        _write(pen, (LABEL_WIDTH + n * pitch_x, head), lines)
+        _write(pen, (LABEL_WIDTH + n * pitch_x, head), lines, font)
     for n, text in enumerate(rows):
-        _write(pen, (GAP, top + n * pitch_y), wrapped(text, LABEL_WIDTH - 2 * GAP, max(1, side_y // LINE)))
+        lines = wrapped(text, LABEL_WIDTH - 2 * GAP, max(1, side_y // LINE), font)
+        _write(pen, (GAP, top + n * pitch_y), lines, font)
     for (row, column), path in page.pictures.items():
         if row < len(rows) and column < len(columns):
             with Image.open(path) as picture:
@@ -79,16 +82,15 @@ def _tile_size(page: Page, tile: int) -> tuple[int, int]:
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def _write(pen: ImageDraw.ImageDraw, place: tuple[int, int], lines: Sequence[str]) -> None:
+def _write(pen: ImageDraw.ImageDraw, place: tuple[int, int], lines: Sequence[str], font: Font) -> None:
     x, y = place
     for n, line in enumerate(lines):
-        clean, font = _drawable(line)
-        pen.text((x, y + n * LINE), clean, "black", font)
+        pen.text((x, y + n * LINE), line, "black", font)
 
 
-def wrapped(text: str, width: int, lines: int) -> list[str]:
+def wrapped(text: str, width: int, lines: int, font: Font) -> list[str]:
     """At most ``lines`` pieces of at most ``width`` pixels; an ellipsis ends the last one when text is left over."""
-    rest, font = _drawable(text)
+    rest = drawable(text, font)
     pieces: list[str] = []
     while rest and len(pieces) < lines:
         end = _fitting(rest, font, width)
@@ -118,24 +120,11 @@ def _break_before(text: str, end: int) -> int:
     return ends[-1] if ends and ends[-1] >= end // 3 else end
 
 
-def _drawable(text: str) -> tuple[str, Font]:
-    """Text and a font that can show it; without a font for it, what is not Latin becomes a dot."""
-    clean = "".join(c if c.isprintable() else " " for c in text)[:500]
-    latin = ImageFont.load_default(FONT_SIZE)
-    if all(c < "\u0180" for c in clean):
-        return clean, latin
-    wide = _cjk_font()
-    if wide is not None:
-        return clean, wide
-    return "".join(c if c < "\u0180" else "·" for c in clean), latin
+def drawable(text: str, font: Font) -> str:
+    """The text as far as the font can show it; an ellipsis stands for a stretch that it cannot."""
+    return re.sub(f"{HIDDEN}+", ELLIPSIS, "".join(c if can_show(font, c) else HIDDEN for c in clean(text)))
 
 
-@functools.lru_cache(maxsize=1)
-def _cjk_font() -> ImageFont.FreeTypeFont | None:
-    for folder, pattern in itertools.product(FONT_DIRS, CJK_FONTS):
-        for path in sorted(Path(folder).expanduser().glob(f"**/{pattern}")):
-            try:
-                return ImageFont.truetype(str(path), FONT_SIZE)
-            except OSError:
-                continue
-    return None
+def clean(text: str) -> str:
+    """Its first 500 characters, with a blank for what is none to be seen."""
+    return "".join(c if c.isprintable() else " " for c in text)[:500]
