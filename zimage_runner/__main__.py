@@ -18,7 +18,9 @@ EXIT_INTERRUPTED = 130
 def entry_point() -> None:
     """Run the command line and exit with its code. --help is answered without importing Hydra."""
     listen()
-    sys.exit(_run(sys.argv[1:]))
+    code = _run(sys.argv[1:])
+    leave = getattr(sys.modules.get("zimage_runner.head_start"), "leave", sys.exit)
+    leave(code)
 
 
 def listen() -> None:
@@ -32,9 +34,10 @@ def _stop(number: int, _frame: FrameType | None) -> None:
     """End here: an exception raised in the middle of an import may be swallowed by it."""
     with contextlib.suppress(OSError):  # the terminal may be gone
         os.write(2, f"zimage_runner: stopped by {signal.Signals(number).name}\n".encode())
-    remove = getattr(sys.modules.get("zimage_runner.cli"), "remove_unused_directory", None)
-    if remove is not None:
-        remove()
+    for module, function in (("cli", "remove_unused_directory"), ("head_start", "stop")):
+        clean_up = getattr(sys.modules.get(f"zimage_runner.{module}"), function, None)
+        if clean_up is not None:
+            clean_up()
     os._exit(EXIT_INTERRUPTED)
 
 
@@ -45,6 +48,10 @@ def _run(argv: list[str]) -> int:
         print(help_text(argv), end="")
         return 0
     gc.disable()  # the command line's imports leave no garbage; a job switches it on again
+    from zimage_runner import head_start
+
+    if head_start.pays(argv):
+        return head_start.main(argv)
     from zimage_runner.cli import main
 
     return main(argv)

@@ -9,7 +9,7 @@ import contextlib
 import gc
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +18,41 @@ from hydra._internal.hydra import Hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from zimage_runner.composed import (
+    EXIT_INTERRUPTED,
+    EXIT_ITEMS_FAILED,
+    EXIT_OK,
+    Composed,
+    execute,
+    refuse,
+    remove_if_empty,
+    remove_with_name,
+)
 from zimage_runner.config.free_text import quote_free_text
 from zimage_runner.config.messages import CONFIG_ERRORS, explain, unknown_attribute
 from zimage_runner.config.registry import register
 from zimage_runner.config.schema import RunConfig
 from zimage_runner.config.yaml_text import to_yaml
-from zimage_runner.errors import RunStopped, UserError, one_line
+from zimage_runner.errors import UserError
 from zimage_runner.help import CONFIG_DIR
 from zimage_runner.logs import log_to_terminal
 from zimage_runner.resume import restore, resume_command_line
 from zimage_runner.sweep.launcher import register_launcher
 from zimage_runner.sweep.report import exit_codes
 
-EXIT_OK, EXIT_ITEMS_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
-
 _exit_codes: list[int] = []
 """One per job of this process, added when it starts to run: Hydra returns nothing from main."""
+_take: Callable[[Composed], int] = execute
+"""What is done with a composed job."""
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run one command line and return its exit code. Messages go to stderr, results to stdout."""
+def main(argv: Sequence[str], take: Callable[[Composed], int] = execute) -> int:
+    """Run one command line and return its exit code. Messages go to stderr, results to stdout.
+
+    ``take`` gets each composed job: it runs it, or hands it to the process that will (head_start.py).
+    """
+    global _take
+    _take = take
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us instead of Hydra's own report and exit code 1
     _exit_codes.clear()
     exit_codes.clear()
@@ -49,13 +64,13 @@ def main(argv: Sequence[str]) -> int:
         with _composed_once(sys.argv[1:]):
             job()
     except UserError as error:
-        return _refuse(str(error))
+        return refuse(str(error))
     except CONFIG_ERRORS as error:
-        return _refuse(explain(error))
+        return refuse(explain(error))
     except OSError as error:
         if _exit_codes:
             raise
-        return _refuse(f"cannot make the run directory ({error}): set output.root to a directory you can write to")
+        return refuse(f"cannot make the run directory ({error}): set output.root to a directory you can write to")
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     return max([*_exit_codes, *exit_codes], default=EXIT_OK)
@@ -82,33 +97,31 @@ def _mode_not_configured(*_: Any, **__: Any) -> None:
     """What ``Hydra.get_mode`` returns when no config sets one: the command line decides."""
 
 
-def _refuse(message: str) -> int:
-    print(f"zimage_runner: {one_line(' '.join(message.split()))}", file=sys.stderr)
-    return EXIT_BAD_INPUT
-
-
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")
 def job(cfg: DictConfig) -> int:
     """One job: a single run, or one of a multirun's. Returns its exit code, for launchers."""
     directory = Path(HydraConfig.get().runtime.output_dir)
     _exit_codes.append(EXIT_ITEMS_FAILED)  # unless it gets further
     try:
-        from zimage_runner.runner import run
-
         if cfg.resume is not None:
             cfg = restore(cfg, directory, list(HydraConfig.get().overrides.task))
-        try:
-            config = OmegaConf.to_object(cfg)
-        except AttributeError as error:  # OmegaConf's way to say that +group.field=value is no field
-            raise UserError(unknown_attribute(error)) from error
-        assert isinstance(config, RunConfig)
+        composed = Composed(config=_validated(cfg), directory=directory, files=composed_files(cfg))
         gc.enable()  # paused while importing and composing, which leave no garbage
-        _exit_codes[-1] = run(config, directory, composed_files(cfg))
-    except (UserError, RunStopped) as error:  # here and not in main: Hydra would print a line of its own
-        _exit_codes[-1] = _refuse(str(error))
+        _exit_codes[-1] = _take(composed)
+    except UserError as error:  # here and not in main: Hydra would print a line of its own
+        _exit_codes[-1] = refuse(str(error))
     finally:
-        _remove_if_empty(directory, Path(cfg.output.root))
+        remove_if_empty(directory, Path(cfg.output.root))
     return _exit_codes[-1]
+
+
+def _validated(cfg: DictConfig) -> RunConfig:
+    try:
+        config = OmegaConf.to_object(cfg)
+    except AttributeError as error:  # OmegaConf's way to say that +group.field=value is no field
+        raise UserError(unknown_attribute(error)) from error
+    assert isinstance(config, RunConfig)
+    return config
 
 
 def composed_files(cfg: DictConfig) -> dict[str, str]:
@@ -125,17 +138,4 @@ def remove_unused_directory() -> None:
     """For a signal that ends the process: Hydra may just have made the run directory."""
     with contextlib.suppress(Exception):
         if HydraConfig.initialized():
-            directory = Path(HydraConfig.get().runtime.output_dir)
-            directory.rmdir()
-            directory.parent.rmdir()  # of the run's name
-
-
-def _remove_if_empty(directory: Path, root: Path) -> None:
-    """Hydra makes the run directory before the config is validated; leave none behind when nothing ran."""
-    for folder in (directory, *directory.parents):
-        if not folder.is_relative_to(root.absolute()) or (folder == root and root.is_absolute()):
-            return
-        try:
-            folder.rmdir()
-        except OSError:
-            return
+            remove_with_name(Path(HydraConfig.get().runtime.output_dir))

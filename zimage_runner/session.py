@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import platform
 import time
 from collections import OrderedDict
@@ -17,6 +16,7 @@ from zimage_runner.embedding_cache import EmbeddingCache, EmbeddingCacheConfig, 
 from zimage_runner.engines.base import DenoiseRequest, Engine, EngineConfig
 from zimage_runner.executors.base import GeneratedBatch
 from zimage_runner.executors.faults import is_out_of_memory
+from zimage_runner.head_start import wait_without_spinning
 from zimage_runner.memory import HealthCheck, Memory
 from zimage_runner.model import Model
 from zimage_runner.warmup import WARMUP_PROMPT, Warmup, WarmupShape
@@ -211,11 +211,7 @@ class Session:
 
     def _load(self) -> None:
         config = self.config
-        # Threads that wait for work must not spin for long: on a machine that is busy with anything else, OpenMP's
-        # default made the embedded model twenty times slower. This little keeps the speed of an idle one. Both are
-        # read when torch is imported; the user's own settings stand.
-        if "OMP_WAIT_POLICY" not in os.environ:
-            os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+        wait_without_spinning()
         config.memory.apply_environment()
         config.compile.apply_environment()
         started = time.perf_counter()

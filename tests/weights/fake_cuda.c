@@ -7,6 +7,7 @@ static int copies;
 CUresult cuInit(unsigned f) { return f; }
 CUresult cuDeviceGet(int *d, int n) { *d = n; return n == 0 ? 0 : 101; }
 CUresult cuDevicePrimaryCtxRetain(void **c, int d) { *c = (void *)(intptr_t)(d + 1); return 0; }
+CUresult cuDevicePrimaryCtxRelease_v2(int d) { return d == 0 ? 0 : 101; }
 CUresult cuCtxSetCurrent(void *c) { return c == (void *)1 ? 0 : 201; }
 CUresult cuMemAlloc_v2(uint64_t *p, size_t n) { return (*p = (uint64_t)calloc(1, n ? n : 1)) ? 0 : 2; }
 CUresult cuMemFree_v2(uint64_t p) { free((void *)p); return 0; }

@@ -42,7 +42,7 @@ def test_preloaded_equals_published(model: Model, driver: CudaDriver, monkeypatc
     checkpoint = resolve(model)
     build(checkpoint, model)
     monkeypatch.setattr(preload, "CudaDriver", lambda: driver)
-    monkeypatch.setattr(source, "_torch_is_cpu_only", lambda: False)
+    monkeypatch.setattr(source, "torch_is_cpu_only", lambda: False)
     monkeypatch.setattr(source, "_wrap", host_tensor)
     weights = source.begin(checkpoint, model, Device.auto)
     assert weights.path != checkpoint.path

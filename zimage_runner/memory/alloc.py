@@ -105,8 +105,9 @@ def check_text(text: str) -> None:
 
 def export(value: str) -> bool:
     """Put the string into the environment; False, with a warning, when torch's allocator has already read its own."""
-    torch: Any = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
+    # Another thread may be importing torch, which reads the string when CUDA starts: what is not there yet has not.
+    cuda: Any = getattr(sys.modules.get("torch"), "cuda", None)
+    if hasattr(cuda, "is_initialized") and cuda.is_initialized():
         if os.environ.get(VARIABLES[0], os.environ.get(VARIABLES[1])) != value:
             log.warning("memory.alloc_conf=%s has no effect: torch's CUDA allocator is already initialised", value)
         return False

@@ -43,7 +43,7 @@ class CudaDriver:
             self._quick = ctypes.PyDLL(library)
         except OSError as error:
             raise CudaUnavailable(str(error)) from error
-        handle = c_int()
+        self._handle = handle = c_int()
         self._context = c_void_p()
         self._call("cuInit", 0)
         self._call("cuDeviceGet", byref(handle), device)
@@ -52,6 +52,10 @@ class CudaDriver:
     def enter(self) -> None:
         """Make the device current in this thread."""
         self._call("cuCtxSetCurrent", self._context)
+
+    def release(self) -> None:
+        """Give the context back: its memory, some hundred megabytes, is free again when nobody else holds it."""
+        self._call("cuDevicePrimaryCtxRelease_v2", self._handle)
 
     def allocate(self, nbytes: int) -> int:
         """Device memory, 256-byte aligned; the address."""

@@ -131,6 +131,7 @@ class CudaContext:
     def __init__(self, device: int = 0) -> None:
         self.error: str | None = None
         self._seconds: float | None = None
+        self._driver: CudaDriver | None = None
         self._thread = threading.Thread(target=self._create, args=(device,), daemon=True, name="cuda-context")
         self._thread.start()
 
@@ -138,10 +139,18 @@ class CudaContext:
         self._thread.join()
         return self._seconds
 
+    def release(self) -> None:
+        """Wait for it and give it back, where it was created in vain."""
+        self._thread.join()
+        driver, self._driver = self._driver, None
+        if driver is not None:
+            with contextlib.suppress(CudaUnavailable):
+                driver.release()
+
     def _create(self, device: int) -> None:
         began = time.perf_counter()
         try:
-            CudaDriver(device)
+            self._driver = CudaDriver(device)
         except CudaUnavailable as error:
             self.error = str(error)
             return

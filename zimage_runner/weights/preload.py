@@ -12,7 +12,6 @@ import ctypes
 import logging
 import os
 import queue
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from zimage_runner.switching import switch_as_usual, switch_quickly
 from zimage_runner.weights.cuda_driver import CudaDriver, CudaUnavailable
 from zimage_runner.weights.read import read_exactly
 
@@ -29,8 +29,6 @@ THREADS = 5
 CHUNK_BYTES = 32 << 20
 """Large, so that a thread seldom needs the GIL, which the import holds for long stretches; but page-locking memory, two
 chunks a thread, holds up the import's own mappings."""
-SWITCH_INTERVAL = 0.0002
-"""Seconds until the importing thread hands the GIL over; the default 5 ms would add up to seconds."""
 
 
 class DeviceBuffer:
@@ -83,8 +81,8 @@ class Preload:
         """Those that were not taken yet."""
         self._chunks: queue.SimpleQueue[tuple[_Load, int, int] | None] = queue.SimpleQueue()
         self._readers: list[threading.Thread] = []
-        self._interval = sys.getswitchinterval()
-        sys.setswitchinterval(SWITCH_INTERVAL)
+        self._closed = False
+        switch_quickly()
         self._opener = threading.Thread(target=self._open, args=(driver,), name="preload", daemon=True)
         self._opener.start()
 
@@ -93,8 +91,10 @@ class Preload:
         try:
             driver = driver or CudaDriver()
             driver.enter()
+            self._tell("CUDA context")
             for load in self._all:
                 self._queue(load, DeviceBuffer(driver, load.nbytes))
+            self._tell("memory on the device")
             self._readers = [
                 threading.Thread(target=self._read, args=(driver,), name="preload", daemon=True) for _ in range(THREADS)
             ]
@@ -136,7 +136,9 @@ class Preload:
             reader.join()
         self._loads.clear()
         self._all.clear()
-        sys.setswitchinterval(self._interval)
+        if not self._closed:
+            self._closed = True
+            switch_as_usual()
 
     def _read(self, driver: CudaDriver) -> None:
         try:
@@ -155,8 +157,14 @@ class Preload:
         with self._lock:
             load.remaining -= 1
             if load.remaining == 0:
-                self.seconds[load.path] = time.perf_counter() - self._started
+                self.seconds[load.path] = self._tell(f"{load.path.name}: {load.nbytes / 1e9:.2f} GB")
                 load.done.set()
+
+    def _tell(self, what: str) -> float:
+        """Log that it is there; the seconds it took from the start."""
+        seconds = time.perf_counter() - self._started
+        log.debug("preload: %s after %.3f s", what, seconds)
+        return seconds
 
     def _fail(self, error: BaseException) -> None:
         self._error = self._error or error

@@ -80,7 +80,7 @@ class WeightsSource:
 
 def begin(checkpoint: Checkpoint, model: Model, device: Device, encodes: bool = True) -> WeightsSource:
     """Start what can be started without torch, and return at once. ``encodes``: the text encoder is wanted too."""
-    wants_gpu = device is not Device.cpu and not _torch_is_cpu_only()
+    wants_gpu = device is not Device.cpu and not torch_is_cpu_only()
     found = None if model.prepare is Prepare.never else prepared.find(checkpoint, model)
     preload = None
     if wants_gpu and found is not None and model.dtype in (Dtype.auto, Dtype.bfloat16):
@@ -100,7 +100,7 @@ def _wrap(preload: Preload, path: Path) -> torch.Tensor:
     return torch.as_tensor(preload.take(path), device="cuda")
 
 
-def _torch_is_cpu_only() -> bool:
+def torch_is_cpu_only() -> bool:
     """Whether the installed torch says so in its version, without importing it."""
     try:
         return "+cpu" in metadata.version("torch")

@@ -60,8 +60,8 @@ class NativeEngine(EngineConfig):
     def create(
         self, *, checkpoint: Checkpoint, model: Model, memory: Memory, compile: Compile, encodes: bool = True
     ) -> Engine:
+        from zimage_runner.head_start import import_torch
         from zimage_runner.model import Prepare
-        from zimage_runner.torch_import import import_torch_lean
         from zimage_runner.weights import prepared, source
 
         if memory.staged or memory.per_process_fraction is not None:
@@ -70,7 +70,7 @@ class NativeEngine(EngineConfig):
             weights = source.WeightsSource(checkpoint, model, found, preload=None)
         else:
             weights = source.begin(checkpoint, model, self.device, encodes)  # on its way while torch is imported below
-        import_torch_lean()
+        import_torch()
         from zimage_runner.engines.native.engine import NativeEngineAdapter
 
         return NativeEngineAdapter.load(self, weights, model, memory, encodes)

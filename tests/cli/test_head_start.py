@@ -1,0 +1,252 @@
+"""Composing in a forked child: nothing of a run shows which way it went, whatever ends it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from zimage_runner.head_start import HEAD_START, Child, pays
+from zimage_runner.memory.alloc import VARIABLES, export
+
+DRAW = ("model=zimage_nano", "prompt=a red fox", "sampling.height=128", "sampling.width=128")
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key != HEAD_START}
+
+
+def start(folder: Path, switch: str, *argv: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    folder.mkdir(exist_ok=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "zimage_runner", *argv],
+        cwd=folder,
+        env=ENVIRONMENT | {HEAD_START: switch} | (environment or {}),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def both(tmp_path: Path, *argv: str) -> list[tuple[int, str, str]]:
+    return [finish(start(tmp_path / name, switch, *argv)) for name, switch in (("one", "0"), ("two", "1"))]
+
+
+def timeless(text: str) -> str:
+    text = re.sub(r"\d{4}-\d\d-\d\d_[\d.-]+", "WHEN", text)
+    return re.sub(r"/(one|two)\b", "", text)
+
+
+def run_files(folder: Path) -> dict[str, bytes]:
+    """Relative path -> bytes, below the only run directory."""
+    (run,) = (folder / "outputs" / "run").iterdir()
+    return {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def test_a_run_leaves_the_same_behind(tmp_path: Path) -> None:
+    ends = both(tmp_path, *DRAW, "seeds=[1,2]")
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    assert timeless(ends[0][1]) == timeless(ends[1][1])
+    one, two = run_files(tmp_path / "one"), run_files(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for name in one:
+        if name.startswith(".hydra/"):
+            assert timeless(one[name].decode()) == timeless(two[name].decode()), name
+        elif name.endswith(".png"):
+            assert _pixels(one[name]) == _pixels(two[name]), name
+        elif name.endswith("record.json"):
+            records = [json.loads(files[name]) for files in (one, two)]
+            assert records[0]["fingerprint"] == records[1]["fingerprint"]
+            assert records[0].keys() == records[1].keys()
+
+
+def _pixels(png: bytes) -> bytes:
+    import io
+
+    from PIL import Image
+
+    return Image.open(io.BytesIO(png)).tobytes()
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("sampling.steps=four",),
+        ("no.such=1",),
+        ("model=nowhere",),
+        ("prompt=",),
+        ("seeds=x", *DRAW),
+        ("prompts=text_file", "prompts.path=missing.txt"),
+        ("output.root=/proc/none", *DRAW),
+        ("output_file=a.png", "seeds=[1,2]", *DRAW),
+        (*DRAW, "engine.device=cuda"),
+    ],
+)
+def test_a_refusal_says_the_same_and_leaves_nothing(tmp_path: Path, argv: tuple[str, ...]) -> None:
+    one, two = both(tmp_path, *argv)
+    assert (one[0], one[1], timeless(one[2])) == (2, "", timeless(two[2]))
+    assert (two[0], two[1]) == (2, "")
+    assert not (tmp_path / "one" / "outputs").exists()
+    assert not (tmp_path / "two" / "outputs").exists()
+
+
+def test_other_command_lines_are_unaffected(tmp_path: Path) -> None:
+    one, two = both(tmp_path, *DRAW, "dry_run=true")
+    assert (one[0], timeless(one[1]), one[2]) == (two[0], timeless(two[1]), two[2])
+    code, out, _ = finish(start(tmp_path / "two", "1", *DRAW, "seeds=[1,2]"))
+    assert code == 0
+    again = finish(start(tmp_path / "two", "1", f"resume={out.strip().splitlines()[-1]}"))
+    assert again[0] == 0
+    assert "nothing to draw" in again[2]
+
+
+def test_prompts_from_standard_input_are_the_parents_to_read(tmp_path: Path) -> None:
+    process = subprocess.run(
+        [sys.executable, "-m", "zimage_runner", *DRAW[:1], *DRAW[2:], "prompts=stdin"],
+        cwd=tmp_path,
+        env=ENVIRONMENT | {HEAD_START: "1"},
+        input="a hat\na cat\n",
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
+    assert process.returncode == 0, process.stderr
+    assert len(list(tmp_path.rglob("image.png"))) == 2
+
+
+def test_allocator_settings_count_while_torch_is_being_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An experiment's file may set them; torch, half imported by then, reads them when CUDA starts."""
+    with_cuda = ModuleType("torch")
+    vars(with_cuda)["cuda"] = ModuleType("torch.cuda")
+    for half in (ModuleType("torch"), with_cuda):
+        monkeypatch.setitem(sys.modules, "torch", half)
+        for variable in VARIABLES:
+            monkeypatch.setenv(variable, "")
+        assert export("max_split_size_mb:512")
+        assert {os.environ[variable] for variable in VARIABLES} == {"max_split_size_mb:512"}
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("whole_group", [True, False], ids=["group", "parent"])
+def test_a_signal_at_any_instant_ends_both_and_leaves_nothing(tmp_path: Path, name: str, whole_group: bool) -> None:
+    number = signal.Signals[name]
+    for _ in range(4):
+        process = start(tmp_path, "1", *DRAW)
+        time.sleep(random.uniform(0.08, 0.8))
+        if process.poll() is None:
+            (os.killpg if whole_group else os.kill)(process.pid, number)
+        code, _, err = finish(process)
+        assert (code, err.count(name)) == (130, 1), err
+        with pytest.raises(ProcessLookupError):  # the session's last process is gone
+            os.killpg(process.pid, 0)
+        left = [path for path in tmp_path.rglob("*") if path.is_dir() and not any(path.iterdir())]
+        assert not [path for path in left if path.name != "outputs"], left
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _first_child(pid: int) -> int:
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        if children := _children(pid):
+            return children[0]
+    raise AssertionError("no child")
+
+
+def test_a_killed_child_is_told_in_one_line(tmp_path: Path) -> None:
+    process = start(tmp_path, "1", *DRAW)
+    os.kill(_first_child(process.pid), signal.SIGKILL)
+    code, out, err = finish(process)
+    assert (code, out) == (128 + signal.SIGKILL, "")
+    assert err == (
+        "zimage_runner: the process that composes the config was ended by SIGKILL, perhaps for lack of memory\n"
+    )
+
+
+def test_a_killed_parent_leaves_no_child_and_no_directory(tmp_path: Path) -> None:
+    process = start(tmp_path, "1", *DRAW)
+    _first_child(process.pid)
+    process.kill()
+    process.communicate()
+    until = time.monotonic() + 20
+    while time.monotonic() < until:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.02)
+    else:
+        pytest.fail("the child lives on")
+    assert not [path for path in tmp_path.rglob("*") if path.name == "run"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["prompt=x"], True),
+        (["prompt=a dry_run=true sign, --multirun and hydra"], True),
+        (["dry_run=false"], True),
+        (["executor=inline", "engine=native"], True),
+        ([], True),
+        (["dry_run=true"], False),
+        (["dry_run=True"], False),
+        (["-m", "seeds=1,2"], False),
+        (["--cfg", "job"], False),
+        (["hydra.run.dir=x"], False),
+        (["hydra/launcher=basic"], False),
+        (["resume=latest"], False),
+        (["++resume=latest"], False),
+        (["executor=process"], False),
+        (["engine=diffusers"], False),
+        (["engine.device=cpu"], False),
+        (["memory.alloc_conf=backend:cudaMallocAsync"], False),
+        (["+memory.alloc.backend=cudaMallocAsync"], False),
+    ],
+)
+def test_when_it_pays(monkeypatch: pytest.MonkeyPatch, words: list[str], expected: bool) -> None:
+    monkeypatch.setattr("zimage_runner.head_start.threading.active_count", lambda: 1)
+    monkeypatch.setenv(HEAD_START, "1")
+    assert pays(words) is expected
+    monkeypatch.setenv(HEAD_START, "0")
+    assert not pays(words)
+
+
+def test_it_needs_a_gpu_and_a_second_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("zimage_runner.head_start.threading.active_count", lambda: 1)
+    monkeypatch.delenv(HEAD_START, raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr("zimage_runner.head_start.DEVICE_NODES", (str(tmp_path / "none"),))
+    assert not pays([])
+    monkeypatch.setattr("zimage_runner.head_start.DEVICE_NODES", (str(tmp_path),))
+    assert pays([])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert not pays([])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert pays([])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    assert not pays([])
+
+
+def test_half_a_message_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.write(writer, (100).to_bytes(8, "little") + b"x" * 99)
+    os.close(writer)
+    child = object.__new__(Child)
+    child._results = reader
+    assert child.receive() is None
