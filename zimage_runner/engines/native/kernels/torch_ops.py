@@ -6,6 +6,8 @@ Every norm's learned weight and the step's modulation are multiplied beforehand 
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 
@@ -39,17 +41,20 @@ def qk_norm_rope(
     cos, sin [tokens, head_dim / 2] float32. Returns query, key, value, each [batch, tokens, heads, head_dim].
     """
     split = qkv.unflatten(-1, (3, -1, weight.shape[-1]))
-    turns = torch.complex(cos, sin)[:, None, :]
-
-    # Query and key apart: at the embedded model's size each is too small for PyTorch to spread over threads, which
-    # would gain nothing, and on a machine that is busy costs each operation a wait for a core.
-    def turned(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        normed = _rms_norm(x.float(), weight, eps)
-        pairs = torch.view_as_complex(normed.unflatten(-1, (-1, 2)))
-        return torch.view_as_real(pairs.mul_(turns)).flatten(-2).to(qkv.dtype)
-
     query, key, value = split.unbind(2)
-    return turned(query, weight[0]), turned(key, weight[1]), value
+    turns = torch.complex(cos, sin)[:, None, :]
+    if qkv.is_cuda:
+        return _turned(query, weight[0], turns, eps), _turned(key, weight[1], turns, eps), value
+    # Together: at the embedded model's size a pass over either costs its call more than its arithmetic.
+    query, key = _turned(split[:, :, :2], weight[:, None], turns[:, None], eps).unbind(2)
+    return query, key, value
+
+
+def _turned(x: torch.Tensor, weight: torch.Tensor, turns: torch.Tensor, eps: float) -> torch.Tensor:
+    """x [..., heads, head_dim] normed, then rotated by turns = cos + i sin [..., 1, head_dim / 2]; x's dtype."""
+    normed = _rms_norm(x.float(), weight, eps)
+    pairs = torch.view_as_complex(normed.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs.mul_(turns)).flatten(-2).to(x.dtype)
 
 
 def swiglu(w1w3: torch.Tensor) -> torch.Tensor:
@@ -118,5 +123,13 @@ def normalised(x: torch.Tensor, eps: float) -> torch.Tensor:
     if x.is_cuda:
         return F.rms_norm(x, x.shape[-1:], None, eps)
     # By the vectors' lengths: on the CPU, F.rms_norm is a chain of passes over memory.
-    mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-    return x * mean_square.add_(eps).rsqrt_()
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    mean_square = torch.addcmul(_scalar(eps), length, length, value=1 / x.shape[-1])
+    return x * mean_square.rsqrt_()
+
+
+@cache
+def _scalar(value: float) -> torch.Tensor:
+    """The number as a tensor on the CPU, made once."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        return torch.tensor(value, dtype=torch.float32)
