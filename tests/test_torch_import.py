@@ -224,6 +224,67 @@ assert torch.cuda.pynvml is sys.modules["pynvml"]
         python(code.replace("{use}", use).replace("import DEFERRED", "import ALONE, DEFERRED"), PYTHONPATH=paths)
 
 
+@pytest.mark.parametrize("moment", ["torch.torch_version", "torch.cuda.memory", "torch.hub", "torch._lobpcg"])
+def test_another_threads_imports_meanwhile_are_real(moment, tmp_path: Path):
+    (tmp_path / "pynvml.py").write_text("def nvmlInit(): return 'real'\n")
+    (tmp_path / "other.py").write_text("import unittest.mock\nfrom unittest import mock\nimport pynvml\n")
+    python(
+        f"""
+import importlib, sys, threading
+from importlib.machinery import PathFinder
+from zimage_runner import torch_import
+from zimage_runner.torch_import import ALONE, Deferral, StandIn
+
+class Meanwhile:
+    done = []
+    def find_spec(self, name, path, target=None):
+        if name != {moment!r}:
+            return None
+        spec = PathFinder.find_spec(name, path)
+        execute = spec.loader.exec_module
+        def exec_module(module):  # in find_spec itself the import system is locked
+            thread = threading.Thread(target=importlib.import_module, args=("other",))
+            thread.start()
+            thread.join(30)
+            assert not thread.is_alive()
+            self.done.append(name)
+            execute(module)
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, Meanwhile())
+torch_import.import_torch_lean()
+assert Meanwhile.done
+other = sys.modules["other"]
+assert other.pynvml is sys.modules["pynvml"] and other.mock is sys.modules["unittest.mock"]
+assert other.unittest.mock is other.mock and type(other.mock) is not StandIn and type(other.pynvml) is not StandIn
+assert other.pynvml.nvmlInit() == "real" and other.mock.patch
+assert not [name for name in torch_import.DEFERRED if name in sys.modules]
+""",
+        PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]),
+    )
+
+
+def test_another_thread_gets_no_stand_in_from_the_finder():
+    python(
+        """
+import sys, threading
+from zimage_runner.torch_import import ALONE, Deferral
+deferral, found = Deferral(), []
+deferral.import_torch()
+deferral.importing = True
+for name in ("unittest.mock", "torch.optim"):
+    deferral._names.add(name)
+    assert deferral.find_spec(name, sys.modules[name.partition(".")[0]].__path__) is not None
+    found.append(0)
+    thread = threading.Thread(target=lambda: found.append(deferral.find_spec(name, None)))
+    thread.start()
+    thread.join()
+    assert found.pop() is None
+"""
+    )
+
+
 def test_a_stand_in_touched_while_torch_is_imported_gives_way():
     """A device backend, or another version of torch, may use anything early."""
     python(

@@ -25,6 +25,8 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
+from zimage_runner.bytecode import keep_bytecode
+
 PLAIN_IMPORT = "ZIMAGE_RUNNER_PLAIN_IMPORT"
 """Environment variable: 1 makes every import of torch a plain one."""
 
@@ -86,7 +88,12 @@ LATER: Any = object()
 
 
 def import_torch_lean() -> ModuleType:
-    """torch, imported lean where that is known to work and not switched off, else plainly."""
+    """torch, imported lean where that is known to work and not switched off, else plainly.
+
+    Any thread may import it. Others may import anything but torch meanwhile.
+    """
+    if "torch" not in sys.modules:
+        keep_bytecode()
     if "torch" in sys.modules or os.environ.get(PLAIN_IMPORT, "") not in ("", "0") or not _is_verified():
         return importlib.import_module("torch")
     with _paused_collection():
@@ -139,10 +146,12 @@ class Deferral(MetaPathFinder):
         self._hidden: dict[str, str] = {}
         self._busy = threading.local()
         self._autoload = os.environ.get(BACKEND_AUTOLOAD)
+        self._importer = threading.get_ident()
         self.importing = True
 
     def import_torch(self) -> ModuleType:
         """Import torch; afterwards no stand-in is left where another module's import would find it."""
+        self._importer = threading.get_ident()
         sys.meta_path.insert(0, self)
         os.environ[BACKEND_AUTOLOAD] = "0"
         try:
@@ -158,6 +167,7 @@ class Deferral(MetaPathFinder):
                 del sys.modules[name]
                 if name in ALONE:
                     _unbind_from_package(name)
+        self._take_back()
         self._hide(torch)
         _prepare_generators(torch)
         if any(name in sys.modules for name in NEEDS_ALL):
@@ -169,6 +179,8 @@ class Deferral(MetaPathFinder):
         if getattr(self._busy, "completing", False):
             return None
         if self.importing:
+            if threading.get_ident() != self._importer:  # nothing that torch imports is meant
+                return None
             if isinstance(sys.modules.get(fullname.rpartition(".")[0]), StandIn):
                 self.real(fullname.rpartition(".")[0])
             return self._stand_in_spec(fullname, path, target) if fullname in self._names else None
@@ -183,9 +195,9 @@ class Deferral(MetaPathFinder):
             if name not in ALONE:
                 self.complete()
         elif name in self._names:
-            self._names.remove(name)
+            self._names.discard(name)
             if isinstance(sys.modules.get(name), StandIn):
-                del sys.modules[name]
+                sys.modules.pop(name, None)
         return importlib.import_module(name)
 
     def complete(self) -> None:
@@ -212,6 +224,14 @@ class Deferral(MetaPathFinder):
         self._given.append(fullname)
         spec.loader = _StandInLoader(self)
         return spec
+
+    def _take_back(self) -> None:
+        """What other threads imported meanwhile may have met a stand-in in ``sys.modules``: give it the real one."""
+        for name, module in list(sys.modules.items()):
+            if name.partition(".")[0] not in ("torch", "torchgen"):
+                for attribute, value in list(getattr(module, "__dict__", {}).items()):
+                    if type(value) is StandIn:
+                        vars(module)[attribute] = self.real(value.__name__)
 
     def _restore_autoload(self) -> None:
         if self._autoload is None:

@@ -1,0 +1,94 @@
+"""Bytecode is kept by the runner exactly where the installation keeps none."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CODE = """
+import sys
+from zimage_runner.bytecode import keep_bytecode
+folder = keep_bytecode()
+assert folder is None or sys.pycache_prefix == str(folder) and not sys.dont_write_bytecode
+assert folder is not None or sys.pycache_prefix is None
+import torch
+print(folder, torch.answer)
+"""
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A folder of packages with a torch in it."""
+    (tmp_path / "site" / "torch").mkdir(parents=True)
+    (tmp_path / "site" / "torch-2.11.0.dist-info").mkdir()
+    write(tmp_path / "site", "1")
+    return tmp_path / "site"
+
+
+def write(site: Path, answer: str) -> None:
+    source = site / "torch" / "__init__.py"
+    source.write_text(f"answer = {answer}\n")
+    os.utime(source, (0, 0))  # as images do whose builds can be reproduced
+
+
+def run(site: Path, **environment: str) -> tuple[str, str]:
+    """The folder of a fresh process, and what its torch answers."""
+    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPYCACHEPREFIX",)}
+    paths = [str(site), str(Path(__file__).parents[1])]
+    env |= {"PYTHONPATH": os.pathsep.join(paths), "ZIMAGE_RUNNER_CACHE": str(site.parent / "cache")}
+    env |= {"PYTHONDONTWRITEBYTECODE": "1", **environment}
+    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, timeout=60, env=env)
+    assert done.returncode == 0, done.stderr
+    folder, answer = done.stdout.split()
+    return folder, answer
+
+
+def kept(site: Path) -> list[Path]:
+    return sorted((site.parent / "cache").rglob("torch/__init__.*.pyc"))
+
+
+def test_kept_in_the_runners_cache_and_read_from_there(site: Path):
+    folder, answer = run(site)
+    assert answer == "1"
+    assert len(kept(site)) == 1
+    assert kept(site)[0].is_relative_to(folder)
+    assert not list((site / "torch").rglob("*.pyc"))
+    write(site, "2")  # same time, same size: as Python does, the bytecode is believed
+    assert run(site) == (folder, "1")
+
+
+def test_a_change_of_the_source_or_of_the_installed_versions_is_noticed(site: Path):
+    folder, _ = run(site)
+    write(site, "22")
+    assert run(site) == (folder, "22")
+    write(site, "33")
+    (site / "torch-2.11.0.dist-info").rename(site / "torch-2.13.0.dist-info")
+    other, answer = run(site)
+    assert other != folder
+    assert answer == "33"
+
+
+@pytest.mark.parametrize("environment", [{"ZIMAGE_RUNNER_BYTECODE": "0"}, {"PYTHONDONTWRITEBYTECODE": ""}])
+def test_not_where_it_is_switched_off_or_python_does_it_itself(environment: dict[str, str], site: Path):
+    assert run(site, **environment) == ("None", "1")
+    assert kept(site) == []
+
+
+def test_not_where_there_is_some(site: Path):
+    subprocess.run([sys.executable, "-m", "compileall", "-q", str(site)], check=True)
+    assert run(site) == ("None", "1")
+
+
+def test_not_in_a_folder_that_others_may_write(site: Path):
+    folder, _ = run(site)
+    Path(folder).chmod(0o777)
+    assert run(site) == ("None", "1")
+
+
+def test_not_where_the_cache_cannot_be_made(site: Path):
+    (site.parent / "file").write_text("")
+    assert run(site, ZIMAGE_RUNNER_CACHE=str(site.parent / "file" / "cache")) == ("None", "1")
