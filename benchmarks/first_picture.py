@@ -3,8 +3,8 @@
     python -m benchmarks.first_picture out.json -- model=local model.path=/data/turbo prompt="a red fox" seeds=[0]
     python -m benchmarks.first_picture out.json --profile out.txt -- ...     # also what the first generation called
 
-Marks are seconds since the process was started by the kernel; nothing of the run itself is changed. ``--profile`` slows
-the generation that it looks at.
+Marks are seconds since the process was started by the kernel, those of a forked child among them (they say so); nothing
+of the run itself is changed. ``--profile`` slows the generation that it looks at.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import json
 import os
 import pstats
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,22 @@ def since_start() -> float:
 
 
 class Marks:
-    """(name, seconds since the process began), in order."""
+    """(name, seconds since the process began); kept in a file, to which a forked child adds its own."""
 
     def __init__(self) -> None:
-        self.marks: list[tuple[str, float]] = []
+        self._clock_offset = since_start() - time.monotonic()
+        self._pid = os.getpid()
+        self._file = tempfile.TemporaryFile("a+b", buffering=0)  # noqa: SIM115 - open as long as the process
 
     def __call__(self, name: str) -> None:
-        self.marks.append((name, round(since_start(), 3)))
+        who = "" if os.getpid() == self._pid else "child: "
+        mark = (f"{who}{name}", round(time.monotonic() + self._clock_offset, 3))
+        self._file.write(json.dumps(mark).encode() + b"\n")
+
+    def in_order(self) -> list[tuple[str, float]]:
+        """All of them, by time."""
+        self._file.seek(0)
+        return sorted((tuple(json.loads(line)) for line in self._file), key=lambda mark: mark[1])
 
     def around(self, owner: Any, name: str, label: str) -> None:
         """Mark beginning and end of every call of ``owner.name``."""
@@ -56,13 +66,14 @@ class Marks:
 
 
 class ImportMarks(importlib.abc.MetaPathFinder):
-    """Marks when the import of a library begins and ends."""
+    """Marks when the import of a library begins and ends; watches modules of the runner once they are there."""
 
-    def __init__(self, mark: Marks) -> None:
+    def __init__(self, mark: Marks, watchers: Mapping[str, Callable[[Any], None]]) -> None:
         self.mark = mark
+        self.watchers = watchers
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        if fullname not in LIBRARIES:
+        if fullname not in LIBRARIES and fullname not in self.watchers:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
@@ -73,24 +84,53 @@ class ImportMarks(importlib.abc.MetaPathFinder):
         run: Callable[[Any], None] = loader.exec_module
 
         def exec_module(module: Any) -> None:
-            self.mark(f"import {name} ...")
+            if name in LIBRARIES:
+                self.mark(f"import {name} ...")
             run(module)
-            self.mark(f"import {name} done")
+            if name in LIBRARIES:
+                self.mark(f"import {name} done")
+            if name in self.watchers:
+                self.watchers[name](module)
 
         loader.exec_module = exec_module
 
 
-def watch(mark: Marks, profile: Path | None) -> None:
-    """Put marks around the stages of a run."""
-    from zimage_runner.session import Session
-    from zimage_runner.weights import source
+def watchers(mark: Marks, profile: Path | None) -> dict[str, Callable[[Any], None]]:
+    """What puts marks around the stages of a run, by the module it is done to."""
+    return {
+        "zimage_runner.head_start": lambda module: watch_head_start(mark, module),
+        "zimage_runner.composed": lambda module: mark.around(module, "execute", "run"),
+        "zimage_runner.job": lambda module: mark.around(module, "prepare", "plan"),
+        "zimage_runner.weights.source": lambda module: mark.around(module, "begin", "weights begin"),
+        "zimage_runner.weights.preload": lambda module: mark_files(mark, module.Preload),
+        "zimage_runner.session": lambda module: watch_session(mark, module.Session, profile),
+    }
 
-    mark.around(source, "begin", "weights begin")
+
+def watch_head_start(mark: Marks, module: Any) -> None:
+    """Mark what the main thread waits for."""
+    mark.around(module.Child, "receive", "wait for the config")
+    mark.around(module, "import_torch", "wait for torch")
+
+
+def mark_files(mark: Marks, preload: Any) -> None:
+    """Mark what arrives on the GPU, as Preload tells it."""
+    tell = preload._tell
+
+    def marked(self: Any, what: str) -> float:
+        mark(f"preload: {what}")
+        return tell(self, what)
+
+    preload._tell = marked
+
+
+def watch_session(mark: Marks, Session: Any, profile: Path | None) -> None:
+    """Put marks around a session's start and its generations."""
     mark.around(Session, "start", "session start")
     generate = Session.generate
     calls = 0
 
-    def marked(self: Session, *args: Any, **kwargs: Any) -> Any:
+    def marked(self: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
         mark(f"generation {calls} ...")
@@ -119,15 +159,14 @@ def main() -> None:
     args = parser.parse_args(sys.argv[1:cut])
     mark = Marks()
     mark("script")
-    sys.meta_path.insert(0, ImportMarks(mark))
-    from zimage_runner.cli import main as run
+    sys.meta_path.insert(0, ImportMarks(mark, watchers(mark, args.profile)))
+    from zimage_runner.__main__ import _run, listen
 
-    mark("command line imported")
-    watch(mark, args.profile)
-    code = run(sys.argv[cut + 1 :])
+    listen()
+    code = _run(sys.argv[cut + 1 :])
     mark(f"exit {code}")
-    args.out.write_text(json.dumps(mark.marks, indent=1) + "\n")
-    for name, seconds in mark.marks:
+    args.out.write_text(json.dumps(mark.in_order(), indent=1) + "\n")
+    for name, seconds in mark.in_order():
         print(f"{seconds:8.3f}  {name}")
 
 
