@@ -26,6 +26,9 @@ TABLE: list[tuple[list[str], str]] = [
         ["seeds=[1,2"],
         r"seeds=\[1,2: not readable as a list or mapping: look for a bracket or quotation mark not closed$",
     ),
+    (["seeds=1,2"], r"""seeds=1,2: write seeds='\[1,2\]' for a list, .* or add -m to sweep over it"""),
+    (["steps=4"], "steps: no such field; did you mean sampling.num_inference_steps[?]$"),
+    (["width=128"], "width: no such field; did you mean sampling.width[?]$"),
     (["name='a"], """name='a: not readable as a value: quote it twice, name='"a"'$"""),
     (["一只=猫"], "一只=猫: 一只 is no field's name; for the text"),
     (["name=my cats"], r"zimage_runner: name='my cats' is not a folder name"),
@@ -104,6 +107,27 @@ def test_typo_in_an_experiment_file_names_the_file(cli: Cli, tmp_path: Path) -> 
     (folder / "mine.yaml").write_text("# @package _global_\nsampling:\n  stepz: 3\n")
     code, out, err = cli("--config-dir", "my_conf", "+experiment=mine", "prompt=a")
     assert_refused(code, out, err, "mine.*stepz: no such field")
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ("prompts:\n\ttexts: [a]\n", "mine.yaml:3: .*; indent with blanks instead of tabs"),
+        ("prompts: {texts: a cat}\n", "prompts.texts takes a list: write"),
+        (
+            "prompts: {texts: [a: b, c]}\n",
+            r"prompts.texts\[0\]: {'a': 'b'} is no text: put a prompt that holds a colon in",
+        ),
+        ("prompt: a cat: big\n", "mine.yaml:2: .*; put text that holds a colon in quotation marks"),
+    ],
+)
+def test_slips_in_an_experiment_file(cli: Cli, tmp_path: Path, lines: str, expected: str) -> None:
+    folder = tmp_path / "my_conf" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text(f"# @package _global_\n{lines}")
+    assert_refused(*cli("--config-dir", "my_conf", "+experiment=mine"), expected)
+    (folder / "mine.yaml").write_text("name: cats\n")
+    assert_refused(*cli("--config-dir", "my_conf", "+experiment=mine", "prompt=a"), "first line has to be '# @package")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,11 @@ from zimage_runner.errors import UserError
 
 CONFIG_ERRORS = (HydraException, ConfigCompositionException, OmegaConfBaseException, YAMLError)
 
+YAML_HINTS = {
+    "'\\t'": "indent with blanks instead of tabs",
+    "mapping values": "put text that holds a colon in quotation marks",
+}
+
 
 def explain(error: BaseException) -> str:
     """One line for a composition error; the cause's text is used where Hydra wraps it."""
@@ -23,12 +28,16 @@ def explain(error: BaseException) -> str:
         return str(ours)
     marked = next((e for e in chain if isinstance(e, MarkedYAMLError)), None)
     if marked is not None and (mark := marked.problem_mark or marked.context_mark) is not None:
-        return f"{mark.name}:{mark.line + 1}: not readable as YAML data: {marked.problem or marked.context}"
+        problem = str(marked.problem or marked.context)
+        hint = next((f"; {hint}" for sign, hint in YAML_HINTS.items() if sign in problem), "")
+        return f"{mark.name}:{mark.line + 1}: not readable as YAML data: {problem}{hint}"
     texts = [str(e) for e in chain]
     text = "\n".join(texts)
     return (
         _no_assignment(text)
         or _bad_value(chain)
+        or _sweep_without_multirun(text)
+        or _not_a_list(text)
         or _unknown_option(text)
         or _unknown_field(text)
         or _wrong_type(text)
@@ -88,6 +97,24 @@ def _bad_value(chain: list[BaseException]) -> str | None:
     return f"{key}={value}: not readable as a value: quote it twice, {key}='\"{quoted}\"'"
 
 
+def _sweep_without_multirun(text: str) -> str | None:
+    match = re.search(r"Ambiguous value for argument '(?P<key>[^=']+)=(?P<value>[^']*)'", text)
+    if match is None:
+        return None
+    key, value = match["key"], match["value"]
+    return (
+        f"{key}={value}: write {key}='[{value}]' for a list, {key}='\"{value}\"' for text, or add -m to sweep over it"
+    )
+
+
+def _not_a_list(text: str) -> str | None:
+    if "is not a ListConfig, list or tuple" not in text:
+        return None
+    field = re.search(r"full_key: (\S+)", text)
+    name = field[1] if field else "a field such as prompts.texts"
+    return f"{name} takes a list: write [one, two], also for a single entry, and quote text that holds a comma or colon"
+
+
 def _unknown_option(text: str) -> str | None:
     match = re.search(r"Could not find '(?P<option>[^']+)'(?P<rest>.*)", text, re.S)
     if not match:
@@ -115,7 +142,11 @@ def _unknown_field(text: str) -> str | None:
     if options:
         chosen = _option_of(parent, match["type"])
         return f"{where}{full}: not a field of {chosen}, only of {', '.join(options)}: choose that or leave it out"
+    if full == "experiment" and where:
+        return f"{where}the file's first line has to be '# @package _global_'"
     known = _known_fields(parent)
+    if not parent and (groups := _groups_with(match["key"])):
+        return f"{where}{full}: no such field; did you mean {' or '.join(groups)}?"
     close = difflib.get_close_matches(match["key"], known, 1)
     hint = f"; did you mean {close[0]}?" if close else (f"; fields here: {', '.join(known)}" if known else "")
     return f"{where}{full}: no such field{hint}"
@@ -151,6 +182,15 @@ def _options_with(group: str, field: str) -> list[str]:
 
     options = SCHEMAS.get(group, {})
     return [f"{group}={name}" for name, option in options.items() if field in _field_names(option)]
+
+
+def _groups_with(field: str) -> list[str]:
+    """The fields of this name within groups: ``width`` is ``sampling.width``; what others call steps is found too."""
+    from zimage_runner.config.registry import SCHEMAS
+
+    field = {"steps": "num_inference_steps", "cfg": "guidance_scale"}.get(field, field)
+    groups = (group for group, options in SCHEMAS.items() if any(field in _field_names(o) for o in options.values()))
+    return [f"{group}.{field}" for group in groups]
 
 
 def _option_of(group: str, type_name: str | None) -> str:

@@ -18,6 +18,8 @@ _BOM = b"\xef\xbb\xbf"
 
 def check_text(text: str, where: str) -> str:
     """The prompt's text without surrounding white space; UserError when it cannot be one."""
+    if not isinstance(text, str):
+        raise UserError(f"{where}: {text!r} is no text: put a prompt that holds a colon in quotation marks")
     text = text.strip()
     if not text:
         raise UserError(f"{where}: the prompt is empty: write what the picture should show, or remove it")
