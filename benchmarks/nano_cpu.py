@@ -24,8 +24,9 @@ from zimage_runner.session import Session
 
 PHASES = ("encode", "denoise", "decode")
 PREDICTION = (
-    "Expected, from the same comparison by hand: on two idle cores diffusers takes 0.25 s and native 0.12 s, twice as fast with the caption's encoding and 1.9 times "
-    "without it: matrix products and convolutions, which both must compute, are two thirds of native's time."
+    "Expected, from the same comparison by hand: on two idle cores diffusers takes 0.25 s and native 0.12 s, twice as "
+    "fast with the caption's encoding and 1.9 times without it: matrix products and convolutions, which both must "
+    "compute, are two thirds of native's time."
 )
 
 
