@@ -112,7 +112,8 @@ def main(argv: Sequence[str]) -> int:
 def needs_backend_early(config: RunConfig) -> bool:
     """Whether the allocator's backend, which torch reads while it is imported, is not its default."""
     text = f"{config.memory.alloc_conf} {config.memory.alloc.backend}"
-    return not config.dry_run and "cudaMallocAsync" in text and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
+    known = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", os.environ.get("PYTORCH_ALLOC_CONF", ""))
+    return not config.dry_run and "cudaMallocAsync" in text and "cudaMallocAsync" not in known
 
 
 def wait_without_spinning() -> None:
