@@ -176,11 +176,7 @@ class Imports:
 
     def suit(self, config: RunConfig) -> None:
         """Give back what turned out not to be wanted; engines that import torch their own way wait for it here."""
-        if config.dry_run:
-            return
-        native = type(config.engine).__name__ == "NativeEngine"
-        inline = type(config.executor).__name__ == "InlineExecutorConfig"
-        if native and inline and config.engine.device.value != "cpu":
+        if config.dry_run or _is_native_here(config):
             return
         self.wait()
         if self._context is not None:
@@ -196,7 +192,7 @@ class Imports:
             if _sees_gpu() and not torch_is_cpu_only():
                 from zimage_runner.weights.prefetch import CudaContext
 
-                self._context = CudaContext()
+                self._context = CudaContext(pin=True)
             import zimage_runner.runner  # noqa: F401 - what the main thread needs as soon as it has the config
             from zimage_runner.torch_import import import_torch_lean
 
@@ -206,6 +202,16 @@ class Imports:
         finally:
             gc.enable()  # switched off when the process began
             switch_as_usual()
+
+
+def _is_native_here(config: RunConfig) -> bool:
+    """Whether the native engine will draw on the GPU, in this process."""
+    if type(config.executor).__name__ != "InlineExecutorConfig" or config.engine.device.value == "cpu":
+        return False
+    takes_native = getattr(config.engine, "takes_native", None)
+    if takes_native is not None:  # engine=auto
+        return takes_native(config.model, config.memory, config.compile)
+    return type(config.engine).__name__ == "NativeEngine"
 
 
 class Child:

@@ -11,8 +11,14 @@ CUresult cuDevicePrimaryCtxRelease_v2(int d) { return d == 0 ? 0 : 101; }
 CUresult cuCtxSetCurrent(void *c) { return c == (void *)1 ? 0 : 201; }
 CUresult cuMemAlloc_v2(uint64_t *p, size_t n) { return (*p = (uint64_t)calloc(1, n ? n : 1)) ? 0 : 2; }
 CUresult cuMemFree_v2(uint64_t p) { free((void *)p); return 0; }
-CUresult cuMemHostAlloc(void **p, size_t n, unsigned f) { return (*p = malloc(n)) && !f ? 0 : 2; }
-CUresult cuMemFreeHost(void *p) { free(p); return 0; }
+int fake_pinned; /* blocks of page-locked memory */
+CUresult cuMemHostAlloc(void **p, size_t n, unsigned f) {
+    __sync_add_and_fetch(&fake_pinned, 1);
+    return (*p = malloc(n)) && !f ? 0 : 2;
+}
+CUresult cuMemFreeHost(void *p) { __sync_sub_and_fetch(&fake_pinned, 1); free(p); return 0; }
+CUresult cuCtxPushCurrent_v2(void *c) { return c == (void *)1 ? 0 : 201; }
+CUresult cuCtxPopCurrent_v2(void **c) { *c = (void *)1; return 0; }
 CUresult cuStreamCreate(void **s, unsigned f) { *s = malloc(f); return 0; }
 CUresult cuStreamDestroy_v2(void *s) { free(s); return 0; }
 CUresult cuEventCreate(void **e, unsigned f) { *e = malloc(f); return 0; }

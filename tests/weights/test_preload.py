@@ -49,6 +49,39 @@ def test_every_byte_arrives(driver: CudaDriver, tmp_path: Path) -> None:
     assert load.seconds.keys() == {tmp_path / name for name, size in sizes.items() if size}
 
 
+def pinned(driver: CudaDriver) -> int:
+    return ctypes.c_int.in_dll(driver._lib, "fake_pinned").value
+
+
+@pytest.mark.parametrize("taken", [0, 3])
+def test_memory_pinned_ahead_is_used_and_given_back(
+    driver: CudaDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: int
+) -> None:
+    ahead = preload.PinnedAhead()
+    monkeypatch.setattr(preload, "pinned_ahead", ahead)
+    ahead.fill(driver)
+    assert pinned(driver) == 2 * preload.THREADS
+    others = [ahead.take() for _ in range(taken)]
+    (tmp_path / "a").write_bytes(content("a", 1_000_000))
+    load = Preload([(tmp_path / "a", 0, 1_000_000)], driver=driver)
+    assert on_device(load.take(tmp_path / "a")) == content("a", 1_000_000)
+    assert pinned(driver) == taken
+    assert all(others)
+    assert ahead.take() is None
+
+
+def test_nothing_is_pinned_once_it_has_no_use(driver: CudaDriver) -> None:
+    for early in (preload.PinnedAhead.close, preload.PinnedAhead.take):
+        ahead = preload.PinnedAhead()
+        early(ahead)
+        ahead.fill(driver)
+        assert pinned(driver) == 0
+    ahead = preload.PinnedAhead()
+    ahead.fill(driver)
+    ahead.close()
+    assert pinned(driver) == 0
+
+
 def test_memory_outside_torch_is_counted(driver: CudaDriver, tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"x" * 10_000)
     before = allocated_bytes()

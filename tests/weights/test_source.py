@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from tests.drawing import PARAMS
 from tests.weights.test_preload import driver  # noqa: F401 (fixture)
-from zimage_runner.engines.base import Device
+from zimage_runner.engines.base import DenoiseRequest, Device
 from zimage_runner.engines.native.assembly import load_model
+from zimage_runner.engines.native.engine import NativeEngineAdapter
 from zimage_runner.engines.native.model import Options
 from zimage_runner.model import Model, Prepare, Source
 from zimage_runner.weights import preload, source
@@ -54,6 +56,37 @@ def test_preloaded_equals_published(model: Model, driver: CudaDriver, monkeypatc
         found = getattr(ours, part).state_dict()
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_captions_are_encoded_while_the_transformer_is_still_on_its_way(
+    model: Model, driver: CudaDriver, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:  # fmt: skip
+    checkpoint = resolve(model)
+    build(checkpoint, model)
+    monkeypatch.setattr(preload, "CudaDriver", lambda: driver)
+    monkeypatch.setattr(source, "torch_is_cpu_only", lambda: False)
+    monkeypatch.setattr(source, "_wrap", host_tensor)
+    options = Options(dtype=torch.bfloat16)
+
+    def draw(encodes: bool, *, travels: bool) -> torch.Tensor:
+        weights = source.begin(checkpoint, model, Device.auto)
+        if not travels:
+            weights = source.WeightsSource(checkpoint, model, None, None)
+        else:
+            weights.device = "cuda"
+        engine = NativeEngineAdapter(weights, options, staged=False, encodes=encodes)
+        assert hasattr(engine.model, "text_encoder") == encodes
+        assert hasattr(engine.model, "transformer") == (not (travels and encodes))
+        embeds = engine.encode(["a red apple"], 512)
+        noise = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(1))
+        request = DenoiseRequest(prompt_embeds=embeds, negative_prompt_embeds=None, noise=noise, params=PARAMS)
+        latents = engine.denoise(request)
+        assert {"text_encoder", "transformer", "vae"} <= engine.load_phases.keys()
+        return latents
+
+    expected = draw(True, travels=False)
+    assert torch.equal(draw(True, travels=True), expected)
+    assert torch.equal(draw(False, travels=True), expected)
 
 
 def test_on_the_cpu_the_published_files_are_read(model: Model) -> None:

@@ -11,6 +11,7 @@ from zimage_runner.engines.device import choose_device
 from zimage_runner.engines.diffusers import DiffusersEngine
 from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.errors import UserError
+from zimage_runner.head_start import import_torch
 
 if TYPE_CHECKING:
     from zimage_runner.compile import Compile
@@ -35,6 +36,10 @@ class AutoEngine(EngineConfig):
                 "use engine=native or engine=diffusers with it, or engine.attention=auto"
             )
 
+    def takes_native(self, model: Model, memory: Memory, compile: Compile) -> bool:
+        """Whether these options are the native engine's to draw with; the checkpoint may still not be."""
+        return self._why_not_native(model, memory, compile) is None
+
     def check(self, model: Model, memory: Memory, compile: Compile) -> None:
         if self._why_not_native(model, memory, compile) is not None:
             DiffusersEngine(**self._fields()).check(model, memory, compile)
@@ -50,8 +55,10 @@ class AutoEngine(EngineConfig):
                 )
             except UserError as error:
                 reason = str(error)
-        # Not before the native engine, whose weights are on their way before torch is imported. Where the GPU that was
+        # Not before the native engine, whose weights are on their way before torch is imported; and not while another
+        # thread imports torch still. Where the GPU that was
         # asked for is absent, no engine helps: one refusal, not two.
+        import_torch()
         choose_device(self.device)
         log.warning("engine=auto takes diffusers: %s", reason)
         return DiffusersEngine(**self._fields()).create(

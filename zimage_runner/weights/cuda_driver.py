@@ -6,8 +6,10 @@ one that torch uses too. Names and signatures: CUDA Driver API reference.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import threading
+from collections.abc import Iterator
 from ctypes import byref, c_int, c_size_t, c_uint64, c_void_p
 
 LIBRARY = "libcuda.so.1"
@@ -52,6 +54,15 @@ class CudaDriver:
     def enter(self) -> None:
         """Make the device current in this thread."""
         self._call("cuCtxSetCurrent", self._context)
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """``with``: make the device current in this thread for a while, then what was before."""
+        self._call("cuCtxPushCurrent_v2", self._context)
+        try:
+            yield
+        finally:
+            self._call("cuCtxPopCurrent_v2", byref(c_void_p()))
 
     def release(self) -> None:
         """Give the context back: its memory, some hundred megabytes, is free again when nobody else holds it."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 
 from zimage_runner.weights.cuda_driver import CudaDriver, CudaUnavailable
+from zimage_runner.weights.preload import pinned_ahead
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +129,9 @@ class CudaContext:
     Where there is no NVIDIA driver nothing happens. ``wait`` gives the seconds it took, or None with ``error`` set.
     """
 
-    def __init__(self, device: int = 0) -> None:
+    def __init__(self, device: int = 0, pin: bool = False) -> None:
+        """``pin``: also page-lock the memory that a Preload reads into."""
+        self._pin = pin
         self.error: str | None = None
         self._seconds: float | None = None
         self._driver: CudaDriver | None = None
@@ -144,6 +147,7 @@ class CudaContext:
         self._thread.join()
         driver, self._driver = self._driver, None
         if driver is not None:
+            pinned_ahead.close()
             with contextlib.suppress(CudaUnavailable):
                 driver.release()
 
@@ -155,3 +159,6 @@ class CudaContext:
             self.error = str(error)
             return
         self._seconds = time.perf_counter() - began
+        if self._pin:
+            with contextlib.suppress(CudaUnavailable):  # a limit on locked memory: the preload will say so
+                pinned_ahead.fill(self._driver)

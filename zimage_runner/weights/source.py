@@ -18,7 +18,7 @@ from zimage_runner.weights import prepared
 from zimage_runner.weights.checkpoint import Checkpoint
 from zimage_runner.weights.cuda_driver import CudaUnavailable
 from zimage_runner.weights.prefetch import CudaContext, read_ahead
-from zimage_runner.weights.preload import Preload
+from zimage_runner.weights.preload import Preload, pinned_ahead
 from zimage_runner.weights.prepared import Prepared
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ class WeightsSource:
         self._model = model
         self._prepared = found
         self._preload = preload
+        if preload is None:
+            pinned_ahead.close()
         self.device = "cpu"
 
     def settle(self, device: str, dtype: str) -> None:
@@ -60,6 +62,11 @@ class WeightsSource:
     def path(self) -> Path:
         """The directory whose configs, tokenizer and scheduler go with the tensors."""
         return self._checkpoint.path if self._prepared is None else self._prepared.path
+
+    @property
+    def is_travelling(self) -> bool:
+        """Whether the prepared checkpoint is on its way to the GPU: each component is there some time after another."""
+        return self._preload is not None
 
     def tensors(self, component: str) -> dict[str, torch.Tensor] | None:
         """A prepared component's tensors on the device; None when the published files are to be read instead."""

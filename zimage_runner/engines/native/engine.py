@@ -58,7 +58,8 @@ class NativeEngineAdapter(Engine):
                 self.model = open_model(path, options)
             if encodes:
                 self._load_encoder()
-            if not staged:
+            # Captions are encoded while the transformer is still on its way.
+            if not staged and not (encodes and weights.is_travelling):
                 self._load_denoiser()
         except (ValueError, KeyError) as error:
             raise UserError(f"engine=native cannot run {path}: {error}; use engine=diffusers") from error
