@@ -62,7 +62,7 @@ def test_all_points(tmp_path: Path) -> None:
     assert "cached by an earlier run 4.0 s (n=1): 6.25x" in first
     assert "page cache dropped 15.0 s (n=1) against 57.0 s (n=1): **3.80x**" in first
     assert "0.750 s (n=1) against naive diffusers 1.500 s (n=1): **2.00x**" in large
-    assert "1.200: 1.60x" in large
+    assert "the fastest settings of diffusers measured (tuned diffusers) 1.200 s: 1.60x" in large
     assert "512x512** in batches of up to 2" in little
     assert "0.150 s (n=1) against naive diffusers 0.450 s (n=1): **3.00x**" in little
     assert "helps: step 4, first picture -50%" in article
@@ -96,3 +96,18 @@ def test_nothing_outside_the_markers_changes(before: str, old: str, after: str) 
 def test_a_readme_without_the_markers_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="once and in this order"):
         replaced(text, "")
+
+
+def test_what_qualifies_a_figure_stands_behind_it(tmp_path: Path) -> None:
+    cold = [run("naive diffusers", 20.0, []), run("ours default", 4.0, [])]
+    path = results(tmp_path, cold, "cold_start")
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps(data | {"caveat": "Imports were compiled anew"}))
+    first = summary(tmp_path).splitlines()[0]
+    assert first.endswith("**5.00x** as fast. Imports were compiled anew")
+
+
+def test_settings_of_diffusers_slower_than_the_naive_loop_are_not_named(tmp_path: Path) -> None:
+    rows = [run("naive diffusers", 20.0, [1.0]), run("ours default", 4.0, [0.5]), run("tuned diffusers", 30.0, [1.1])]
+    results(tmp_path, rows, "throughput")
+    assert "fastest settings" not in summary(tmp_path)

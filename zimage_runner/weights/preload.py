@@ -25,8 +25,8 @@ from zimage_runner.weights.read import read_exactly
 
 log = logging.getLogger(__name__)
 
-THREADS = 5
-CHUNK_BYTES = 32 << 20
+THREADS = 8
+CHUNK_BYTES = 16 << 20
 """Large, so that a thread seldom needs the GIL, which the import holds for long stretches; but page-locking memory, two
 chunks a thread, holds up the import's own mappings."""
 
