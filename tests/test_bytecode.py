@@ -92,3 +92,16 @@ def test_not_in_a_folder_that_others_may_write(site: Path):
 def test_not_where_the_cache_cannot_be_made(site: Path):
     (site.parent / "file").write_text("")
     assert run(site, ZIMAGE_RUNNER_CACHE=str(site.parent / "file" / "cache")) == ("None", "1")
+
+
+def test_the_command_line_keeps_it(site: Path):
+    """Everything that it imports, Hydra first of all, is compiled once."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(site), str(Path(__file__).parents[1])])}
+    env |= {"ZIMAGE_RUNNER_CACHE": str(site.parent / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
+    env.pop("PYTHONPYCACHEPREFIX", None)
+    command = [sys.executable, "-m", "zimage_runner", "no_such_field=1"]
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env, cwd=site)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    made = {path.name.split(".")[0] for path in (site.parent / "cache").rglob("*.pyc")}
+    assert {"cli", "schema", "hydra"} <= made

@@ -49,6 +49,9 @@ def _run(argv: list[str]) -> int:
         return 0
     gc.disable()  # the command line's imports leave no garbage; a job switches it on again
     from zimage_runner import head_start
+    from zimage_runner.bytecode import keep_bytecode
+
+    keep_bytecode()
 
     if head_start.pays(argv):
         return head_start.main(argv)

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from zimage_runner import monitor
+from zimage_runner.bytecode import keep_bytecode
 from zimage_runner.compile import Compile
 from zimage_runner.embedding_cache import EmbeddingCache, EmbeddingCacheConfig, foresees
 from zimage_runner.engines.base import DenoiseRequest, Engine, EngineConfig
@@ -212,6 +213,7 @@ class Session:
     def _load(self) -> None:
         config = self.config
         wait_without_spinning()
+        keep_bytecode()
         config.memory.apply_environment()
         config.compile.apply_environment()
         started = time.perf_counter()

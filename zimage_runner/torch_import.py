@@ -25,7 +25,6 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-from zimage_runner.bytecode import keep_bytecode
 from zimage_runner.torch_modules import ALONE, DEFERRED, NEEDS_ALL, TAKEN_FROM
 
 PLAIN_IMPORT = "ZIMAGE_RUNNER_PLAIN_IMPORT"
@@ -44,8 +43,6 @@ def import_torch_lean() -> ModuleType:
 
     Any thread may import it. Others may import anything but torch meanwhile.
     """
-    if "torch" not in sys.modules:
-        keep_bytecode()
     if "torch" in sys.modules or os.environ.get(PLAIN_IMPORT, "") not in ("", "0") or not _is_verified():
         return importlib.import_module("torch")
     with _paused_collection():
