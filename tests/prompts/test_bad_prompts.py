@@ -138,6 +138,9 @@ def test_jsonl_lines(tmp_path, line, expected):
         ('text\n"a\n', {}, "{f}:2: broken CSV"),
         ("text,seed\n,1\n", {}, "{f}:2: no text"),
         ("text\n", {}, "{f}: there are no prompts in it"),
+        ("prompt;seed\na;1\n", {}, "separated by ';'; set prompts.delimiter='\";\"'"),
+        ("prompt,seed\na,1\n", {"delimiter": ";"}, "separated by ','; set prompts.delimiter='\",\"'"),
+        ("prompt\tseed\na\t1\n", {}, "separated by '\\t'; give the file a name that ends in .tsv"),
         ("text\na\n", {"delimiter": ";;"}, "prompts.delimiter=';;' is not one character"),
     ],
 )

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -88,6 +89,14 @@ def test_connection_cut_midway_is_resumed_with_range(server: ModelScopeServer, m
     assert ranges == [None, "bytes=5000000-"]
 
 
+def wait_for_part(folder: Path) -> None:
+    """Until some of the shard is on disk: sent is not yet written."""
+    until = time.monotonic() + 60
+    while not any(path.stat().st_size for path in folder.rglob(f"*{Path(SHARD).name}*") if path.is_file()):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
 def test_killed_download_leaves_nothing_half_made_and_resumes(server: ModelScopeServer, model: Model) -> None:
     server.stall_after[SHARD] = 7_000_000
     code = (
@@ -96,6 +105,7 @@ def test_killed_download_leaves_nothing_half_made_and_resumes(server: ModelScope
     )
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     assert server.stalled.wait(60)
+    wait_for_part(Path(model.cache_dir or ""))
     child.send_signal(signal.SIGKILL)
     child.wait(10)
     model.offline = True

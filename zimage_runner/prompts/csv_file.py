@@ -13,6 +13,9 @@ from zimage_runner.prompts.base import Prompt
 from zimage_runner.prompts.rows import RowReader, TableSource
 from zimage_runner.prompts.text import MAX_LINE_BYTES, file_lines, input_path
 
+DELIMITERS = (",", ";", "|", "\t")
+"""Usual ones."""
+
 
 @dataclass(kw_only=True, slots=True)
 class Csv(TableSource):
@@ -33,6 +36,7 @@ class Csv(TableSource):
         rows = _rows(file, delimiter, quotes=delimiter != "\t" if self.quotes is None else self.quotes)
         where, names = next(rows)
         _check_names(names, where)
+        _check_delimiter(names, where, delimiter)
         reader.check_header(tuple(names), where)
         for where, cells in rows:
             yield reader.prompt(_row(names, cells, where), where)
@@ -62,6 +66,14 @@ def _check_names(names: list[str], where: str) -> None:
             raise UserError(f"{where}: column {names.index(name) + 1} has no name: the first line names the columns")
         if names.count(name) > 1:
             raise UserError(f"{where}: two columns are called {name!r}: rename one")
+
+
+def _check_delimiter(names: list[str], where: str, delimiter: str) -> None:
+    """One column whose name holds what usually separates columns: spreadsheets of half of Europe write semicolons."""
+    other = next((character for character in DELIMITERS if character != delimiter and character in names[0]), None)
+    if len(names) == 1 and other is not None:
+        remedy = "give the file a name that ends in .tsv" if other == "\t" else f"set prompts.delimiter='\"{other}\"'"
+        raise UserError(f"{where}: one column, {names[0]!r}: its cells seem to be separated by {other!r}; {remedy}")
 
 
 def _row(names: list[str], cells: list[str], where: str) -> dict[str, Any]:
