@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.executor_overhead import compose_job
 from zimage_runner.engines.base import DenoiseRequest, Engine
-from zimage_runner.engines.noise import draw_noise
+from zimage_runner.head_start import wait_without_spinning
 from zimage_runner.job import Job
 from zimage_runner.session import Session
 
@@ -36,6 +36,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, help="write the JSON here too")
     args = parser.parse_args()
+    wait_without_spinning()  # as the command line does, before torch is there
     import torch
 
     torch.set_num_threads(args.threads)
@@ -63,6 +64,8 @@ def start(engine: str) -> tuple[Session, Job]:
 
 def draw(engine: Engine, job: Job, seed: int) -> list[float]:
     """Seconds of each phase of one picture, pixels on the host."""
+    from zimage_runner.engines.noise import draw_noise  # imports torch
+
     params = job.plan.items[0].params
     scale = engine.vae_scale_factor
     times = [time.perf_counter()]
