@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import cache
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -127,11 +128,16 @@ def along(start: np.ndarray, end: np.ndarray, target: np.ndarray) -> float:
     return float(((end.astype(float) - start) * way).sum() / np.square(way).sum())
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_a_negative_prompt_pushes_away_from_its_picture(draw: Draw, seed: int) -> None:
-    plain, dog = draw("a cat", seed), draw("a dog", seed)
-    weak, strong = (draw("a cat", seed, guidance=g, negative="a dog") for g in (0.5, 2.0))
-    assert along(plain, strong, dog) < along(plain, weak, dog) < -0.03
+def test_a_negative_prompt_pushes_away_from_its_picture(draw: Draw) -> None:
+    """The median of seven seeds: guidance mirrors a cat now and then, which tells nothing pixel by pixel."""
+
+    def away(guidance: float) -> float:
+        return median(
+            along(draw("a cat", s), draw("a cat", s, guidance=guidance, negative="a dog"), draw("a dog", s))
+            for s in range(7)
+        )
+
+    assert away(2.0) < away(0.5) < -0.03
 
 
 def test_guidance_keeps_the_thing(draw: Draw, judge: tuple[Judge, list[str]]) -> None:
