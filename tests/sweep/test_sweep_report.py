@@ -41,6 +41,16 @@ def test_overrides_and_what_varies():
     assert varying_fields(jobs) == ["b"]
 
 
+def test_what_only_a_resumed_job_names_was_not_swept():
+    """Resuming an interrupted multirun writes the groups and resume= into the jobs that it draws anew."""
+    resumed = {"steps": "6", "engine": "auto", "resume": "outputs/multirun/x"}
+    jobs = [
+        SweptJob(number=n, directory=Path(str(n)), overrides=o) for n, o in enumerate([{"steps": "4"}, resumed, {}])
+    ]
+    assert varying_fields(jobs) == ["steps"]
+    assert varying_fields([]) == []
+
+
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
 def test_csv_cells_are_never_formulas(text):
     jobs = [SweptJob(number=0, directory=Path("0"), overrides={"f": text})]

@@ -141,8 +141,11 @@ def split_overrides(overrides: list[str]) -> dict[str, str]:
 
 def varying_fields(jobs: list[SweptJob]) -> list[str]:
     """Fields that are not the same in all jobs, in the order of the command line."""
-    names = dict.fromkeys(name for job in jobs for name in job.overrides)
-    return [name for name in names if len({job.overrides.get(name) for job in jobs}) > 1]
+    swept = [job.overrides for job in jobs if job.overrides]
+    # A job that was resumed also names the config groups that it had, and what it was resumed from.
+    fresh = [overrides for overrides in swept if "resume" not in overrides] or swept
+    names = dict.fromkeys(name for overrides in fresh for name in overrides)
+    return [name for name in names if len({overrides.get(name) for overrides in swept}) > 1]
 
 
 def csv_table(jobs: list[SweptJob], fields: list[str]) -> str:
