@@ -15,5 +15,6 @@ def read_exactly(descriptor: int, offset: int, memory: memoryview, path: Path) -
     while done < len(memory):
         count = os.preadv(descriptor, [memory[done:]], offset + done)
         if count == 0:
-            raise OSError(f"{path} ended at byte {offset + done} while it was read")
+            # Where it ends, not where this read began: another thread's stretch may hold the end.
+            raise OSError(f"{path} ended at byte {os.fstat(descriptor).st_size} while it was read")
         done += count
