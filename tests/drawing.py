@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,12 +13,12 @@ from zimage_runner.engines.base import EngineConfig
 from zimage_runner.engines.diffusers import DiffusersEngine
 from zimage_runner.memory import Memory
 from zimage_runner.model import Model, Source
-from zimage_runner.plan import build_plan
+from zimage_runner.plan import WorkItem, build_plan
 from zimage_runner.prompts.base import Prompt
 from zimage_runner.sampling import SamplingParams
 from zimage_runner.seeds import parse_seeds
 from zimage_runner.session import Session, SessionConfig
-from zimage_runner.warmup import Generate, WarmupShape
+from zimage_runner.warmup import Generate, NoWarmup, WarmupShape
 from zimage_runner.weights.checkpoint import Checkpoint
 
 NANO = Path(__file__).parent.parent / "zimage_runner" / "assets" / "zimage_nano"
@@ -24,6 +26,25 @@ PARAMS = SamplingParams(
     height=128, width=128, num_inference_steps=2, guidance_scale=0.0, negative_prompt="", max_sequence_length=512,
     cfg_normalization=0.0, cfg_truncation=1.0,
 )  # fmt: skip
+
+
+def session_config(engine: EngineConfig, memory: Memory, **others: Any) -> SessionConfig:
+    """A session of the embedded model, neither warmed up nor compiled; ``others`` replace SessionConfig's fields."""
+    config = SessionConfig(
+        model=Model(name="nano", source=Source.embedded),
+        engine=engine,
+        memory=memory,
+        warmup=NoWarmup(),
+        compile=NoCompile(),
+        checkpoint=Checkpoint(path=NANO, revision="test", digest="0" * 64),
+    )
+    return replace(config, **others)
+
+
+def items(count: int, params: SamplingParams = PARAMS, first: int = 0) -> list[WorkItem]:
+    """One prompt with ``count`` seeds from ``first`` on."""
+    seeds = parse_seeds(list(range(first, first + count)))
+    return list(build_plan([Prompt(text="a red apple")], seeds, params, check_size=lambda h, w: None).items)
 
 
 def draw(
@@ -40,14 +61,8 @@ def draw(
         params,
         check_size=lambda h, w: None,
     )
-    config = SessionConfig(
-        model=Model(name="nano", source=Source.embedded),
-        engine=engine or DiffusersEngine(batch_size=2),
-        memory=memory,
-        warmup=Generate(),
-        compile=compile or NoCompile(),
-        checkpoint=Checkpoint(path=NANO, revision="test", digest="0" * 64),
-    )
+    engine = engine or DiffusersEngine(batch_size=2)
+    config = session_config(engine, memory, warmup=Generate(), compile=compile or NoCompile())
     session = Session(
         config, [WarmupShape(params=params, batch_size=2)], list(plan.encodings()) if memory.staged else []
     )

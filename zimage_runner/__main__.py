@@ -52,7 +52,6 @@ def _run(argv: list[str]) -> int:
     from zimage_runner.bytecode import keep_bytecode
 
     keep_bytecode()
-
     if head_start.pays(argv):
         return head_start.main(argv)
     from zimage_runner.cli import main

@@ -13,20 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.drawing import session_config
 from tests.executors.test_ladder import drawn
 from tests.faults.session import FaultySession, item
-from zimage_runner.compile import NoCompile
 from zimage_runner.engines.diffusers import DiffusersEngine
 from zimage_runner.errors import BadPictureError, RunStopped, UserError
 from zimage_runner.executors.base import Batch, BatchResult, Executor
 from zimage_runner.executors.inline import InlineExecutorConfig
 from zimage_runner.executors.process import ProcessExecutor, ProcessExecutorConfig
 from zimage_runner.memory import Action, Health, Resident
-from zimage_runner.model import Model, Source
-from zimage_runner.session import SessionConfig
 from zimage_runner.signals import StopRequest
-from zimage_runner.warmup import NoWarmup
-from zimage_runner.weights.checkpoint import Checkpoint
 
 
 @contextlib.contextmanager
@@ -178,14 +174,7 @@ def test_replaced_when_it_has_grown(faults):
 
 def test_a_session_in_a_worker_leaves_replacing_to_the_parent():
     memory = Resident(health=Health(max_reserved_gb=2.5, action=Action.recycle))
-    session = SessionConfig(
-        model=Model(name="nano", source=Source.embedded),
-        engine=DiffusersEngine(),
-        memory=memory,
-        warmup=NoWarmup(),
-        compile=NoCompile(),
-        checkpoint=Checkpoint(path=Path("nano"), revision="test", digest="0" * 64),
-    )
+    session = session_config(DiffusersEngine(), memory)
     assert InlineExecutorConfig().adapt(session) is session
     adapted = ProcessExecutorConfig().adapt(session)
     assert adapted.memory.health == Health(max_reserved_gb=2.5, action=Action.warn)

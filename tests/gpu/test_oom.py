@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.drawing import NANO, PARAMS
-from zimage_runner.compile import NoCompile
+from tests.drawing import PARAMS, items, session_config
 from zimage_runner.engines.base import Device, EngineConfig
 from zimage_runner.engines.diffusers import DiffusersEngine
 from zimage_runner.engines.native.config import NativeEngine
@@ -25,13 +24,8 @@ from zimage_runner.memory import Resident
 from zimage_runner.memory.release import release_unused
 from zimage_runner.model import Dtype, Model, Source
 from zimage_runner.monitor import free_gpu_bytes
-from zimage_runner.plan import WorkItem, build_plan
-from zimage_runner.prompts.base import Prompt
-from zimage_runner.sampling import SamplingParams
-from zimage_runner.seeds import parse_seeds
-from zimage_runner.session import Session, SessionConfig
-from zimage_runner.warmup import NoWarmup
-from zimage_runner.weights.checkpoint import Checkpoint
+from zimage_runner.plan import WorkItem
+from zimage_runner.session import Session
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 
@@ -48,21 +42,13 @@ MARGIN = 8 * 2**20
 only = lambda engine: pytest.mark.parametrize("session", [engine], indirect=True)  # noqa: E731
 
 
-def items(count: int, params: SamplingParams = PARAMS) -> list[WorkItem]:
-    seeds = parse_seeds(list(range(count)))
-    return list(build_plan([Prompt(text="a red apple")], seeds, params, check_size=lambda h, w: None).items)
-
-
 @pytest.fixture(params=ENGINES)
 def session(request: pytest.FixtureRequest) -> Iterator[Session]:
     engine: EngineConfig = ENGINES[request.param](device=Device.cuda, batch_size=BATCH)
-    config = SessionConfig(
+    config = session_config(
+        engine,
+        Resident(per_process_fraction=1.0),  # all of it through torch's allocator, which the limits bind
         model=Model(name="nano", source=Source.embedded, dtype=Dtype.float32),
-        engine=engine,
-        memory=Resident(per_process_fraction=1.0),  # all of it through torch's allocator, which the limits bind
-        warmup=NoWarmup(),
-        compile=NoCompile(),
-        checkpoint=Checkpoint(path=NANO, revision="test", digest="0" * 64),
     )
     made = Session(config, [])
     made.start()

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.drawing import NANO, PARAMS
-from zimage_runner.compile import NoCompile
+from tests.drawing import PARAMS, items, session_config
 from zimage_runner.engines.base import Device
 from zimage_runner.engines.native import graphs as graphs_module
 from zimage_runner.engines.native import images
@@ -29,13 +28,7 @@ from zimage_runner.executors import ladder as ladder_module
 from zimage_runner.executors.base import Batch
 from zimage_runner.executors.ladder import Ladder
 from zimage_runner.memory import Resident
-from zimage_runner.model import Model, Source
-from zimage_runner.plan import WorkItem, build_plan
-from zimage_runner.prompts.base import Prompt
-from zimage_runner.seeds import parse_seeds
-from zimage_runner.session import Session, SessionConfig
-from zimage_runner.warmup import NoWarmup
-from zimage_runner.weights.checkpoint import Checkpoint
+from zimage_runner.session import Session
 
 SMALL = replace(PARAMS, height=32, width=32, num_inference_steps=1)
 ENOUGH = 1000
@@ -102,14 +95,7 @@ def room() -> Iterator[Room]:
 
 @pytest.fixture(scope="module")
 def loaded(room: Room) -> Session:
-    config = SessionConfig(
-        model=Model(name="nano", source=Source.embedded),
-        engine=NativeEngine(device=Device.cpu),
-        memory=Resident(),
-        warmup=NoWarmup(),
-        compile=NoCompile(),
-        checkpoint=Checkpoint(path=NANO, revision="test", digest="0" * 64),
-    )
+    config = session_config(NativeEngine(device=Device.cpu), Resident())
     session = Session(config, [])
     session.start()
     return session
@@ -129,16 +115,11 @@ def session(loaded: Session, room: Room) -> Session:
     return recording(loaded, room)
 
 
-def items(count: int, first: int = 0) -> list[WorkItem]:
-    seeds = parse_seeds(list(range(first, first + count)))
-    return list(build_plan([Prompt(text="a red apple")], seeds, SMALL, check_size=lambda h, w: None).items)
-
-
 def draw(ladder: Ladder, *counts: int) -> list[int]:
     """Draw batches of so many pictures; the sizes in which they came out."""
     sizes, seed = [], 0
     for count in counts:
-        for result in ladder.run(Batch(items=items(count, seed))):
+        for result in ladder.run(Batch(items=items(count, SMALL, seed))):
             assert result.images is not None, result.error
             pixels = result.images.wait()
             assert len(pixels) == len(result.items)
@@ -182,7 +163,7 @@ def test_recordings_that_leave_no_room_for_decoding_go(session: Session, room: R
 def test_one_picture_that_does_not_fit_fails_and_the_next_is_tried(session: Session, room: Room) -> None:
     room.size = 0
     ladder = Ladder(session)
-    results = [result for _ in range(2) for result in ladder.run(Batch(items=items(1)))]
+    results = [result for _ in range(2) for result in ladder.run(Batch(items=items(1, SMALL)))]
     assert [str(result.error).split(":")[0] for result in results] == ["OutOfMemoryError"] * 2
     assert ladder.steps == [], "tiles are no step for an engine that decodes one by one"
     room.size = 1

@@ -13,9 +13,11 @@ import torch
 from tests.drawing import PARAMS
 from tests.weights.test_preload import driver  # noqa: F401 (fixture)
 from zimage_runner.engines.base import DenoiseRequest, Device
+from zimage_runner.engines.native import engine as native_engine
 from zimage_runner.engines.native.assembly import load_model
 from zimage_runner.engines.native.engine import NativeEngineAdapter
 from zimage_runner.engines.native.model import Options
+from zimage_runner.errors import UserError
 from zimage_runner.model import Model, Prepare, Source
 from zimage_runner.weights import preload, source
 from zimage_runner.weights.cuda_driver import CudaDriver
@@ -87,6 +89,18 @@ def test_captions_are_encoded_while_the_transformer_is_still_on_its_way(
     expected = draw(True, travels=False)
     assert torch.equal(draw(True, travels=True), expected)
     assert torch.equal(draw(False, travels=True), expected)
+
+
+def test_a_transformer_that_does_not_fit_is_refused_in_one_line_when_it_comes_late(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    checkpoint = resolve(model)
+    weights = source.WeightsSource(checkpoint, model, None, None)
+    engine = NativeEngineAdapter(weights, Options(), staged=True)
+    monkeypatch.setattr(native_engine, "load_transformer", lambda *_: {}["dim"])
+    request = DenoiseRequest(prompt_embeds=[], negative_prompt_embeds=None, noise=torch.zeros(0), params=PARAMS)
+    with pytest.raises(UserError, match=r"^engine=native cannot run .*: 'dim'; use engine=diffusers$"):
+        engine.denoise(request)
 
 
 def test_on_the_cpu_the_published_files_are_read(model: Model) -> None:

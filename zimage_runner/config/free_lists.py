@@ -36,9 +36,8 @@ def field_of(key: str) -> str | None:
 def quote_entries(key: str, value: str, multirun: bool, quote: Callable[[str], str]) -> str:
     """``value`` with its entries quoted by ``quote``. Raises UserError where it cannot be told what is an entry."""
     refusal = _Refusal(key, value)
-    text = re.sub(
-        r"[\r\n]+", " ", value.strip()
-    )  # of a value typed over several lines: Hydra's grammar has none outside quotes
+    # Of a value typed over several lines: Hydra's grammar has line ends within quotes only.
+    text = re.sub(r"[\r\n]+", " ", value.strip())
     if multirun and re.fullmatch(r"(?s)(?:choice|shuffle|sort|glob)\(.*\)", text):
         return value
     if multirun and len(values := _split(text, refusal)) > 1:

@@ -56,8 +56,7 @@ class AutoEngine(EngineConfig):
             except UserError as error:
                 reason = str(error)
         # Not before the native engine, whose weights are on their way before torch is imported; and not while another
-        # thread imports torch still. Where the GPU that was
-        # asked for is absent, no engine helps: one refusal, not two.
+        # thread imports torch still. Where the GPU that was asked for is absent, no engine helps: one refusal, not two.
         import_torch()
         choose_device(self.device)
         log.warning("engine=auto takes diffusers: %s", reason)

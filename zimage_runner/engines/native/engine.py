@@ -53,16 +53,13 @@ class NativeEngineAdapter(Engine):
         path = weights.path
         self._path, self._staged = path, staged
         self._weights, self._taken = weights, set[str]()
-        try:
-            with self._phase("open"):
-                self.model = open_model(path, options)
-            if encodes:
-                self._load_encoder()
-            # Captions are encoded while the transformer is still on its way.
-            if not staged and not (encodes and weights.is_travelling):
-                self._load_denoiser()
-        except (ValueError, KeyError) as error:
-            raise UserError(f"engine=native cannot run {path}: {error}; use engine=diffusers") from error
+        with self._phase("open"):
+            self.model = open_model(path, options)
+        if encodes:
+            self._load_encoder()
+        # Captions are encoded while the transformer is still on its way.
+        if not staged and not (encodes and weights.is_travelling):
+            self._load_denoiser()
         self.device = options.device
         self.dtype = str(options.dtype).removeprefix("torch.")
         self.attention = self.model.attention.name
@@ -162,8 +159,12 @@ class NativeEngineAdapter(Engine):
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
+        """A part of loading, whenever it comes; its seconds. A checkpoint that does not fit is refused in one line."""
         started = time.perf_counter()
-        yield
+        try:
+            yield
+        except (ValueError, KeyError) as error:
+            raise UserError(f"engine=native cannot run {self._path}: {error}; use engine=diffusers") from error
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         self.load_phases[name] = self.load_phases.get(name, 0.0) + time.perf_counter() - started
