@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -11,6 +12,13 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 NANO = Path(__file__).parent.parent / "zimage_runner" / "assets" / "zimage_nano"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_walks_over_the_libraries() -> None:
+    """Engines that close collect garbage; what earlier modules imported is half a million objects to look through."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
