@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import io
 import os
 from pathlib import Path
 
@@ -25,6 +27,16 @@ def _no_walks_over_the_libraries() -> None:
 def nano() -> Path:
     """The embedded checkpoint."""
     return NANO
+
+
+def command(folder: Path, *argv: str) -> tuple[int, str, str]:
+    """What the fixture ``cli`` does, for fixtures that outlive a test: run one command line in that folder."""
+    from zimage_runner.cli import main
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(argv)
+    return code, out.getvalue(), err.getvalue()
 
 
 @pytest.fixture

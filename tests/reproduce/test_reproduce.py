@@ -10,21 +10,27 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from tests.conftest import command
 from zimage_runner.errors import UserError
 from zimage_runner.outputs.metadata import JSON_KEY, read_metadata
 from zimage_runner.reproduce import main, read_recipe, recipe_config
 
-Cli = Callable[..., tuple[int, str, str]]
 
-
-@pytest.fixture
-def picture(cli: Cli) -> Path:
-    code, out, err = cli(
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Drawn once; no test changes it."""
+    code, out, err = command(
+        tmp_path_factory.mktemp("run"),
         "prompt=a red apple, (8k) ${x} 一只猫", "seeds=7", "sampling.num_inference_steps=2",
         "sampling.guidance_scale=1.5", "sampling.negative_prompt=dog, \"quoted\"", "warmup=none",
     )  # fmt: skip
     assert code == 0, err
     return next(Path(out.strip()).glob("items/*/*/image.png"))
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
 
 
 def rewritten(picture: Path, target: Path, change: Callable[[dict], object], pixels: bool = False) -> Path:

@@ -7,13 +7,14 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.conftest import command
 from zimage_runner.resume.command_line import find_latest
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -28,6 +29,32 @@ def first_run(cli: Cli, *more: str) -> Path:
     code, out, err = cli(*RUN, *more)
     assert code == 0, err
     return run_dir(out)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A run of four pictures. Tests work on copies, and none of them may write into what they were copied from."""
+    code, out, err = command(tmp_path_factory.mktemp("finished"), *RUN)
+    assert code == 0, err
+    run = run_dir(out)
+    before = state(run)
+    yield run
+    assert state(run) == before
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return copied(finished, tmp_path / "outputs" / "default")
+
+
+def copied(run: Path, parent: Path) -> Path:
+    """A copy with the same times, as if the run had been started in that folder."""
+    return Path(shutil.copytree(run, parent / run.name))
+
+
+def state(run: Path) -> dict[str, tuple[int, int]]:
+    stats = {str(path): path.stat() for path in run.rglob("*")}
+    return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
 
 
 def images(run: Path) -> dict[str, bytes]:
@@ -50,8 +77,7 @@ def assert_whole(run: Path, count: int) -> None:
     assert not list(run.rglob("*.tmp"))
 
 
-def test_deleted_and_truncated_pictures_are_drawn_again(cli: Cli) -> None:
-    run = first_run(cli)
+def test_deleted_and_truncated_pictures_are_drawn_again(cli: Cli, run: Path) -> None:
     before, pixels = images(run), pixels_of(run)
     names = list(before)
     (run / names[0]).unlink()
@@ -68,8 +94,7 @@ def test_deleted_and_truncated_pictures_are_drawn_again(cli: Cli) -> None:
     assert (summary["items"]["ok"], summary["items"]["done_before"]) == (2, 2)
 
 
-def test_verify_finds_changed_bytes(cli: Cli) -> None:
-    run = first_run(cli)
+def test_verify_finds_changed_bytes(cli: Cli, run: Path) -> None:
     name, data = next(iter(images(run).items()))
     (run / name).write_bytes(data[:-20] + bytes(20))
     code, _, _ = cli(f"resume={run}")
@@ -81,8 +106,7 @@ def test_verify_finds_changed_bytes(cli: Cli) -> None:
     assert_whole(run, 4)
 
 
-def test_a_torn_ledger_line_is_no_trouble(cli: Cli) -> None:
-    run = first_run(cli)
+def test_a_torn_ledger_line_is_no_trouble(cli: Cli, run: Path) -> None:
     ledger = run / "records.jsonl"
     ledger.write_bytes(ledger.read_bytes()[:-40])
     code, _, err = cli(f"resume={run}")
@@ -90,8 +114,7 @@ def test_a_torn_ledger_line_is_no_trouble(cli: Cli) -> None:
     assert_whole(run, 4)
 
 
-def test_nothing_to_do_loads_no_model(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = first_run(cli)
+def test_nothing_to_do_loads_no_model(cli: Cli, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zimage_runner.session.Session.start", lambda self: pytest.fail("the model was loaded"))
     code, out, err = cli("resume=latest")
     assert code == 0
@@ -112,8 +135,7 @@ def test_the_source_may_be_gone(cli: Cli, tmp_path: Path) -> None:
     assert_whole(run, 3)
 
 
-def test_harmless_settings_may_change(cli: Cli) -> None:
-    run = first_run(cli)
+def test_harmless_settings_may_change(cli: Cli, run: Path) -> None:
     next(run.glob("items/*/*/image.png")).unlink()
     code, _, err = cli(f"resume={run}", "engine.batch_size=2", "output.png_compress_level=9", "output.fsync=never")
     assert code == 0, err
@@ -129,8 +151,7 @@ OTHER_PICTURES = {
 }
 
 
-def test_settings_that_change_pictures_are_refused(cli: Cli) -> None:
-    run = first_run(cli)
+def test_settings_that_change_pictures_are_refused(cli: Cli, run: Path) -> None:
     before = images(run)
     for override, expected in OTHER_PICTURES.items():
         code, _, err = cli(f"resume={run}", override)
@@ -142,9 +163,8 @@ def test_settings_that_change_pictures_are_refused(cli: Cli) -> None:
     assert images(run) == before
 
 
-def test_pictures_of_another_kind_are_refused(cli: Cli) -> None:
+def test_pictures_of_another_kind_are_refused(cli: Cli, run: Path) -> None:
     """The config is the same, but what was drawn says otherwise: another machine, dtype or engine."""
-    run = first_run(cli)
     ledger = run / "records.jsonl"
     lines = [json.loads(line) for line in ledger.read_text().splitlines()]
     for line in lines:
@@ -186,8 +206,7 @@ def test_retry_failed_leaves_missing_items_alone(cli: Cli, monkeypatch: pytest.M
     assert_whole(run, 4)
 
 
-def test_dry_run_of_a_resume_tells_what_is_left(cli: Cli) -> None:
-    run = first_run(cli)
+def test_dry_run_of_a_resume_tells_what_is_left(cli: Cli, run: Path) -> None:
     next(run.glob("items/*/*/image.png")).unlink()
     before = sorted(p for p in run.rglob("*"))
     code, out, err = cli(f"resume={run}", "dry_run=true")
@@ -209,14 +228,22 @@ def test_a_job_of_a_multirun_is_resumed_by_itself(cli: Cli) -> None:
 
 
 class TestWholeMultirun:
-    @pytest.fixture
-    def sweep(self, cli: Cli) -> Path:
-        """Four jobs: untouched, one picture short, never begun, begun but without any picture."""
-        code, out, err = cli("-m", "prompt='a red, apple','一只猫'", "seeds=[1,2],[3,4]", *RUN[2:])
+    @pytest.fixture(scope="class")
+    def finished_sweep(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+        folder = tmp_path_factory.mktemp("finished_sweep")
+        code, out, err = command(folder, "-m", "prompt='a red, apple','一只猫'", "seeds=[1,2],[3,4]", *RUN[2:])
         assert code == 0, err
-        return run_dir(out)
+        sweep = run_dir(out)
+        before = state(sweep)
+        yield sweep
+        assert state(sweep) == before
+
+    @pytest.fixture
+    def sweep(self, finished_sweep: Path, tmp_path: Path) -> Path:
+        return copied(finished_sweep, tmp_path / "outputs" / "multirun" / "default")
 
     def damage(self, sweep: Path) -> None:
+        """Four jobs: untouched, one picture short, never begun, begun but without any picture."""
         next(sweep.glob("1/items/*/seed_3/image.png")).unlink()
         shutil.rmtree(sweep / "2")
         shutil.rmtree(sweep / "3/items")
@@ -350,8 +377,11 @@ def test_bad_requests(cli: Cli, argv: list[str], expected: str) -> None:
 
 
 class TestNeverTwice:
-    def test_pictures_of_earlier_runs_are_linked(self, cli: Cli) -> None:
-        earlier = first_run(cli, "name=earlier")
+    @pytest.fixture
+    def earlier(self, finished: Path, tmp_path: Path) -> Path:
+        return copied(finished, tmp_path / "outputs" / "earlier")
+
+    def test_pictures_of_earlier_runs_are_linked(self, cli: Cli, earlier: Path) -> None:
         more = ["prompts.texts=['a dog','一只猫']", "seeds=[2,3]", "sampling.num_inference_steps=1", "warmup=none"]
         code, out, err = cli(*more, "skip_existing=outputs/earlier", "name=later")
         assert code == 0, err
@@ -364,8 +394,7 @@ class TestNeverTwice:
         record = json.loads((same[1].parent / "record.json").read_text())
         assert record["reused_from"] == str(same[0].parent.absolute())
 
-    def test_damaged_pictures_are_not_spread(self, cli: Cli) -> None:
-        earlier = first_run(cli, "name=earlier")
+    def test_damaged_pictures_are_not_spread(self, cli: Cli, earlier: Path) -> None:
         for picture in earlier.glob("items/*/*/image.png"):
             picture.write_bytes(bytes(picture.stat().st_size))
         code, out, err = cli(*RUN, "skip_existing=outputs/earlier", "name=later")
