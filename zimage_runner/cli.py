@@ -28,6 +28,7 @@ from zimage_runner.composed import (
     remove_if_empty,
     remove_with_name,
 )
+from zimage_runner.config.command_line import command_line_wins, readable
 from zimage_runner.config.free_text import quote_free_text
 from zimage_runner.config.messages import CONFIG_ERRORS, explain, unknown_attribute
 from zimage_runner.config.registry import register
@@ -60,12 +61,14 @@ def main(argv: Sequence[str], take: Callable[[Composed], int] = execute) -> int:
     register_launcher()
     log_to_terminal()
     try:
-        sys.argv = [sys.argv[0], *quote_free_text(resume_command_line(argv))]
+        sys.argv = [sys.argv[0], *quote_free_text(resume_command_line(readable(argv)))]
         with _composed_once(sys.argv[1:]):
             job()
     except UserError as error:
         return refuse(str(error))
-    except CONFIG_ERRORS as error:
+    except (*CONFIG_ERRORS, UnicodeDecodeError) as error:
+        if _exit_codes and isinstance(error, UnicodeDecodeError):
+            raise
         return refuse(explain(error))
     except OSError as error:
         if _exit_codes:
@@ -103,15 +106,16 @@ def job(cfg: DictConfig) -> int:
     directory = Path(HydraConfig.get().runtime.output_dir)
     _exit_codes.append(EXIT_ITEMS_FAILED)  # unless it gets further
     try:
+        command_line_wins(cfg, HydraConfig.get().overrides.task)
         if cfg.resume is not None:
             cfg = restore(cfg, directory, list(HydraConfig.get().overrides.task))
         composed = Composed(config=_validated(cfg), directory=directory, files=composed_files(cfg))
         gc.enable()  # paused while importing and composing, which leave no garbage
         _exit_codes[-1] = _take(composed)
-    except UserError as error:  # here and not in main: Hydra would print a line of its own
-        _exit_codes[-1] = refuse(str(error))
+    except (UserError, *CONFIG_ERRORS) as error:  # here and not in main: Hydra would print a line of its own
+        _exit_codes[-1] = refuse(explain(error))
     finally:
-        remove_if_empty(directory, Path(cfg.output.root))
+        remove_if_empty(directory, Path(str(cfg.output.root)).expanduser())
     return _exit_codes[-1]
 
 

@@ -31,13 +31,14 @@ Every field can be set on the command line, such as sampling.height=512 or seeds
 def help_text(argv: Sequence[str]) -> str:
     """What --help prints; options of a --config-dir on the same command line included."""
     lines = []
-    for group in sorted({path.parent.name for root in _roots(argv) for path in root.glob("*/*.yaml")}):
+    for group in sorted({path.parent.name for root in config_dirs(argv) for path in root.glob("*/*.yaml")}):
         lines.append(f"\n  {group}")
         lines += [f"    {name:<20} {description}".rstrip() for name, description in _options(group, argv)]
     return HEAD + "\n".join(lines).lstrip("\n") + "\n" + TAIL
 
 
-def _roots(argv: Sequence[str]) -> list[Path]:
+def config_dirs(argv: Sequence[str]) -> list[Path]:
+    """``conf/`` and what --config-dir adds to it."""
     roots = [CONFIG_DIR]
     for position, word in enumerate(argv):
         if word.startswith("--config-dir="):
@@ -48,7 +49,7 @@ def _roots(argv: Sequence[str]) -> list[Path]:
 
 
 def _options(group: str, argv: Sequence[str]) -> Iterator[tuple[str, str]]:
-    for path in sorted(path for root in _roots(argv) for path in (root / group).glob("*.yaml")):
+    for path in sorted(path for root in config_dirs(argv) for path in (root / group).glob("*.yaml")):
         comments = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
         described = [line[2:] for line in comments if not line.startswith("# @package")]
         yield path.stem, described[0] if described else ""

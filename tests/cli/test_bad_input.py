@@ -67,6 +67,28 @@ TABLE: list[tuple[list[str], str]] = [
     (["output.root=/proc/nowhere"], "cannot make the run directory .*set output.root"),
     (["output_file=x.png", "seeds=[1,2]"], "output_file='x.png' takes one picture, but this run draws 2"),
     (["prompts.texts=[a]"], "prompt and prompts are both set"),
+    (["--steps", "4"], "--steps: no such option; .* without dashes: sampling.num_inference_steps=4$"),
+    (["--dry-run"], "--dry-run: .* without dashes: dry_run=true$"),
+    (["--resume=latest"], "--resume: .* without dashes: resume=latest$"),
+    (["-p", "a red cat"], "-p: .* without dashes: prompt='a red cat'$"),
+    (["--xyz"], "--xyz: no such option; fields are set as field=value, without dashes: see --help$"),
+    (["--config-dir"], "--config-dir: its value is missing"),
+    (["--config-dir", "nowhere"], "--config-dir: there is no folder .*nowhere: name the one that holds experiment/"),
+    (["--config-name", "cats"], "--config-name cats: leave it out; an experiment is chosen with [+]experiment=cats"),
+    (["sampling.steps=4"], "sampling.steps: no such field; did you mean num_inference_steps[?]$"),
+    (["model=null"], "model=null is no option: choose one of its options"),
+    (["compile=null"], "compile=null is no option: compile=none does without$"),
+    (["quickstart"], "quickstart: write [+]experiment=quickstart$"),
+    (["+exp=quickstart"], "exp: no such field or group, and [+] cannot add one; did you mean [+]experiment[?]"),
+    (["+experiment=quickstart", "+experiment=turbo"], r"chosen twice: write \+experiment=\[one,other\]"),
+    (["my/experiment/cats.yaml"], "an experiment is named, not its file: --config-dir my [+]experiment=cats$"),
+    (["+experiment=my/cats.yaml"], "not its file: .*[+]experiment=cats, the file being FOLDER/experiment/cats.yaml"),
+    (["out=cat.png"], "out: no such field; did you mean output_file[?]$"),
+    (["output=cat.png"], "output=cat.png: write output_file=cat.png for a single picture"),
+    (["prompts=cats.csv"], "prompts=cats.csv: write prompts=csv prompts.path=cats.csv$"),
+    (["output_file=."], "output_file=. is a directory: name the picture, e.g. output_file=picture.png"),
+    (["output_file=new/"], "output_file=new/ is a directory: name the picture"),
+    (["output_file=cat.jpg"], "output_file=cat.jpg: pictures are written as PNG: use output_file=cat.png$"),
 ]
 
 
@@ -119,6 +141,25 @@ def test_typo_in_an_experiment_file_names_the_file(cli: Cli, tmp_path: Path) -> 
             r"prompts.texts\[0\]: {'a': 'b'} is no text: put a prompt that holds a colon in",
         ),
         ("prompt: a cat: big\n", "mine.yaml:2: .*; put text that holds a colon in quotation marks"),
+        ("prompts: {texts: [a, null]}\n", r"mine.yaml: prompts.texts\[1\] is empty: write a text"),
+        ("prompts:\n", "mine.yaml: prompts: there is no value after the colon"),
+        (
+            "model: zimage_turbo\n",
+            "mine.yaml: model: zimage_turbo: .* list of defaults: '- override /model: zimage_turbo'",
+        ),
+        ("engine: fast\n", r"mine.yaml: engine: fast: this is no single value: .* \(.*device"),
+        ("sampling: 4\n", r"mine.yaml: sampling: 4: this is no single value: .* \(.*height, .*width\)$"),
+        ("embedding_cache: here\n", "mine.yaml: embedding_cache: here: this is no single value"),
+        ("- a\n", "mine.yaml: a list stands where field: value is needed: remove the dashes"),
+        ("sampling: [4]\n", r"mine.yaml: sampling: \[4\]: this is no single value"),
+        ("prompt: a ${b}\n", r"prompt: \$\{b\} refers to no field: write \\\$\{"),
+        (
+            "defaults: [override model: zimage_turbo]\n",
+            "mine.yaml: override model: write it with a slash, '- override /m",
+        ),
+        ("defaults: [/model: zimage_turbo]\n", "model is chosen already: write '- override /model: zimage_turbo'"),
+        ("defaults: [override /modle: x]\n", "mine.yaml: modle: no such config group; did you mean model[?]"),
+        ("sampling: {steps: 4}\n", "mine.yaml: sampling.steps: no such field; did you mean num_inference_steps[?]"),
     ],
 )
 def test_slips_in_an_experiment_file(cli: Cli, tmp_path: Path, lines: str, expected: str) -> None:
@@ -128,6 +169,29 @@ def test_slips_in_an_experiment_file(cli: Cli, tmp_path: Path, lines: str, expec
     assert_refused(*cli("--config-dir", "my_conf", "+experiment=mine"), expected)
     (folder / "mine.yaml").write_text("name: cats\n")
     assert_refused(*cli("--config-dir", "my_conf", "+experiment=mine", "prompt=a"), "first line has to be '# @package")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"defaults: [override /model: zimage_turbo]\n", "mine.yaml: the file's first line has to be '# @package"),
+        (b"\xef\xbb\xbf# @package _global_\nname: a\n", "mine.yaml:1: starts with a byte order mark: save the file as"),
+        (
+            "# @package _global_\nprompt: café\n".encode("latin-1"),
+            "mine.yaml:2: byte 0xe9 is not UTF-8: save the file as",
+        ),
+        (b"", "mine.yaml: the file's first line has to be"),
+    ],
+)
+def test_files_that_are_no_experiments(cli: Cli, tmp_path: Path, content: bytes, expected: str) -> None:
+    folder = tmp_path / "my_conf" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_bytes(content)
+    assert_refused(*cli("--config-dir", "my_conf", "+experiment=mine", "prompt=a"), expected)
+    assert_refused(
+        *cli("--config-dir", "my_conf/experiment", "+experiment=mine", "prompt=a"), "takes the folder above it"
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["my_conf"]
 
 
 @pytest.mark.parametrize(

@@ -67,8 +67,8 @@ def _quote(arg: str, multirun: bool) -> str:
 
 
 def _is_foreign(value: str) -> bool:
-    """True for plain words with a letter that Hydra's grammar has not, such as a folder's Chinese name."""
-    return not value.isascii() and re.fullmatch(r"[^\[\]{}()\"'$\\=]+", value) is not None
+    """True for plain words with a sign that Hydra's grammar has not, such as a folder's Chinese name, or ``~/x``."""
+    return (not value.isascii() or value.startswith("~/")) and re.fullmatch(r"[^\[\]{}()\"'$\\=]+", value) is not None
 
 
 def _is_open(key: str) -> bool:

@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import re
+from pathlib import PurePath
 
 from hydra.errors import ConfigCompositionException, HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
+from zimage_runner.config.fields import closest, field_names, groups_with, known_fields, option_of, options_with
+from zimage_runner.config.file_mistakes import (
+    experiment_file,
+    explain_bytes,
+    explain_file,
+    file_of,
+    misplaced,
+    missing_package,
+)
 from zimage_runner.errors import UserError
+from zimage_runner.help import CONFIG_DIR
 
 CONFIG_ERRORS = (HydraException, ConfigCompositionException, OmegaConfBaseException, YAMLError)
 
 YAML_HINTS = {
     "'\\t'": "indent with blanks instead of tabs",
-    "mapping values": "put text that holds a colon in quotation marks",
+    "mapping values": "put text that holds a colon in quotation marks, and indent neighbours alike",
 }
+SUFFIXES = {
+    ".txt": "text_file",
+    ".jsonl": "jsonl",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+}
+"""Which option of ``prompts`` reads a file of this kind."""
 
 
 def explain(error: BaseException) -> str:
     """One line for a composition error; the cause's text is used where Hydra wraps it."""
+    if isinstance(error, UnicodeDecodeError):
+        return explain_bytes(error)
     chain = _chain(error)
     ours = next((e for e in chain if isinstance(e, UserError)), None)
     if ours is not None:
@@ -34,10 +54,12 @@ def explain(error: BaseException) -> str:
     texts = [str(e) for e in chain]
     text = "\n".join(texts)
     return (
-        _no_assignment(text)
+        _experiment_file(chain)
+        or _no_assignment(text)
         or _bad_value(chain)
         or _sweep_without_multirun(text)
         or _not_a_list(text)
+        or explain_file(text)
         or _unknown_option(text)
         or _unknown_field(text)
         or _wrong_type(text)
@@ -53,7 +75,11 @@ def unknown_attribute(error: AttributeError) -> str:
     if match is None:
         raise error  # a mistake of ours
     options = {option.__name__: option for group in SCHEMAS.values() for option in group.values()}
-    fields = _field_names(options[match["type"]]) if match["type"] in options else []
+    fields = field_names(options[match["type"]]) if match["type"] in options else []
+    if match["type"] == "RunConfig":
+        close = closest(match["field"], "")
+        hint = f"; did you mean {'+' if close == 'experiment' else ''}{close}?" if close else "; see --help"
+        return f"{match['field']}: no such field or group, and + cannot add one{hint}"
     close = difflib.get_close_matches(match["field"], fields, 1)
     hint = f"; did you mean {close[0]}?" if close else (f"; fields there: {', '.join(fields)}" if fields else "")
     return f"{match['field']}: no such field of {match['type']}, and + cannot add one{hint}"
@@ -68,6 +94,11 @@ def _chain(error: BaseException) -> list[BaseException]:
     return chain
 
 
+def _experiment_file(chain: list[BaseException]) -> str | None:
+    error = next((e for e in chain if isinstance(e, OverrideParseException)), None)
+    return None if error is None else experiment_file(error.override)
+
+
 def _no_assignment(text: str) -> str | None:
     """A word without an equals sign, such as ``dry_run`` for ``dry_run=true``."""
     match = re.search(r"Error parsing override '(?P<word>.*)'\s+missing EQUAL at", text, re.S)
@@ -75,7 +106,9 @@ def _no_assignment(text: str) -> str | None:
     if match is None:
         return None
     word = match["word"]
-    known = [*_known_fields(""), *_known_fields(word.rpartition(".")[0])]
+    if (CONFIG_DIR / "experiment" / f"{word.lstrip('+')}.yaml").is_file():
+        return f"{word}: write +experiment={word.lstrip('+')}"
+    known = [*known_fields(""), *known_fields(word.rpartition(".")[0])]
     if word.rpartition(".")[2] in known:
         return f"{word}: write field=value, here {word}=..."
     close = difflib.get_close_matches(word, known, 1)
@@ -111,7 +144,7 @@ def _not_a_list(text: str) -> str | None:
     if "is not a ListConfig, list or tuple" not in text:
         return None
     field = re.search(r"full_key: (\S+)", text)
-    name = field[1] if field else "a field such as prompts.texts"
+    name = f"{file_of(text)}{field[1] if field else 'a field such as prompts.texts'}"
     return f"{name} takes a list: write [one, two], also for a single entry, and quote text that holds a comma or colon"
 
 
@@ -122,11 +155,18 @@ def _unknown_option(text: str) -> str | None:
     group, _, option = match["option"].rpartition("/")
     listed = re.findall(r"\t([^\n]+)", match["rest"].partition("Available options in")[2])
     options = [line for line in listed if "=" not in line]  # the search path follows, as provider=..., path=...
+    named, _, file = match["option"].partition("/")
+    if named == "experiment" and (told := experiment_file(f"+experiment={file}")):
+        return told
     if not group or not options:
         return f"{option or match['option']}: no such config group or file; --help lists the groups"
     close = difflib.get_close_matches(option, options, 1)
     hint = f"did you mean {group}={close[0]}? " if close else ""
-    return f"{group}={option}: no such option; {hint}available: {', '.join(options)}"
+    if group == "prompts" and (kind := SUFFIXES.get(PurePath(option).suffix.lower())):
+        return f"{group}={option}: write prompts={kind} prompts.path={option}"
+    if group == "output" and PurePath(option).suffix:
+        return f"{group}={option}: write output_file={option} for a single picture, or output.root=FOLDER"
+    return f"{group}={option}: no such option; {hint}available: {', '.join(options)}{misplaced(match['option'])}"
 
 
 def _unknown_field(text: str) -> str | None:
@@ -135,20 +175,19 @@ def _unknown_field(text: str) -> str | None:
         return None
     full_key = re.search(r"full_key: (\S+)", text)
     full = full_key[1] if full_key else match["key"]
-    source = re.search(r"In '([^']+)': ", text)
-    where = f"{source[1]}.yaml: " if source else ""
+    where = file_of(text)
     parent = full.rpartition(".")[0]
-    options = _options_with(parent, match["key"])
+    options = options_with(parent, match["key"])
     if options:
-        chosen = _option_of(parent, match["type"])
+        chosen = option_of(parent, match["type"])
         return f"{where}{full}: not a field of {chosen}, only of {', '.join(options)}: choose that or leave it out"
     if full == "experiment" and where:
-        return f"{where}the file's first line has to be '# @package _global_'"
-    known = _known_fields(parent)
-    if not parent and (groups := _groups_with(match["key"])):
+        return missing_package(text)
+    known = known_fields(parent)
+    if not parent and (groups := groups_with(match["key"])):
         return f"{where}{full}: no such field; did you mean {' or '.join(groups)}?"
-    close = difflib.get_close_matches(match["key"], known, 1)
-    hint = f"; did you mean {close[0]}?" if close else (f"; fields here: {', '.join(known)}" if known else "")
+    close = closest(match["key"], parent)
+    hint = f"; did you mean {close}?" if close else (f"; fields here: {', '.join(known)}" if known else "")
     return f"{where}{full}: no such field{hint}"
 
 
@@ -160,49 +199,8 @@ def _wrong_type(text: str) -> str | None:
         match = re.search(r"Invalid value '(?P<value>.*?)', (?P<problem>expected one of .*)", text)
     if not match or not full_key:
         return None
-    source = re.search(r"In '([^']+)': ", text)
-    where = f"{source[1]}.yaml: " if source else ""
+    where = file_of(text)
     return f"{where}{full_key[1]}={match['value']}: {match['problem'].strip()}"
-
-
-def _known_fields(parent: str) -> list[str]:
-    """Field names of the node at ``parent``: of every option that can stand there."""
-    from zimage_runner.config.registry import SCHEMAS
-    from zimage_runner.config.schema import RunConfig
-
-    if not parent:
-        return [f.name for f in dataclasses.fields(RunConfig)] + ["experiment"]
-    options = SCHEMAS.get(parent, {}).values()
-    return sorted({name for option in options for name in _field_names(option)})
-
-
-def _options_with(group: str, field: str) -> list[str]:
-    """The options of a config group that have this field."""
-    from zimage_runner.config.registry import SCHEMAS
-
-    options = SCHEMAS.get(group, {})
-    return [f"{group}={name}" for name, option in options.items() if field in _field_names(option)]
-
-
-def _groups_with(field: str) -> list[str]:
-    """The fields of this name within groups: ``width`` is ``sampling.width``; what others call steps is found too."""
-    from zimage_runner.config.registry import SCHEMAS
-
-    field = {"steps": "num_inference_steps", "cfg": "guidance_scale"}.get(field, field)
-    groups = (group for group, options in SCHEMAS.items() if any(field in _field_names(o) for o in options.values()))
-    return [f"{group}.{field}" for group in groups]
-
-
-def _option_of(group: str, type_name: str | None) -> str:
-    """The option that stands in a config group, by the name of its dataclass."""
-    from zimage_runner.config.registry import SCHEMAS
-
-    names = [name for name, option in SCHEMAS.get(group, {}).items() if option.__name__ == type_name]
-    return f"{group}={names[0]}" if names else f"the {group} chosen"
-
-
-def _field_names(option: type) -> list[str]:
-    return [f.name for f in dataclasses.fields(option)]
 
 
 def _one_line(text: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
@@ -20,6 +22,9 @@ from zimage_runner.prompts.base import PromptSource
 from zimage_runner.resume.progress import Retry
 from zimage_runner.sampling import Sampling
 from zimage_runner.warmup import Warmup
+
+OTHER_PICTURES = (".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jxl")
+"""Names that would lie about what is in the file."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -64,6 +69,9 @@ class RunConfig:
         folder_name(self.name)
         if self.prompt is not None and not self.prompt.strip():
             raise UserError("prompt='' is empty: write prompt='what the picture should show'")
+        if self.output_file is not None:
+            self.output_file = picture_file(self.output_file)
+        self.output.root = os.path.expanduser(self.output.root)
         check_batch_size(self.engine)
         if self.resume is None and (self.verify or self.retry is not Retry.unfinished):
             field = "verify=true" if self.verify else f"retry={self.retry.name}"
@@ -75,6 +83,18 @@ def folder_name(name: str) -> str:
     if not name or name.startswith(".") or not all(c.isalnum() or c in "._-" for c in name):
         raise UserError(f"name={name!r} is not a folder name: use letters, digits, '.', '-' and '_'")
     return name
+
+
+def picture_file(name: str) -> str:
+    """``output_file`` with ``~`` expanded, if a PNG can have that name."""
+    path = Path(name).expanduser()
+    if not name.strip():
+        raise UserError("output_file='' is empty: name the picture, e.g. output_file=cat.png")
+    if path.is_dir() or name.endswith(("/", os.sep)):
+        raise UserError(f"output_file={name} is a directory: name the picture, e.g. output_file={path / 'picture.png'}")
+    if path.suffix.lower() in OTHER_PICTURES:
+        raise UserError(f"output_file={name}: pictures are written as PNG: use output_file={path.with_suffix('.png')}")
+    return str(path)
 
 
 def check_batch_size(engine: EngineConfig) -> None:

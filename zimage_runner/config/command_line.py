@@ -1,0 +1,95 @@
+"""The words of a command line before Hydra reads them: where options may stand, and what is typed instead of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from omegaconf import DictConfig
+
+from zimage_runner.config.fields import closest, groups_with, known_fields
+from zimage_runner.errors import UserError
+
+SWITCHES = ("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m")
+SWITCHES = (*SWITCHES, "--shell-completion", "-sc")
+WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
+WITH_VALUE = (*WITH_VALUE, "--experimental-rerun")
+INFO = ("--info", "-i")
+INFO_KINDS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+"""Hydra's options; the last takes a value or none."""
+PROMPT_SOURCES = ("prompts", "prompts.texts", "prompts.path", "prompts.glob")
+
+
+def readable(argv: Sequence[str]) -> list[str]:
+    """``argv`` with its options first, as Hydra's parser needs them, and ``experiment=NAME`` with its plus sign.
+
+    Raises UserError for words of other command lines: ``--prompt "a cat"``, ``model=null``.
+    """
+    options: list[str] = []
+    overrides: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if not word.startswith("-") or word == "-":
+            overrides.append(_override(word))
+        else:
+            options += _option(word, words, argv)
+    return [*options, *overrides]
+
+
+def command_line_wins(config: DictConfig, overrides: Sequence[str]) -> None:
+    """``prompt=TEXT`` on the command line stands for an experiment's texts, and prompts there for its ``prompt``."""
+    given = {override.partition("=")[0].lstrip("+") for override in overrides}
+    prompts_given = not given.isdisjoint(PROMPT_SOURCES)
+    if "prompt" in given and not prompts_given and config.prompts.get("texts"):
+        config.prompts.texts = []
+    if prompts_given and "prompt" not in given:
+        config.prompt = None
+
+
+def _option(word: str, words: Iterator[str], argv: Sequence[str]) -> list[str]:
+    name, equals, value = word.partition("=")
+    known = [option for option in (*SWITCHES, *WITH_VALUE, *INFO) if name == option]
+    if not known and name.startswith("--"):
+        known = [option for option in (*SWITCHES, *WITH_VALUE, *INFO) if option.startswith(name)]
+    if name == "-p" and not any(other.startswith(("--cfg", "-c=")) or other == "-c" for other in argv):
+        known = []  # it would choose a part of --cfg's output
+    if not known:
+        raise UserError(_no_such_option(name, value if equals else next(words, "")))
+    if equals or known[0] in SWITCHES:
+        return [word]
+    if known[0] in INFO:
+        return [_with_kind(word, words, argv)]
+    following = next(words, None)
+    if following is None:
+        raise UserError(f"{word}: its value is missing: write it after a space")
+    return [word, following]
+
+
+def _with_kind(word: str, words: Iterator[str], argv: Sequence[str]) -> str:
+    """``--info`` with what follows it, if that is a kind of information."""
+    following = argv[list(argv).index(word) + 1 :][:1]
+    return f"--info={next(words)}" if following and following[0] in INFO_KINDS else word
+
+
+def _no_such_option(name: str, value: str) -> str:
+    word = name.lstrip("-").replace("-", "_")
+    field = word if word in known_fields("") else next(iter(groups_with(word)), None) or closest(word, "")
+    if field is None:
+        return f"{name}: no such option; fields are set as field=value, without dashes: see --help"
+    plus = "+" if field == "experiment" else ""
+    unknown = not value or value.startswith(("-", "+")) or "=" in value
+    shown = "true" if field in ("dry_run", "verify") else "..." if unknown else value
+    shown = shown if re.fullmatch(r"[\w.,/+-]+", shown) else f"'{shown}'"
+    return f"{name}: no such option; fields are set as field=value, without dashes: {plus}{field}={shown}"
+
+
+def _override(word: str) -> str:
+    from zimage_runner.config.registry import SCHEMAS
+
+    name, _, value = word.partition("=")
+    if name in SCHEMAS and value in ("null", "~"):
+        without = (
+            f": {name}=none does without" if "none" in SCHEMAS[name] else ": choose one of its options, see --help"
+        )
+        raise UserError(f"{word} is no option{without}")
+    return f"+{word}" if name == "experiment" else word

@@ -1,0 +1,101 @@
+"""What fields and options there are, for messages: looked up in the registered schemas, imported when first asked."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+
+ALIASES = {
+    "steps": "num_inference_steps",
+    "num_steps": "num_inference_steps",
+    "inference_steps": "num_inference_steps",
+    "cfg": "guidance_scale",
+    "cfg_scale": "guidance_scale",
+    "guidance": "guidance_scale",
+    "negative": "negative_prompt",
+    "neg_prompt": "negative_prompt",
+    "w": "width",
+    "h": "height",
+    "file": "path",
+    "filename": "path",
+    "outdir": "root",
+    "output_dir": "root",
+}
+"""What other tools call them."""
+TOP_ALIASES = {
+    "o": "output_file",
+    "out": "output_file",
+    "output_path": "output_file",
+    "p": "prompt",
+    "text": "prompt",
+    "experiments": "experiment",
+    "exp": "experiment",
+}
+
+
+def known_fields(parent: str) -> list[str]:
+    """Field names of the node at ``parent``: of every option that can stand there."""
+    from zimage_runner.config.registry import SCHEMAS
+    from zimage_runner.config.schema import RunConfig
+
+    if not parent:
+        return [f.name for f in dataclasses.fields(RunConfig)] + ["experiment"]
+    options = SCHEMAS.get(parent, {}).values()
+    return sorted({name for option in options for name in field_names(option)})
+
+
+def field_names(option: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(option)]
+
+
+def closest(name: str, parent: str) -> str | None:
+    """The field of ``parent`` that ``name`` was probably meant to be."""
+    known = known_fields(parent)
+    meant = (ALIASES if parent else TOP_ALIASES).get(name)
+    if meant in known:
+        return meant
+    return next(iter(difflib.get_close_matches(name, known, 1)), None)
+
+
+def options_with(group: str, field: str) -> list[str]:
+    """The options of a config group that have this field."""
+    from zimage_runner.config.registry import SCHEMAS
+
+    options = SCHEMAS.get(group, {})
+    return [f"{group}={name}" for name, option in options.items() if field in field_names(option)]
+
+
+def groups_with(field: str) -> list[str]:
+    """The fields of this name within groups: ``width`` is ``sampling.width``; what others call steps is found too."""
+    from zimage_runner.config.registry import SCHEMAS
+
+    field = ALIASES.get(field, field)
+    groups = (group for group, options in SCHEMAS.items() if any(field in field_names(o) for o in options.values()))
+    return [f"{group}.{field}" for group in groups]
+
+
+def option_of(group: str, type_name: str | None) -> str:
+    """The option that stands in a config group, by the name of its dataclass."""
+    from zimage_runner.config.registry import SCHEMAS
+
+    names = [name for name, option in SCHEMAS.get(group, {}).items() if option.__name__ == type_name]
+    return f"{group}={names[0]}" if names else f"the {group} chosen"
+
+
+def field_of_type(type_name: str) -> str | None:
+    """The one field or group, at any depth, whose value is of this dataclass or its abstract class."""
+    from zimage_runner.config.registry import SCHEMAS
+    from zimage_runner.config.schema import RunConfig
+
+    for group, options in SCHEMAS.items():
+        if any(type_name in (parent.__name__ for parent in option.__mro__) for option in options.values()):
+            return group
+    nested = [(None, RunConfig), *((group, option) for group, all_ in SCHEMAS.items() for option in all_.values())]
+    for group, option in nested:
+        for name, hint in typing.get_type_hints(option).items():
+            kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+            if any(getattr(kind, "__name__", None) == type_name for kind in kinds):
+                return name if group is None else f"{group}.{name}"
+    return None
