@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -107,15 +108,54 @@ def python(code: str, *argv: str, **environment: str) -> str:
     return done.stdout
 
 
+FORKS = """
+import os
+for line in sys.stdin:
+    if (child := os.fork()) == 0:
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+else:
+    sys.exit()
+code, out = line.split()
+fd = os.open(out, os.O_WRONLY | os.O_CREAT)
+os.dup2(fd, 1)
+os.dup2(fd, 2)
+exec(compile(open(code).read(), code, "exec"))
+"""
+
+
+@pytest.fixture(scope="module")
+def lean(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], str]]:
+    """Run code in a process of its own, right after the lean import; its stdout. Forks of one that did nothing else."""
+    folder = tmp_path_factory.mktemp("lean")
+    code, out = folder / "code.py", folder / "out"
+    with subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", LEAN + FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        stdin, stdout = process.stdin, process.stdout
+        assert stdin is not None
+        assert stdout is not None
+
+        def run(text: str) -> str:
+            code.write_text(text)
+            out.unlink(missing_ok=True)
+            stdin.write(f"{code} {out}\n")
+            stdin.flush()
+            assert stdout.readline() == "0\n", out.read_text()
+            return out.read_text()
+
+        yield run
+        stdin.close()
+
+
 @pytest.mark.parametrize("touch", TOUCHES)
-def test_one_touch_makes_it_a_plain_import(touch):
-    python(f"{LEAN}\n{TOUCHES[touch]}\ncomplete()")
+def test_one_touch_makes_it_a_plain_import(touch, lean):
+    lean(f"{TOUCHES[touch]}\ncomplete()")
 
 
-def test_until_then_nothing_stands_in_where_an_import_would_find_it():
-    python(
-        LEAN
-        + """
+def test_until_then_nothing_stands_in_where_an_import_would_find_it(lean):
+    lean(
+        """
 assert not [name for name, module in sys.modules.items() if isinstance(module, StandIn)]
 assert not bound(lambda value: value is LATER)
 assert not [name for name in (*DEFERRED, *NEEDS_ALL) if name in sys.modules]
@@ -123,12 +163,10 @@ assert not [name for name in (*DEFERRED, *NEEDS_ALL) if name in sys.modules]
     )
 
 
-def test_afterwards_the_same_modules_as_after_a_plain_import():
+def test_afterwards_the_same_modules_as_after_a_plain_import(lean):
     names = "print(sorted(n for n in sys.modules if n.partition('.')[0] in ('torch', 'torchgen', 'unittest')))"
     public = "print(sorted(n for n in vars(torch) if not n.startswith('__')))"
-    lean = python(f"{LEAN}\ntorch.export\n{names}\n{public}")
-    plain = python(f"import sys, torch\n{names}\n{public}")
-    assert lean == plain
+    assert lean(f"torch.export\n{names}\n{public}") == python(f"import sys, torch\n{names}\n{public}")
 
 
 RUN = """
@@ -141,14 +179,15 @@ sys.exit(code)
 """
 
 
-@pytest.mark.parametrize("engine", ["auto", "native"])
-def test_a_native_run_touches_none_of_it_and_draws_the_same(engine, tmp_path: Path):
-    options = ["model=zimage_nano", f"engine={engine}", "prompt=a fox", f"output.root={tmp_path / 'out'}"]
-    lean = python(RUN, *options, f"output_file={tmp_path / 'lean.png'}")
-    assert lean.splitlines()[-1] == "present: []"
+def test_a_native_run_touches_none_of_it_and_draws_the_same(tmp_path: Path):
+    options = ["model=zimage_nano", "prompt=a fox", f"output.root={tmp_path / 'out'}"]
     plain = python(RUN, *options, f"output_file={tmp_path / 'plain.png'}", **{PLAIN_IMPORT: "1"})
     assert "torch._meta_registrations" in plain.splitlines()[-1]
-    assert pixels(tmp_path / "lean.png") == pixels(tmp_path / "plain.png")
+    for engine in ("auto", "native"):
+        picture = tmp_path / f"{engine}.png"
+        out = python(RUN, *options, f"engine={engine}", f"output_file={picture}")
+        assert out.splitlines()[-1] == "present: []"
+        assert pixels(picture) == pixels(tmp_path / "plain.png")
 
 
 def pixels(path: Path) -> bytes:
@@ -209,7 +248,14 @@ def test_other_packages_modules_come_alone(tmp_path: Path):
 assert [name for name in ALONE if name in sys.modules] == []
 import unittest, torch.cuda
 assert not hasattr(unittest, "mock")
-{use}
+import os
+for use in ("import unittest.mock, pynvml", "from unittest import mock"):
+    if (child := os.fork()) == 0:
+        break
+    assert os.waitpid(child, 0)[1] == 0
+else:
+    sys.exit()
+exec(use)
 assert unittest.mock.patch is sys.modules["unittest.mock"].patch
 assert torch._guards.unittest.mock.patch is unittest.mock.patch
 assert torch.cuda.pynvml.nvmlInit() == "real"
@@ -220,8 +266,7 @@ assert torch.cuda.pynvml is sys.modules["pynvml"]
 """
     )
     paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    for use in ("import unittest.mock, pynvml", "from unittest import mock"):
-        python(code.replace("{use}", use).replace("import DEFERRED", "import ALONE, DEFERRED"), PYTHONPATH=paths)
+    python(code.replace("import DEFERRED", "import ALONE, DEFERRED"), PYTHONPATH=paths)
 
 
 @pytest.mark.parametrize("moment", ["torch.torch_version", "torch.cuda.memory", "torch.hub", "torch._lobpcg"])
