@@ -47,6 +47,11 @@ def _run(argv: list[str]) -> int:
 
         print(help_text(argv), end="")
         return 0
+    if "--version" in argv:
+        from zimage_runner import __version__
+
+        print(f"zimage_runner {__version__}")
+        return 0
     gc.disable()  # the command line's imports leave no garbage; a job switches it on again
     from zimage_runner import head_start
     from zimage_runner.bytecode import keep_bytecode

@@ -22,14 +22,28 @@ Config groups, as group=option (experiments as +experiment=NAME):
 """
 TAIL = """
 Every field can be set on the command line, such as sampling.height=512 or seeds="0-9".
-  The composed config:   --cfg job             The plan, drawing nothing:  dry_run=true
-  Your own experiments:  --config-dir my_conf +experiment=mine
-  Hydra's own options:   --hydra-help
+  The fields of a group:   --help prompts          (or --help prompts=csv)
+  Fields of the run:       --help run              (prompt, seeds, output_file, resume, dry_run ...)
+  The composed config:     --cfg job
+  The plan, no drawing:    dry_run=true
+  Your own experiments:    --config-dir my_conf +experiment=mine
+  Finish a run:            resume=latest           (or resume=RUN_DIRECTORY)
+  Draw a picture again:    python -m zimage_runner.reproduce IMAGE.png
+  Hydra's own options:     --hydra-help
 """
 
 
 def help_text(argv: Sequence[str]) -> str:
-    """What --help prints; options of a --config-dir on the same command line included."""
+    """What --help prints; options of a --config-dir on the same command line included.
+
+    With the name of a group beside it: that group's fields, for which the schemas (and with them Hydra) are imported.
+    """
+    words = [word for word in argv if word.partition("=")[0].isidentifier()]
+    if words:
+        from zimage_runner.help_fields import fields_text, is_group
+
+        if groups := [word for word in words if is_group(word)]:
+            return fields_text(groups) + "\n"
     lines = []
     for group in sorted({path.parent.name for root in config_dirs(argv) for path in root.glob("*/*.yaml")}):
         lines.append(f"\n  {group}")

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from zimage_runner import __version__
+from zimage_runner.__main__ import _run
+from zimage_runner.config.registry import SCHEMAS
+from zimage_runner.config.schema import RunConfig
 from zimage_runner.help import CONFIG_DIR, help_text
+from zimage_runner.help_fields import RUN
 
 
 def test_every_option_is_listed_and_described() -> None:
@@ -21,6 +30,34 @@ def test_options_of_a_config_dir_are_listed(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\n# My cats.\n")
     assert "My cats." in help_text(["--config-dir", str(tmp_path), "--help"])
+
+
+@pytest.mark.parametrize("word", [*SCHEMAS, RUN, *(f"{g}={name}" for g, all_ in SCHEMAS.items() for name in all_)])
+def test_a_groups_fields_are_told_with_default_and_meaning(word: str) -> None:
+    group, _, option = word.partition("=")
+    chosen = [RunConfig] if group == RUN else [s for name, s in SCHEMAS[group].items() if option in ("", name)]
+    lines = help_text(["--help", word]).splitlines()
+    for schema in chosen:
+        for field in dataclasses.fields(schema):
+            if field.name in SCHEMAS:
+                continue
+            name = field.name if group == RUN else f"{group}.{field.name}"
+            told = [n for n, line in enumerate(lines) if re.match(rf"  {re.escape(name)}[=.:]", line)]
+            assert told, name
+            if "(" not in lines[told[0]] and name != "model.name" and f"{name}." not in lines[told[0]]:
+                assert ": " in lines[told[0]] or lines[told[0] + 1].startswith("      "), name
+
+
+def test_defaults_are_shown_as_one_types_them() -> None:
+    text = help_text(["--help", "output=default", "run"])
+    for line in ("output.fsync=item    (never, run, item)", "output.metadata=true", "  prompt=null", "  seeds=42"):
+        assert line in text
+    assert help_text(["--help", "nosuch"]) == help_text(["--help"])
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(["--version"]) == 0
+    assert capsys.readouterr().out == f"zimage_runner {__version__}\n"
 
 
 def test_help_imports_nothing_heavy() -> None:

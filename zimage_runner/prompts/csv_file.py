@@ -22,6 +22,7 @@ class Csv(TableSource):
     """``prompts=csv prompts.path=FILE``: the first line names the columns; empty cells mean "not set"."""
 
     path: str | None = None
+    """The file; relative to where the program is started."""
     delimiter: str | None = None
     """One character; null is a tab for .tsv and .tab files, else a comma."""
     quotes: bool | None = None

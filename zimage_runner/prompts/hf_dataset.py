@@ -22,6 +22,7 @@ class HfDataset(TableSource):
     """``prompts=hf_dataset prompts.path=DIR``: what ``dataset.save_to_disk(DIR)`` wrote."""
 
     path: str | None = None
+    """The folder; relative to where the program is started."""
     split: str | None = None
     """Which split of a DatasetDict; null when there is only one."""
 

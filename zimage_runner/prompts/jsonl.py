@@ -18,6 +18,7 @@ class Jsonl(TableSource):
     """``prompts=jsonl prompts.path=FILE``: lines such as {"text": "a cat", "id": "c1", "width": 768, "seeds": [1]}."""
 
     path: str | None = None
+    """The file; relative to where the program is started."""
 
     def read(self) -> Iterator[Prompt]:
         file = input_path(self.path, "jsonl")

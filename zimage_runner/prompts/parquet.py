@@ -19,6 +19,7 @@ class Parquet(TableSource):
     """``prompts=parquet prompts.path=FILE``; rows are numbered from 1 in messages."""
 
     path: str | None = None
+    """The file; relative to where the program is started."""
 
     def read(self) -> Iterator[Prompt]:
         file = input_path(self.path, "parquet")

@@ -38,6 +38,7 @@ class Template:
     fill: dict[str, Any] = field(default_factory=dict)
     """Blank to values: {subject: [cat, dog], style: styles.txt}; a string names a text file with a value a line."""
     combine: Combine = Combine.product
+    """Several blanks: every combination, first with first, or ``count`` combinations at random."""
     count: int = 1
     """How many prompts ``combine=random`` makes of each."""
     seed: int = 0

@@ -15,6 +15,7 @@ class TextFile(PromptSource):
     """``prompts=text_file prompts.path=FILE``: UTF-8; blank lines and lines starting with # are skipped."""
 
     path: str | None = None
+    """The file; relative to where the program is started."""
     flags: bool = True
     """Read ``--w --h --s --d --n --g`` at the end of a line; false keeps every line as it is."""
 

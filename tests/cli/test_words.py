@@ -1,0 +1,84 @@
+"""Words of a command line in any order, and what the command line says against an experiment file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zimage_runner.config.command_line import readable
+from zimage_runner.errors import UserError
+
+OVERRIDES = ["seeds=[1,2]", "prompt=-m", "+sampling.width=128", "~x", "a=--b", "hydra.mode=RUN"]
+OPTIONS = [["-m"], ["--multirun"], ["--config-dir", "my conf"], ["--cfg=job"], ["--info"], ["-i", "defaults"], ["-r"]]
+
+
+@given(st.lists(st.sampled_from([*([word] for word in OVERRIDES), *OPTIONS])))
+def test_options_may_stand_anywhere(parts: list[list[str]]) -> None:
+    words = readable([word for part in parts for word in part])
+    options = [part for part in parts if part in OPTIONS]
+    joined = [[f"--info={part[1]}"] if part[0] == "-i" and len(part) == 2 else part for part in options]
+    overrides = [part for part in parts if part not in OPTIONS]
+    assert words == [word for part in (*joined, *overrides) for word in part]
+
+
+@given(st.lists(st.text(max_size=12)))
+def test_any_words_are_kept_or_refused(words: list[str]) -> None:
+    try:
+        kept = readable(words)
+    except UserError:
+        return
+    assert {word for word in words if not word.startswith(("-", "experiment="))} <= set(kept)
+
+
+def test_an_option_after_the_overrides(cli, tmp_path: Path) -> None:
+    folder = tmp_path / "my_conf" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text("# @package _global_\nprompt: a fox\n")
+    code, out, err = cli("dry_run=true", "--config-dir", "my_conf", "experiment=mine", "-m", "seeds=[1,2],[3]")
+    assert (code, err) == (0, "")
+    assert out.count("pictures of 1 prompts") == 2
+
+
+@pytest.mark.parametrize(
+    ("yaml", "argv", "pictures"),
+    [
+        ("prompts: {texts: [a, b, c]}", ["prompt=a dog"], 1),
+        ("prompts: {texts: [a, b, c]}", ["prompts.texts=[x,y]"], 2),
+        ("prompt: a fox", ["prompts.texts=[x,y]"], 2),
+        ("prompt: a fox", ["prompts=emoji", "prompts.limit=4"], 4),
+        ("prompt: a {x} fox", ["prompts.template.fill={x:[red,blue]}"], 2),
+        ("prompts: {texts: [a], template: {fill: {x: [red, blue]}}}", ["prompt=a {x} dog"], 2),
+    ],
+)
+def test_the_command_lines_prompt_stands_for_the_experiments(
+    cli, tmp_path: Path, yaml: str, argv: list[str], pictures: int
+) -> None:
+    folder = tmp_path / "my_conf" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text(f"# @package _global_\n{yaml}\n")
+    code, out, err = cli("--config-dir", "my_conf", "+experiment=mine", "dry_run=true", *argv)
+    assert (code, err) == (0, "")
+    assert f"{pictures} pictures of {pictures} prompts" in out
+
+
+def test_an_experiments_own_contradiction_is_refused(cli, tmp_path: Path) -> None:
+    folder = tmp_path / "my_conf" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text("# @package _global_\nprompt: a fox\nprompts: {texts: [a]}\n")
+    code, _, err = cli("--config-dir", "my_conf", "+experiment=mine", "dry_run=true")
+    assert code == 2
+    assert "prompt and prompts are both set" in err
+
+
+def test_a_home_directory_is_found(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    code, out, err = cli(
+        "prompt=a fox", "output.root=~/runs", "output_file=~/fox.png", "sampling.num_inference_steps=1"
+    )
+    assert code == 0, err
+    assert Path(out.strip()).is_relative_to(tmp_path / "home" / "runs")
+    assert (tmp_path / "home" / "fox.png").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
