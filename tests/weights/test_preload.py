@@ -17,12 +17,17 @@ from zimage_runner.weights.preload import Preload
 pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc for the fake driver")
 
 
-@pytest.fixture
-def driver(tmp_path: Path) -> CudaDriver:
-    library = tmp_path / "libcuda_fake.so"
+def build_fake(folder: Path) -> CudaDriver:
+    """A CUDA driver of host memory, compiled into a folder."""
+    library = folder / "libcuda_fake.so"
     source = Path(__file__).with_name("fake_cuda.c")
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
     return CudaDriver(library=str(library))
+
+
+@pytest.fixture
+def driver(tmp_path: Path) -> CudaDriver:
+    return build_fake(tmp_path)
 
 
 @pytest.fixture(autouse=True)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import threading
-from collections.abc import Iterator
-from ctypes import byref, c_int, c_size_t, c_uint64, c_void_p
+from collections.abc import Iterator, Sequence
+from ctypes import byref, c_int, c_size_t, c_uint, c_uint64, c_void_p
+from typing import Any
 
 LIBRARY = "libcuda.so.1"
 _EVENT_DISABLE_TIMING = 0x2
 _STREAM_NON_BLOCKING = 0x1
-
+_COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR = 75, 76
 
 _allocated = 0
 _lock = threading.Lock()
@@ -106,10 +107,47 @@ class CudaDriver:
     def destroy_event(self, event: c_void_p) -> None:
         self._call("cuEventDestroy_v2", event)
 
-    def copy_to_device(self, device: int, host: int, nbytes: int, stream: c_void_p, done: c_void_p) -> None:
-        """Start a copy and record ``done`` behind it. Keeps the GIL: getting it back takes longer than both calls."""
+    def copy_to_device(self, device: int, host: int, nbytes: int, stream: c_void_p) -> None:
+        """Start a copy. Keeps the GIL, as ``launch`` and ``record`` do: getting it back takes longer than the call."""
         self._check("cuMemcpyHtoDAsync_v2", self._quick, c_uint64(device), c_void_p(host), c_size_t(nbytes), stream)
-        self._check("cuEventRecord", self._quick, done, stream)
+
+    def record(self, event: c_void_p, stream: c_void_p) -> None:
+        """``wait`` for the event waits for what the stream was given until now."""
+        self._check("cuEventRecord", self._quick, event, stream)
+
+    def capability(self) -> tuple[int, int]:
+        """Compute capability, major and minor."""
+        numbers = []
+        for attribute in (_COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR):
+            value = c_int()
+            self._call("cuDeviceGetAttribute", byref(value), attribute, self._handle)
+            numbers.append(value.value)
+        return numbers[0], numbers[1]
+
+    def load_function(self, code: bytes, name: str) -> c_void_p:
+        """A kernel of a module of machine code; stays as long as the context."""
+        module, function = c_void_p(), c_void_p()
+        self._call("cuModuleLoadData", byref(module), code)
+        self._call("cuModuleGetFunction", byref(function), module, name.encode())
+        return function
+
+    def launch(
+        self,
+        function: c_void_p,
+        blocks: int,
+        threads: int,
+        shared: int,
+        stream: c_void_p | int,
+        arguments: Sequence[Any],
+    ) -> None:
+        """Start a kernel on ``blocks`` blocks of ``threads`` threads with ``shared`` bytes of shared memory each.
+
+        ``arguments``: ctypes values, which the driver copies.
+        """
+        parameters = (c_void_p * len(arguments))(*[ctypes.addressof(argument) for argument in arguments])
+        shape = [c_uint(number) for number in (blocks, 1, 1, threads, 1, 1, shared)]
+        stream = stream if isinstance(stream, c_void_p) else c_void_p(stream)
+        self._check("cuLaunchKernel", self._quick, function, *shape, stream, parameters, None)
 
     def wait(self, event: c_void_p) -> None:
         self._call("cuEventSynchronize", event)

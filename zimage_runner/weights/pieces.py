@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,6 +48,12 @@ class Piece:
     dtype: str
     count: int
     offset: int
+    """In bytes; of a packed file, in its unpacked data."""
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of an element in the source."""
+        return 4 if self.dtype == "F32" else 2
 
 
 def plan_component(layout: Layout, component: str) -> list[PlannedTensor]:
@@ -66,7 +73,13 @@ def plan_component(layout: Layout, component: str) -> list[PlannedTensor]:
     return sorted(planned, key=lambda tensor: tensor.nbytes % ALIGNMENT != 0)
 
 
-def pieces(plan: Iterable[PlannedTensor], places: dict[str, int]) -> Iterator[Piece]:
+def places_of(plan: Iterable[PlannedTensor]) -> dict[str, int]:
+    """Offset of each tensor in the data of an unpacked file, and nothing between them."""
+    plan = list(plan)
+    return dict(zip((t.name for t in plan), itertools.accumulate((t.nbytes for t in plan), initial=0)))
+
+
+def pieces(plan: Iterable[PlannedTensor], places: Mapping[str, int]) -> Iterator[Piece]:
     """Cut the tensors into pieces; ``places`` has the file offset of each prepared tensor."""
     for tensor in plan:
         offset = places[tensor.name]
@@ -76,6 +89,18 @@ def pieces(plan: Iterable[PlannedTensor], places: dict[str, int]) -> Iterator[Pi
                 count = min(PIECE, total - begin)
                 yield Piece(tensor.name, path, info.start + begin * size, info.dtype, count, offset + 2 * begin)
             offset += 2 * total
+
+
+def cut(whole: Iterable[Piece], nbytes: int) -> Iterator[Piece]:
+    """The pieces, cut where they cross a multiple of ``nbytes`` (even) of the prepared data."""
+    for piece in whole:
+        done = 0
+        while done < piece.count:
+            offset = piece.offset + 2 * done
+            count = min(piece.count - done, (nbytes - offset % nbytes) // 2)
+            source_offset = piece.source_offset + piece.item_bytes * done
+            yield replace(piece, source_offset=source_offset, count=count, offset=offset)
+            done += count
 
 
 def read_bfloat16(piece: Piece) -> torch.Tensor:

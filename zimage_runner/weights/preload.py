@@ -2,7 +2,8 @@
 
 Importing torch takes seconds in which disk, bus and GPU would idle. Threads read a prepared checkpoint's files in
 large pieces into small page-locked buffers and copy them to the device; when torch is there it takes the memory
-over without another copy (``__cuda_array_interface__``).
+over without another copy (``__cuda_array_interface__``). Packed files arrive frame by frame in a small buffer of their
+own on the device, from which a kernel unpacks them to where they belong.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from zimage_runner.switching import switch_as_usual, switch_quickly
 from zimage_runner.weights.cuda_driver import CudaDriver, CudaUnavailable
+from zimage_runner.weights.packed import Frame, Packing
 from zimage_runner.weights.read import read_exactly
+from zimage_runner.weights.unpacking.kernel import UnpackKernel
 
 log = logging.getLogger(__name__)
 
@@ -89,16 +92,34 @@ class DeviceBuffer:
             self._driver.free(self.address, self.nbytes)
 
 
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """What is read at once."""
+
+    offset: int
+    """In the file."""
+    nbytes: int
+    start: int
+    """Where it goes in the device's buffer."""
+    packed: Frame | None = None
+    """None: it goes there as it is."""
+
+
 @dataclass(slots=True, eq=False)
 class _Load:
     """One file on its way."""
 
     path: Path
-    offset: int
     nbytes: int
+    """On the device."""
+    chunks: list[_Chunk]
     buffer: DeviceBuffer | None = None
     remaining: int = 0
     done: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def is_packed(self) -> bool:
+        return any(chunk.packed is not None for chunk in self.chunks)
 
 
 class Preload:
@@ -108,17 +129,28 @@ class Preload:
     them, ``take`` raises it, and the caller loads that file in another way.
     """
 
-    def __init__(self, ranges: Sequence[tuple[Path, int, int]], *, driver: CudaDriver | None = None) -> None:
-        """``ranges``: (path, first byte, number of bytes) of each file. Returns at once."""
+    def __init__(
+        self,
+        ranges: Sequence[tuple[Path, int, int]],
+        *,
+        packings: Mapping[Path, Packing] | None = None,
+        driver: CudaDriver | None = None,
+    ) -> None:
+        """``ranges``: (path, first byte, number of bytes) of each file; of packed files, which ``packings`` has, all
+        frames are read. Returns at once."""
         self._error: BaseException | None = None
         self._lock = threading.Lock()
         self._started = time.perf_counter()
         self.seconds: dict[Path, float] = {}
         """Time from the start until each file was on the device."""
-        self._all = [_Load(path, start, size) for path, start, size in ranges]
+        packings = packings or {}
+        self._all = [
+            _packed(path, packings[path]) if path in packings else _plain(path, start, size)
+            for path, start, size in ranges
+        ]
         self._loads = {load.path: load for load in self._all}
         """Those that were not taken yet."""
-        self._chunks: queue.SimpleQueue[tuple[_Load, int, int] | None] = queue.SimpleQueue()
+        self._chunks: queue.SimpleQueue[tuple[_Load, _Chunk] | None] = queue.SimpleQueue()
         self._readers: list[threading.Thread] = []
         self._closed = False
         switch_quickly()
@@ -131,11 +163,13 @@ class Preload:
             driver = driver or CudaDriver()
             driver.enter()
             self._tell("CUDA context")
+            kernel = UnpackKernel(driver) if any(load.is_packed for load in self._all) else None
             for load in self._all:
                 self._queue(load, DeviceBuffer(driver, load.nbytes))
             self._tell("memory on the device")
             self._readers = [
-                threading.Thread(target=self._read, args=(driver,), name="preload", daemon=True) for _ in range(THREADS)
+                threading.Thread(target=self._read, args=(driver, kernel), name="preload", daemon=True)
+                for _ in range(THREADS)
             ]
             for reader in self._readers:
                 self._chunks.put(None)
@@ -145,11 +179,10 @@ class Preload:
 
     def _queue(self, load: _Load, buffer: DeviceBuffer) -> None:
         load.buffer = buffer
-        starts = range(0, load.nbytes, CHUNK_BYTES)
-        load.remaining = len(starts)
-        for start in starts:
-            self._chunks.put((load, start, min(CHUNK_BYTES, load.nbytes - start)))
-        if not starts:
+        load.remaining = len(load.chunks)
+        for chunk in load.chunks:
+            self._chunks.put((load, chunk))
+        if not load.chunks:
             load.done.set()
 
     def __contains__(self, path: Path) -> bool:
@@ -189,10 +222,10 @@ class Preload:
             self._closed = True
             switch_as_usual()
 
-    def _read(self, driver: CudaDriver) -> None:
+    def _read(self, driver: CudaDriver, kernel: UnpackKernel | None) -> None:
         try:
             driver.enter()
-            with _Lanes(driver) as lanes:
+            with _Lanes(driver, kernel) as lanes:
                 while (chunk := self._chunks.get()) is not None and self._error is None:
                     self._finished(lanes.send(*chunk))
                 for load in lanes.drain():
@@ -221,11 +254,27 @@ class Preload:
             load.done.set()
 
 
+def _plain(path: Path, offset: int, nbytes: int) -> _Load:
+    starts = range(0, nbytes, CHUNK_BYTES)
+    return _Load(path, nbytes, [_Chunk(offset + s, min(CHUNK_BYTES, nbytes - s), s) for s in starts])
+
+
+def _packed(path: Path, packing: Packing) -> _Load:
+    assert packing.largest_frame <= CHUNK_BYTES, packing.largest_frame
+    frames = packing.frames
+    chunks = [_Chunk(f.offset, f.nbytes, f.start, None if f.counts is None else f) for f in frames]
+    return _Load(path, packing.unpacked.size, chunks)
+
+
 class _Lanes:
     """A thread's two page-locked buffers: one is read into while the other is on the bus."""
 
-    def __init__(self, driver: CudaDriver) -> None:
+    def __init__(self, driver: CudaDriver, kernel: UnpackKernel | None) -> None:
+        """``kernel``: needed for packed chunks."""
         self._driver = driver
+        self._kernel = kernel
+        self._staging = [0, 0]
+        """Device memory that packed chunks are unpacked from, taken when the first one comes."""
         self._stream = driver.stream()
         self._buffers = [pinned_ahead.take() or driver.allocate_pinned(CHUNK_BYTES) for _ in range(2)]
         self._events = [driver.event() for _ in range(2)]
@@ -236,18 +285,32 @@ class _Lanes:
     def __enter__(self) -> _Lanes:
         return self
 
-    def send(self, load: _Load, start: int, nbytes: int) -> _Load | None:
+    def send(self, load: _Load, chunk: _Chunk) -> _Load | None:
         """Read a chunk and start its copy; returns the load whose chunk was in that buffer before and has arrived."""
         lane = self._turn
         self._turn = 1 - lane
         arrived = self._wait(lane)
         host = self._buffers[lane]
-        memory = memoryview((ctypes.c_ubyte * nbytes).from_address(host)).cast("B")
-        read_exactly(self._descriptor(load.path), load.offset + start, memory, load.path)
+        memory = memoryview((ctypes.c_ubyte * chunk.nbytes).from_address(host)).cast("B")
+        read_exactly(self._descriptor(load.path), chunk.offset, memory, load.path)
         assert load.buffer is not None
-        self._driver.copy_to_device(load.buffer.address + start, host, nbytes, self._stream, self._events[lane])
+        target = load.buffer.address + chunk.start
+        if chunk.packed is None:
+            self._driver.copy_to_device(target, host, chunk.nbytes, self._stream)
+        else:
+            self._unpack(lane, chunk.packed, target)
+        self._driver.record(self._events[lane], self._stream)
         self._flying[lane] = load
         return arrived
+
+    def _unpack(self, lane: int, frame: Frame, target: int) -> None:
+        """Start the copy of a packed chunk and what unpacks it behind the copy."""
+        assert self._kernel is not None
+        if not self._staging[lane]:
+            self._staging[lane] = self._driver.allocate(CHUNK_BYTES)
+        staging = self._staging[lane]
+        self._driver.copy_to_device(staging, self._buffers[lane], frame.nbytes, self._stream)
+        self._kernel.launch(staging, target, frame, self._stream)
 
     def drain(self) -> Iterator[_Load]:
         """Wait for what is still on the bus."""
@@ -274,6 +337,8 @@ class _Lanes:
             self._wait(lane)
             self._driver.destroy_event(self._events[lane])
             self._driver.free_pinned(self._buffers[lane])
+            if self._staging[lane]:
+                self._driver.free(self._staging[lane], CHUNK_BYTES)
         self._driver.destroy_stream(self._stream)
         if self._file is not None:
             os.close(self._file[1])

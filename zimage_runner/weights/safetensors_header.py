@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import math
 import struct
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 MAX_HEADER = 100_000_000
 """The format's own bound on the header, in bytes."""
@@ -45,6 +47,7 @@ class WeightsFile:
     data_start: int
     """Where the header ends and the tensors' bytes begin."""
     tensors: dict[str, TensorInfo]
+    metadata: dict[str, str] = field(default_factory=dict)
 
 
 def read_header(path: Path) -> WeightsFile:
@@ -61,28 +64,39 @@ def read_header(path: Path) -> WeightsFile:
         if 8 + length > size:
             raise BadWeightsFile(f"truncated: the header alone needs {8 + length} bytes, the file has {size}")
         raw = file.read(length)
-    tensors = _parse(raw, 8 + length)
-    end = max((info.start + info.nbytes for info in tensors.values()), default=8 + length)
+    tensors, metadata = _parse(raw, 8 + length)
+    end = end_of(tensors, 8 + length)
     if end > size:
         raise BadWeightsFile(f"truncated: its header promises {end} bytes, the file has {size}")
     if end < size:
         raise BadWeightsFile(f"altered: {size - end} bytes more than its header promises")
-    return WeightsFile(path=path, size=size, data_start=8 + length, tensors=tensors)
+    return WeightsFile(path=path, size=size, data_start=8 + length, tensors=tensors, metadata=metadata)
 
 
-def _parse(raw: bytes, data_start: int) -> dict[str, TensorInfo]:
+def _parse(raw: bytes, data_start: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     try:
         header = json.loads(raw)
-        header.pop("__metadata__", None)
-        tensors = {name: _tensor(entry, data_start) for name, entry in header.items()}
+        metadata = header.pop("__metadata__", None) or {}
+        return parse_tensors(header, data_start), {str(name): str(value) for name, value in metadata.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadWeightsFile(f"not a safetensors file (its header cannot be read: {error})") from error
+
+
+def parse_tensors(header: Mapping[str, Any], data_start: int) -> dict[str, TensorInfo]:
+    """The tensors of a header's JSON. Raises BadWeightsFile where they leave gaps or overlap, and what malformed
+    entries raise: ValueError, KeyError, TypeError or AttributeError."""
+    tensors = {name: _tensor(entry, data_start) for name, entry in header.items()}
     place = data_start
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)):
         if info.start != place:
             raise BadWeightsFile(f"altered: tensor {name!r} overlaps its neighbour or leaves a gap")
         place += info.nbytes
     return tensors
+
+
+def end_of(tensors: Mapping[str, TensorInfo], data_start: int) -> int:
+    """Where the last tensor's bytes end."""
+    return max((info.start + info.nbytes for info in tensors.values()), default=data_start)
 
 
 def _tensor(entry: dict, data_start: int) -> TensorInfo:

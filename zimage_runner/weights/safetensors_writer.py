@@ -6,6 +6,7 @@ spaces after the header's JSON), so that reads straight from the disk are aligne
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -18,26 +19,39 @@ from zimage_runner.weights.safetensors_header import ITEM_BITS
 ALIGNMENT = 4096
 
 
-def create(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]) -> dict[str, int]:
-    """Create a file with a header for ``tensors`` and room for their bytes, stored in the order given.
+Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
+"""name -> (safetensors dtype, shape), in the order in which their bytes are stored."""
 
-    ``tensors``: name -> (safetensors dtype, shape). Returns the file offset of each tensor's bytes. The space is
-    reserved at once, so a full disk shows here: OSError.
-    """
+
+def header_bytes(tensors: Tensors, metadata: dict[str, str], size: int | None = None) -> bytes:
+    """A file's bytes up to the first tensor's: ``size`` of them, which must be enough, or a multiple of ALIGNMENT."""
     header: dict[str, object] = {"__metadata__": metadata}
-    places: dict[str, int] = {}
     place = 0
     for name, (dtype, shape) in tensors.items():
-        nbytes = math.prod(shape) * ITEM_BITS[dtype] // 8
+        nbytes = _nbytes(dtype, shape)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [place, place + nbytes]}
-        places[name] = place
         place += nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    start = 8 + len(text)
+    room = -(8 + len(text)) % ALIGNMENT if size is None else size - 8 - len(text)
+    assert room >= 0, (size, len(text))
+    text += b" " * room
+    return struct.pack("<Q", len(text)) + text
+
+
+def create(path: Path, tensors: Tensors, metadata: dict[str, str]) -> dict[str, int]:
+    """Create a file with a header for ``tensors`` and room for their bytes. Returns the file offset of each one's.
+
+    The space is reserved at once, so a full disk shows here: OSError.
+    """
+    header = header_bytes(tensors, metadata)
+    sizes = [_nbytes(dtype, shape) for dtype, shape in tensors.values()]
     with path.open("xb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(header)
         file.flush()
-        if place:
-            os.posix_fallocate(file.fileno(), start, place)
-    return {name: start + offset for name, offset in places.items()}
+        if any(sizes):
+            os.posix_fallocate(file.fileno(), len(header), sum(sizes))
+    return dict(zip(tensors, itertools.accumulate(sizes, initial=len(header))))
+
+
+def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * ITEM_BITS[dtype] // 8

@@ -1,0 +1,290 @@
+"""Packed frames: bit for bit what they were, by every way of unpacking; damage is refused or harmless."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from numpy.typing import NDArray
+
+from tests.weights.test_preload import build_fake
+from zimage_runner.weights.cuda_driver import CudaDriver, CudaUnavailable
+from zimage_runner.weights.pack import pack_frame
+from zimage_runner.weights.packed import BLOCK, Counts, Frame, frame_bytes, packing_of, place_frames
+from zimage_runner.weights.safetensors_header import BadWeightsFile, TensorInfo, WeightsFile
+from zimage_runner.weights.unpack import Unpacker, unpack_frame, unpacker
+from zimage_runner.weights.unpacking import build, kernel
+from zimage_runner.weights.unpacking.kernel import UnpackKernel
+
+Values = NDArray[np.uint16]
+Unpack = Callable[[NDArray[np.uint8], Frame], Values]
+
+
+def with_torch(data: NDArray[np.uint8], frame: Frame) -> Values:
+    out = torch.empty(2 * frame.values, dtype=torch.uint8)
+    unpack_frame(torch.from_numpy(data), frame, out)
+    return out.numpy().view(np.uint16)
+
+
+def aligned(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A copy at a multiple of 16."""
+    room = np.zeros(len(data) + 16, np.uint8)
+    start = -room.ctypes.data % 16
+    room[start : start + len(data)] = data
+    return room[start : start + len(data)]
+
+
+GUARD = 64
+"""Values behind the frame's, which nobody may write."""
+
+
+@pytest.fixture(scope="module")
+def fake(tmp_path_factory: pytest.TempPathFactory) -> Unpack:
+    """The launch as it is on a GPU, with the kernel's work done by the fake driver."""
+    if shutil.which("gcc") is None:
+        pytest.skip("needs gcc for the fake driver")
+    driver = build_fake(tmp_path_factory.mktemp("cuda"))
+    unpack = UnpackKernel(driver)
+
+    def run(data: NDArray[np.uint8], frame: Frame) -> Values:
+        data = aligned(data)
+        out = aligned(np.full(2 * (frame.values + GUARD), 0x5A, np.uint8)).view(np.uint16)
+        unpack.launch(data.ctypes.data, out.ctypes.data, frame, ctypes.c_void_p(1))
+        assert (out[frame.values :] == 0x5A5A).all()
+        return out[: frame.values]
+
+    return run
+
+
+def frame_of(values: Values, counts: Counts | None) -> Frame:
+    return Frame(0, frame_bytes(len(values), counts), 0, len(values), counts)
+
+
+def check(values: Values, *ways: Unpack) -> Counts | None:
+    """Pack and unpack; the counts."""
+    data, counts = pack_frame(values)
+    assert len(data) == frame_bytes(len(values), counts)
+    assert len(data) <= values.nbytes
+    if counts is None:
+        assert np.array_equal(data.view(np.uint16), values)
+    for way in ways if counts is not None else ():
+        assert np.array_equal(way(data, frame_of(values, counts)), values)
+    return counts
+
+
+def normal(count: int, scale: float = 0.02) -> Values:
+    drawn = np.random.default_rng(count).standard_normal(count).astype(np.float32) * scale
+    return torch.from_numpy(drawn).bfloat16().view(torch.int16).numpy().view(np.uint16)
+
+
+SIZES = [1, 2, 3, 4, 5, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 77, 257 * BLOCK + 3]
+
+
+@pytest.mark.parametrize("count", SIZES)
+def test_weights_of_every_size(count: int, fake: Unpack) -> None:
+    counts = check(normal(count), with_torch, fake)
+    assert (counts is None) == (count < 64)
+
+
+@pytest.mark.parametrize("scale", [2.0**-6, 2.0**-5.75, 2.0**-5.5, 2.0**-5.25])
+def test_normal_weights_take_two_thirds(scale: float) -> None:
+    values = normal(1 << 20, scale)
+    counts = check(values)
+    assert counts is not None
+    assert 0.666 < frame_bytes(len(values), counts) / values.nbytes < 0.6745
+
+
+SPECIAL = {
+    "zeros": [0],
+    "negative zeros": [0x8000],
+    "denormals": [1, 0x7F, 0x80, 0x8001],
+    "infinities and NaN": [0x7F80, 0xFF80, 0x7F81, 0xFFFF, 0x7FC0],
+    "smallest and largest exponents": [0, 0x7F80, 0x0080, 0x7F00],
+    "ones": [0x3F80, 0xBF80],
+}
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+@pytest.mark.parametrize("count", [300, BLOCK, 2 * BLOCK + 5])
+def test_special_values(name: str, count: int, fake: Unpack) -> None:
+    assert check(np.resize(np.array(SPECIAL[name], np.uint16), count), with_torch, fake) is not None
+    mixed = normal(count)
+    mixed[:: max(1, count // 20)] = SPECIAL[name][0]
+    assert check(mixed, with_torch, fake) is not None
+
+
+@pytest.mark.parametrize("places", [[0], [-1], [BLOCK - 1, BLOCK], [BLOCK - 2, BLOCK - 1], [2 * BLOCK - 1, -1]])
+@pytest.mark.parametrize("far", [0x0000, 0x7F80, 0x4100, 0x3000])
+def test_far_values_at_the_ends_of_blocks(places: list[int], far: int, fake: Unpack) -> None:
+    values = normal(3 * BLOCK - 9)
+    values[places] = far
+    assert check(values, with_torch, fake) is not None
+
+
+def test_noise_is_stored_as_it_is() -> None:
+    noise = np.random.default_rng(0).integers(0, 1 << 16, 5 * BLOCK + 3).astype(np.uint16)
+    assert check(noise) is None
+
+
+def test_a_block_of_noise_among_weights(fake: Unpack) -> None:
+    values = normal(6 * BLOCK)
+    values[BLOCK : 2 * BLOCK] = np.random.default_rng(0).integers(0, 1 << 16, BLOCK)
+    assert check(values, with_torch, fake) is not None
+
+
+streams = st.one_of(
+    arrays.arrays(np.uint16, st.integers(1, 3 * BLOCK), elements=st.integers(0, 0xFFFF)),
+    st.builds(
+        lambda count, base, spread, seed: np.random.default_rng(seed)
+        .integers(base, base + spread, count)
+        .astype(np.uint16),
+        st.integers(1, 3 * BLOCK), st.integers(0, 0xFFFF), st.integers(1, 0x2000), st.integers(0, 9),
+    ),
+)  # fmt: skip
+
+
+@given(values=streams)
+def test_any_stream_comes_back(values: Values, fake: Unpack) -> None:
+    check(values, with_torch, fake)
+
+
+@given(data=st.data())
+def test_a_damaged_frame_is_refused_or_harmless(data: st.DataObject, fake: Unpack) -> None:
+    """The driver's way writes its own values and nothing else, whatever the bytes; torch's says what is wrong."""
+    values = normal(2 * BLOCK + 100)
+    packed, counts = pack_frame(values)
+    packed = packed.copy()
+    for _ in range(data.draw(st.integers(1, 8))):
+        packed[data.draw(st.integers(0, len(packed) - 1))] ^= data.draw(st.integers(1, 255))
+    frame = frame_of(values, counts)
+    assert len(fake(packed, frame)) == len(values)
+    with contextlib.suppress(BadWeightsFile):
+        with_torch(packed, frame)
+
+
+def packed_file(counts: Any, **changes: Any) -> WeightsFile:
+    """The header of a file of 2.5 frames of 2 blocks."""
+    values = 5 * BLOCK
+    frames = place_frames(2 * values, 2 * BLOCK, [None if c is None else tuple(c) for c in counts], 0)
+    stored = sum(-(-frame.nbytes // 4096) * 4096 for frame in frames)
+    tensors = {"a": {"dtype": "BF16", "shape": [values], "data_offsets": [0, 2 * values]}}
+    packing = {"version": 1, "frame_values": 2 * BLOCK, "frames": counts, "tensors": tensors} | changes
+    about = {"packing": json.dumps(packing)}
+    return WeightsFile(Path("x"), 4096 + stored, 4096, {"packed": TensorInfo("U8", (stored,), 4096, stored)}, about)
+
+
+GOOD = [[1000, 200, 30], None, [0, 0, 0]]
+
+
+def test_frames_lie_where_the_format_says() -> None:
+    packing = packing_of(packed_file(GOOD))
+    assert packing is not None
+    first = 16 * 2 + 2 * BLOCK + 2 * BLOCK // 4 + 250 + 50 + 30
+    assert packing.frames[0] == Frame(4096, first, 0, 2 * BLOCK, (1000, 200, 30))
+    assert packing.frames[1] == Frame(4096 + 3 * 4096, 4 * BLOCK, 4 * BLOCK, 2 * BLOCK, None)
+    assert packing.frames[2].values == BLOCK
+    assert (packing.unpacked.size, packing.unpacked.data_start) == (10 * BLOCK, 0)
+    assert packing.largest_frame == 4 * BLOCK
+
+
+def test_a_plain_file_has_no_packing() -> None:
+    assert packing_of(WeightsFile(Path("x"), 8, 8, {}, {"format": "pt"})) is None
+
+
+@pytest.mark.parametrize(
+    ("counts", "changes"),
+    [
+        ([[8193, 0, 0], None, None], {}),  # more than there are values
+        ([[10, 11, 0], None, None], {}),
+        ([[10, 5, 6], None, None], {}),
+        ([[-4, -4, -4], None, None], {}),
+        ([[8192, 8192, 8192], None, None], {}),  # larger than unpacked
+        (GOOD, {"frames": [[True, 0, 0], None, [0, 0, 0]]}),
+        (GOOD, {"frames": [[1000.0, 200, 30], None, [0, 0, 0]]}),
+        (GOOD, {"frames": [[1000, 200], None, [0, 0, 0]]}),
+        (GOOD, {"frames": GOOD[:2]}),
+        (GOOD, {"frames": [*GOOD, None]}),
+        (GOOD, {"frames": [None, None, [0, 0, 0]]}),  # not the file's size
+        (GOOD, {"frames": 3}),
+        (GOOD, {"version": 2}),
+        (GOOD, {"frame_values": 0}),
+        (GOOD, {"frame_values": 100}),
+        (GOOD, {"frame_values": 1 << 30}),
+        (GOOD, {"frame_values": "8192"}),
+        (GOOD, {"tensors": {"a": {"dtype": "F32", "shape": [10240], "data_offsets": [0, 40960]}}}),
+        (GOOD, {"tensors": {"a": {"dtype": "BF16", "shape": [20480], "data_offsets": [2, 40962]}}}),
+        (GOOD, {"tensors": {"a": {"dtype": "BF16", "shape": [20480]}}}),
+        (GOOD, {"tensors": None}),
+    ],
+)
+def test_impossible_tables_are_refused(counts: Any, changes: dict[str, Any]) -> None:
+    with pytest.raises(BadWeightsFile):
+        packing_of(packed_file(counts, **changes))
+
+
+@pytest.mark.parametrize(
+    "tensor", [{}, {"packed": TensorInfo("I8", (9,), 0, 9)}, {"other": TensorInfo("U8", (), 0, 1)}]
+)
+def test_only_one_tensor_of_bytes_is_packed(tensor: dict[str, TensorInfo]) -> None:
+    file = packed_file(GOOD)
+    with pytest.raises(BadWeightsFile, match="not one U8 tensor 'packed'"):
+        packing_of(WeightsFile(file.path, file.size, file.data_start, tensor, file.metadata))
+
+
+def test_machine_code_is_of_todays_source() -> None:
+    header, start = kernel.read_header(kernel.FILE.read_bytes())
+    assert header["source"] == build.source_digest(), "run python -m zimage_runner.weights.unpacking.build"
+    assert list(header["architectures"]) == [str(number) for number in build.ARCHITECTURES]
+    assert start + sum(e["size"] for e in header["architectures"].values()) == kernel.FILE.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("FAKE_CUDA_CAPABILITY", "75", r"compute capability 7\.5"),
+        ("FAKE_CUDA_CAPABILITY", "103", r"compute capability 10\.3"),
+        ("FAKE_CUDA_REFUSES_CODE", "1", "cuModuleLoadData failed with CUDA error 218"),
+    ],
+)
+def test_where_the_kernel_does_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake: Unpack, variable: str, value: str, message: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(CudaUnavailable, match=message):
+        UnpackKernel(build_fake(tmp_path))
+
+
+@pytest.mark.parametrize("capability", ["80", "86", "89", "90", "100", "120"])
+def test_architectures_that_have_machine_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake: Unpack, capability: str
+) -> None:
+    monkeypatch.setenv("FAKE_CUDA_CAPABILITY", capability)
+    driver: CudaDriver = build_fake(tmp_path)
+    assert driver.capability() == (int(capability) // 10, int(capability) % 10)
+    UnpackKernel(driver)
+
+
+@pytest.mark.gpu
+def test_the_machine_code_on_a_gpu() -> None:
+    way = unpacker(torch.device("cuda"))
+    assert way is not unpack_frame
+
+    def on_gpu(data: NDArray[np.uint8], frame: Frame, way: Unpacker = way) -> Values:
+        out = torch.empty(2 * frame.values, dtype=torch.uint8, device="cuda")
+        way(torch.from_numpy(data).cuda(), frame, out)
+        return out.cpu().numpy().view(np.uint16)
+
+    for count in SIZES:
+        check(normal(count), on_gpu, functools.partial(on_gpu, way=unpack_frame))

@@ -1,0 +1,71 @@
+# pyright: reportIndexIssue=false
+"""The kernel itself unpacks what was packed: by Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+pytest.importorskip("triton")
+
+from tests.weights.test_packed import SIZES, SPECIAL, Values, frame_of, normal  # noqa: E402
+from zimage_runner.weights.pack import pack_frame  # noqa: E402
+from zimage_runner.weights.packed import BLOCK  # noqa: E402
+from zimage_runner.weights.unpacking.definition import unpack  # noqa: E402
+
+GUARD = 64
+
+
+def unpacked(data: np.ndarray[Any, Any], values: int, counts: tuple[int, int, int]) -> Values:
+    frame = torch.from_numpy(data.copy()).to(DEVICE)
+    out = torch.full((values + GUARD,), 0x5A5A, dtype=torch.int16, device=DEVICE)
+    unpack[(-(-values // BLOCK),)](frame, out, values, *counts, BLOCK=BLOCK)
+    assert (out[values:] == 0x5A5A).all()
+    return out[:values].cpu().numpy().view(np.uint16)
+
+
+def check(values: Values) -> None:
+    data, counts = pack_frame(values)
+    assert counts is not None
+    assert np.array_equal(unpacked(data, len(values), counts), values)
+
+
+@pytest.mark.parametrize("count", [size for size in SIZES if 64 <= size <= 4 * BLOCK])
+def test_weights_of_every_size(count: int) -> None:
+    check(normal(count))
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_special_values(name: str) -> None:
+    check(np.resize(np.array(SPECIAL[name], np.uint16), 2 * BLOCK + 5))
+    mixed = normal(BLOCK + 5)
+    mixed[::37] = SPECIAL[name][0]
+    check(mixed)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_values_far_from_each_other(seed: int) -> None:
+    drawn = np.random.default_rng(seed)
+    values = normal(3 * BLOCK)
+    values[drawn.integers(0, len(values), 500)] = drawn.integers(0, 1 << 16, 500)
+    check(values)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_damaged_frame_stays_inside_its_own(seed: int) -> None:
+    values = normal(2 * BLOCK + 9)
+    data, counts = pack_frame(values)
+    assert counts is not None
+    data = data.copy()
+    drawn = np.random.default_rng(seed)
+    table = data[: 16 * 3] if seed % 2 else data
+    table[drawn.integers(0, len(table), 40)] = drawn.integers(0, 256, 40)
+    assert frame_of(values, counts).nbytes == len(data)
+    unpacked(data, len(values), counts)

@@ -1,0 +1,94 @@
+"""Writing a packed component (see packed.py): no more than a few frames are in memory at a time."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from zimage_runner.weights import packed
+from zimage_runner.weights.packed import TENSOR, Counts, aligned, metadata_of
+from zimage_runner.weights.pieces import Piece, PlannedTensor, cut, pieces, places_of, read_bfloat16
+from zimage_runner.weights.safetensors_writer import header_bytes
+from zimage_runner.weights.threads import Threads
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Packed = tuple["NDArray[np.uint8]", Counts | None]
+
+
+def write_packed(path: Path, plan: list[PlannedTensor], threads: int, advance: Callable[[int], object]) -> None:
+    """Write the planned tensors as a packed file. ``advance`` is told how many bytes of weights are done."""
+    nbytes = sum(tensor.nbytes for tensor in plan)
+    most = packed.FRAME_VALUES
+    # The header tells what is known only when all is packed; its size is not more than this.
+    size = len(_header(plan, [(most, most, most)] * -(-nbytes // (2 * most)), 4 * nbytes))
+    counts: list[Counts | None] = []
+    place = size
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        for frame, (data, count) in _packed_frames(plan, threads):
+            counts.append(count)
+            _write(handle, data.data, place)
+            place += aligned(len(data))
+            advance(2 * sum(piece.count for piece in frame))
+        os.ftruncate(handle, place)
+        _write(handle, memoryview(_header(plan, counts, place - size, size)), 0)
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _header(plan: list[PlannedTensor], counts: list[Counts | None], stored: int, size: int | None = None) -> bytes:
+    places = places_of(plan)
+    tensors = {
+        tensor.name: {
+            "dtype": "BF16",
+            "shape": list(tensor.shape),
+            "data_offsets": [places[tensor.name], places[tensor.name] + tensor.nbytes],
+        }
+        for tensor in plan
+    }
+    return header_bytes({TENSOR: ("U8", (stored,))}, metadata_of(tensors, packed.FRAME_VALUES, counts), size)
+
+
+def _packed_frames(plan: list[PlannedTensor], threads: int) -> Iterator[tuple[list[Piece], Packed]]:
+    """(what a frame holds, its packed bytes), in order; a few more than are worked on are ready."""
+    nbytes = 2 * packed.FRAME_VALUES
+    frames = itertools.groupby(cut(pieces(plan, places_of(plan)), nbytes), lambda piece: piece.offset // nbytes)
+    waiting: deque[tuple[list[Piece], Future[Packed]]] = deque()
+    with Threads(threads) as pool:
+        for _, group in frames:
+            frame = list(group)
+            waiting.append((frame, pool.submit(_pack, frame)))
+            if len(waiting) > threads + 2:
+                first, result = waiting.popleft()
+                yield first, result.result()
+        for frame, result in waiting:
+            yield frame, result.result()
+
+
+def _pack(frame: list[Piece]) -> Packed:
+    import numpy as np
+    import torch
+
+    from zimage_runner.weights.pack import pack_frame
+
+    values = np.empty(sum(piece.count for piece in frame), np.uint16)
+    done = 0
+    for piece in frame:
+        values[done : done + piece.count] = read_bfloat16(piece).view(torch.int16).numpy().view(np.uint16)
+        done += piece.count
+    return pack_frame(values)
+
+
+def _write(handle: int, data: memoryview, place: int) -> None:
+    written = 0
+    while written < len(data):
+        written += os.pwrite(handle, data[written:], place + written)
