@@ -27,6 +27,9 @@ PARAMS = SamplingParams(
     cfg_normalization=0.0, cfg_truncation=1.0,
 )  # fmt: skip
 
+SMALL = replace(PARAMS, height=64, width=64)
+"""A quarter of the work, for tests that compare pictures bit by bit and look at none."""
+
 
 def session_config(engine: EngineConfig, memory: Memory, **others: Any) -> SessionConfig:
     """A session of the embedded model, neither warmed up nor compiled; ``others`` replace SessionConfig's fields."""

@@ -19,6 +19,7 @@ from benchmarks import harness, machine
 from benchmarks.harness import Budget, Results, Scenario, in_turn, measure, run_once, seconds_a_picture
 from benchmarks.scenarios import SCENARIOS, TINY
 from benchmarks.variants import NAIVE, Variant, Work, ours
+from tests.faults.driver import all_gone
 
 WORK = Work(model=TINY, images=3, size=128, steps=2, device="cpu")
 DRAWS = """
@@ -31,6 +32,12 @@ for n in range(3):
     (out / f"{n:03d}.png").write_bytes(b"picture")
     time.sleep(0.2)
 (out / "phases.json").write_text(json.dumps({"phases": {"import": 0.1}, "memory": {"peak_allocated_gb": 2.5}}))
+"""
+QUICK = """
+import sys
+from pathlib import Path
+for n in range(3):
+    (Path(sys.argv[1]) / f"{n:03d}.png").write_bytes(b"picture")
 """
 
 
@@ -60,13 +67,14 @@ def once(variant: Variant, timeout: float = 30.0) -> harness.Run:
 
 
 def test_times_are_from_process_start_to_files_on_disk() -> None:
+    started = time.monotonic()
     run = once(Script("s", DRAWS))
     assert run.returncode == 0
     assert run.first_png_seconds is not None
-    assert 0.3 <= run.first_png_seconds < 2.0
+    assert run.first_png_seconds >= 0.3
     assert len(run.intervals) == 2
-    assert all(0.15 < interval < 0.6 for interval in run.intervals)
-    assert run.wall_seconds >= run.first_png_seconds + 0.6
+    assert all(interval > 0.15 for interval in run.intervals)
+    assert run.first_png_seconds + sum(run.intervals) + 0.15 < run.wall_seconds < time.monotonic() - started
     assert run.readings["memory"] == {"peak_allocated_gb": 2.5}
     assert run.log_tail == ""
 
@@ -84,14 +92,10 @@ def test_missing_pictures_are_a_failure() -> None:
 
 
 def test_a_hanging_process_and_its_children_are_ended(tmp_path: Path) -> None:
-    alive = tmp_path / "alive"
-    child = f"import time; time.sleep(3); open({str(alive)!r}, 'w').close()"
-    code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
-    started = time.monotonic()
+    child = tmp_path / "child"
+    code = f"import os, time\nif pid := os.fork(): open({str(child)!r}, 'w').write(str(pid))\ntime.sleep(600)"
     assert once(Script("s", code), timeout=1.0).returncode == -9
-    assert time.monotonic() - started < 10
-    time.sleep(3)
-    assert not alive.exists()
+    assert all_gone([int(child.read_text())])
 
 
 def test_every_other_round_runs_backwards() -> None:
@@ -102,7 +106,7 @@ def test_every_other_round_runs_backwards() -> None:
 
 def test_results_are_complete_after_every_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "main_job.json"
-    quick = scenario(Script("a", DRAWS), Script("b", DRAWS), rounds=2)
+    quick = scenario(Script("a", QUICK), Script("b", QUICK), rounds=2)
     seen = []
     write = Results.write
     monkeypatch.setattr(Results, "write", lambda self: (write(self), seen.append(json.loads(path.read_text()))))
@@ -162,20 +166,20 @@ def test_our_command_lines_plan(variant: Variant, tmp_path: Path, monkeypatch: p
     assert "3" in out
 
 
-@pytest.mark.parametrize("variant", [NAIVE, ours("ours", "engine=diffusers")], ids=lambda v: v.name)
+@pytest.mark.parametrize("variant", [NAIVE, ours("ours", "engine=native")], ids=lambda v: v.name)
 def test_a_peer_and_this_runner_end_to_end(variant: Variant) -> None:
     run = once(dataclasses.replace(variant), timeout=120.0)
     assert run.log_tail == ""
     assert run.first_png_seconds is not None
     assert run.first_png_seconds > 0
     assert len(run.intervals) == 2
-    assert run.readings["phases"]["import"] > 0
-    assert run.readings.get("engine") == (None if variant.script else "diffusers")
+    assert run.readings["phases"]["import" if variant.script else "load"] > 0
+    assert run.readings.get("engine") == (None if variant.script else "native")
 
 
 def test_rounds_and_caches_of_a_contestant_are_limits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(machine, "drop_page_cache", lambda: True)
-    a, b = Script("a", DRAWS), Script("b", DRAWS)
+    a, b = Script("a", QUICK), Script("b", QUICK)
     object.__setattr__(b, "rounds", 1)
     object.__setattr__(b, "caches", ("warm",))
     quick = scenario(a, b, rounds=2, caches=("warm", "dropped"))
@@ -187,7 +191,7 @@ def test_rounds_and_caches_of_a_contestant_are_limits(monkeypatch: pytest.Monkey
 
 
 def test_what_no_time_is_left_for_is_noted(tmp_path: Path) -> None:
-    quick = scenario(Script("a", DRAWS), rounds=2)
+    quick = scenario(Script("a", QUICK), rounds=2)
     results = Results(quick, tmp_path / "r.json", {}, note="something else ran")
     measure(quick, results, -1.0, {"published": TINY})
     data = json.loads((tmp_path / "r.json").read_text())

@@ -83,7 +83,13 @@ def test_a_second_run_encodes_nothing_and_draws_the_same(cli, tmp_path, monkeypa
     monkeypatch.setattr(Session, "_read_back", lambda *args: read_back.append(real(*args)) or read_back[-1])
     pictures = []
     for _ in range(2):
-        code, out, err = cli("prompt=a red apple", "seeds=[1]", "warmup=none", f"embedding_cache.path={tmp_path}/cache")
+        code, out, err = cli(
+            "prompt=a red apple",
+            "seeds=[1]",
+            "warmup=none",
+            "sampling.num_inference_steps=2",
+            f"embedding_cache.path={tmp_path}/cache",
+        )
         assert code == 0, err
         run = Path(out.strip().splitlines()[-1])
         pictures.append(next(run.glob("items/*/*/image.png")).read_bytes())
@@ -114,7 +120,12 @@ def test_a_run_whose_captions_are_cached_loads_no_text_encoder(engine, cli, tmp_
     loaded: list[object] = []
     load = native.load_text_encoder
     monkeypatch.setattr(native, "load_text_encoder", lambda *args: loaded.append(args) or load(*args))
-    options = [f"engine={engine}", "seeds=[1]", f"embedding_cache.path={tmp_path}/cache"]
+    options = [
+        f"engine={engine}",
+        "seeds=[1]",
+        "sampling.num_inference_steps=2",
+        f"embedding_cache.path={tmp_path}/cache",
+    ]
     pictures = []
     for prompt in ("a red apple", "a red apple", "a green apple"):
         code, out, err = cli(f"prompt={prompt}", *options)
@@ -128,7 +139,9 @@ def test_a_wrong_guess_costs_the_loading_and_nothing_else(cli, tmp_path, monkeyp
     from zimage_runner import session
 
     monkeypatch.setattr(session, "foresees", lambda *args: True)
-    code, _, err = cli("prompt=a red apple", "seeds=[1]", f"embedding_cache.path={tmp_path}/cache")
+    code, _, err = cli(
+        "prompt=a red apple", "seeds=[1]", "sampling.num_inference_steps=1", f"embedding_cache.path={tmp_path}/cache"
+    )
     assert code == 0, err
 
 

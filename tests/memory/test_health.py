@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 import pytest
-from drawing import draw
+from drawing import SMALL, draw
 
 from zimage_runner.errors import UserError
 from zimage_runner.memory import Action, Health, HealthCheck, Resident
@@ -74,9 +74,9 @@ def test_bad_settings(fields, says):
 
 def test_a_recycled_session_draws_the_same_pictures(monkeypatch, caplog):
     """The engine is rebuilt before every batch here, and no picture notices."""
-    plain = draw(Resident())
+    plain = draw(Resident(), params=SMALL)
     monkeypatch.setattr("zimage_runner.memory.health.gpu_memory", lambda: {"reserved_gb": 40.0})
     health = Health(interval_seconds=0, max_reserved_gb=32, action=Action.recycle)
     with caplog.at_level(logging.WARNING):
-        assert draw(Resident(health=health)) == plain
+        assert draw(Resident(health=health), params=SMALL) == plain
     assert "rebuilding the session" in caplog.text

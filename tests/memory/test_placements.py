@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from drawing import draw, largest_difference
+from drawing import SMALL, draw, largest_difference
 
 from zimage_runner.errors import UserError
 from zimage_runner.memory import (
@@ -31,22 +31,22 @@ PLACEMENTS = {
 
 @pytest.fixture(scope="module")
 def resident() -> dict[str, bytes]:
-    return draw(Resident())
+    return draw(Resident(), params=SMALL)
 
 
 @pytest.mark.parametrize("name", PLACEMENTS)
 def test_placement_draws_the_same_pictures(name: str, resident: dict[str, bytes]) -> None:
-    assert draw(PLACEMENTS[name]()) == resident
+    assert draw(PLACEMENTS[name](), params=SMALL) == resident
 
 
 def test_vae_slicing_only_rounds_differently(resident: dict[str, bytes]) -> None:
     """The convolutions of a batch of two and of one are summed in another order."""
-    assert largest_difference(draw(Resident(vae_slicing=True)), resident) <= 1
+    assert largest_difference(draw(Resident(vae_slicing=True), params=SMALL), resident) <= 1
 
 
 def test_sequential_offload_is_refused_on_the_cpu() -> None:
     with pytest.raises(UserError, match=r"memory=sequential_offload needs a GPU.*memory=resident"):
-        draw(SequentialOffload())
+        draw(SequentialOffload(), params=SMALL)
 
 
 def test_pictures_differ_between_seeds_and_prompts(resident: dict[str, bytes]) -> None:
