@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -10,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from zimage_runner.job import NOT_DOWNLOADED, Job
-from zimage_runner.outputs.run_dir import RECORD_BYTES
+from zimage_runner.outputs.run_dir import GB, RECORD_BYTES
 from zimage_runner.outputs.summary import one_line
 from zimage_runner.plan import Bucket, WorkItem
 
 LISTED = 5
 """Truncations and duplicates that are named; the rest are counted."""
+SHAPES_LISTED = 20
+"""Shapes that are named, the largest first."""
 RUNS_READ = 200
 """Earlier summaries looked at for the ETA, newest first."""
 
@@ -27,11 +30,12 @@ def describe(job: Job, done: Callable[[WorkItem], bool] | None = None) -> str:
     rows += _bucket_rows(job, done)
     rows.append(("prompts to encode", f"{sum(1 for _ in job.plan.encodings()):,}"))
     rows.append(("caption tokens", _tokens(job)))
-    rows += _listed("truncated", [str(t) for t in job.plan.truncations])
+    if job.plan.caption_tokens:
+        rows += _listed("truncated", [str(t) for t in job.plan.truncations])
     rows += _listed("drawn twice", [_duplicate(d) for d in job.plan.duplicates])
     if job.checkpoint is NOT_DOWNLOADED:
         rows.append(("weights", f"{job.config.model.repo} is not downloaded yet"))
-    rows.append(("disk", f"about {_size(_disk_bytes(job, items))} in {job.config.output.root}"))
+    rows.append(("disk", _disk(job, items)))
     rows.append(("time", _eta(job, items)))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
@@ -61,15 +65,16 @@ def _bucket_rows(job: Job, done: Callable[[WorkItem], bool] | None) -> list[tupl
         items, count = batches.get(batch[0].bucket, (0, 0))
         batches[batch[0].bucket] = (items + len(batch), count + 1)
     rows = [("batches", f"{sum(n for _, n in batches.values()):,} of at most {batch_size}, {len(batches)} shapes")]
-    return rows + [
-        ("", f"{items:,} items in {count:,} batches: {bucket}") for bucket, (items, count) in batches.items()
-    ]
+    told = [f"{items:,} items in {count:,} batches: {bucket}" for bucket, (items, count) in batches.items()]
+    rows += [("", line) for line in told[:SHAPES_LISTED]]
+    return rows + ([("", f"... and {len(told) - SHAPES_LISTED:,} more shapes")] if len(told) > SHAPES_LISTED else [])
 
 
 def _tokens(job: Job) -> str:
     counts = job.plan.caption_tokens.values()
     if not counts:
-        return "not counted: the checkpoint has no tokenizer.json"
+        missing = "the weights are not there" if job.checkpoint is NOT_DOWNLOADED else "there is no tokenizer.json"
+        return f"not counted, and so not what is cut off: {missing}"
     return f"{min(counts)} to {max(counts)}, median {statistics.median(counts):g} (chat template included)"
 
 
@@ -83,6 +88,18 @@ def _listed(name: str, lines: list[str]) -> list[tuple[str, str]]:
 def _duplicate(duplicate: Any) -> str:
     seeds = ",".join(map(str, duplicate.seeds[:5])) + (",..." if len(duplicate.seeds) > 5 else "")
     return f"{duplicate.prompt.source} is the same picture as {duplicate.first.source}, seed {seeds}"
+
+
+def _disk(job: Job, items: list[WorkItem]) -> str:
+    """What the pictures need, and whether the run would be refused for want of it."""
+    root, needed, output = Path(job.config.output.root).absolute(), _disk_bytes(job, items), job.config.output
+    there = next((folder for folder in (root, *root.parents) if folder.exists()), root)
+    try:
+        free = shutil.disk_usage(there).free
+    except OSError:
+        return f"about {_size(needed)} in {output.root}"
+    enough = "" if free >= needed + output.min_free_gb * GB else ": NOT ENOUGH, the run would be refused"
+    return f"about {_size(needed)} in {output.root}, {_size(free)} free{enough}"
 
 
 def _disk_bytes(job: Job, items: list[WorkItem]) -> float:

@@ -38,6 +38,24 @@ def test_what_it_says(cli: Cli, tmp_path: Path) -> None:
     assert not (tmp_path / "outputs").exists()
 
 
+def test_disk_shapes_and_what_is_not_known(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text("".join(f'{{"text": "a", "width": {16 * n}}}\n' for n in range(1, 40)))
+    argv = [
+        "model=zimage_turbo",
+        f"model.cache_dir={tmp_path}",
+        "prompts=jsonl",
+        "prompts.path=p.jsonl",
+        "dry_run=true",
+    ]
+    code, out, err = cli(*argv)
+    assert code == 0, err
+    assert "... and 19 more shapes" in out
+    assert table(out)["caption tokens"] == "not counted, and so not what is cut off: the weights are not there"
+    assert "truncated" not in table(out)
+    assert re.fullmatch(r"about [\d.]+ MB in outputs, [\d.]+ [GT]B free", table(out)["disk"])
+    assert "NOT ENOUGH" in table(cli(*argv, "output.min_free_gb=1e6")[1])["disk"]
+
+
 def test_time_goes_by_the_last_comparable_run(cli: Cli) -> None:
     code, out, err = cli("prompt=a", "seeds=[1,2,3]", "sampling.num_inference_steps=2", "warmup=none")
     assert code == 0, err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from zimage_runner.errors import UserError
@@ -120,7 +122,8 @@ def test_jsonl_lines(tmp_path, line, expected):
 @pytest.mark.parametrize(
     ("content", "options", "expected"),
     [
-        ("caption\na\n", {}, "{f}:1: unknown column 'caption'"),
+        ("caption\na\n", {}, "there is caption: name the one that holds the prompts, prompts.columns.text=caption"),
+        ("text,caption\na,b\n", {}, "{f}:1: unknown column 'caption'"),
         (
             "text\na\n",
             {"columns": {"width": "w"}},
@@ -148,6 +151,37 @@ def test_csv_files(tmp_path, content, options, expected):
     file = tmp_path / "p.csv"
     file.write_text(content)
     assert expected.format(f=file) in message(Csv(path=str(file), **options))
+
+
+def test_tables_are_not_read_as_text(tmp_path):
+    for name, option in (("p.csv", "csv"), ("p.TSV", "csv"), ("p.jsonl", "jsonl"), ("p.parquet", "parquet")):
+        (tmp_path / name).write_text("text\na cat\n")
+        assert f"takes every line as a prompt: use prompts={option} (or" in message(TextFile(path=str(tmp_path / name)))
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('[{"text": "a"}]', """p.jsonl:1: a JSON array, .*: jq -c '.\\[\\]' FILE.json > FILE.jsonl makes it so"""),
+        ('\n[\n{"text": "a"}\n]', "p.jsonl:2: a JSON array"),
+        ('{\n"text": "a"\n}', "p.jsonl:1: an object over several lines, .*: jq -c . FILE.json"),
+        (
+            '{"Caption": "a", "id": "x"}',
+            "p.jsonl:1: no column is called text or prompt; there are Caption, id: name the one that holds the "
+            "prompts, prompts.columns.text=Caption$",
+        ),
+        ('{"a b": "x"}', "there is a b: name the one that holds the prompts, prompts.columns.text=COLUMN$"),
+        ("{}", "there are none: name"),
+        ("{" + ", ".join(f'"c{n}": 1' for n in range(11)) + "}", r"there are c0, .*, c9, \.\.\.: name"),
+    ],
+)
+def test_what_is_no_table_of_prompts(tmp_path, content, expected):
+    (tmp_path / "p.jsonl").write_text(content)
+    assert re.search(expected, message(Jsonl(path=str(tmp_path / "p.jsonl"), metadata=["*"])))
+
+
+def test_a_folder_where_a_pattern_is_needed(tmp_path):
+    assert f"is a folder: say which files in it, '{tmp_path}/*.txt'" in message(FileGlob(glob=str(tmp_path)))
 
 
 def test_not_parquet(tmp_path):

@@ -19,6 +19,8 @@ ALIASES = {
     "w": "width",
     "h": "height",
     "file": "path",
+    "folder": "glob",
+    "negative_prompts": "negative_prompt",
     "filename": "path",
     "outdir": "root",
     "output_dir": "root",

@@ -45,6 +45,10 @@ class FileGlob(TableSource):
             raise UserError("prompts.glob is not set: prompts=files needs prompts.glob='captions/*.txt'")
         pattern = str(Path(self.glob).expanduser())
         files = sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file())
+        if not files and Path(pattern).is_dir():
+            raise UserError(
+                f"prompts.glob={self.glob} is a folder: say which files in it, '{Path(self.glob) / '*.txt'}'"
+            )
         if not files:
             raise UserError(f"prompts.glob={self.glob} matches no file (looked from {Path.cwd()})")
         return files

@@ -28,10 +28,25 @@ class Jsonl(TableSource):
 def prompts_of_json_lines(lines: Iterable[tuple[int, str]], name: str, source: TableSource) -> Iterator[Prompt]:
     """Prompts of numbered lines; blank lines are skipped."""
     reader = RowReader(source)
+    first = True
     for number, line in lines:
         if line.strip():
             where = f"{name}:{number}"
+            if first:
+                _check_layout(line.strip(), where)
+            first = False
             yield reader.prompt(parse_object(line, where), where)
+
+
+def _check_layout(line: str, where: str) -> None:
+    """Ordinary JSON files are no JSON lines."""
+    if line.startswith("["):
+        what, command = "a JSON array, where each line has to be an object", "jq -c '.[]'"
+    elif line == "{":
+        what, command = "an object over several lines, where each line has to be one", "jq -c ."
+    else:
+        return
+    raise UserError(f"{where}: {what}: {command} FILE.json > FILE.jsonl makes it so")
 
 
 def parse_object(line: str, where: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import datetime
 import difflib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -21,6 +22,8 @@ SAMPLING_KINDS: dict[str, str] = {f.name: str(f.type) for f in fields(SamplingPa
 PROMPT_FIELDS = ("text", "id", "seeds", *SAMPLING_KINDS, "metadata", "index", "source")
 """The last two are written by snapshot.py."""
 ALIASES = {"prompt": "text", "seed": "seeds"}
+TEXT_NAMES = ("text", "texts", "prompt", "prompts", "caption", "captions", "description", "sentence")
+"""Usual names, in small letters, of the column that holds the prompts."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -70,6 +73,8 @@ class RowReader:
     def _roles(self, names: tuple[str, ...], where: str) -> list[tuple[str, str | None]]:
         """(column, field) of each column; field None is metadata."""
         if names not in self._known:
+            if not self._known:
+                self._check_text_column(names, where)
             roles = [(column, self._role(column, names, where)) for column in names]
             taken = [name for _, name in roles if name]
             for name in taken:
@@ -78,6 +83,18 @@ class RowReader:
                     raise UserError(f"{where}: columns {columns} both give {name}: keep one, or map prompts.columns")
             self._known[names] = roles
         return self._known[names]
+
+    def _check_text_column(self, names: tuple[str, ...], where: str) -> None:
+        if "text" in self._mapped or any(ALIASES.get(name, name) == "text" for name in names):
+            return
+        likely = [name for name in names if name.lower() in TEXT_NAMES]
+        name = likely[0] if likely else "COLUMN"
+        name = name if re.fullmatch(r"\w+", name, re.ASCII) else f"'{name}'"
+        shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+        raise UserError(
+            f"{where}: no column is called text or prompt; there {'is' if len(names) == 1 else 'are'} "
+            f"{shown or 'none'}: name the one that holds the prompts, prompts.columns.text={name}"
+        )
 
     def _role(self, column: str, names: tuple[str, ...], where: str) -> str | None:
         if column in self._field_of:

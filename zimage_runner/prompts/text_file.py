@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from zimage_runner.errors import UserError
 from zimage_runner.prompts.base import NOTHING, Prompt, PromptSource
 from zimage_runner.prompts.flags import parse_flags
 from zimage_runner.prompts.text import check_text, file_lines, input_path
+
+TABLES = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+"""Which option of ``prompts`` reads files of this name."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -21,6 +25,11 @@ class TextFile(PromptSource):
 
     def read(self) -> Iterator[Prompt]:
         file = input_path(self.path, "text_file")
+        if option := TABLES.get(file.suffix.lower()):
+            raise UserError(
+                f"prompts.path={self.path} is a table, and prompts=text_file takes every line as a prompt: "
+                f"use prompts={option} (or give the file a name that ends in .txt)"
+            )
         yield from prompts_of_lines(file_lines(file), str(file), flags=self.flags)
 
 
