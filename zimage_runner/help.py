@@ -29,6 +29,7 @@ Every field can be set on the command line, such as sampling.height=512 or seeds
   Your own experiments:    --config-dir my_conf +experiment=mine
   Finish a run:            resume=latest           (or resume=RUN_DIRECTORY)
   Draw a picture again:    python -m zimage_runner.reproduce IMAGE.png
+  Pictures in one folder:  python -m zimage_runner.collect RUN into=FOLDER    (or sheet=FILE.png)
   Hydra's own options:     --hydra-help
 """
 

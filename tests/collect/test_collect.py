@@ -1,0 +1,141 @@
+"""Pictures of runs in one folder, with a table, and on contact sheets."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from zimage_runner.collect.__main__ import main
+from zimage_runner.collect.folder import LONGEST, _filled
+from zimage_runner.errors import UserError
+
+ENTRY = {"status": "ok", "fingerprint": "f", "sha256": "0" * 64}
+
+
+def write_run(folder: Path, items: dict[tuple[str, int], dict[str, Any]]) -> Path:
+    """A run as the runner leaves it: a picture, a record and a ledger line each."""
+    folder.mkdir(parents=True)
+    for number, ((name, seed), more) in enumerate(items.items()):
+        item = f"items/{name}/seed_{seed}"
+        (folder / item).mkdir(parents=True)
+        Image.new("RGB", (32, 16), (number, 0, seed)).save(folder / item / "image.png")
+        record = {"prompt": name[6:].replace("_", " "), "seed": seed, "params": {"width": 32, "height": 16}, **more}
+        (folder / item / "record.json").write_text(json.dumps(record))
+        with (folder / "records.jsonl").open("a") as ledger:
+            size = (folder / item / "image.png").stat().st_size
+            ledger.write(json.dumps({"item": item, **ENTRY, "bytes": size}) + "\n")
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    items = {("00001_a_dog", 3): {"id": "Dog/1", "metadata": {"tag": "x"}}, ("00000_a_cat", 12): {"id": "c"}}
+    return write_run(tmp_path / "outputs" / "pets" / "one", items)
+
+
+def rows(folder: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(folder, "metadata.jsonl").read_text().splitlines()]
+
+
+def test_names_links_and_table(run: Path) -> None:
+    assert main([str(run), "into=all"]) == 0
+    assert sorted(os.listdir("all")) == ["00000_a_cat_seed_12.png", "00001_a_dog_seed_3.png", "metadata.jsonl"]
+    cat, dog = rows("all")
+    assert cat["file_name"] == "00000_a_cat_seed_12.png"
+    assert (cat["text"], cat["seed"], cat["width"]) == ("a cat", 12, 32)
+    assert "metadata" not in cat
+    assert dog["metadata"] == {"tag": "x"}
+    assert os.path.samefile(dog["source"], "all/00001_a_dog_seed_3.png")
+
+
+def test_made_again_after_a_resume(run: Path) -> None:
+    assert main(["outputs", "into=all"]) == 0
+    write_run(run.parent / "two", {("00002_a_fox", 1): {}})
+    assert main(["outputs", "into=all"]) == 0
+    assert [row["text"] for row in rows("all")] == ["a cat", "a dog", "a fox"]
+
+
+def test_ones_own_names(run: Path) -> None:
+    assert main(["outputs/pets", "into=all", "name={id}-{seed:03d}-{run}-{job}.png"]) == 0
+    assert [row["file_name"] for row in rows("all")] == ["c-012-pets-one.png", "dog_1-003-pets-one.png"]
+
+
+def test_another_picture_is_not_overwritten_unasked(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("all").mkdir()
+    Path("all/00001_a_dog_seed_3.png").write_text("mine")
+    assert main([str(run), "into=all"]) == 2
+    assert "is there already, and another picture" in capsys.readouterr().err
+    assert Path("all/00001_a_dog_seed_3.png").read_text() == "mine"
+    assert main([str(run), "into=all", "overwrite=true"]) == 0
+    assert os.path.samefile(rows("all")[1]["source"], "all/00001_a_dog_seed_3.png")
+
+
+def test_contact_sheets(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(run.parent / "two", {(f"{n:05d}_x", 1): {} for n in range(5)})
+    assert main(["outputs", "sheet=s/all.png", "columns=2", "rows=2", "tile=64"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["s/all.png", "s/all_2.png"]
+    with Image.open("s/all.png") as full, Image.open("s/all_2.png") as rest:
+        assert full.size == (2 * 68 + 4, 2 * (68 + 60) + 4)
+        assert rest.size[0] == full.size[0]
+        assert full.getpixel((5, 5)) == (1, 0, 12)  # the cat comes first, whatever the ledger's order
+        assert full.getpixel((5 + 68, 5)) == (0, 0, 3)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["nowhere", "into=x"], "nowhere is no directory: give a run directory"),
+        (["outputs/pets/one/items", "into=x"], "holds no run: give a run directory"),
+        (["outputs"], "nothing to do: add into=FOLDER"),
+        (["into=x"], "no run is named"),
+        (["outputs", "inot=x"], "inot=x: no such field; fields here: into"),
+        (["outputs", "into=x", "tile=64"], "tile=64 has no effect without sheet="),
+        (["outputs", "sheet=x.png", "name=a"], "name=a has no effect without into="),
+        (["outputs", "sheet=x.jpg"], "contact sheets are PNG: use sheet=x.png"),
+        (["outputs", "sheet=x.png", "columns=0"], "columns=0: write a whole number from 1"),
+        (["outputs", "into=x", "overwrite=maybe"], "overwrite=maybe: write true or false"),
+        (["outputs", "into=x", "name={foo}"], "no such blank {foo}; there are index, slug"),
+        (["outputs", "into=x", "name={seed"], "name={seed: .*write blanks as {index:05d}"),
+        (["outputs", "into=x", "name=same"], "gives same.png to both"),
+        (["outputs", "into=x", "name=a/{index}"], "which is no plain file name"),
+        (["outputs", "into=f"], "into=f is a file: name a folder"),
+    ],
+)
+def test_refusals(run: Path, capsys: pytest.CaptureFixture[str], argv: list[str], expected: str) -> None:
+    Path("f").touch()
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert expected.split(".*")[-1] in err
+    assert sorted(os.listdir()) == ["f", "outputs"]
+
+
+def test_a_damaged_record_and_a_foreign_ledger(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (run / "records.jsonl").open("a") as ledger:
+        for item in ("../../x", "items/a", "/etc/passwd", "items/00003_../../seed_1"):
+            ledger.write(json.dumps({"item": item, **ENTRY, "bytes": 1}) + "\n")
+    assert main([str(run), "into=all"]) == 0
+    assert len(rows("all")) == 2
+    (run / "items/00001_a_dog/seed_3/record.json").write_text("{")
+    assert main([str(run), "into=all"]) == 2
+    assert "record.json cannot be read" in capsys.readouterr().err
+
+
+@given(st.text(), st.text(min_size=1), st.integers(0, 2**63 - 1))
+def test_a_name_is_a_plain_file_name_or_refused(name: str, text: str, seed: int) -> None:
+    try:
+        filled = _filled(name + "{text}_{seed}", {"text": text, "seed": seed})
+    except UserError:
+        return
+    assert Path(f"{filled}.png").name == f"{filled}.png"
+    assert len(filled.encode()) <= LONGEST
+    assert filled.isprintable()

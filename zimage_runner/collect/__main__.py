@@ -1,0 +1,97 @@
+"""Bring the pictures of runs together: in one folder with a table of what each shows, or on contact sheets.
+
+    python -m zimage_runner.collect RUN... into=FOLDER [name='{index:05d}_{slug}_seed_{seed}'] [overwrite=true]
+    python -m zimage_runner.collect RUN... sheet=FILE.png [tile=192] [columns=8] [rows=8]
+
+RUN     a run directory, a folder of runs (outputs/cats, a multirun, all shards of a set), or latest
+into    hard links to the pictures (copies on another disk) under names of your own, and metadata.jsonl: file name,
+        prompt, seed, parameters and metadata of each. Made again after a resume, it holds what has come since
+name    of index, slug (of the id or prompt), id, seed, run and job (the run's folder name), text, width, height ...
+sheet   each picture with its prompt and seed below; more pages are FILE_2.png, FILE_3.png ...
+
+Exit codes: 0 done, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from zimage_runner.collect.contact_sheet import Layout, draw_sheets
+from zimage_runner.collect.folder import NAME, collect_into
+from zimage_runner.collect.pictures import find_runs, pictures_of
+from zimage_runner.errors import UserError, one_line
+
+EXIT_DONE, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 2, 130
+FIELDS = ("into", "name", "overwrite", "sheet", "tile", "columns", "rows")
+OF_INTO, OF_SHEET = ("name", "overwrite"), ("tile", "columns", "rows")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command line and return its exit code."""
+    if not argv or {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return EXIT_DONE if argv else EXIT_BAD_INPUT
+    try:
+        return _collect(*_parse(argv))
+    except UserError as error:
+        print(f"zimage_runner: {one_line(str(error))}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except OSError as error:
+        print(f"zimage_runner: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def _parse(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Runs, and fields by name."""
+    runs, fields = [], {}
+    for word in argv:
+        match = re.fullmatch(r"(?s)(\w+)=(.*)", word)
+        if match is None:
+            runs.append(word)
+        elif match[1] in FIELDS:
+            fields[match[1]] = match[2]
+        else:
+            raise UserError(f"{word}: no such field; fields here: {', '.join(FIELDS)}")
+    if not runs:
+        raise UserError("no run is named: give a run directory, a folder of runs, or latest")
+    if not fields.keys() & {"into", "sheet"}:
+        raise UserError("nothing to do: add into=FOLDER for the pictures and their table, or sheet=FILE.png")
+    for needed, others in (("into", OF_INTO), ("sheet", OF_SHEET)):
+        if needed not in fields and (idle := [name for name in others if name in fields]):
+            raise UserError(f"{idle[0]}={fields[idle[0]]} has no effect without {needed}=")
+    return runs, fields
+
+
+def _collect(runs: list[str], fields: dict[str, str]) -> int:
+    overwrite = fields.get("overwrite", "false").lower()
+    if overwrite not in ("true", "false"):
+        raise UserError(f"overwrite={fields['overwrite']}: write true or false")
+    layout = Layout(**{name: _count(fields, name) for name in OF_SHEET if name in fields})
+    pictures = list(pictures_of(find_runs(runs)))
+    if not pictures:
+        raise UserError(f"{' '.join(runs)}: no picture is finished there yet")
+    if "into" in fields:
+        folder = Path(fields["into"]).expanduser()
+        table = collect_into(folder, pictures, fields.get("name", NAME), overwrite=overwrite == "true")
+        print(f"{len(pictures):,} pictures, told of in {table}", file=sys.stderr)
+        print(folder)
+    if "sheet" in fields:
+        for page in draw_sheets(Path(fields["sheet"]).expanduser(), pictures, layout):
+            print(page)
+    return EXIT_DONE
+
+
+def _count(fields: dict[str, str], name: str) -> int:
+    value = fields[name]
+    if not re.fullmatch(r"[0-9]{1,4}", value) or int(value) < 1:
+        raise UserError(f"{name}={value}: write a whole number from 1 to 9999")
+    return int(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

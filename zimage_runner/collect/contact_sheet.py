@@ -1,0 +1,71 @@
+"""Contact sheets: pictures side by side, each with its prompt and seed below."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from zimage_runner.collect.pictures import Picture
+from zimage_runner.errors import UserError
+from zimage_runner.sweep.fonts import Font, font_for
+from zimage_runner.sweep.sheet import GAP, LINE, wrapped
+
+CAPTION_LINES = 2
+"""Of the prompt; the seed has one of its own."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """How a page is filled: pictures across, pictures down, and pixels of a picture's longer side."""
+
+    columns: int = 8
+    rows: int = 8
+    tile: int = 192
+
+
+def draw_sheets(file: Path, pictures: Sequence[Picture], layout: Layout) -> Iterator[Path]:
+    """Write page after page and yield their paths: ``file`` itself, then FILE_2.png, FILE_3.png ..."""
+    if file.suffix.lower() != ".png":
+        raise UserError(f"sheet={file}: contact sheets are PNG: use sheet={file.with_suffix('.png')}")
+    if file.is_dir():
+        raise UserError(f"sheet={file} is a folder: name a file in it")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    per_page = layout.columns * layout.rows
+    for start in range(0, len(pictures), per_page):
+        number = start // per_page + 1
+        path = file if number == 1 else file.with_stem(f"{file.stem}_{number}")
+        _page(pictures[start : start + per_page], layout).save(path)
+        yield path
+
+
+def _page(pictures: Sequence[Picture], layout: Layout) -> Image.Image:
+    captions = [_caption(picture) for picture in pictures]
+    font = font_for([prompt for prompt, _ in captions])
+    columns = min(layout.columns, len(pictures))
+    pitch_x, pitch_y = layout.tile + GAP, layout.tile + GAP + LINE * (CAPTION_LINES + 1)
+    size = (columns * pitch_x + GAP, math.ceil(len(pictures) / columns) * pitch_y + GAP)
+    sheet = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(sheet)
+    for n, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        left, top = GAP + n % columns * pitch_x, GAP + n // columns * pitch_y
+        with Image.open(picture.path) as image:
+            image.thumbnail((layout.tile, layout.tile), Image.Resampling.LANCZOS)
+            sheet.paste(image.convert("RGB"), (left, top))
+        _write(pen, (left, top + layout.tile), caption, layout.tile, font)
+    return sheet
+
+
+def _caption(picture: Picture) -> tuple[str, str]:
+    record = picture.record()
+    return str(record.get("prompt", "")), f"{picture.index}, seed {record.get('seed')}"
+
+
+def _write(pen: ImageDraw.ImageDraw, place: tuple[int, int], caption: tuple[str, str], width: int, font: Font) -> None:
+    prompt, seed = caption
+    lines = [*wrapped(prompt, width, CAPTION_LINES, font), *wrapped(seed, width, 1, font)]
+    for n, line in enumerate(lines):
+        pen.text((place[0], place[1] + n * LINE), line, "black", font)

@@ -1,0 +1,114 @@
+"""Pictures of many folders as files of one, under names of the user's choice, with a table of what each shows."""
+
+from __future__ import annotations
+
+import errno
+import filecmp
+import os
+import shutil
+import string
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from zimage_runner.collect.pictures import Picture
+from zimage_runner.errors import UserError
+from zimage_runner.outputs.json_text import compact_json
+from zimage_runner.plan.items import slug
+
+NAME = "{index:05d}_{slug}_seed_{seed}"
+TABLE = "metadata.jsonl"
+"""The name and form that Hugging Face's imagefolder reads."""
+LONGEST = 200
+"""Bytes of a name; file systems allow 255 at most."""
+_NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES)
+
+
+def collect_into(folder: Path, pictures: Sequence[Picture], name: str, *, overwrite: bool = False) -> Path:
+    """Link or copy each picture into ``folder`` as ``name`` says and write the table, whose path is returned.
+
+    What is there already and the same is left; something else of that name is an error unless ``overwrite``.
+    """
+    rows = [_row(picture, name) for picture in pictures]
+    _check_unique(pictures, [row["file_name"] for row in rows], name)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"into={folder} is a file: name a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    for picture, row in zip(pictures, rows, strict=True):
+        _put(picture.path, folder / row["file_name"], overwrite=overwrite)
+    text = "".join(compact_json(row) + "\n" for row in rows)
+    unfinished = folder / f"{TABLE}.tmp"
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(folder / TABLE)
+    return folder / TABLE
+
+
+def _row(picture: Picture, name: str) -> dict[str, Any]:
+    record = picture.record()
+    values = {
+        "index": picture.index,
+        "slug": picture.slug,
+        "seed": record.get("seed"),
+        "id": record.get("id"),
+        "run": picture.run.parent.name,
+        "job": picture.run.name,
+        "text": record.get("prompt", ""),
+        **record.get("params", {}),
+    }
+    row = {"file_name": f"{_filled(name, values)}.png", "text": record.get("prompt", ""), "seed": record.get("seed")}
+    row |= {"id": record["id"]} if "id" in record else {}
+    row |= record.get("params", {})
+    row |= {"model": record.get("model", {}).get("name"), "source": str(picture.path)}
+    return row | ({"metadata": record["metadata"]} if "metadata" in record else {})
+
+
+def _filled(name: str, values: dict[str, Any]) -> str:
+    """``name`` with its blanks filled; free text becomes what a file can be called."""
+    texts = {key: slug(value) if key in ("id", "text") and value else value for key, value in values.items()}
+    try:
+        used = [field for _, field, _, _ in string.Formatter().parse(name) if field is not None]
+        unknown = [field for field in used if field not in texts]
+        if unknown:
+            raise UserError(f"name={name}: no such blank {{{unknown[0]}}}; there are {', '.join(texts)}")
+        if missing := [field for field in used if texts[field] is None]:
+            raise UserError(f"name={name}: a picture has no {missing[0]}: use {{index}} or {{slug}}")
+        filled = name.format(**texts).removesuffix(".png")
+    except (ValueError, TypeError, AttributeError, IndexError) as error:
+        raise UserError(f"name={name}: {error}: write blanks as {NAME}") from None
+    if (
+        not filled.isprintable()
+        or not filled.strip(". ")
+        or "/" in filled
+        or "\\" in filled
+        or len(filled.encode()) > LONGEST
+    ):
+        raise UserError(
+            f"name={name} gives {filled!r:.80}, which is no plain file name: leave folders out, keep it short"
+        )
+    return filled
+
+
+def _check_unique(pictures: Sequence[Picture], names: Sequence[str], name: str) -> None:
+    first: dict[str, Picture] = {}
+    for picture, file_name in zip(pictures, names, strict=True):
+        other = first.setdefault(file_name.lower(), picture)
+        if other is not picture:
+            raise UserError(
+                f"name={name} gives {file_name} to both {other.path} and {picture.path}: tell them apart, for example "
+                f"name='{{job}}_{NAME}'"
+            )
+
+
+def _put(source: Path, target: Path, *, overwrite: bool) -> None:
+    if target.exists():
+        if os.path.samefile(source, target) or filecmp.cmp(source, target, shallow=False):
+            return
+        if not overwrite:
+            raise UserError(f"{target} is there already, and another picture: use another folder, or overwrite=true")
+        target.unlink()
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _NO_LINK:
+            raise
+        shutil.copyfile(source, target)

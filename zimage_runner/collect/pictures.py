@@ -1,0 +1,82 @@
+"""The finished pictures of runs, as their ledgers have them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zimage_runner.errors import UserError
+from zimage_runner.outputs.ledger import Ledger
+from zimage_runner.resume.command_line import LATEST, find_latest
+
+RECORDS, RECORD, IMAGE = "records.jsonl", "record.json", "image.png"
+
+_ITEM = re.compile(r"items/[0-9]{5,12}_[^/\\]+/seed_[0-9]+")
+"""A ledger is a file that anybody may have written: nothing outside of its run is read."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Picture:
+    """One finished picture."""
+
+    run: Path
+    item: str
+    """Its directory below the run directory."""
+
+    @property
+    def path(self) -> Path:
+        return self.run / self.item / IMAGE
+
+    @property
+    def index(self) -> int:
+        """The prompt's number."""
+        return int(self._folder.partition("_")[0])
+
+    @property
+    def slug(self) -> str:
+        """What its folder is called after the number: from the prompt's id or text."""
+        return self._folder.partition("_")[2]
+
+    @property
+    def _folder(self) -> str:
+        return self.item.split("/")[-2]
+
+    def record(self) -> dict[str, Any]:
+        """Its record.json."""
+        file = self.run / self.item / RECORD
+        try:
+            record = json.loads(file.read_bytes())
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{file} cannot be read ({error}): draw it again with resume={self.run} verify=true"
+            ) from None
+        if not isinstance(record, dict):
+            raise UserError(f"{file} is no record: draw it again with resume={self.run} verify=true")
+        return record
+
+
+def find_runs(names: Sequence[str]) -> list[Path]:
+    """Every run that is named or lies below a folder that is; each once, in this order."""
+    runs: list[Path] = []
+    for name in names:
+        given = find_latest(Path("outputs")) if name == LATEST else Path(name).expanduser()
+        found = [given] if (given / RECORDS).is_file() else sorted(file.parent for file in given.rglob(RECORDS))
+        if not found:
+            what = "holds no run" if given.is_dir() else "is no directory"
+            raise UserError(f"{name} {what}: give a run directory, which every run prints, or a folder of runs")
+        runs += found
+    return list(dict.fromkeys(run.absolute() for run in runs))
+
+
+def pictures_of(runs: Iterable[Path]) -> Iterator[Picture]:
+    """Finished pictures whose file is still there: by run, then prompt, then as they were drawn."""
+    for run in runs:
+        done = [
+            item for item, entry in Ledger.load(run / RECORDS).entries.items() if entry.ok and _ITEM.fullmatch(item)
+        ]
+        pictures = [Picture(run=run, item=item) for item in done]
+        yield from (p for p in sorted(pictures, key=lambda picture: picture.index) if p.path.is_file())
