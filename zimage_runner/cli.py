@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import sys
@@ -23,10 +24,12 @@ from zimage_runner.composed import (
     EXIT_ITEMS_FAILED,
     EXIT_OK,
     Composed,
+    Later,
     execute,
     refuse,
     remove_if_empty,
     remove_with_name,
+    when_known,
 )
 from zimage_runner.config.command_line import command_line_wins, readable
 from zimage_runner.config.free_text import quote_free_text
@@ -43,11 +46,11 @@ from zimage_runner.sweep.report import exit_codes
 
 _exit_codes: list[int] = []
 """One per job of this process, added when it starts to run: Hydra returns nothing from main."""
-_take: Callable[[Composed], int] = execute
+_take: Callable[[Composed], int | Later] = execute
 """What is done with a composed job."""
 
 
-def main(argv: Sequence[str], take: Callable[[Composed], int] = execute) -> int:
+def main(argv: Sequence[str], take: Callable[[Composed], int | Later] = execute) -> int:
     """Run one command line and return its exit code. Messages go to stderr, results to stdout.
 
     ``take`` gets each composed job: it runs it, or hands it to the process that will (head_start.py).
@@ -101,22 +104,25 @@ def _mode_not_configured(*_: Any, **__: Any) -> None:
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")
-def job(cfg: DictConfig) -> int:
+def job(cfg: DictConfig) -> int | Later:
     """One job: a single run, or one of a multirun's. Returns its exit code, for launchers."""
     directory = Path(HydraConfig.get().runtime.output_dir)
+    number = len(_exit_codes)
     _exit_codes.append(EXIT_ITEMS_FAILED)  # unless it gets further
+    code: int | Later = EXIT_ITEMS_FAILED
     try:
         command_line_wins(cfg, HydraConfig.get().overrides.task)
         if cfg.resume is not None:
             cfg = restore(cfg, directory, list(HydraConfig.get().overrides.task))
         composed = Composed(config=_validated(cfg), directory=directory, files=composed_files(cfg))
         gc.enable()  # paused while importing and composing, which leave no garbage
-        _exit_codes[-1] = _take(composed)
+        code = _take(composed)
     except (UserError, *CONFIG_ERRORS) as error:  # here and not in main: Hydra would print a line of its own
-        _exit_codes[-1] = refuse(explain(error))
+        code = refuse(explain(error))
     finally:
         remove_if_empty(directory, Path(str(cfg.output.root)).expanduser())
-    return _exit_codes[-1]
+    when_known(code, functools.partial(_exit_codes.__setitem__, number))
+    return code
 
 
 def _validated(cfg: DictConfig) -> RunConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,35 @@ if TYPE_CHECKING:
     from zimage_runner.config.schema import RunConfig
 
 EXIT_OK, EXIT_ITEMS_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+class Later:
+    """The exit code of a job whose last pictures are still on their way."""
+
+    def __init__(self) -> None:
+        self._code: int | None = None
+        self._listeners: list[Callable[[int], object]] = []
+
+    def then(self, listener: Callable[[int], object]) -> None:
+        """Call it once the code is known."""
+        if self._code is not None:
+            listener(self._code)
+        else:
+            self._listeners.append(listener)
+
+    def tell(self, code: int) -> None:
+        """The code is known."""
+        self._code = code
+        for listener in self._listeners:
+            listener(code)
+
+
+def when_known(code: int | Later, listener: Callable[[int], object]) -> None:
+    """Call ``listener`` with an exit code: now, or once it is known."""
+    if isinstance(code, Later):
+        code.then(listener)
+    else:
+        listener(code)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +61,8 @@ class Composed:
         remove_if_empty(self.directory, Path(self.config.output.root))
 
 
-def execute(composed: Composed) -> int:
-    """Run it; the exit code. What the user can mend is said in one line on stderr."""
+def execute(composed: Composed) -> int | Later:
+    """Run it; the exit code, within a multirun perhaps later. What the user can mend is said in one line on stderr."""
     from zimage_runner.runner import run
 
     try:

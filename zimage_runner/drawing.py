@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from zimage_runner.executors.base import Batch, Executor
@@ -23,7 +22,7 @@ MAX_ATTEMPTS = 2
 
 
 class Drawing:
-    """Draws items and has them written to an open run directory."""
+    """Draws items and has them written to an open run directory: ``begin``, ``finish``, ``close``."""
 
     def __init__(
         self,
@@ -39,30 +38,49 @@ class Drawing:
         self._fingerprints = fingerprints
         self._report = report
         self._on_settled = on_settled
-        self._again: list[WorkItem] = []
+        self._again: list[tuple[WorkItem, str]] = []
+        """Items whose picture was bad, and why."""
         self._items: dict[str, WorkItem] = {}
         self._writer = Writer(run_dir, ledger, job.config.output, self._on_done)
 
-    def run(self, executor: Executor, batches: Iterable[Batch], stop: StopRequest) -> None:
-        """Draw the batches, then whatever came out bad once more; all is written when this returns."""
+    def begin(
+        self, executor: Executor, batches: Iterable[Batch], stop: StopRequest, on_submitted: Callable[[], None]
+    ) -> None:
+        """Hand the batches to the executor and its pictures to the writer; ``on_submitted`` is called in between."""
+        self._executor, self._stop = executor, stop
         self._writer.start_clock()
-        with contextlib.closing(self._writer):
-            for attempt in range(1, MAX_ATTEMPTS + 1):
-                self._draw(executor, itertools.takewhile(lambda _: not stop, batches), attempt)
-                again, self._again = self._again, []
-                if not again or stop:
-                    return
-                batches = [Batch(items=[item], attempt=attempt + 1) for item in again]
+        self._submit(itertools.takewhile(lambda _: not stop, batches), 1, on_submitted)
 
-    def _draw(self, executor: Executor, batches: Iterator[Batch], attempt: int) -> None:
-        for result in executor.run(batches):
+    def not_before(self, instant: float) -> None:
+        """The executor was busy with another run until then: the first picture's seconds count from there."""
+        self._writer.not_before(instant)
+
+    def finish(self) -> None:
+        """Wait until all is written; what came out bad is drawn once more."""
+        attempt = 1
+        self._writer.flush()
+        while self._again and not self._stop:
+            again, self._again = self._again, []
+            attempt += 1
+            for item, error in again:
+                log.warning("%s: %s, drawing it once more", item.item_dir, error)
+            self._submit((Batch(items=[item], attempt=attempt) for item, _ in again), attempt)
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Write what is queued and end the writer. Raises DiskError if something could not be written."""
+        self._writer.close()
+
+    def _submit(self, batches: Iterable[Batch], attempt: int, on_submitted: Callable[[], None] | None = None) -> None:
+        for result in self._executor.run(batches):
             jobs = [self._picture_job(item, {**result.details, "attempt": attempt}) for item in result.items]
             if result.images is not None:
                 self._writer.submit(jobs, result.images)
             else:
                 for picture in jobs:
                     self._writer.fail(picture, result.error or "unknown error")
-        self._writer.flush()
+            if on_submitted is not None:
+                on_submitted()
 
     def _picture_job(self, item: WorkItem, details: dict[str, Any]) -> PictureJob:
         self._items[item.item_dir] = item
@@ -82,8 +100,7 @@ class Drawing:
         if outcome.status != "bad":
             self._on_settled(outcome)
         elif outcome.job.details["attempt"] < MAX_ATTEMPTS:
-            log.warning("%s: %s, drawing it once more", outcome.job.item_dir, outcome.error)
-            self._again.append(item)
+            self._again.append((item, outcome.error or "bad picture"))
         else:
             self._items[outcome.job.item_dir] = item
             self._writer.fail(outcome.job, outcome.error or "bad picture")

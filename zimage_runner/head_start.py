@@ -104,7 +104,9 @@ def main(argv: Sequence[str]) -> int:
                 f"line, or set {HEAD_START}=0 in the environment"
             )
         _imports.suit(composed.config)
-        return execute(composed)
+        code = execute(composed)
+        assert isinstance(code, int), "only a multirun's jobs end later"
+        return code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 

@@ -16,18 +16,23 @@ LOGGER = logging.getLogger("zimage_runner")
 
 @contextlib.contextmanager
 def run_log(path: Path) -> Iterator[None]:
-    """Append this package's log lines from INFO to ``path`` while the block runs."""
+    """Append this package's log lines from INFO to ``path``, and to no other run's log, while the block runs."""
+    others = [other for other in LOGGER.handlers if isinstance(other, _RunLog)]
     handler = _RunLog(path, encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     level = LOGGER.level
     LOGGER.addHandler(handler)
     LOGGER.setLevel(logging.INFO)
+    for other in others:
+        LOGGER.removeHandler(other)
     try:
         yield
     finally:
         LOGGER.setLevel(level)
         LOGGER.removeHandler(handler)
         handler.close()
+        for other in others:
+            LOGGER.addHandler(other)
 
 
 def log_to_terminal() -> None:

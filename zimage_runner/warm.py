@@ -1,43 +1,59 @@
-"""Executors that outlive their job, so that all jobs of a multirun that need the same session share it."""
+"""Executors that outlive their job, so that all jobs of a multirun that need the same session share it.
+
+The end of such a job comes late: while the GPU draws its last pictures the next job is composed and planned, and when
+the GPU has work of that one the pictures are waited for, written and reported.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from zimage_runner.composed import EXIT_ITEMS_FAILED, Later, refuse
+from zimage_runner.errors import RunStopped, UserError, error_text
 from zimage_runner.executors.base import Executor
 from zimage_runner.job import Job
 from zimage_runner.session import Session
 from zimage_runner.signals import StopRequest
 
+log = logging.getLogger(__name__)
+
 
 class Executors:
     """Starts the executor of each job, or hands over the last job's when it fits. One at a time is kept."""
 
-    def __init__(self, stop: StopRequest) -> None:
+    def __init__(self, stop: StopRequest, *, overlaps: bool = False) -> None:
+        """``overlaps``: a job may end while the next one draws."""
         self.stop = stop
         """One for all jobs: a signal ends the whole sweep."""
         self.memo: dict[str, Any] = {}
         """What ``prepare`` need not find out again for the next job."""
+        self._overlaps = overlaps
         self._executor: Executor | None = None
         self._key = ""
+        self._unfinished: tuple[Callable[[], int], Later] | None = None
+        self.last_arrival = 0.0
+        """time.perf_counter() when the last job's last picture was on the host."""
 
     @contextlib.contextmanager
     def lease(self, job: Job) -> Iterator[Executor]:
         """A started executor, warm for the job's shapes. After an error it is not used again."""
+        key = executor_key(job)
+        if key != self._key:
+            self.close()  # the job that used it ends undisturbed
         try:
             with self.stop.interruptible():  # nothing is written yet: a refusal leaves no run directory behind
-                executor = self._started(job)
+                executor = self._started(job, key)
             yield executor
         except BaseException:
             self.close()
             raise
 
-    def _started(self, job: Job) -> Executor:
-        key = executor_key(job)
-        if self._executor is not None and self._key == key and self._executor.extend(job.shapes, job.texts):
+    def _started(self, job: Job, key: str) -> Executor:
+        if self._executor is not None and self._executor.extend(job.shapes, job.texts):
             return self._executor
         self.close()
         config = job.config
@@ -51,8 +67,39 @@ class Executors:
         self._executor.start()
         return self._executor
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether a job's end is still to come."""
+        return self._unfinished is not None
+
+    def conclude(self, executor: Executor, end: Callable[[], int]) -> int | Later:
+        """End a job that the executor has all the work of: now, or later where the next job may begin meanwhile.
+
+        ``end`` waits for what is on its way, and returns the exit code.
+        """
+        self.catch_up()
+        if not (self._overlaps and executor.overlaps):
+            return end()
+        later = Later()
+        self._unfinished = (end, later)
+        return later
+
+    def catch_up(self) -> None:
+        """End the job whose end is still to come, if there is one. What goes wrong there is said, and is its own."""
+        if self._unfinished is None:
+            return
+        (end, later), self._unfinished = self._unfinished, None
+        try:
+            later.tell(end())
+        except (UserError, RunStopped) as error:
+            later.tell(refuse(str(error)))
+        except Exception as error:
+            log.error("%s", error_text(error), exc_info=error)
+            later.tell(EXIT_ITEMS_FAILED)
+
     def close(self) -> None:
-        """End the session, if there is one."""
+        """End the session, if there is one, and before it the job whose end is still to come."""
+        self.catch_up()
         executor, self._executor = self._executor, None
         if executor is not None:
             executor.close()
@@ -69,10 +116,10 @@ _shared: Executors | None = None
 
 
 @contextlib.contextmanager
-def shared_executors(stop: StopRequest) -> Iterator[Executors]:
+def shared_executors(stop: StopRequest, *, overlaps: bool = False) -> Iterator[Executors]:
     """While this is open, every run of this process takes its executor from one place and leaves it warm."""
     global _shared
-    _shared = Executors(stop)
+    _shared = Executors(stop, overlaps=overlaps)
     try:
         yield _shared
     finally:

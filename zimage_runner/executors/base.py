@@ -114,6 +114,10 @@ SessionFactory = Callable[[], SessionLike]
 class Executor(abc.ABC):
     """Runs batches somewhere."""
 
+    overlaps: bool = False
+    """Whether ``run`` may be called again while the results of an earlier call are still being taken, and returns
+    pictures that are still on their way: the next job may then begin before this one has ended."""
+
     @abc.abstractmethod
     def start(self) -> dict[str, Any]:
         """Start the session; its report."""

@@ -31,6 +31,8 @@ class InlineExecutorConfig(ExecutorConfig):
 class InlineExecutor(Executor):
     """Calls the session directly. A session checks its memory's health itself."""
 
+    overlaps = True
+
     def __init__(self, make_session: SessionFactory, *, auto_batch: bool = False) -> None:
         self._make_session = make_session
         self._auto_batch = auto_batch

@@ -26,7 +26,8 @@ class Output:
     root: str = "outputs"
     """Folder that holds all runs."""
     png_compress_level: int = 1
-    """zlib level 0 (none) to 9 (smallest). 1 is several times faster than the usual 6 and about 5 % larger."""
+    """zlib level 0 (none) to 9 (smallest). 1 looks for runs alone: on photographs as small as the usual 6, and several
+    times faster. Drawings of flat colours gain from 6."""
     metadata: bool = True
     """Put the parameters into each PNG: as the text that image tools read and as JSON."""
     writer_threads: int = 2

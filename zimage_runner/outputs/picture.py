@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zlib
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -14,12 +15,18 @@ from zimage_runner.outputs.metadata import png_info
 if TYPE_CHECKING:
     import numpy as np
 
+PILLOWS_CHOICE = -1
+
 
 def encode_png(pixels: np.ndarray, recipe: dict[str, Any], output: Output) -> bytes:
     """PNG file of uint8 [height, width, 3]. The same pixels, recipe and options give the same bytes."""
     buffer = io.BytesIO()
     info = png_info(recipe) if output.metadata else None
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=output.png_compress_level, pnginfo=info)
+    level = output.png_compress_level
+    # After PNG's filters a photograph repeats itself in runs alone: looking for more finds chance repetitions of a few
+    # bytes, whose codes are longer than what they replace.
+    strategy = zlib.Z_RLE if level == 1 else PILLOWS_CHOICE
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=level, compress_type=strategy, pnginfo=info)
     return buffer.getvalue()
 
 

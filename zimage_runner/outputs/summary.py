@@ -61,11 +61,26 @@ class Summary:
         self._lock = threading.Lock()
         self._started = time.perf_counter()
         self._clock = self._started
+        self._busy_until = 0.0
         self._arrivals: list[tuple[float, float]] = []
 
     def start_clock(self) -> None:
         """The session is ready: the first image counts from here."""
         self._clock = time.perf_counter()
+
+    def not_before(self, instant: float) -> None:
+        """The device was busy with another run until then (time.perf_counter()): the first image counts from there."""
+        self._busy_until = instant
+
+    @property
+    def settled(self) -> int:
+        """Items that are done or failed, those of earlier processes included."""
+        return self.already_done + self.linked + self.ok + len(self.failed)
+
+    @property
+    def last_arrival(self) -> float:
+        """time.perf_counter() when the last picture was on the host; 0.0 if there is none."""
+        return max((arrived for arrived, _ in self._arrivals), default=0.0)
 
     def add(self, outcome: Outcome) -> None:
         """Count a finished or failed item."""
@@ -78,7 +93,7 @@ class Summary:
 
     def to_dict(self, report: dict[str, Any], *, stopped: str | None = None) -> dict[str, Any]:
         """summary.json. ``report`` is the executor's; ``stopped`` is why the run ended early."""
-        remaining = self.planned - self.already_done - self.linked - self.ok - len(self.failed)
+        remaining = self.planned - self.settled
         unfinished = bool(remaining or self.failed)
         stopped = (stopped or "some items were not reached") if remaining else None
         return {
@@ -107,7 +122,9 @@ class Summary:
             return {}
         arrivals = sorted(self._arrivals)
         first = arrivals[0][0]
-        found = {"first_seconds": first - self._clock}
+        # A picture of the other run that was drawn once more may have come later.
+        since = self._busy_until if self._clock < self._busy_until < first else self._clock
+        found = {"first_seconds": first - since}
         after = sorted(seconds for arrived, seconds in arrivals if arrived > first)
         if after:
             found["mean_seconds"] = statistics.fmean(after)

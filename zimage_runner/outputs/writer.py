@@ -87,6 +87,7 @@ class Writer:
         self._room = threading.Condition()
         self._pending = 0
         self._last_arrival = time.perf_counter()
+        self._arrived = False
         self._batches: queue.SimpleQueue[tuple[Sequence[PictureJob], PendingImages] | None] = queue.SimpleQueue()
         self._pool = ThreadPoolExecutor(output.writer_threads, thread_name_prefix="writer")
         self._receiver = threading.Thread(target=self._receive_all, name="receiver", daemon=True)
@@ -95,6 +96,12 @@ class Writer:
     def start_clock(self) -> None:
         """The first picture's seconds count from here."""
         self._last_arrival = time.perf_counter()
+
+    def not_before(self, instant: float) -> None:
+        """The device was busy with another run until then: the first picture's seconds count from there."""
+        with self._room:
+            if not self._arrived:
+                self._last_arrival = max(self._last_arrival, instant)
 
     def submit(self, jobs: Sequence[PictureJob], images: PendingImages) -> None:
         """Queue a batch, picture i of ``images`` being job i's. Blocks while ``max_pending_images`` wait already."""
@@ -157,8 +164,9 @@ class Writer:
                 for job in jobs:
                     self._pool.submit(self._guarded, job, self._report_bad, job, error_text(error))
                 continue
-            arrived = time.perf_counter()
-            seconds, self._last_arrival = (arrived - self._last_arrival) / len(jobs), arrived
+            with self._room:
+                self._arrived, arrived = True, time.perf_counter()
+                seconds, self._last_arrival = (arrived - self._last_arrival) / len(jobs), arrived
             for job, picture in zip(jobs, pixels, strict=True):
                 self._pool.submit(self._guarded, job, self._write_picture, job, picture, seconds, arrived)
 

@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import logging
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def write_grids(root: Path, jobs: Sequence[SweptJob], fields: Sequence[str], *, 
         path = root / "grid.png" if len(pages) == 1 else root / "grid" / f"{page.name}.png"
         path.parent.mkdir(exist_ok=True)
         temporary = path.with_suffix(".tmp")
-        draw(page, tile).save(temporary, format="PNG", compress_level=1)
+        draw(page, tile).save(temporary, format="PNG", compress_level=1, compress_type=zlib.Z_RLE)
         temporary.rename(path)
         written.append(path)
     return written

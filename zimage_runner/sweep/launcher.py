@@ -6,6 +6,7 @@ and directory.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import logging
@@ -20,6 +21,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from zimage_runner.composed import when_known
 from zimage_runner.errors import error_text
 from zimage_runner.logs import say
 from zimage_runner.outputs.summary import resume_command
@@ -63,12 +65,13 @@ class WarmLauncher(Launcher):
             keep_first_settings(directory)
         configs = [self._compose(list(o), initial_job_idx + n) for n, o in enumerate(job_overrides)]
         returns: dict[int, JobReturn] = {}
-        with graceful_stop() as stop, shared_executors(stop) as executors:
+        with graceful_stop() as stop, shared_executors(stop, overlaps=self.keep_going) as executors:
             for n in warm_order(configs):
                 returns[n] = self._run(configs[n], executors)
                 if not self.keep_going and returns[n].return_value:
                     log.warning("job %d failed: the jobs after it are not run (keep_going=false)", initial_job_idx + n)
                     break
+            executors.catch_up()
             if stop:
                 say(f"to finish the whole multirun: {resume_command(directory.absolute())}")
         return [returns.get(n) or _not_run(EXIT_FAILED) for n in range(len(configs))]
@@ -107,6 +110,7 @@ class WarmLauncher(Launcher):
             executors.close()  # whatever state it is in
             log.error("job %d: %s", config.hydra.job.num, error_text(error), exc_info=error)
             result.status, result.return_value = JobStatus.COMPLETED, EXIT_FAILED
+        when_known(result.return_value, functools.partial(setattr, result, "return_value"))
         return result
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import logging
@@ -18,6 +19,7 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from zimage_runner.composed import EXIT_ITEMS_FAILED, Later, when_known
 from zimage_runner.logs import say
 from zimage_runner.outputs.atomic import directory, write_file
 
@@ -80,7 +82,8 @@ class SweepReport(Callback):
         number = config.hydra.job.get("num")
         if isinstance(number, int):
             code = job_return._return_value
-            self._exit_codes[number] = code if isinstance(code, int) else 1
+            known = code if isinstance(code, int | Later) else EXIT_ITEMS_FAILED
+            when_known(known, functools.partial(self._exit_codes.__setitem__, number))
             self._overrides[number] = list(config.hydra.overrides.task)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:

@@ -1,0 +1,280 @@
+"""A multirun's job ends while the next one draws: nothing waits, and nothing of one gets into the other."""
+
+from __future__ import annotations
+
+import csv
+import json
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.faults.session import FaultySession
+from zimage_runner.composed import Later, when_known
+from zimage_runner.engines.base import PendingImages
+from zimage_runner.errors import BadPictureError, UserError
+from zimage_runner.executors.base import Executor, GeneratedBatch
+from zimage_runner.outputs.atomic import DiskError
+from zimage_runner.outputs.writer import Writer
+from zimage_runner.plan import WorkItem
+from zimage_runner.signals import StopRequest
+from zimage_runner.warm import Executors
+
+Cli = Callable[..., tuple[int, str, str]]
+PATIENCE = 20.0
+"""Seconds after which a picture that waits for the next job gives up: then they did not overlap."""
+SWEEP = ("-m", "prompt=a cat", "output.fsync=never", "hydra.callbacks.sweep_report.grid=false")
+
+
+class Gpu:
+    """Work that takes until the next batch has been submitted; the last batch waits for nothing."""
+
+    def __init__(self, batches: int) -> None:
+        self.submitted = [threading.Event() for _ in range(batches)]
+        self.count = 0
+        self.bad: set[int] = set()
+        """Batches whose pictures turn out to be none."""
+        self.gave_up: list[int] = []
+
+
+class OnGpu(PendingImages):
+    def __init__(self, gpu: Gpu, number: int, images: PendingImages, waits: bool) -> None:
+        self._gpu, self._number, self._images, self._waits = gpu, number, images, waits
+
+    def wait(self) -> np.ndarray:
+        after = self._number + 1
+        if self._waits and after < len(self._gpu.submitted) and not self._gpu.submitted[after].wait(PATIENCE):
+            self._gpu.gave_up.append(self._number)
+        if self._number in self._gpu.bad:
+            raise BadPictureError("the decoder's output holds NaN or Inf")
+        return self._images.wait()
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Gpu]:
+    """Make sessions queue their work on a pretended GPU that is given so many batches."""
+
+    def begin(batches: int) -> Gpu:
+        gpu = Gpu(batches)
+
+        class Session(FaultySession):
+            def generate(self, items: Sequence[WorkItem], **options: Any) -> GeneratedBatch:
+                done = super().generate(items, **options)
+                number, gpu.count = gpu.count, gpu.count + 1
+                gpu.submitted[number].set()
+                waits = options.get("attempt", 1) == 1  # a second attempt is at the end of the queue
+                return GeneratedBatch(images=OnGpu(gpu, number, done.images, waits), details=done.details)
+
+        monkeypatch.setattr("zimage_runner.warm.Session", Session)
+        return gpu
+
+    return begin
+
+
+def sweep_of(out: str) -> Path:
+    return Path(out.strip().splitlines()[-1])
+
+
+def rows(sweep: Path) -> list[dict[str, str]]:
+    with (sweep / "summary.csv").open() as table:
+        return list(csv.DictReader(table))
+
+
+def test_the_next_job_begins_before_the_last_pictures_are_there(cli: Cli, gpu: Callable[[int], Gpu]) -> None:
+    queue = gpu(4)
+    code, out, err = cli(*SWEEP, "seeds=1,2,3,4")
+    assert code == 0, err
+    assert queue.gave_up == []
+    sweep = sweep_of(out)
+    assert [row["status"] for row in rows(sweep)] == ["complete"] * 4
+    for job in range(4):
+        summary = json.loads((sweep / str(job) / "summary.json").read_bytes())
+        assert summary["items"] == {
+            "planned": 1, "done_before": 0, "linked": 0, "ok": 1, "failed": 0, "remaining": 0,
+        }  # fmt: skip
+        log = (sweep / str(job) / "run.log").read_text()
+        assert log.count("the run ended") == log.count("of 1 pictures to draw") == 1
+    assert out.splitlines()[:-1] == [str(sweep / str(job)) for job in range(4)]
+
+
+def test_a_picture_takes_from_the_one_before_it(cli: Cli, gpu: Callable[[int], Gpu]) -> None:
+    """And not from when it was queued behind that one."""
+    queue = gpu(2)
+    real, arrivals = Writer._write_picture, []
+
+    def write(self: Writer, job: Any, pixels: Any, seconds: float, arrived: float) -> None:
+        arrivals.append(arrived)
+        real(self, job, pixels, seconds, arrived)
+
+    first_job_ended = threading.Event()
+    not_before = Writer.not_before
+
+    def hear(self: Writer, instant: float) -> None:
+        not_before(self, instant)
+        if instant > 0:
+            first_job_ended.set()
+
+    class OneAfterAnother(OnGpu):
+        def wait(self) -> np.ndarray:
+            pixels = super().wait()
+            if self._number == 1:
+                assert first_job_ended.wait(PATIENCE)
+            return pixels
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Writer, "_write_picture", write)
+        patch.setattr(Writer, "not_before", hear)
+        patch.setitem(globals(), "OnGpu", OneAfterAnother)
+        _, out, _ = cli(*SWEEP, "seeds=1,2")
+    assert queue.gave_up == []
+    second = sweep_of(out) / "1"
+    record = json.loads(next(second.glob("items/*/*/record.json")).read_bytes())
+    images = json.loads((second / "summary.json").read_bytes())["images"]
+    assert images["first_seconds"] <= arrivals[1] - arrivals[0] + 1e-6
+    assert record["seconds"] <= arrivals[1] - arrivals[0] + 1e-6
+
+
+def test_a_bad_picture_is_drawn_again_while_the_next_job_is_under_way(cli: Cli, gpu: Callable[[int], Gpu]) -> None:
+    queue = gpu(4)
+    queue.bad = {0}
+    code, out, err = cli(*SWEEP, "seeds=1,2,3")
+    assert code == 0, err
+    assert queue.gave_up == []
+    sweep = sweep_of(out)
+    records = [json.loads(next(sweep.glob(f"{job}/items/*/*/record.json")).read_bytes()) for job in range(3)]
+    assert [record["attempt"] for record in records] == [2, 1, 1]
+    firsts = [json.loads((sweep / str(n) / "summary.json").read_bytes())["images"]["first_seconds"] for n in range(3)]
+    assert min(firsts) >= 0
+    logs = ["drawing it once more" in (sweep / str(job) / "run.log").read_text() for job in range(3)]
+    assert logs == [True, False, False]
+
+
+def test_each_job_has_its_own_code(cli: Cli, gpu: Callable[[int], Gpu]) -> None:
+    queue = gpu(4)
+    queue.bad = {1, 3}  # the second job's picture, and its second attempt, after the third job's picture
+    code, out, err = cli(*SWEEP, "seeds=1,2,3")
+    assert code == 1
+    assert queue.gave_up == []
+    assert [(row["status"], row["failed"]) for row in rows(sweep_of(out))] == [
+        ("complete", "0"), ("failures", "1"), ("complete", "0"),
+    ]  # fmt: skip
+    assert "the decoder's output holds NaN or Inf" in err
+
+
+def test_a_disk_that_fails_in_one_jobs_end_is_that_jobs_affair(
+    cli: Cli, gpu: Callable[[int], Gpu], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu(3)
+    real = Writer._write_picture
+
+    def write(self: Writer, job: Any, *rest: Any) -> None:
+        if job.seed == 2:
+            raise DiskError("cannot write it")
+        real(self, job, *rest)
+
+    monkeypatch.setattr(Writer, "_write_picture", write)
+    code, out, err = cli(*SWEEP, "seeds=1,2,3")
+    assert code == 130
+    assert [row["status"] for row in rows(sweep_of(out))] == ["complete", "stopped", "complete"]
+    assert "stopped: cannot write it" in err
+
+
+def test_jobs_of_another_session_wait(cli: Cli, gpu: Callable[[int], Gpu]) -> None:
+    queue = gpu(2)
+    queue.submitted[1].set()  # the first job must be able to end by itself
+    code, out, err = cli(*SWEEP, "seeds=1", "model.dtype=float32,bfloat16")
+    assert code == 0, err
+    assert [row["status"] for row in rows(sweep_of(out))] == ["complete"] * 2
+
+
+def test_what_the_job_before_drew_can_be_skipped(cli: Cli, gpu: Callable[[int], Gpu], tmp_path: Path) -> None:
+    queue = gpu(1)
+    cli("prompt=a dog", "seeds=1", "output.fsync=never", f"output.root={tmp_path}/earlier")
+    queue.submitted.append(threading.Event())
+    queue.submitted[1].set()
+    sweep = tmp_path / "sweep"
+    arguments = [
+        f"hydra.sweep.dir={sweep}",
+        f"skip_existing='{tmp_path}/{{earlier,sweep}}'".replace("{earlier,sweep}", "*"),
+    ]
+    code, _, err = cli(*SWEEP, "seeds=7", "name=a,b", *arguments)
+    assert code == 0, err
+    linked = [json.loads((sweep / str(n) / "summary.json").read_bytes())["items"]["linked"] for n in (0, 1)]
+    assert linked == [0, 1]
+    assert queue.count == 2
+
+
+def test_with_keep_going_false_the_code_is_known_first(cli: Cli, gpu: Callable[[int], Gpu]) -> None:
+    queue = gpu(3)
+    for submitted in queue.submitted:
+        submitted.set()
+    queue.bad = {0, 1}
+    code, out, _ = cli(*SWEEP, "seeds=1,2", "hydra.launcher.keep_going=false")
+    assert code == 1
+    assert [row["status"] for row in rows(sweep_of(out))] == ["failures", "not run"]
+
+
+class Idle(Executor):
+    overlaps = True
+
+    def start(self) -> dict[str, Any]:
+        return {}
+
+    def run(self, batches: Any) -> Any:
+        return iter(())
+
+    def report(self) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("overlaps", "able"), [(False, True), (True, False)])
+def test_without_overlap_a_job_ends_at_once(overlaps: bool, able: bool) -> None:
+    executor = Idle()
+    executor.overlaps = able
+    executors = Executors(StopRequest(), overlaps=overlaps)
+    assert executors.conclude(executor, lambda: 7) == 7
+    assert not executors.is_behind
+
+
+def test_a_late_end_comes_once_and_in_order() -> None:
+    executors, told = Executors(StopRequest(), overlaps=True), []
+    ends = []
+
+    def end(number: int, code: int) -> int:
+        ends.append(number)
+        return code
+
+    for number, code in ((1, 0), (2, 130)):
+        late = executors.conclude(Idle(), lambda number=number, code=code: end(number, code))
+        assert isinstance(late, Later)
+        when_known(late, told.append)
+        assert executors.is_behind
+    assert (ends, told) == ([1], [0])
+    executors.close()
+    executors.catch_up()
+    assert (ends, told) == ([1, 2], [0, 130])
+    when_known(late, told.append)  # it is known by now
+    assert told[-1] == 130
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(UserError("no"), 2), (DiskError("full"), 2), (ZeroDivisionError("a bug"), 1)]
+)
+def test_what_goes_wrong_late_is_said(error: Exception, code: int, capfd: pytest.CaptureFixture[str]) -> None:
+    from zimage_runner.logs import log_to_terminal
+
+    def fail() -> int:
+        raise error
+
+    log_to_terminal()
+    executors, told = Executors(StopRequest(), overlaps=True), []
+    when_known(executors.conclude(Idle(), fail), told.append)
+    executors.catch_up()
+    assert told == [code]
+    assert f"zimage_runner: {error}" in capfd.readouterr().err.replace("ZeroDivisionError: ", "")
