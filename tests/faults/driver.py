@@ -18,15 +18,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from hydra.core.plugins import Plugins
 from PIL import Image
 
 from tests.faults.session import FaultySession, picture
 from zimage_runner import runner, warm  # noqa: F401  # imported here once, for all the forks
 from zimage_runner.cli import main
+from zimage_runner.config.registry import register
 from zimage_runner.outputs.ledger import Ledger
 from zimage_runner.outputs.metadata import read_metadata
 
 PROMPTS = ["a cat", "一只猫"]
+
+# What every command would otherwise do again in each fork.
+register()
+Plugins.instance()
+Image.init()
+np.random.default_rng(0)
 
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(["tests.faults.driver"])
@@ -36,6 +44,8 @@ def run_cli(argv: list[str], environment: dict[str, str], log: str) -> None:
     """In the forked process."""
     os.environ.update(environment)
     os.setsid()
+    for number in (signal.SIGINT, signal.SIGHUP):  # ignored where the suite runs in the background or under nohup
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(fd, 1)
     os.dup2(fd, 2)
