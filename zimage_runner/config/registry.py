@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 
 from hydra.core.config_store import ConfigStore
@@ -61,6 +62,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
 def register() -> None:
     """Store the schemas under schema/<group>/<option>; calling it twice is harmless."""
     OmegaConf.register_new_resolver("folder_name", lambda name: folder_name(str(name)), replace=True)
+    OmegaConf.register_new_resolver("home", lambda path: os.path.expanduser(str(path)), replace=True)
     OmegaConf.register_new_resolver("conf_file", lambda name: str(CONFIG_DIR / name), replace=True)
     _store_schemas()
 
