@@ -38,6 +38,7 @@ def message(source) -> str:
         (Inline(texts=["a"], limit=0), "prompts.limit=0 is out of range: use 1 or more"),
         (Inline(texts=["a"], offset=-1), "prompts.offset=-1 is out of range: use 0 or more"),
         (Inline(texts=["a"], sample=0), "prompts.sample=0 is out of range: use 1 or more"),
+        (Inline(texts=["a"], sample_seed=5), "prompts.sample_seed=5 has no effect without prompts.sample=COUNT"),
         (Inline(texts=["a"], offset=5), "prompts.offset=5 leaves none of the prompts"),
         (Inline(texts=["a"], shard="2/2"), "prompts.shard=2/2 leaves none of the prompts"),
         (Inline(texts=["a"], shard="0/4"), "prompts.shard='0/4' is not a shard: write 1/4"),

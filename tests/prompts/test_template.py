@@ -103,6 +103,8 @@ def test_ids_stay_unique(tmp_path):
         ("{a}", {"fill": {"a": ["x", "x"]}}, "prompts.template.fill.a holds 'x' twice"),
         ("{a}", {"fill": {"a": "/nowhere.txt"}}, "/nowhere.txt does not exist"),
         ("{a}", {"fill": FILL, "count": 0}, "prompts.template.count=0 is out of range"),
+        ("a", {"count": 3}, "prompts.template.count=3 has no effect with prompts.template.combine=product: add"),
+        ("a", {"seed": 3, "combine": Combine.zip}, "template.seed=3 has no effect with prompts.template.combine=zip"),
         ("a", {"wildcards": "/tmp"}, "prompts.template.wildcards is set, but prompts.template.dynamic is false"),
         ("{a}{b}", {"fill": {"a": list(range(2000)), "b": list(range(2000))}}, "4,000,000 combinations"),
     ],
@@ -146,7 +148,7 @@ class TestDynamic:
     @pytest.mark.parametrize(
         ("text", "expected"),
         [
-            ("a __nope__", "prompts.texts[0]: nothing fills __nope__: set template.wildcards"),
+            ("a __nope__", "prompts.texts[0]: nothing fills __nope__: set prompts.template.wildcards"),
             ("a {b", "prompts.texts[0]: cannot read the variants"),
             ("costs $5", "prompts.texts[0]: cannot read the variants"),
             ("{" * 2000 + "a" + "}" * 2000, "prompts.texts[0]: the variants are nested too deeply"),
@@ -160,3 +162,13 @@ class TestDynamic:
         (tmp_path / "in").mkdir()
         (tmp_path / "secret.txt").write_text("secret\n")
         assert "__" in refusal("a __../secret__", dynamic=True, wildcards=str(tmp_path / "in"))
+
+
+@pytest.mark.parametrize("variants", ["{red|blue}", "{|big}", "__animals__", "__deep/colour__"])
+def test_variants_that_are_not_asked_for_are_told_of_once(variants, caplog):
+    given = ["plain | text", "snake__case__name {x}", f"a {variants} cat", f"a {variants} dog"]
+    with caplog.at_level("WARNING", logger="zimage_runner"):
+        assert texts(given) == given
+    assert [r.getMessage() for r in caplog.records] == [
+        f"prompts.texts[2]: {variants} is drawn as it is: prompts.template.dynamic=true makes variants of it"
+    ]

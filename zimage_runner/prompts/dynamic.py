@@ -76,7 +76,11 @@ class _Library:
             def get_values(self, wildcard: str) -> Any:
                 values = super().get_values(wildcard)
                 if not values:
-                    where = f"no {wildcard}.txt with values in {directory}" if directory else "set template.wildcards"
+                    where = (
+                        f"no {wildcard}.txt with values in {directory}"
+                        if directory
+                        else "set prompts.template.wildcards=FOLDER"
+                    )
                     raise _MissingWildcardError(f"nothing fills __{wildcard}__: {where}")
                 return values
 

@@ -38,6 +38,8 @@ def _check_selection(source: PromptSource) -> None:
         value = getattr(source, name)
         if value is not None and value < low:
             raise UserError(f"prompts.{name}={value} is out of range: use {low} or more")
+    if source.sample_seed and source.sample is None:
+        raise UserError(f"prompts.sample_seed={source.sample_seed} has no effect without prompts.sample=COUNT: add it")
 
 
 def _parse_shard(shard: str) -> tuple[int, int]:

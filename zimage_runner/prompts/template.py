@@ -6,6 +6,7 @@ import difflib
 import enum
 import hashlib
 import itertools
+import logging
 import math
 import random
 import re
@@ -16,6 +17,8 @@ from typing import Any
 from zimage_runner.errors import UserError
 from zimage_runner.prompts.prompt import Prompt
 from zimage_runner.prompts.text import check_text, file_lines, input_path
+
+log = logging.getLogger(__name__)
 
 MAX_EXPANSIONS = 1_000_000
 
@@ -59,8 +62,9 @@ Expand = Callable[[str, str], Iterable[tuple[str, dict[str, str]]]]
 
 def expand(prompts: Iterable[Prompt], template: Template) -> Iterator[Prompt]:
     """Each prompt's expansions in its place; what was filled in goes to its metadata."""
+    _check(template)
     if not template.is_used:
-        yield from prompts
+        yield from _as_they_are(prompts)
         return
     steps = _steps(template)
     made = 0
@@ -78,6 +82,34 @@ def expand(prompts: Iterable[Prompt], template: Template) -> Iterator[Prompt]:
             yield _expanded(prompt, text, values, number if len(texts) > 1 else None)
 
 
+def _check(template: Template) -> None:
+    """Refuse what would have no effect."""
+    if template.count < 1:
+        raise UserError(f"prompts.template.count={template.count} is out of range: use 1 or more")
+    if template.combine is not Combine.random and (template.count != 1 or template.seed):
+        name = "count" if template.count != 1 else "seed"
+        raise UserError(
+            f"prompts.template.{name}={getattr(template, name)} has no effect with prompts.template.combine="
+            f"{template.combine.name}: add prompts.template.combine=random"
+        )
+    if template.wildcards and not template.dynamic:
+        raise UserError("prompts.template.wildcards is set, but prompts.template.dynamic is false: set it to true")
+
+
+def _as_they_are(prompts: Iterable[Prompt]) -> Iterator[Prompt]:
+    """The prompts; the first that looks like variants of other tools is told of."""
+    prompts = iter(prompts)
+    for prompt in prompts:
+        if ("|" in prompt.text or "__" in prompt.text) and (found := _VARIANTS.search(prompt.text)):
+            log.warning(
+                "%s: %s is drawn as it is: prompts.template.dynamic=true makes variants of it", prompt.source, found[0]
+            )
+            yield prompt
+            break
+        yield prompt
+    yield from prompts
+
+
 def _expanded(prompt: Prompt, text: str, values: dict[str, str], number: int | None) -> Prompt:
     if text == prompt.text:
         return prompt
@@ -92,18 +124,15 @@ def _expanded(prompt: Prompt, text: str, values: dict[str, str], number: int | N
 
 
 def _steps(template: Template) -> list[Expand]:
-    if template.count < 1:
-        raise UserError(f"prompts.template.count={template.count} is out of range: use 1 or more")
     steps: list[Expand] = [Blanks(template).expand] if template.fill else []
     if template.dynamic:
         from zimage_runner.prompts.dynamic import DynamicText
 
         steps.append(DynamicText(template).expand)
-    elif template.wildcards:
-        raise UserError("prompts.template.wildcards is set, but prompts.template.dynamic is false: set it to true")
     return steps
 
 
+_VARIANTS = re.compile(r"\{[^{}|]*\|[^{}]*\}|(?<!\w)__[A-Za-z][\w/-]*__(?!\w)")
 _BLANK = re.compile(r"\{\{|\}\}|\{([A-Za-z_]\w*)\}")
 
 
