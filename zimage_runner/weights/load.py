@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import os
 import re
 import threading
 import time
@@ -19,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from zimage_runner.weights.packed import Packing, packing_of
 from zimage_runner.weights.safetensors_header import WeightsFile, read_header
 
 if TYPE_CHECKING:
@@ -34,9 +36,14 @@ READER_THREADS = 8
 def load_tensors(paths: Sequence[Path], device: str = "cpu", method: str = "auto") -> dict[str, torch.Tensor]:
     """All tensors of the files, by name, in their stored dtype on ``device`` (cpu, cuda or cuda:N).
 
-    They are complete and may be used on any stream when this returns. Raises ValueError for an unknown method or a
+    They are complete and may be used on any stream when this returns. Packed files (packed.py) are unpacked, whatever
+    the method; all files are packed or none is. Raises ValueError for an unknown method or a
     method this device does not have; BadWeightsFile, SafetensorError or OSError for a damaged file.
     """
+    packings = [packing for path in paths if (packing := packing_of(read_header(path))) is not None]
+    if packings:
+        assert len(packings) == len(paths), paths
+        return _load_packed(packings, device)
     if method != "auto":
         return _load(paths, device, method)
     method = choose_method(device)
@@ -69,6 +76,18 @@ def _load(paths: Sequence[Path], device: str, method: str) -> dict[str, torch.Te
             tensors.update(load(path, device))
     nbytes, seconds = sum(tensor.nbytes for tensor in tensors.values()), time.perf_counter() - began
     log.debug("%d tensors, %.2f GB to %s by %s in %.3f s", len(tensors), nbytes / 1e9, device, method, seconds)
+    return tensors
+
+
+def _load_packed(packings: Sequence[Packing], device: str) -> dict[str, torch.Tensor]:
+    from zimage_runner.weights.unpack import load_packed
+
+    began = time.perf_counter()
+    tensors = load_packed(
+        packings, device, READER_THREADS if device != "cpu" else min(READER_THREADS, os.cpu_count() or 1)
+    )
+    nbytes, seconds = sum(packing.unpacked.size for packing in packings), time.perf_counter() - began
+    log.debug("%d packed tensors, %.2f GB to %s in %.3f s", len(tensors), nbytes / 1e9, device, seconds)
     return tensors
 
 

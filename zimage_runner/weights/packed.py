@@ -69,6 +69,8 @@ class Packing:
     unpacked: WeightsFile
     """The file as it would be if it were not packed and had no header: ``data_start`` 0, ``size`` its data's."""
     frames: tuple[Frame, ...]
+    frame_bytes: int
+    """Unpacked, of each frame but the last."""
 
     @property
     def largest_frame(self) -> int:
@@ -142,7 +144,7 @@ def _parse(file: WeightsFile, packing: dict[str, Any]) -> Packing:
             raise ValueError(f"frame {number} of {frame.values} values with counts {frame.counts}")
     if sum(aligned(frame.nbytes) for frame in frames) != stored.nbytes:
         raise ValueError(f"its frames are not the {stored.nbytes} bytes of the file")
-    return Packing(WeightsFile(file.path, nbytes, 0, tensors), tuple(frames))
+    return Packing(WeightsFile(file.path, nbytes, 0, tensors), tuple(frames), 2 * frame_values)
 
 
 def _is_possible(frame: Frame) -> bool:

@@ -1,17 +1,19 @@
 """Making a prepared checkpoint: bf16, one file a component, in use order, fused, without what inference never reads.
 
-Streams: no more than a few pieces of 32 MB are in memory at a time, whatever the checkpoint's size.
+Streams: no more than a few pieces of 32 MB are in memory at a time, whatever the checkpoint's size. ``model.packed``
+makes one whose files are packed (packed.py).
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from zimage_runner.weights.checkpoint import Checkpoint
 from zimage_runner.weights.digest import sampled_digests
 from zimage_runner.weights.layout import Layout, inspect
 from zimage_runner.weights.names import COMPONENTS
+from zimage_runner.weights.packed_writer import write_packed
 from zimage_runner.weights.pieces import Piece, PlannedTensor, pieces, plan_component, read_bfloat16
 from zimage_runner.weights.prepared import Prepared, UnusablePrepared
 from zimage_runner.weights.safetensors_header import read_header
@@ -58,8 +61,11 @@ def ensure_prepared(checkpoint: Checkpoint, model: Model, dtype: str) -> Prepare
         try:
             found = build(checkpoint, model)
         except (UserError, OSError) as error:
-            log.warning("loading the published files, which is slower: %s", error)
-            return None
+            found = prepared.find(checkpoint, dataclasses.replace(model, packed=False)) if model.packed else None
+            instead = "the published files, which is slower" if found is None else "the copy that is not packed"
+            log.warning("loading %s: %s", instead, error)
+            if found is None:
+                return None
     return found if dtype == "bfloat16" or found.is_lossless else None
 
 
@@ -81,15 +87,18 @@ def build(checkpoint: Checkpoint, model: Model) -> Prepared:
             prepared.check_digests(found, model)
             return found
         except UnusablePrepared:
-            _make(checkpoint, layout, plan, target)
+            _make(checkpoint, layout, plan, target, model.packed)
         _remove_superseded(checkpoint, target)
     return prepared.open_prepared(target, checkpoint.digest)
 
 
-def _make(checkpoint: Checkpoint, layout: Layout, plan: dict[str, list[PlannedTensor]], target: Path) -> None:
+def _make(
+    checkpoint: Checkpoint, layout: Layout, plan: dict[str, list[PlannedTensor]], target: Path, packed: bool
+) -> None:
     began = time.perf_counter()
     total = sum(tensor.nbytes for tensors in plan.values() for tensor in tensors)
-    log.info("preparing %s (%.1f GB, once) in %s", layout.path, total / 1e9, target)
+    kind = ", packed" if packed else ""
+    log.info("preparing %s (%.1f GB, once%s) in %s", layout.path, total / 1e9, kind, target)
     # The lock is held, so a temporary folder of this name is what a killed process left.
     temporary = target.with_name(f".{target.name}.tmp")
     for leftover in (temporary, target):
@@ -101,11 +110,13 @@ def _make(checkpoint: Checkpoint, layout: Layout, plan: dict[str, list[PlannedTe
             sha256 = {}
             for component, tensors in plan.items():
                 path = prepared.component_file(temporary, component)
-                _write_component(path, component, tensors)
+                _write_component(path, component, tensors, packed)
                 sha256[component] = hashing.submit(sha256_of, path, lambda count: hashing.check())
         digests = {component: future.result() for component, future in sha256.items()}
         names = _copy_configs(layout, temporary)
-        write_json(temporary / prepared.MANIFEST, _manifest(checkpoint, layout, plan, temporary, digests, names))
+        write_json(
+            temporary / prepared.MANIFEST, _manifest(checkpoint, layout, plan, temporary, digests, names, packed)
+        )
         os.rename(temporary, target)
         _sync_folder(target.parent)
         for component, digest in digests.items():
@@ -116,11 +127,27 @@ def _make(checkpoint: Checkpoint, layout: Layout, plan: dict[str, list[PlannedTe
     log.info("prepared in %.1f s", time.perf_counter() - began)
 
 
-def _write_component(path: Path, component: str, plan: list[PlannedTensor]) -> None:
-    import torch
+def _write_component(path: Path, component: str, plan: list[PlannedTensor], packed: bool = False) -> None:
     from tqdm import tqdm
 
     path.parent.mkdir()
+    bar = tqdm(
+        total=sum(tensor.nbytes for tensor in plan),
+        unit="B",
+        unit_scale=True,
+        desc=f"prepare {component}",
+        disable=None,
+    )
+    with bar:
+        if packed:
+            write_packed(path, plan, THREADS, bar.update)
+        else:
+            _write_plain(path, plan, bar.update)
+
+
+def _write_plain(path: Path, plan: list[PlannedTensor], advance: Callable[[int], object]) -> None:
+    import torch
+
     places = create(path, {tensor.name: ("BF16", tensor.shape) for tensor in plan}, {"format": "pt"})
 
     def convert(piece: Piece) -> int:
@@ -131,17 +158,10 @@ def _write_component(path: Path, component: str, plan: list[PlannedTensor]) -> N
         return written
 
     handle = os.open(path, os.O_WRONLY)
-    bar = tqdm(
-        total=sum(tensor.nbytes for tensor in plan),
-        unit="B",
-        unit_scale=True,
-        desc=f"prepare {component}",
-        disable=None,
-    )
     try:
-        with bar, Threads(THREADS) as pool:
+        with Threads(THREADS) as pool:
             for written in pool.map(convert, pieces(plan, places)):
-                bar.update(written)
+                advance(written)
         os.fsync(handle)
     finally:
         os.close(handle)
@@ -166,6 +186,7 @@ def _manifest(
     folder: Path,
     sha256: dict[str, str],
     config_files: list[str],
+    packed: bool,
 ) -> dict[str, Any]:
     import torch
 
@@ -181,6 +202,7 @@ def _manifest(
             "files": {path.relative_to(layout.path).as_posix(): path.stat().st_size for path in layout.weight_paths},
         },
         "dtype": "bfloat16",
+        "packed": packed,
         "lossless": _is_bfloat16(layout),
         "versions": {"zimage_runner": __version__, "torch": torch.__version__},
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -3,6 +3,7 @@
 Layout, beside nothing that was downloaded:
 ``<root>/<model name>-<source digest>/`` with ``manifest.json``, ``tokenizer/``, ``scheduler/scheduler_config.json``
 and, for each of text_encoder, transformer and vae, ``config.json`` and one safetensors file under its published name.
+A packed one (packed.py) is another folder, ``...-packed``, and both may exist.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import logging
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from zimage_runner.weights.checkpoint import Checkpoint
 from zimage_runner.weights.digest import sampled_digests
 from zimage_runner.weights.layout import WEIGHT_STEMS
 from zimage_runner.weights.names import COMPONENTS
+from zimage_runner.weights.packed import Packing, packing_of
 from zimage_runner.weights.safetensors_header import BadWeightsFile, WeightsFile, read_header
 from zimage_runner.weights.verify import file_digests
 
@@ -40,6 +42,8 @@ class Prepared:
     manifest: dict[str, Any]
     weights: dict[str, WeightsFile]
     """One file a component."""
+    packings: dict[str, Packing] = field(default_factory=dict)
+    """How each component's file is unpacked; empty for plain files."""
 
     @property
     def is_lossless(self) -> bool:
@@ -60,16 +64,17 @@ def roots(model: Model) -> list[Path]:
 
 
 def folder_name(model: Model, digest: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", model.name) + _suffix(digest)
+    return re.sub(r"[^\w.-]+", "_", model.name) + _suffix(digest, model.packed)
 
 
-def _suffix(digest: str) -> str:
-    return f"-{digest[:16]}"
+def _suffix(digest: str, packed: bool) -> str:
+    return f"-{digest[:16]}" + ("-packed" if packed else "")
 
 
 def find(checkpoint: Checkpoint, model: Model) -> Prepared | None:
-    """The prepared form of exactly this checkpoint, if there is one and it is whole."""
-    candidates = [path for root in roots(model) for path in sorted(root.glob(f"[!.]*{_suffix(checkpoint.digest)}"))]
+    """The prepared form of exactly this checkpoint, packed or plain as the model asks, if there is one, and whole."""
+    suffix = _suffix(checkpoint.digest, model.packed)
+    candidates = [path for root in roots(model) for path in sorted(root.glob(f"[!.]*{suffix}"))]
     for path in candidates:
         try:
             found = open_prepared(path, checkpoint.digest)
@@ -96,6 +101,7 @@ def open_prepared(path: Path, source_digest: str | None = None) -> Prepared:
         raise UnusablePrepared("it was made from other weights")
     try:
         weights = {component: read_header(component_file(path, component)) for component in COMPONENTS}
+        packings = {component: found for component, file in weights.items() if (found := packing_of(file)) is not None}
     except (OSError, BadWeightsFile) as error:
         raise UnusablePrepared(str(error)) from error
     sampled = sampled_digests(list(weights.values()))
@@ -105,7 +111,9 @@ def open_prepared(path: Path, source_digest: str | None = None) -> Prepared:
     missing = [name for name in manifest["config_files"] if not (path / name).is_file()]
     if missing:
         raise UnusablePrepared(f"{missing[0]} is missing")
-    return Prepared(path=path, manifest=manifest, weights=weights)
+    if set(packings) != (set(weights) if manifest.get("packed") else set()):
+        raise UnusablePrepared(f"{MANIFEST} and its files do not agree on whether they are packed")
+    return Prepared(path=path, manifest=manifest, weights=weights, packings=packings)
 
 
 def check_digests(found: Prepared, model: Model) -> None:

@@ -73,18 +73,28 @@ class WeightsSource:
         buffer = None if self._preload is None else self._preload.memory()
         return None if buffer is None else _as_bytes(buffer)
 
+    def has_arrived(self, component: str) -> bool:
+        """Whether all of a component that travels is there; one that does not is read when it is asked for."""
+        if self._preload is None or self._prepared is None:
+            return False
+        return self._prepared.weights[component].path in self._preload.seconds
+
     def tensors(self, component: str) -> dict[str, torch.Tensor] | None:
         """A prepared component's tensors on the device; None when the published files are to be read instead."""
-        if self._prepared is None or self.device != "cuda":
+        if self._prepared is None:
             return None
-        file = self._prepared.weights[component]
+        file, packing = self._prepared.weights[component], self._prepared.packings.get(component)
+        if self.device != "cuda" and packing is None:  # mapped, and read when they are touched
+            return None
         if self._preload is not None and file.path in self._preload:
             from zimage_runner.weights.staged import tensor_views
 
             try:
-                return dict(tensor_views(file, _wrap(self._preload, file.path)))
+                unpacked = file if packing is None else packing.unpacked
+                return dict(tensor_views(unpacked, _wrap(self._preload, file.path)))
             except (CudaUnavailable, OSError, RuntimeError) as error:
-                log.warning("%s is loaded the slow way: %s", file.path.name, error)
+                log.warning("weights are loaded the slow way: %s", error)
+                self._preload.close()  # what failed for one file fails for all
         from zimage_runner.weights.load import load_tensors
 
         return load_tensors([file.path], self.device)
@@ -97,7 +107,9 @@ def begin(checkpoint: Checkpoint, model: Model, device: Device, encodes: bool = 
     preload = None
     if wants_gpu and found is not None and model.dtype in (Dtype.auto, Dtype.bfloat16):
         files = [file for name, file in found.weights.items() if encodes or name != TEXT_ENCODER]
-        preload = Preload([(file.path, file.data_start, file.size - file.data_start) for file in files])
+        packings = {packing.unpacked.path: packing for packing in found.packings.values()}
+        ranges = [(file.path, file.data_start, file.size - file.data_start) for file in files]
+        preload = Preload(ranges, packings=packings)
     elif wants_gpu:
         CudaContext()
         files = sorted(checkpoint.path.glob("*/*.safetensors"))

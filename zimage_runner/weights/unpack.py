@@ -51,6 +51,22 @@ def load_packed(packings: Sequence[Packing], device: str, threads: int) -> dict[
     }
 
 
+def read_frame(packing: Packing, frame: Frame) -> torch.Tensor:
+    """A frame's weights on the CPU, uint8 [2 * frame.values]. Raises OSError or BadWeightsFile."""
+    data, out = (torch.empty(nbytes, dtype=torch.uint8) for nbytes in (frame.nbytes, 2 * frame.values))
+    _read(packing, frame, data)
+    if frame.counts is None:
+        return data
+    unpack_frame(data, frame, out)
+    return out
+
+
+def _read(packing: Packing, frame: Frame, data: torch.Tensor) -> None:
+    path = packing.unpacked.path
+    with path.open("rb", buffering=0) as file:
+        read_exactly(file.fileno(), frame.offset, data.numpy().data, path)
+
+
 class _Reader:
     """Threads that each read a frame, bring it to the device and unpack it there."""
 
@@ -76,16 +92,16 @@ class _Reader:
     def _try(self, ready: Any) -> None:
         try:
             if not self._on_gpu:
-                self._read(None)
+                self._work_off(None)
                 return
             stream = torch.cuda.Stream(self._device)
             stream.wait_event(ready)
             with torch.cuda.stream(stream):
-                self._read(stream)
+                self._work_off(stream)
         except BaseException as error:  # raised again in the caller's thread
             self._errors.append(error)
 
-    def _read(self, stream: Any) -> None:
+    def _work_off(self, stream: Any) -> None:
         host = torch.empty(self._largest, dtype=torch.uint8, pin_memory=self._on_gpu)
         staging = torch.empty(self._largest, dtype=torch.uint8, device=self._device) if self._on_gpu else host
         while not self._errors:
@@ -94,9 +110,7 @@ class _Reader:
             except Empty:
                 return
             data = host[: frame.nbytes]
-            path = packing.unpacked.path
-            with path.open("rb", buffering=0) as file:
-                read_exactly(file.fileno(), frame.offset, data.numpy().data, path)
+            _read(packing, frame, data)
             if self._on_gpu:
                 data = staging[: frame.nbytes].copy_(data, non_blocking=True)
             if frame.counts is None:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from zimage_runner.errors import UserError
+from zimage_runner.weights.packed import TENSOR as PACKED
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -115,11 +116,13 @@ def tensor_files(folder: Path) -> list[Path]:
 def open_tensors(folder: Path, device: str) -> Mapping[str, torch.Tensor]:
     """A component's tensors on the device.
 
-    A prepared component arrives as a whole, as fast as the machine allows, and is used in place. A published one is
-    read tensor by tensor: fusing copies them, and a whole file's memory would stay taken by its smallest tensor.
+    A prepared component arrives as a whole, as fast as the machine allows, unpacked if it is packed, and is used in
+    place. A published one is read tensor by tensor: fusing copies them, and a whole file's memory would stay taken by
+    its smallest tensor.
     """
     tensors = TensorFiles(folder, device)
-    if device == "cpu" or not any(name.endswith(FUSED) for name in tensors):
+    is_fused = any(name.endswith(FUSED) for name in tensors)
+    if set(tensors) != {PACKED} and (device == "cpu" or not is_fused):
         return tensors
     from zimage_runner.weights.load import load_tensors
 

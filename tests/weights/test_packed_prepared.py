@@ -1,0 +1,416 @@
+"""Packed prepared checkpoints: equal to their source, apart from plain ones, read by every reader, damage noticed."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from tests.weights.test_preload import build_fake, on_device, pinned
+from tests.weights.test_source import host_tensor
+from zimage_runner.engines.base import Device
+from zimage_runner.engines.native.assembly import load_model
+from zimage_runner.engines.native.model import Options
+from zimage_runner.errors import UserError
+from zimage_runner.model import Model, Prepare, Source
+from zimage_runner.prepare import main
+from zimage_runner.weights import packed, preload, prepare, prepared, source
+from zimage_runner.weights.compare import compare
+from zimage_runner.weights.cuda_driver import CudaDriver, CudaUnavailable, allocated_bytes
+from zimage_runner.weights.layout import inspect
+from zimage_runner.weights.load import load_tensors
+from zimage_runner.weights.packed import BLOCK
+from zimage_runner.weights.preload import Preload
+from zimage_runner.weights.prepared import Prepared
+from zimage_runner.weights.resolve import resolve
+
+PARTS = ("text_encoder", "transformer", "vae")
+
+
+@pytest.fixture(autouse=True)
+def small_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the embedded model has many, most of them with several tensors."""
+    monkeypatch.setattr(packed, "FRAME_VALUES", 64 * BLOCK)
+    monkeypatch.setattr(preload, "CHUNK_BYTES", 2 * 64 * BLOCK)
+
+
+def local(path: Path, *, packed: bool = True, **options: Any) -> Model:
+    return Model(name="my model", source=Source.local, path=str(path), packed=packed, **options)
+
+
+def build(path: Path, **options: Any) -> Prepared:
+    return prepare.build(resolve(local(path, **options)), local(path, **options))
+
+
+def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(ours[name].view(torch.int16), theirs[name].view(torch.int16)) and ours[name].dtype == torch.bfloat16
+        for name in theirs
+    )
+
+
+@pytest.fixture
+def both(sharded: Path) -> tuple[Prepared, Prepared]:
+    """(packed, plain)"""
+    return build(sharded), build(sharded, packed=False)
+
+
+def test_every_reader_gives_the_plain_copys_bits(both: tuple[Prepared, Prepared]) -> None:
+    ours, plain = both
+    for part in PARTS:
+        expected = load_file(prepared.component_file(plain.path, part))
+        assert same(load_tensors([prepared.component_file(ours.path, part)]), expected)
+    options = Options(dtype=torch.bfloat16)
+    by_engine, expected = load_model(ours.path, options), load_model(plain.path, options)
+    for part in PARTS:
+        assert getattr(by_engine, part).state_dict().keys() == getattr(expected, part).state_dict().keys()
+        for name, tensor in getattr(expected, part).state_dict().items():
+            assert torch.equal(getattr(by_engine, part).state_dict()[name], tensor), name
+
+
+def test_takes_about_two_thirds_of_the_bytes(both: tuple[Prepared, Prepared]) -> None:
+    ours, plain = (found.weights["transformer"].size for found in both)
+    assert 0.65 * plain < ours < 0.72 * plain
+
+
+def test_any_safetensors_reader_opens_it(both: tuple[Prepared, Prepared]) -> None:
+    path = prepared.component_file(both[0].path, "vae")
+    with safe_open(path, framework="pt") as file:
+        assert list(file.keys()) == ["packed"]
+        assert json.loads(file.metadata()["packing"])["version"] == packed.VERSION
+        assert file.get_tensor("packed").dtype == torch.uint8
+
+
+def test_frames_begin_aligned(both: tuple[Prepared, Prepared]) -> None:
+    packings = both[0].packings.values()
+    assert all(len(packing.frames) > 1 for packing in packings)
+    assert all(frame.offset % 4096 == 0 for packing in packings for frame in packing.frames)
+
+
+def test_both_exist_and_neither_deletes_the_other(nano: Path) -> None:
+    plain = build(nano, packed=False)
+    ours = build(nano)
+    assert ours.path != plain.path
+    for model, expected in ((local(nano, packed=False), plain), (local(nano), ours)):
+        assert prepared.find(resolve(model), model) == expected
+        assert prepare.build(resolve(model), model) == expected
+    config = nano / "scheduler/scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"shift": 6.0}))
+    build(nano)
+    assert not plain.path.exists()
+    assert not ours.path.exists()
+
+
+def test_a_plain_manifest_does_not_make_packed_files_plain(nano: Path) -> None:
+    found = build(nano)
+    (found.path / "manifest.json").write_text(json.dumps(found.manifest | {"packed": False}))
+    with pytest.raises(prepared.UnusablePrepared, match="do not agree on whether they are packed"):
+        prepared.open_prepared(found.path)
+
+
+def test_is_the_same_file_every_time(nano: Path) -> None:
+    first = {part: prepared.component_file(build(nano).path, part).read_bytes() for part in PARTS}
+    found = build(nano)
+    shutil.rmtree(found.path)
+    again = {part: prepared.component_file(build(nano).path, part).read_bytes() for part in PARTS}
+    assert first == again
+
+
+def test_noise_is_stored_as_it_is(nano: Path) -> None:
+    file = nano / "vae/diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        noise = torch.randint(-(1 << 15), 1 << 15, tensor.shape, dtype=torch.int16)
+        tensors[name] = noise.view(torch.bfloat16)
+    save_file(tensors, file)
+    found, plain = build(nano), build(nano, packed=False)
+    assert all(frame.counts is None for frame in found.packings["vae"].frames)
+    assert same(load_tensors([found.weights["vae"].path]), load_file(plain.weights["vae"].path))
+    assert found.weights["vae"].size - plain.weights["vae"].size < 64 << 10
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "flip unsampled", "table"])
+def test_damaged_one_is_not_used_and_remade(nano: Path, damage: str) -> None:
+    found = build(nano)
+    file = found.weights["transformer"].path
+    raw = bytearray(file.read_bytes())
+    if damage == "truncate":
+        del raw[1_000_000:]
+    elif damage == "table":
+        place = raw.index(b"[[", raw.index(b"frames")) + 2
+        raw[place] ^= 1
+    else:
+        raw[found.packings["transformer"].frames[-1].offset if damage == "flip" else -100_000] ^= 1
+    file.write_bytes(raw)
+    checkpoint = resolve(local(nano))
+    assert prepared.find(checkpoint, local(nano)) is None
+    assert compare(inspect(nano), prepare.build(checkpoint, local(nano))).differences == []
+
+
+def flip(found: Prepared, part: str, place: int) -> None:
+    raw = bytearray(found.weights[part].path.read_bytes())
+    raw[place] ^= 0x80
+    found.weights[part].path.write_bytes(raw)
+
+
+def test_comparison_sees_one_changed_bit(nano: Path) -> None:
+    found = build(nano)
+    assert compare(inspect(nano), found).differences == []
+    packing = found.packings["transformer"]
+    info = packing.unpacked.tensors["layers.1.attention.qkv.weight"]
+    frame = next(f for f in packing.frames if f.start <= info.start < f.start + 2 * f.values)
+    mantissas = frame.offset + 16 * -(-frame.values // BLOCK)
+    flip(found, "transformer", mantissas + (info.start - frame.start) // 2)
+    assert compare(inspect(nano), found).differences == [
+        "transformer: layers.1.attention.qkv.weight differs from the source"
+    ]
+
+
+def test_a_frame_that_contradicts_itself_differs(nano: Path) -> None:
+    found = build(nano)
+    frame = found.packings["vae"].frames[0]
+    level1 = frame.offset + 16 * -(-frame.values // BLOCK) + frame.values
+    flip(found, "vae", level1)
+    flip(found, "vae", level1 + 1)
+    assert [text for text in compare(inspect(nano), found).differences if "differs from the source" in text]
+
+
+def test_verify_command(capsys: pytest.CaptureFixture[str], sharded: Path) -> None:
+    options = ("model=local", f"model.path={sharded}", "model.packed=true")
+    assert main(["build", *options]) == 0
+    assert main(["verify", *options]) == 0
+    assert re.search(r"-packed equals the source rounded to bfloat16 \(240 tensors", capsys.readouterr().out)
+    assert main(["verify", *options[:2]]) == 0
+    assert "prepared: none of these weights" in capsys.readouterr().out
+
+
+def test_never_prepared_and_packed_is_a_contradiction() -> None:
+    with pytest.raises(UserError, match=r"^model\.packed=true is about the prepared copy"):
+        Model(name="m", source=Source.embedded, prepare=Prepare.never, packed=True)
+
+
+def test_without_room_the_plain_copy_serves(
+    nano: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = local(nano, prepare=Prepare.always)
+    plain = build(nano, packed=False)
+    monkeypatch.setattr(prepared, "free_bytes", lambda path: 10**8)
+    assert prepare.ensure_prepared(resolve(model), model, "bfloat16") == plain
+    assert "loading the copy that is not packed: cannot prepare my model" in caplog.text
+
+
+def test_killed_preparation_leaves_nothing_that_is_used(sharded: Path, runner_cache: Path) -> None:
+    code = (
+        "import os, signal; from zimage_runner.weights import packed, prepare\n"
+        "from zimage_runner.weights.resolve import resolve\n"
+        "from zimage_runner.model import *; write = os.pwrite; count = 0; packed.FRAME_VALUES = 65536\n"
+        "def pwrite(*args):\n"
+        "    global count; count += 1\n"
+        "    if count == 20: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return write(*args)\n"
+        f"os.pwrite = pwrite; m = Model(name='m', source=Source.local, path={str(sharded)!r}, packed=True)\n"
+        "prepare.build(resolve(m), m)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    assert list(runner_cache.rglob("*.safetensors"))
+    assert prepared.find(resolve(local(sharded)), local(sharded)) is None
+    assert compare(inspect(sharded), build(sharded)).differences == []
+
+
+def test_memory_is_bounded(tmp_path: Path) -> None:
+    """Packing 0.6 GB of fp32 with frames of full size takes no more than a few of them for each thread."""
+    code = r"""
+import re, sys
+from pathlib import Path
+from zimage_runner.weights.layout import Layout
+from zimage_runner.weights.pieces import plan_component
+from zimage_runner.weights.prepare import _write_component
+from zimage_runner.weights.safetensors_header import read_header
+from zimage_runner.weights.safetensors_writer import create
+folder = Path(sys.argv[1])
+create(folder / "big.safetensors", {f"layers.{i}.feed_forward.w2.weight": ("F32", (5000, 5000)) for i in range(6)}, {})
+layout = Layout(folder, {"transformer": {}}, {"transformer": [read_header(folder / "big.safetensors")]}, [])
+import torch, zimage_runner.weights.pack
+torch.zeros(8).to(torch.bfloat16)
+def memory(field): return int(re.search(field + r":\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) // 1024
+before = memory("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+_write_component(folder / "out" / "x.safetensors", "transformer", plan_component(layout, "transformer"), packed=True)
+print(memory("VmHWM") - before)
+"""
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert 0 < int(result.stdout) < 800
+
+
+@pytest.fixture
+def driver(tmp_path: Path) -> CudaDriver:
+    if shutil.which("gcc") is None:
+        pytest.skip("needs gcc for the fake driver")
+    return build_fake(tmp_path)
+
+
+@pytest.fixture
+def travelling(
+    nano: Path, driver: CudaDriver, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[source.WeightsSource, Prepared]]:
+    """What a run begins with: the packed copy on its way through the driver."""
+    found = build(nano)
+    monkeypatch.setattr(preload, "CudaDriver", lambda: driver)
+    monkeypatch.setattr(source, "torch_is_cpu_only", lambda: False)
+    monkeypatch.setattr(source, "_wrap", host_tensor)
+    before = allocated_bytes()
+    weights = source.begin(resolve(local(nano)), local(nano), Device.auto)
+    assert weights.is_travelling
+    yield weights, found
+    del weights
+    assert allocated_bytes() == before
+
+
+def launches(driver: CudaDriver) -> int:
+    return ctypes.c_int.in_dll(driver._lib, "fake_launches").value
+
+
+def test_travels_packed_and_arrives_unpacked(
+    travelling: tuple[source.WeightsSource, Prepared], driver: CudaDriver, nano: Path
+) -> None:
+    weights, found = travelling
+    plain = build(nano, packed=False)
+    weights.device = "cuda"  # settle("cuda") would, on a machine with a GPU
+    for part in PARTS:
+        tensors = weights.tensors(part)
+        assert tensors is not None
+        assert same(tensors, load_file(plain.weights[part].path))
+        assert all(tensor.data_ptr() % 16 == 0 for name, tensor in tensors.items() if tensor.nbytes % 256 == 0)
+        del tensors
+    assert launches(driver) == sum(f.counts is not None for p in found.packings.values() for f in p.frames)
+    assert pinned(driver) == 0
+
+
+def test_the_device_holds_no_more_than_weights_and_staging(nano: Path, driver: CudaDriver) -> None:
+    packing = build(nano).packings["transformer"]
+    path, before = packing.unpacked.path, allocated_bytes()
+    most = []
+    record = driver.record
+    driver.record = lambda *args: most.append(allocated_bytes()) or record(*args)  # type: ignore[method-assign]
+    buffer = Preload([(path, 0, 0)], packings={path: packing}, driver=driver).take(path)
+    assert len(most) == len(packing.frames)
+    assert max(most) - before <= packing.unpacked.size + 2 * preload.THREADS * preload.CHUNK_BYTES
+    assert allocated_bytes() - before == packing.unpacked.size == len(on_device(buffer))
+    del buffer
+    assert allocated_bytes() == before
+
+
+@pytest.mark.parametrize(("variable", "value"), [("FAKE_CUDA_CAPABILITY", "75"), ("FAKE_CUDA_REFUSES_CODE", "1")])
+def test_where_no_kernel_runs_the_slow_way_is_taken_and_said_once(
+    nano: Path, driver: CudaDriver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    variable: str, value: str,
+) -> None:  # fmt: skip
+    build(nano)
+    plain = build(nano, packed=False)
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(preload, "CudaDriver", lambda: driver)
+    monkeypatch.setattr(source, "torch_is_cpu_only", lambda: False)
+    weights = source.begin(resolve(local(nano)), local(nano), Device.auto)
+    weights.device = "cuda"
+    monkeypatch.setattr("zimage_runner.weights.load.load_tensors", lambda paths, device: load_tensors(paths, "cpu"))
+    for part in PARTS:
+        tensors = weights.tensors(part)
+        assert tensors is not None
+        assert same(tensors, load_file(plain.weights[part].path))
+    assert caplog.text.count("weights are loaded the slow way") == 1
+    assert (pinned(driver), allocated_bytes()) == (0, 0)
+
+
+def test_a_damaged_frame_arrives_without_harm(nano: Path, driver: CudaDriver) -> None:
+    """Digests are compared before; what is damaged after that has other values and nothing else."""
+    found = build(nano)
+    packing = found.packings["text_encoder"]
+    path = packing.unpacked.path
+    raw = bytearray(path.read_bytes())
+    for frame in packing.frames:
+        raw[frame.offset + 4 : frame.offset + 16] = os.urandom(12)
+    path.write_bytes(raw)
+    buffer = Preload([(path, 0, 0)], packings={path: packing}, driver=driver).take(path)
+    assert buffer.nbytes == packing.unpacked.size
+
+
+def test_a_packed_file_that_ends_early_is_an_error(nano: Path, driver: CudaDriver) -> None:
+    packing = build(nano).packings["text_encoder"]
+    path = packing.unpacked.path
+    os.truncate(path, packing.frames[1].offset + 10)
+    load = Preload([(path, 0, 0)], packings={path: packing}, driver=driver)
+    with pytest.raises(OSError, match="ended at byte"):
+        load.take(path)
+    load.close()
+
+
+def test_on_the_cpu_a_lossless_packed_copy_is_unpacked(nano: Path) -> None:
+    model = local(nano)
+    found = build(nano)
+    weights = source.WeightsSource(resolve(model), model, found, None)
+    weights.settle("cpu", "float32")
+    tensors = weights.tensors("vae")
+    assert tensors is not None
+    assert same(tensors, load_file(build(nano, packed=False).weights["vae"].path))
+
+
+def test_preloading_needs_neither_torch_nor_numpy(nano: Path, driver: CudaDriver, tmp_path: Path) -> None:
+    found = build(nano)
+    library = str(tmp_path / "libcuda_fake.so")
+    code = (
+        "import sys; from pathlib import Path; from zimage_runner.weights import packed, prepared, preload\n"
+        "from zimage_runner.weights.cuda_driver import CudaDriver\n"
+        f"found = prepared.open_prepared(Path({str(found.path)!r})); packing = found.packings['vae']\n"
+        "path = packing.unpacked.path\n"
+        f"driver = CudaDriver(library={library!r})\n"
+        "load = preload.Preload([(path, 0, 0)], packings={path: packing}, driver=driver)\n"
+        "assert load.take(path).nbytes == packing.unpacked.size\n"
+        "assert not {'torch', 'numpy', 'triton'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_errors_of_the_kernel_reach_who_takes(nano: Path, driver: CudaDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    packing = build(nano).packings["vae"]
+    path = packing.unpacked.path
+
+    def failing(*args: Any) -> None:
+        raise CudaUnavailable("cuLaunchKernel failed with CUDA error 700")
+
+    monkeypatch.setattr(driver, "launch", failing)
+    load = Preload([(path, 0, 0)], packings={path: packing}, driver=driver)
+    with pytest.raises(CudaUnavailable, match="cuLaunchKernel"):
+        load.take(path)
+    load.close()
+    assert pinned(driver) == 0
+
+
+@pytest.mark.gpu
+def test_a_gpu_gets_the_plain_copys_bits(both: tuple[Prepared, Prepared], nano: Path) -> None:
+    ours, plain = both
+    weights = source.begin(resolve(local(nano)), local(nano), Device.auto)
+    for part in PARTS:
+        expected = load_file(plain.weights[part].path)
+        for device in ("cuda", "cpu"):
+            found = load_tensors([ours.weights[part].path], device)
+            assert same({name: tensor.cpu() for name, tensor in found.items()}, expected)
+    build(nano)
+    weights = source.begin(resolve(local(nano)), local(nano), Device.auto)
+    weights.settle("cuda", "bfloat16")
+    assert weights.is_travelling
+    expected = load_file(build(nano, packed=False).weights["transformer"].path)
+    tensors = weights.tensors("transformer")
+    assert tensors is not None
+    assert same({name: tensor.cpu() for name, tensor in tensors.items()}, expected)
