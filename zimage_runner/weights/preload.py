@@ -195,6 +195,8 @@ class Preload:
         To be read from, not written to. The caller's reference keeps the memory.
         """
         self._opener.join()
+        if self._error is not None:  # whoever loads in another way may need that memory
+            return None
         buffers = [buffer for load in list(self._all) if (buffer := load.buffer) is not None]
         return max(buffers, key=lambda buffer: buffer.nbytes, default=None)
 
