@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +12,13 @@ import pytest
 import torch
 
 from tests.weights.test_preload import driver  # noqa: F401 (fixture)
-from tests.weights.test_source import host_tensor
 from zimage_runner.engines.base import Device
 from zimage_runner.engines.native.engine import NativeEngineAdapter
 from zimage_runner.engines.native.model import Options
 from zimage_runner.model import Model, Prepare, Source
 from zimage_runner.weights import preload, source
 from zimage_runner.weights.cuda_driver import CudaDriver
+from zimage_runner.weights.preload import DeviceBuffer
 from zimage_runner.weights.prepare import build
 from zimage_runner.weights.resolve import resolve
 from zimage_runner.weights.source import WeightsSource
@@ -27,10 +28,17 @@ pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc f
 OPTIONS = Options(dtype=torch.bfloat16)
 
 
+def host_bytes(buffer: DeviceBuffer) -> torch.Tensor:
+    """What torch.as_tensor does with real device memory; the fake driver's memory is the host's."""
+    memory = (ctypes.c_ubyte * buffer.nbytes).from_address(buffer.address)
+    memory._buffer = buffer  # type: ignore[attr-defined]
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
 @pytest.fixture
 def travelling(
     driver: CudaDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
-) -> Callable[[bool], WeightsSource]:  # fmt: skip
+) -> Callable[[], WeightsSource]:  # fmt: skip
     """Makes a source of the embedded model whose prepared weights travel through a driver of host memory."""
     monkeypatch.setenv("ZIMAGE_RUNNER_CACHE", str(tmp_path / "cache"))
     model = Model(name="zimage_nano", source=Source.embedded, prepare=Prepare.always)
@@ -38,10 +46,10 @@ def travelling(
     build(checkpoint, model)
     monkeypatch.setattr(preload, "CudaDriver", lambda: driver)
     monkeypatch.setattr(source, "torch_is_cpu_only", lambda: False)
-    monkeypatch.setattr(source, "_wrap", host_tensor)
+    monkeypatch.setattr(source, "_as_bytes", host_bytes)
 
-    def begin(encodes: bool = True) -> WeightsSource:
-        weights = source.begin(checkpoint, model, Device.auto, encodes)
+    def begin() -> WeightsSource:
+        weights = source.begin(checkpoint, model, Device.auto)
         weights.device = "cuda"  # settle("cuda") would, on a machine with a GPU
         return weights
 

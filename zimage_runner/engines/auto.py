@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from zimage_runner.compile import Compile
     from zimage_runner.memory import Memory
     from zimage_runner.model import Model
+    from zimage_runner.warmup import WarmupShape
     from zimage_runner.weights.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -45,13 +46,25 @@ class AutoEngine(EngineConfig):
             DiffusersEngine(**self._fields()).check(model, memory, compile)
 
     def create(
-        self, *, checkpoint: Checkpoint, model: Model, memory: Memory, compile: Compile, encodes: bool = True
+        self,
+        *,
+        checkpoint: Checkpoint,
+        model: Model,
+        memory: Memory,
+        compile: Compile,
+        encodes: bool = True,
+        first_shape: WarmupShape | None = None,
     ) -> Engine:
         reason = self._why_not_native(model, memory, compile)
         if reason is None:
             try:
                 return NativeEngine(**self._fields()).create(
-                    checkpoint=checkpoint, model=model, memory=memory, compile=compile, encodes=encodes
+                    checkpoint=checkpoint,
+                    model=model,
+                    memory=memory,
+                    compile=compile,
+                    encodes=encodes,
+                    first_shape=first_shape,
                 )
             except UserError as error:
                 reason = str(error)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from zimage_runner.compile import Compile
     from zimage_runner.memory import Memory
     from zimage_runner.model import Model
+    from zimage_runner.warmup import WarmupShape
     from zimage_runner.weights.checkpoint import Checkpoint
 
 
@@ -64,12 +65,20 @@ class EngineConfig(abc.ABC):
 
     @abc.abstractmethod
     def create(
-        self, *, checkpoint: Checkpoint, model: Model, memory: Memory, compile: Compile, encodes: bool = True
+        self,
+        *,
+        checkpoint: Checkpoint,
+        model: Model,
+        memory: Memory,
+        compile: Compile,
+        encodes: bool = True,
+        first_shape: WarmupShape | None = None,
     ) -> Engine:
         """Load the checkpoint, place it as ``memory`` says, and prepare ``compile``. Imports torch here, not before.
 
         ``encodes`` is False when every caption's features are expected to be there already: the text encoder need not
-        be loaded before ``Engine.encode`` is called, if it is.
+        be loaded before ``Engine.encode`` is called, if it is. ``first_shape`` is that of the first batch, where it is
+        known and nothing is drawn before it: an engine may get ready for it while it waits for weights.
         """
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from zimage_runner.compile import Compile
     from zimage_runner.memory import Memory
     from zimage_runner.model import Model
+    from zimage_runner.warmup import WarmupShape
     from zimage_runner.weights.checkpoint import Checkpoint
 
 CAPTION_MULTIPLE = 32
@@ -47,7 +48,14 @@ class DiffusersEngine(EngineConfig):
         check_compile(memory, compile)
 
     def create(
-        self, *, checkpoint: Checkpoint, model: Model, memory: Memory, compile: Compile, encodes: bool = True
+        self,
+        *,
+        checkpoint: Checkpoint,
+        model: Model,
+        memory: Memory,
+        compile: Compile,
+        encodes: bool = True,
+        first_shape: WarmupShape | None = None,
     ) -> Engine:
         return DiffusersPipelineEngine(self, checkpoint, model, memory, compile)
 

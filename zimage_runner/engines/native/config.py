@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from zimage_runner.compile import Compile
     from zimage_runner.memory import Memory
     from zimage_runner.model import Model
+    from zimage_runner.warmup import WarmupShape
     from zimage_runner.weights.checkpoint import Checkpoint
 
 ATTENTION_NAMES = ("auto", "native", "flash3", "cudnn", "flash", "efficient", "math")
@@ -58,7 +59,14 @@ class NativeEngine(EngineConfig):
             )
 
     def create(
-        self, *, checkpoint: Checkpoint, model: Model, memory: Memory, compile: Compile, encodes: bool = True
+        self,
+        *,
+        checkpoint: Checkpoint,
+        model: Model,
+        memory: Memory,
+        compile: Compile,
+        encodes: bool = True,
+        first_shape: WarmupShape | None = None,
     ) -> Engine:
         from zimage_runner.head_start import import_torch
         from zimage_runner.model import Prepare
@@ -73,4 +81,4 @@ class NativeEngine(EngineConfig):
         import_torch()
         from zimage_runner.engines.native.engine import NativeEngineAdapter
 
-        return NativeEngineAdapter.load(self, weights, model, memory, encodes)
+        return NativeEngineAdapter.load(self, weights, model, memory, encodes, first_shape)
