@@ -136,7 +136,7 @@ def _eta(job: Job, items: list[WorkItem]) -> str:
     seconds = earlier.start + len(items) * earlier.seconds * mine / earlier.work
     scaled = "" if abs(mine - earlier.work) < 0.01 * earlier.work else ", scaled from its size and steps"
     each = f"{earlier.seconds:.2g} s a picture on {earlier.device}"
-    return f"about {_duration(seconds)}, going by {earlier.path} ({each}{scaled})"
+    return f"about {duration(seconds)}, going by {earlier.path} ({each}{scaled})"
 
 
 def _last_comparable(job: Job) -> _EarlierRun | None:
@@ -172,7 +172,8 @@ def _engine_name(job: Job) -> str:
     return type(job.config.engine).__name__
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """As a person would say it: 47 s, 12 min, 21.1 h."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

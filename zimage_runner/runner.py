@@ -25,6 +25,7 @@ from zimage_runner.outputs.ledger import Ledger
 from zimage_runner.outputs.run_dir import RunDirectory
 from zimage_runner.outputs.summary import Summary, table
 from zimage_runner.outputs.writer import Outcome
+from zimage_runner.pace import Pace
 from zimage_runner.plan import Fingerprints, WorkItem
 from zimage_runner.prompts.snapshot import SNAPSHOT_NAME, snapshot
 from zimage_runner.resume import Progress, check_same_pictures, survey
@@ -126,6 +127,7 @@ class Run:
         self._drawing: Drawing
         self._stopped: str | None = None
         self._bar: tqdm | None = None
+        self._pace = Pace(planned=len(job.plan), settled=len(progress.done))
         self._open = contextlib.ExitStack()
 
     def begin(self, composed: Mapping[str, str]) -> None:
@@ -235,6 +237,10 @@ class Run:
         self.summary.add(outcome)
         if self._bar is not None:
             self._bar.update(self.summary.settled - self._bar.n)
+        if line := self._pace.line(self.summary.settled):
+            log.info("%s", line)
+            if not sys.stderr.isatty():
+                say(line)
 
     def _tell(self) -> int:
         """Write and print the summary; the exit code."""

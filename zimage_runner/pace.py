@@ -1,0 +1,42 @@
+"""How far a run has come, in one line now and then: for run.log, and for whoever has no terminal with a bar."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from zimage_runner.dry_run import duration
+
+FIRST_SECONDS, LONGEST_SECONDS = 60.0, 1800.0
+SHARE = 0.05
+"""Of the time gone by: a night's log has dozens of lines and not a thousand."""
+
+
+class Pace:
+    """Says when the next line is due, and what is in it. Thread-safe."""
+
+    def __init__(self, planned: int, settled: int, clock: Callable[[], float] = time.monotonic) -> None:
+        """``settled`` of the ``planned`` pictures were done or given up before the clock began."""
+        self._planned = planned
+        self._clock = clock
+        self._start = self._told_at = clock()
+        self._told = settled
+        self._lock = threading.Lock()
+
+    def line(self, settled: int) -> str | None:
+        """``1,200 of 100,000 pictures (1.2 %), 0.77 s each, about 21.1 h left`` when it is time for it."""
+        now = self._clock()
+        with self._lock:
+            since = now - self._told_at
+            if since < min(max(FIRST_SECONDS, SHARE * (now - self._start)), LONGEST_SECONDS) or settled <= self._told:
+                return None
+            each = since / (settled - self._told)
+            self._told_at, self._told = now, settled
+        left = self._planned - settled
+        if not left:
+            return None  # the summary comes now
+        return (
+            f"{settled:,} of {self._planned:,} pictures ({settled / self._planned:.1%}), {each:.{2 if each < 10 else 0}f} s each, "
+            f"about {duration(left * each)} left"
+        )
