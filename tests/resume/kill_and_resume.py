@@ -10,6 +10,7 @@ Prints one JSON line: the finished run directories, the kills that hit a living 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -20,9 +21,13 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from hydra.core.plugins import Plugins
+from PIL import Image
 
+from zimage_runner import runner as _runner  # noqa: F401  (these two are imported before the forks)
 from zimage_runner.cli import main
-from zimage_runner.engines.native import engine as _native  # noqa: F401  (imported before the fork)
+from zimage_runner.config.registry import register
+from zimage_runner.engines.native import engine as _native  # noqa: F401
 
 SETTINGS = [
     "prompts.texts=['a red apple','一只猫']",
@@ -82,4 +87,8 @@ def torture(kills: int, rng: random.Random, folder: Path) -> dict:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    register()
+    Plugins.instance()
+    Image.init()
+    gc.freeze()  # a fork's collections neither walk over the libraries nor copy their pages
     print(json.dumps(torture(int(sys.argv[1]), random.Random(int(sys.argv[2])), Path(sys.argv[3]))))
