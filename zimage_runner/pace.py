@@ -36,7 +36,6 @@ class Pace:
         left = self._planned - settled
         if not left:
             return None  # the summary comes now
-        return (
-            f"{settled:,} of {self._planned:,} pictures ({settled / self._planned:.1%}), {each:.{2 if each < 10 else 0}f} s each, "
-            f"about {duration(left * each)} left"
-        )
+        share, speed = f"{settled / self._planned:.1%}", f"{each:.2f} s" if each < 10 else f"{each:.0f} s"
+        done = f"{settled:,} of {self._planned:,} pictures ({share})"
+        return f"{done}, {speed} each, about {duration(left * each)} left"
