@@ -17,12 +17,14 @@ import argparse
 import dataclasses
 import os
 import shlex
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 from benchmarks import machine
 from benchmarks.harness import Results, Scenario, measure
-from benchmarks.scenarios import IMAGES, SCENARIOS, TINY
+from benchmarks.scenarios import IMAGES, PACKED, SCENARIOS, TINY
 from benchmarks.schedule import describe
 from benchmarks.variants import HERE, Variant, Work, ours
 
@@ -40,6 +42,7 @@ def main() -> None:
         os.environ.setdefault("ZIMAGE_RUNNER_CACHE", tempfile.mkdtemp(prefix="bench_cache_"))
     facts = machine.facts(args.machine)
     for scenario in scenarios:
+        _prepare(scenario)
         print(f"== {scenario.title}\n   expected: {scenario.prediction}", flush=True)
         path = args.results / f"{scenario.name}{args.suffix}.json"
         results = Results(scenario, path, facts, args.note)
@@ -70,6 +73,17 @@ def _scenario(name: str, args: argparse.Namespace) -> Scenario:
         rounds=args.rounds or (1 if args.tiny else scenario.rounds),
         caches=args.cache or (("warm",) if args.tiny else scenario.caches),
     )
+
+
+def _prepare(scenario: Scenario) -> None:
+    """Make the prepared copies, plain and packed, that its contestants begin with; those that are there are kept."""
+    if scenario.work.device != "cuda":
+        return
+    native = [v for v in scenario.variants if v.overrides is not None and "engine=diffusers" not in v.overrides]
+    command = [sys.executable, "-m", "zimage_runner.prepare", "build", "model=local"]
+    command.append(f"model.path={scenario.work.model}")
+    for is_packed in sorted({PACKED in (variant.overrides or ()) for variant in native}):
+        subprocess.run([*command, *[PACKED] * is_packed], check=True, env=native[0].environment())
 
 
 def _at_most(variant: Variant, images: int) -> Variant:
