@@ -36,7 +36,7 @@ def started(*argv: str) -> subprocess.Popen[str]:
 def test_one_line_and_130(name, moment, tmp_path: Path):
     root = tmp_path / "out"
     process = started("prompt=a fox", "dry_run=true", f"output.root={root}")
-    time.sleep(random.uniform(moment, moment + 1) / MOMENTS * LATEST)
+    time.sleep(random.Random(f"{name} {moment}").uniform(moment, moment + 1) / MOMENTS * LATEST)
     process.send_signal(getattr(signal, name))
     out, err = process.communicate(timeout=60)
     assert "Traceback" not in err

@@ -276,15 +276,13 @@ def test_ready_for_another_job(faults, trouble):
 
 
 PARENT = """
-import sys, time
-from tests.executors.test_process import batches, workers_of
-from tests.faults.session import FaultySession
+from itertools import count
+from tests.faults.session import FaultySession, item
+from zimage_runner.executors.base import Batch
 from zimage_runner.executors.process import ProcessExecutorConfig
-import os
 made = ProcessExecutorConfig().create(FaultySession)
-made.start()
-print(workers_of(os.getpid())[0], flush=True)
-for result in made.run(batches(range(1000000))):
+print(made.start()["pid"], flush=True)
+for result in made.run(Batch(items=[item(seed)]) for seed in count()):
     pass
 """
 
