@@ -7,6 +7,7 @@ python -m benchmarks.report --readme    # and the summary in the project's READM
 from __future__ import annotations
 
 import argparse
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +35,10 @@ digests were computed and the prepared copy was made beforehand, as after a firs
     python -m benchmarks.run all --tiny                   # tries the harness on the embedded model
 """
 
+BESIDE = """Beside these: [where a forward's milliseconds go](profile_notes.md), [where the time to the first picture
+goes](../docs/starting.md), the embedded model on a CPU (`nano_cpu.py`, `results/nano_cpu.json`), what a job of a
+multirun costs beside its picture (`sweep_overhead.py`), what `executor=process` costs (`executor_overhead.py`)."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -51,8 +56,30 @@ def main() -> None:
 
 def page(results: Path, beside: Path) -> str:
     """The whole page; plots are written below ``beside``/plots."""
-    parts = [INTRODUCTION] + [section(path, beside) for path in result_files(results)]
+    files = result_files(results)
+    parts = [INTRODUCTION, in_short(results, files)] + [section(path, beside) for path in files]
     return "\n".join(parts)
+
+
+def in_short(results: Path, files: Sequence[Path]) -> str:
+    """The summary of the project's README, and links to the sections."""
+    points = summary(results, page="")
+    links = [f"- [{title(path, load(path)[0])}](#{anchor(title(path, load(path)[0]))})" for path in files]
+    if not links:
+        return ""
+    return "\n".join(["## In short", "", points.rstrip("\n"), "", "Sections:", "", *links, "", BESIDE, ""])
+
+
+def title(path: Path, data: dict[str, Any]) -> str:
+    """The scenario's, with what sets this file apart from others of the scenario."""
+    apart = path.stem.removeprefix(data["scenario"]).strip("_").replace("_", " ")
+    size = f"{data['work']['size']}x{data['work']['size']}" if data["work"]["size"] != USUAL_SIZE else ""
+    return ", ".join(filter(None, [data["title"], size, apart if apart not in size.split("x") else ""]))
+
+
+def anchor(heading: str) -> str:
+    """How GitHub names a heading in links."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 def section(path: Path, beside: Path) -> str:
@@ -60,7 +87,7 @@ def section(path: Path, beside: Path) -> str:
     data, rows = load(path)
     work = data["work"]
     lines = [
-        f"## {data['title']}" + (f", {work['size']}x{work['size']}" if work["size"] != USUAL_SIZE else ""),
+        f"## {title(path, data)}",
         "",
         f"{_machine(data)}. {work['images']} pictures of {work['size']}x{work['size']} in {work['steps']} forwards, "
         f"{data['started'][:10]}, `results/{path.name}`.",
@@ -128,12 +155,11 @@ def _name(row: Row) -> str:
 def missing(rows: Sequence[Row]) -> list[str]:
     """Processes that are in no figure, and why."""
     failures = [f"- {row.variant} ({row.cache}): {failure}" for row in rows for failure in row.failures]
-    skipped = [
-        f"- {row.variant} ({row.cache}): {row.skipped} not started, the time set aside for the scenario was spent"
-        for row in rows
-        if row.skipped
-    ]
-    return ["In no figure:", "", *failures, *skipped, ""] if failures or skipped else []
+    skipped = [f"{row.variant} ({row.cache}) {row.skipped}" for row in rows if row.skipped]
+    lines = ["In no figure:", "", *failures, ""] if failures else []
+    if skipped:
+        lines += [f"Processes not started, for the time set aside was spent: {', '.join(skipped)}.", ""]
+    return lines
 
 
 def encoders(data: dict[str, Any], rows: Sequence[Row]) -> list[str]:

@@ -38,13 +38,13 @@ def replaced(text: str, lines: str) -> str:
     return f"{before}{BEGIN}\n{lines}{after}"
 
 
-def summary(results: Path) -> str:
-    """A list of at most five points; one without figures is left out."""
+def summary(results: Path, page: str = "benchmarks/README.md") -> str:
+    """A list of at most five points, the last one with a link to ``page``; one without figures is left out."""
     loaded = [load(path) for path in result_files(results)]
     points = [*_first_picture(loaded), *_pictures(loaded, 1024), *_pictures(loaded, 512), *_article(loaded)]
     if not points:
         return ""
-    return "".join(f"- {point}\n" for point in [*points, _machine([data for data, _ in loaded])])
+    return "".join(f"- {point}\n" for point in [*points, _machine([data for data, _ in loaded], page)])
 
 
 Loaded = list[tuple[dict[str, Any], list[Row]]]
@@ -138,7 +138,7 @@ def _article(loaded: Loaded) -> Iterator[str]:
         yield f"**The article's steps**, measured: {'; '.join(told)}; impossible as printed: {len(IMPOSSIBLE)} claims"
 
 
-def _machine(files: list[dict[str, Any]]) -> str:
+def _machine(files: list[dict[str, Any]], page: str) -> str:
     """What the figures were taken on; several machines are all named."""
     names = []
     for data in files:
@@ -146,7 +146,5 @@ def _machine(files: list[dict[str, Any]]) -> str:
         gpu = facts["gpu"]["name"] if facts["gpu"] else facts["processor"]
         names.append(f"one {gpu}, " + ", ".join(f"{n} {versions[n]}" for n in ("torch", "diffusers") if n in versions))
     unique = [name for name, _ in itertools.groupby(sorted(names))]
-    return (
-        f"{'; '.join(unique)}; synthetic full-size weights, fresh processes, medians: "
-        "[all figures](benchmarks/README.md)"
-    )
+    more = f": [all figures]({page})" if page else ""
+    return f"{'; '.join(unique)}; synthetic full-size weights, fresh processes, medians{more}"

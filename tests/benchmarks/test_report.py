@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.report import page
+from benchmarks.report import anchor, page
 from benchmarks.statistics_of import PHASES, Spread, load, percentile, phases_of
 from benchmarks.verdicts import CLAIMS, IMPOSSIBLE, judge, verdict
 
@@ -89,7 +90,7 @@ def test_contestants_without_figures_are_shown_with_the_reason(tmp_path: Path) -
     assert "| **dead** | warm | failed |" in text
     assert "- dead (warm): exit 1 with 0 of 4 pictures: RuntimeError: no such kernel" in text
     assert "| **late** | warm | not run |" in text
-    assert "- late (warm): 2 not started" in text
+    assert "late (warm) 2" in text
     assert "Note: another scenario ran on the second GPU meanwhile." in text
     assert "GPU 1 of the machine" in text
 
@@ -216,3 +217,16 @@ def test_percentile_is_one_of_the_values_and_bounds_most(values: list[float]) ->
     p95 = percentile(values, 0.95)
     assert p95 in values
     assert sum(v <= p95 for v in values) >= 0.95 * len(values)
+
+
+def test_the_page_begins_with_links_to_its_sections(tmp_path: Path) -> None:
+    results(tmp_path, [run("plain", 20.0, [2.0, 2.0])])
+    shutil.copy(tmp_path / "ablation.json", tmp_path / "ablation_second_machine.json")
+    text = page(tmp_path, tmp_path)
+    headings = [line.removeprefix("## ") for line in text.splitlines() if line.startswith("## ")]
+    assert headings[0] == "In short"
+    assert headings[2] == f"{headings[1]}, second machine"
+    assert [line for line in text.splitlines() if line.startswith("- [")] == [
+        f"- [{heading}](#{anchor(heading)})" for heading in headings[1:]
+    ]
+    assert anchor("The article's four steps, alone") == "the-articles-four-steps-alone"
