@@ -52,6 +52,17 @@ def field_names(option: type) -> list[str]:
     return [f.name for f in dataclasses.fields(option)]
 
 
+def kind_of(key: str) -> str:
+    """The type of a field as its dataclass has it, such as ``int | None``; ``Any`` for what is not known."""
+    from zimage_runner.config.registry import SCHEMAS
+    from zimage_runner.config.schema import RunConfig
+
+    group, _, name = key.rpartition(".")
+    options = SCHEMAS.get(group, {}).values() if group else [RunConfig]
+    kinds = [str(field.type) for option in options for field in dataclasses.fields(option) if field.name == name]
+    return kinds[0] if kinds else "Any"
+
+
 def closest(name: str, parent: str) -> str | None:
     """The field of ``parent`` that ``name`` was probably meant to be."""
     known = known_fields(parent)

@@ -10,7 +10,15 @@ from hydra.errors import ConfigCompositionException, HydraException, OverridePar
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
-from zimage_runner.config.fields import closest, field_names, groups_with, known_fields, option_of, options_with
+from zimage_runner.config.fields import (
+    closest,
+    field_names,
+    groups_with,
+    kind_of,
+    known_fields,
+    option_of,
+    options_with,
+)
 from zimage_runner.config.file_mistakes import (
     experiment_file,
     explain_bytes,
@@ -28,6 +36,12 @@ YAML_HINTS = {
     "'\\t'": "indent with blanks instead of tabs",
     "mapping values": "put text that holds a colon in quotation marks, and indent neighbours alike",
 }
+PLAIN_WORDS = {
+    "converted to Integer": "not a whole number: write one without quotation marks or a point",
+    "converted to Float": "not a number: write one such as 2.5",
+    "is not a valid bool": "neither true nor false: write one of them",
+}
+"""What OmegaConf says of a value, and what people understand."""
 SUFFIXES = {
     ".txt": "text_file",
     ".jsonl": "jsonl",
@@ -135,9 +149,11 @@ def _sweep_without_multirun(text: str) -> str | None:
     if match is None:
         return None
     key, value = match["key"], match["value"]
-    return (
-        f"{key}={value}: write {key}='[{value}]' for a list, {key}='\"{value}\"' for text, or add -m to sweep over it"
-    )
+    kind = kind_of(key)
+    remedies = [f"write {key}='[{value}]' for a list"] if "list" in kind or "Any" in kind else []
+    remedies += [f"write {key}='\"{value}\"' for text"] if "str" in kind or "Any" in kind else []
+    told = f"{', '.join(remedies)}, or " if remedies else ""
+    return f"{key}={value}: {told}add -m to sweep over these values"
 
 
 def _not_a_list(text: str) -> str | None:
@@ -200,7 +216,9 @@ def _wrong_type(text: str) -> str | None:
     if not match or not full_key:
         return None
     where = file_of(text)
-    return f"{where}{full_key[1]}={match['value']}: {match['problem'].strip()}"
+    problem = match["problem"].strip()
+    plain = next((words for sign, words in PLAIN_WORDS.items() if sign in problem), problem)
+    return f"{where}{full_key[1]}={match['value']}: {plain}"
 
 
 def _one_line(text: str) -> str:
