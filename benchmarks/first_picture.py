@@ -18,6 +18,7 @@ import os
 import pstats
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -43,6 +44,8 @@ class Marks:
 
     def __call__(self, name: str) -> None:
         who = "" if os.getpid() == self._pid else "child: "
+        if threading.current_thread().name == "preheat":
+            who = "preheat thread: "
         mark = (f"{who}{name}", round(time.monotonic() + self._clock_offset, 3))
         self._file.write(json.dumps(mark).encode() + b"\n")
 
@@ -99,10 +102,14 @@ def watchers(mark: Marks, profile: Path | None) -> dict[str, Callable[[Any], Non
     """What puts marks around the stages of a run, by the module it is done to."""
     return {
         "zimage_runner.head_start": lambda module: watch_head_start(mark, module),
+        "zimage_runner.libraries": lambda module: mark.around(module, "open_library", "open a library"),
         "zimage_runner.composed": lambda module: mark.around(module, "execute", "run"),
         "zimage_runner.job": lambda module: mark.around(module, "prepare", "plan"),
         "zimage_runner.weights.source": lambda module: mark.around(module, "begin", "weights begin"),
-        "zimage_runner.weights.preload": lambda module: mark_files(mark, module.Preload),
+        "zimage_runner.weights.preload": lambda module: mark_told(mark, module.Preload, "_tell", "preload"),
+        "zimage_runner.engines.native.preheat": lambda module: watch_preheat(mark, module.Preheat),
+        "zimage_runner.engines.native.engine": lambda module: watch_engine(mark, module.NativeEngineAdapter),
+        "zimage_runner.engines.native.model": lambda module: watch_model(mark, module.NativeModel),
         "zimage_runner.session": lambda module: watch_session(mark, module.Session, profile),
     }
 
@@ -113,15 +120,40 @@ def watch_head_start(mark: Marks, module: Any) -> None:
     mark.around(module, "import_torch", "wait for torch")
 
 
-def mark_files(mark: Marks, preload: Any) -> None:
-    """Mark what arrives on the GPU, as Preload tells it."""
-    tell = preload._tell
+def mark_told(mark: Marks, owner: Any, name: str, label: str) -> None:
+    """Mark what a thread says of its progress, such as what arrived on the GPU."""
+    tell = getattr(owner, name)
 
-    def marked(self: Any, what: str) -> float:
-        mark(f"preload: {what}")
+    def marked(self: Any, what: str) -> Any:
+        mark(f"{label}: {what}")
         return tell(self, what)
 
-    preload._tell = marked
+    setattr(owner, name, marked)
+
+
+def watch_preheat(mark: Marks, Preheat: Any) -> None:
+    """Mark its beginning, each part and its end, and how long the thread that draws waits for it."""
+    mark.around(Preheat, "_run", "preheat")
+    mark_told(mark, Preheat, "tell", "preheat")
+    mark.around(Preheat, "wait", "wait for the preheat")
+
+
+def watch_engine(mark: Marks, Engine: Any) -> None:
+    """Mark when each network is taken over."""
+    mark.around(Engine, "_load_encoder", "text encoder")
+    mark.around(Engine, "_load_denoiser", "transformer and decoder")
+
+
+def watch_model(mark: Marks, Model: Any) -> None:
+    """Mark the host's part of each first use, the preheat's own among them (its model is of the same class)."""
+    for name, label in (
+        ("encode_ids", "encode a caption"),
+        ("_refine", "refine a caption"),
+        ("_make_tables", "rotary tables"),
+        ("_make_steps", "modulation"),
+        ("_forward", "forward"),
+    ):
+        mark.around(Model, name, label)
 
 
 def watch_session(mark: Marks, Session: Any, profile: Path | None) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -166,6 +166,7 @@ def test_nothing_of_the_model_or_of_the_memory_changes(native, monkeypatch) -> N
     assert not hasattr(small, "text_encoder")
 
 
+@settings(max_examples=30, deadline=None)
 @given(size=st.integers(1, 1 << 22), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_parameters_are_pieces_of_the_memory(native, size: int, dtype: torch.dtype) -> None:
     small = miniature(replace_dtype(native, dtype), switches=True)
