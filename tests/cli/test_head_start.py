@@ -48,6 +48,7 @@ def both(tmp_path: Path, *argv: str) -> list[tuple[int, str, str]]:
 
 def timeless(text: str) -> str:
     text = re.sub(r"\d{4}-\d\d-\d\d_[\d.-]+", "WHEN", text)
+    text = re.sub(r"[\d.]+ \w?B free", "SPACE free", text)
     return re.sub(r"/(one|two)\b", "", text)
 
 
