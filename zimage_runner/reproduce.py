@@ -33,12 +33,15 @@ from zimage_runner.outputs.picture import encode_png
 from zimage_runner.prompts.inline import Inline
 from zimage_runner.resume.saved import override_key
 from zimage_runner.sampling import SAMPLING_FIELDS, Sampling
+from zimage_runner.seeds import parse_seeds
 from zimage_runner.signals import graceful_stop
 from zimage_runner.warm import Executors
 
 if TYPE_CHECKING:
     import numpy as np
 
+OF_A_RUN = ("prompt", "prompts", "dry_run", "resume", "retry", "verify", "skip_existing", "name", "report")
+"""Fields and groups that say what a run draws and how it goes; here the picture does."""
 EXIT_SAME, EXIT_DIFFERENT, EXIT_BAD_INPUT = 0, 1, 2
 
 
@@ -76,6 +79,12 @@ def reproduce(path: Path, overrides: Sequence[str]) -> int:
 
 def read_recipe(path: Path) -> dict[str, Any]:
     """The picture's own recipe. Raises UserError if it has none, or one that is not a recipe."""
+    if not path.is_file():
+        inside = f": give the picture in it, {path / 'image.png'}" if (path / "image.png").is_file() else ""
+        what = (
+            f"is a folder{inside or ': give a PNG picture'}" if path.is_dir() else "does not exist: give a PNG picture"
+        )
+        raise UserError(f"{path} {what}")
     recipe = read_metadata(path).recipe
     if recipe is None:
         raise UserError(f"{path} carries no zimage_runner metadata: it was made by another tool or stripped of it")
@@ -89,6 +98,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
 def recipe_config(recipe: Mapping[str, Any], overrides: Sequence[str]) -> RunConfig:
     """The run that draws this one picture. The file's texts are used as values only, never as commands."""
     given = {override_key(override) for override in overrides}
+    if idle := sorted(key for key in given if key.partition(".")[0] in OF_A_RUN):
+        raise UserError(f"{idle[0]} has no effect on a picture that is drawn again: leave it out")
     chosen = [f"{group}={option}" for group, option in _options(recipe).items() if group not in given]
     register()
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
@@ -102,6 +113,8 @@ def recipe_config(recipe: Mapping[str, Any], overrides: Sequence[str]) -> RunCon
         if f"sampling.{name}" in given:
             setattr(typed, name, getattr(config.sampling, name))
     seeds = config.seeds if "seeds" in given else [recipe["seed"]]
+    if (count := len(parse_seeds(seeds))) > 1:
+        raise UserError(f"seeds gives {count} pictures, and one is drawn again: give one seed, or none for its own")
     return replace(config, prompts=Inline(texts=[recipe["prompt"]]), prompt=None, sampling=typed, seeds=seeds)
 
 
@@ -141,8 +154,11 @@ def _save(target: Path, pixels: np.ndarray, job: Job, report: dict[str, Any]) ->
 
 def _changes(recipe: Mapping[str, Any], job: Job, report: Mapping[str, Any]) -> list[str]:
     """What is not as it was, for a person who wonders why pixels differ."""
-    was = {"weights": recipe["model"].get("digest"), **recipe["numerics"], **recipe.get("versions", {})}
-    now = {"weights": job.checkpoint.digest, **report["numerics"], **report["versions"]}
+    was = {"seed": recipe["seed"], **recipe["params"], "weights": recipe["model"].get("digest")}
+    was |= {**recipe["numerics"], **recipe.get("versions", {})}
+    item = job.plan.items[0]
+    now = {"seed": item.seed, **item.params.to_dict(), "weights": job.checkpoint.digest}
+    now |= {**report["numerics"], **report["versions"]}
     return [f"{k} was {was[k]}, now {now.get(k)}" for k in was if str(was[k]) != str(now.get(k))]
 
 

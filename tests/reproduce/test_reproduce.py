@@ -107,5 +107,36 @@ def test_other_files(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "y.png")
     with pytest.raises(UserError, match="carries no zimage_runner metadata"):
         read_recipe(tmp_path / "y.png")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="missing.png does not exist"):
         read_recipe(tmp_path / "missing.png")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["prompt=a dog"], "prompt has no effect on a picture that is drawn again: leave it out"),
+        (["+prompts.limit=1"], "prompts.limit has no effect on a picture that is drawn again"),
+        (["seeds=1-3"], "seeds gives 3 pictures, and one is drawn again"),
+    ],
+)
+def test_what_cannot_be_asked_for(
+    picture: Path, capfd: pytest.CaptureFixture[str], words: list[str], expected: str
+) -> None:
+    assert main([str(picture), *words]) == 2
+    assert expected in capfd.readouterr().err
+
+
+def test_where_there_is_no_picture(picture: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for path, expected in (
+        (picture.parent, f"{picture.parent} is a folder: give the picture in it, {picture}"),
+        (picture.parents[1], f"{picture.parents[1]} is a folder: give a PNG picture"),
+        (Path("nowhere.png"), "nowhere.png does not exist: give a PNG picture"),
+    ):
+        assert main([str(path)]) == 2
+        assert expected in capfd.readouterr().err
+
+
+def test_another_seed_is_told(picture: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main([str(picture), "seeds=8", "sampling.num_inference_steps=1"]) == 1
+    out = capfd.readouterr().out.splitlines()
+    assert out[:2] == ["  seed was 7, now 8", "  num_inference_steps was 2, now 1"]
