@@ -78,14 +78,23 @@ def test_download(monkeypatch, tmp_path, main: str, argv: list[str], number: sig
         assert [request.range is not None for request in server.requests if request.file == SHARD] == [True]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_preparing_removes_what_is_half_made(nano: Path, runner_cache: Path, tmp_path: Path, number) -> None:
+@pytest.mark.parametrize(
+    ("number", "module", "packed"),
+    [
+        (signal.SIGTERM, "prepare", "false"),
+        (signal.SIGINT, "prepare", "false"),
+        (signal.SIGINT, "packed_writer", "true"),
+    ],
+)
+def test_preparing_removes_what_is_half_made(
+    nano: Path, runner_cache: Path, tmp_path: Path, number: signal.Signals, module: str, packed: str
+) -> None:
     slow = (
-        "from zimage_runner.weights import prepare\nread = prepare.read_bfloat16\n"
-        "prepare.read_bfloat16 = lambda piece: (time.sleep(0.5), read(piece))[1]"
+        f"from zimage_runner.weights import {module} as module\nread = module.read_bfloat16\n"
+        "module.read_bfloat16 = lambda piece: (time.sleep(0.5), read(piece))[1]"
     )
     half_made = runner_cache / "prepared"
-    argv = ["build", "model=local", f"model.path={nano}", "model.verify=headers"]
+    argv = ["build", "model=local", f"model.path={nano}", "model.verify=headers", f"model.packed={packed}"]
     code, err = signalled(
         script(PREPARE, slow), argv, number, lambda: list(half_made.glob(".*.tmp/*/*.safetensors")), tmp_path
     )

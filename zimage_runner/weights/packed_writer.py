@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,11 +34,12 @@ def write_packed(path: Path, plan: list[PlannedTensor], threads: int, advance: C
     place = size
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
-        for frame, (data, count) in _packed_frames(plan, threads):
-            counts.append(count)
-            _write(handle, data.data, place)
-            place += aligned(len(data))
-            advance(2 * sum(piece.count for piece in frame))
+        with contextlib.closing(_packed_frames(plan, threads)) as frames:  # an interruption ends its threads at once
+            for frame, (data, count) in frames:
+                counts.append(count)
+                _write(handle, data.data, place)
+                place += aligned(len(data))
+                advance(2 * sum(piece.count for piece in frame))
         os.ftruncate(handle, place)
         _write(handle, memoryview(_header(plan, counts, place - size, size)), 0)
         os.fsync(handle)
@@ -58,7 +60,7 @@ def _header(plan: list[PlannedTensor], counts: list[Counts | None], stored: int,
     return header_bytes({TENSOR: ("U8", (stored,))}, metadata_of(tensors, packed.FRAME_VALUES, counts), size)
 
 
-def _packed_frames(plan: list[PlannedTensor], threads: int) -> Iterator[tuple[list[Piece], Packed]]:
+def _packed_frames(plan: list[PlannedTensor], threads: int) -> Generator[tuple[list[Piece], Packed], None, None]:
     """(what a frame holds, its packed bytes), in order; a few more than are worked on are ready."""
     nbytes = 2 * packed.FRAME_VALUES
     frames = itertools.groupby(cut(pieces(plan, places_of(plan)), nbytes), lambda piece: piece.offset // nbytes)
@@ -66,7 +68,7 @@ def _packed_frames(plan: list[PlannedTensor], threads: int) -> Iterator[tuple[li
     with Threads(threads) as pool:
         for _, group in frames:
             frame = list(group)
-            waiting.append((frame, pool.submit(_pack, frame)))
+            waiting.append((frame, pool.submit(_pack, frame, pool)))
             if len(waiting) > threads + 2:
                 first, result = waiting.popleft()
                 yield first, result.result()
@@ -74,7 +76,7 @@ def _packed_frames(plan: list[PlannedTensor], threads: int) -> Iterator[tuple[li
             yield frame, result.result()
 
 
-def _pack(frame: list[Piece]) -> Packed:
+def _pack(frame: list[Piece], pool: Threads) -> Packed:
     import numpy as np
     import torch
 
@@ -83,6 +85,7 @@ def _pack(frame: list[Piece]) -> Packed:
     values = np.empty(sum(piece.count for piece in frame), np.uint16)
     done = 0
     for piece in frame:
+        pool.check()
         values[done : done + piece.count] = read_bfloat16(piece).view(torch.int16).numpy().view(np.uint16)
         done += piece.count
     return pack_frame(values)
