@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -18,6 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from tests.weights.test_load import FakeEvent, FakeStream
 from tests.weights.test_preload import build_fake, on_device, pinned
 from tests.weights.test_source import host_tensor
 from zimage_runner.engines.base import Device
@@ -26,7 +28,7 @@ from zimage_runner.engines.native.model import Options
 from zimage_runner.errors import UserError
 from zimage_runner.model import Model, Prepare, Source
 from zimage_runner.prepare import main
-from zimage_runner.weights import packed, preload, prepare, prepared, source
+from zimage_runner.weights import packed, preload, prepare, prepared, source, unpack
 from zimage_runner.weights.compare import compare
 from zimage_runner.weights.cuda_driver import CudaDriver, CudaUnavailable, allocated_bytes
 from zimage_runner.weights.layout import inspect
@@ -395,6 +397,29 @@ def test_errors_of_the_kernel_reach_who_takes(nano: Path, driver: CudaDriver, mo
         load.take(path)
     load.close()
     assert pinned(driver) == 0
+
+
+def test_loading_with_torchs_streams(nano: Path, driver: CudaDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, with torch's streams replaced and the driver's memory that of the host."""
+
+    class Stream(FakeStream):
+        cuda_stream = 1
+
+    empty = torch.empty
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "empty", lambda *args, pin_memory=False, **options: empty(*args, **options))
+    packing = build(nano).packings["transformer"]
+    expected = load_file(build(nano, packed=False).weights["transformer"].path)
+    assert same(unpack.load_packed([packing], "cpu", 3), expected)
+    assert launches(driver) == 0
+    monkeypatch.setattr(unpack, "CudaDriver", lambda index: driver)
+    monkeypatch.setattr(unpack, "is_cuda", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert same(unpack.load_packed([packing], "cpu", 3), expected)
+    assert launches(driver) == sum(frame.counts is not None for frame in packing.frames)
 
 
 @pytest.mark.gpu

@@ -275,8 +275,8 @@ class _Lanes:
         """``kernel``: needed for packed chunks."""
         self._driver = driver
         self._kernel = kernel
-        self._staging = [0, 0]
-        """Device memory that packed chunks are unpacked from, taken when the first one comes."""
+        self._staging: int | None = None
+        """Device memory that packed chunks are unpacked from, a chunk a lane, taken when the first one comes."""
         self._stream = driver.stream()
         self._buffers = [pinned_ahead.take() or driver.allocate_pinned(CHUNK_BYTES) for _ in range(2)]
         self._events = [driver.event() for _ in range(2)]
@@ -308,9 +308,9 @@ class _Lanes:
     def _unpack(self, lane: int, frame: Frame, target: int) -> None:
         """Start the copy of a packed chunk and what unpacks it behind the copy."""
         assert self._kernel is not None
-        if not self._staging[lane]:
-            self._staging[lane] = self._driver.allocate(CHUNK_BYTES)
-        staging = self._staging[lane]
+        if self._staging is None:
+            self._staging = self._driver.allocate(2 * CHUNK_BYTES)
+        staging = self._staging + lane * CHUNK_BYTES
         self._driver.copy_to_device(staging, self._buffers[lane], frame.nbytes, self._stream)
         self._kernel.launch(staging, target, frame, self._stream)
 
@@ -339,8 +339,8 @@ class _Lanes:
             self._wait(lane)
             self._driver.destroy_event(self._events[lane])
             self._driver.free_pinned(self._buffers[lane])
-            if self._staging[lane]:
-                self._driver.free(self._staging[lane], CHUNK_BYTES)
+        if self._staging is not None:
+            self._driver.free(self._staging, 2 * CHUNK_BYTES)
         self._driver.destroy_stream(self._stream)
         if self._file is not None:
             os.close(self._file[1])

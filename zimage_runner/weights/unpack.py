@@ -73,7 +73,7 @@ class _Reader:
     def __init__(self, work: SimpleQueue[tuple[Packing, Frame, torch.Tensor]], device: str, largest: int) -> None:
         self._work, self._device, self._largest = work, torch.device(device), largest
         self._errors: list[BaseException] = []
-        self._on_gpu = self._device.type == "cuda"
+        self._on_gpu = is_cuda(self._device)
         self._unpack = unpacker(self._device) if self._on_gpu else unpack_frame
 
     def run(self, threads: int) -> None:
@@ -119,6 +119,11 @@ class _Reader:
                 self._unpack(data, frame, out)
             if stream is not None:
                 stream.synchronize()
+
+
+def is_cuda(device: torch.device) -> bool:
+    """Whether the device has streams, and memory of its own."""
+    return device.type == "cuda"
 
 
 def unpacker(device: torch.device) -> Unpacker:
