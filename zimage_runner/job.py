@@ -11,6 +11,7 @@ from typing import Any
 from zimage_runner.config.schema import RunConfig
 from zimage_runner.engines.native.tokenizer import CaptionTokenizer
 from zimage_runner.errors import UserError
+from zimage_runner.no_gpu import warn_without_gpu
 from zimage_runner.plan import CountTokens, Plan, WorkItem, build_plan
 from zimage_runner.prompts import read_prompts
 from zimage_runner.prompts.base import PromptSource
@@ -109,6 +110,11 @@ def prepare(config: RunConfig, memo: dict[str, Any] | None = None) -> Job:
     config.engine.check(config.model, config.memory, config.compile)
     prompts = read_prompts(prompt_source(config))
     memo = {} if memo is None else memo
+    _once(
+        memo,
+        f"no GPU {config.model.name} {config.engine.device}",
+        lambda: warn_without_gpu(config.model, config.engine),
+    )
     checkpoint = _once(memo, f"checkpoint {config.model} {config.dry_run}", lambda: _checkpoint(config))
     count_tokens = _once(memo, f"tokens {checkpoint.path}", lambda: token_counter(checkpoint.path))
     plan = build_plan(prompts, seeds, params, check_size=config.model.check_size, count_tokens=count_tokens)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zimage_runner import runner
 from zimage_runner.pace import FIRST_SECONDS, LONGEST_SECONDS, Pace
 
 
@@ -48,20 +47,9 @@ def test_a_week_is_told_in_a_few_hundred_lines(seconds_each: float) -> None:
 
 
 def test_a_run_without_a_terminal_tells_it(cli, monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(
-        runner, "Pace", lambda planned, settled: Pace(planned=planned, settled=settled, clock=Leaping())
-    )
+    monkeypatch.setattr(Pace, "line", lambda _, settled: f"{settled} by now")
     code, _, err = cli("prompts=emoji", "prompts.limit=3", "sampling.num_inference_steps=1")
     assert code == 0, err
-    line = "1 of 3 pictures (33.3%), 100 s each, about 3 min left"
-    assert line in err.splitlines()
+    assert {"1 by now", "3 by now"} <= set(err.splitlines())
     (log,) = tmp_path.glob("outputs/*/*/run.log")
-    assert line in log.read_text()
-
-
-class Leaping(Clock):
-    """A hundred seconds at a time."""
-
-    def __call__(self) -> float:
-        self.now += 100.0
-        return self.now
+    assert "3 by now" in log.read_text()

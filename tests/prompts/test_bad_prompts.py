@@ -124,6 +124,7 @@ def test_jsonl_lines(tmp_path, line, expected):
     ("content", "options", "expected"),
     [
         ("caption\na\n", {}, "there is caption: name the one that holds the prompts, prompts.columns.text=caption"),
+        ("text,WIDTH\na,128\n", {}, "{f}:1: unknown column 'WIDTH' (did you mean 'width'?); map it with"),
         ("text,caption\na,b\n", {}, "{f}:1: unknown column 'caption'"),
         (
             "text\na\n",

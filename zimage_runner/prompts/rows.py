@@ -19,8 +19,9 @@ from zimage_runner.seeds import parse_seed_list
 
 SAMPLING_KINDS: dict[str, str] = {f.name: str(f.type) for f in fields(SamplingParams)}
 """Each sampling field's type by name: int, float or str."""
-PROMPT_FIELDS = ("text", "id", "seeds", *SAMPLING_KINDS, "metadata", "index", "source")
-"""The last two are written by snapshot.py."""
+OF_SNAPSHOTS = ("index", "source")
+"""Written by snapshot.py."""
+PROMPT_FIELDS = ("text", "id", "seeds", *SAMPLING_KINDS, "metadata", *OF_SNAPSHOTS)
 ALIASES = {"prompt": "text", "seed": "seeds"}
 TEXT_NAMES = ("text", "texts", "prompt", "prompts", "caption", "captions", "description", "sentence")
 """Usual names, in small letters, of the column that holds the prompts."""
@@ -208,5 +209,6 @@ def json_safe(value: Any) -> Any:
 
 
 def _suggest(name: str, known: tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else f"; the fields are {', '.join(PROMPT_FIELDS)}"
+    close = difflib.get_close_matches(name.lower(), known, n=1)
+    fields = [field for field in PROMPT_FIELDS if field not in OF_SNAPSHOTS]
+    return f" (did you mean {close[0]!r}?)" if close else f"; the fields are {', '.join(fields)}"
