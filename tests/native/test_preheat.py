@@ -395,6 +395,16 @@ def test_the_session_tells_the_first_shape(
     assert got == [expected]
 
 
+@pytest.mark.parametrize(("batch_size", "expected"), [(1, SHAPE), (4, SHAPE), ("auto", None)])
+def test_not_while_a_pictures_memory_is_measured(monkeypatch, batch_size, expected) -> None:
+    got: list[Any] = []
+    monkeypatch.setattr(NativeEngineAdapter, "load", lambda *args: got.append(args[-1]))
+    config = session_config(NativeEngine(device=Device.cpu, batch_size=batch_size), Resident())
+    parts = {"checkpoint": config.checkpoint, "model": config.model, "memory": config.memory, "compile": config.compile}
+    config.engine.create(**parts, first_shape=SHAPE)
+    assert got == [expected]
+
+
 @pytest.mark.parametrize("name", SDPA_BACKENDS)
 def test_a_backend_called_directly(name: str) -> None:
     """On the meta device every operator checks its arguments and tells its result's shape, GPU or not."""

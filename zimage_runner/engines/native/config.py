@@ -81,4 +81,6 @@ class NativeEngine(EngineConfig):
         import_torch()
         from zimage_runner.engines.native.engine import NativeEngineAdapter
 
+        if self.auto_batch:  # what the first picture takes is measured, so that nothing may be computed beside it
+            first_shape = None
         return NativeEngineAdapter.load(self, weights, model, memory, encodes, first_shape)

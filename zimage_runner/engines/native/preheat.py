@@ -97,9 +97,9 @@ def begin(model: NativeModel, weights: WeightsSource, shape: WarmupShape | None,
     """Preheat ``model`` for ``shape`` where that is switched on and pays: in a process's first wait for weights."""
     global _begun
     switch = os.environ.get(PREHEAT, "")
-    if switch in ("", "0") or _begun or shape is None or not weights.is_travelling or not _comes_compiled(model):
+    if switch in ("", "0") or _begun or shape is None or not _comes_compiled(model):
         return Preheat()
-    memory = weights.arriving()  # the engine's first call needs the CUDA context and the weights' memory too
+    memory = weights.arriving()  # which waits for it to be allocated, as the first use of a weight would
     if memory is None:
         return Preheat()
     _begun = True
