@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import json
 import shutil
@@ -232,6 +233,26 @@ def test_a_plain_file_has_no_packing() -> None:
 def test_impossible_tables_are_refused(counts: Any, changes: dict[str, Any]) -> None:
     with pytest.raises(BadWeightsFile):
         packing_of(packed_file(counts, **changes))
+
+
+@given(data=st.data())
+def test_a_damaged_header_is_refused_or_stays_inside_the_file(data: st.DataObject) -> None:
+    file = packed_file(GOOD)
+    text = bytearray(file.metadata["packing"].encode())
+    for _ in range(data.draw(st.integers(1, 3))):
+        text[data.draw(st.integers(0, len(text) - 1))] = data.draw(st.sampled_from(b'0123456789-[]{},:"enul '))
+    try:
+        packing = packing_of(dataclasses.replace(file, metadata={"packing": text.decode()}))
+    except BadWeightsFile:
+        return
+    assert packing is not None
+    place = 0
+    for frame in packing.frames:
+        assert file.data_start <= frame.offset
+        assert frame.offset + frame.nbytes <= file.size
+        assert (frame.start, frame.nbytes) == (place, frame_bytes(frame.values, frame.counts))
+        place += 2 * frame.values
+    assert place == packing.unpacked.size == sum(info.nbytes for info in packing.unpacked.tensors.values())
 
 
 @pytest.mark.parametrize(

@@ -78,10 +78,12 @@ class _Reader:
 
     def run(self, threads: int) -> None:
         ready = None
+        # The caller's to allocate: what other streams allocate stays theirs, unused, until the cache is emptied.
+        staging = [torch.empty(self._largest, dtype=torch.uint8, device=self._device) for _ in range(threads)]
         if self._on_gpu:  # the buffers' memory may have been in use on the caller's stream until just now
             ready = torch.cuda.Event()
             ready.record(torch.cuda.current_stream(self._device))
-        workers = [threading.Thread(target=self._try, args=(ready,), name="unpack-weights") for _ in range(threads)]
+        workers = [threading.Thread(target=self._try, args=(ready, own), name="unpack-weights") for own in staging]
         for worker in workers:
             worker.start()
         for worker in workers:
@@ -89,21 +91,21 @@ class _Reader:
         if self._errors:
             raise self._errors[0]
 
-    def _try(self, ready: Any) -> None:
+    def _try(self, ready: Any, staging: torch.Tensor) -> None:
         try:
             if not self._on_gpu:
-                self._work_off(None)
+                self._work_off(None, staging, staging)
                 return
             stream = torch.cuda.Stream(self._device)
             stream.wait_event(ready)
             with torch.cuda.stream(stream):
-                self._work_off(stream)
+                host = torch.empty(self._largest, dtype=torch.uint8, pin_memory=True)
+                self._work_off(stream, host, staging)
         except BaseException as error:  # raised again in the caller's thread
             self._errors.append(error)
 
-    def _work_off(self, stream: Any) -> None:
-        host = torch.empty(self._largest, dtype=torch.uint8, pin_memory=self._on_gpu)
-        staging = torch.empty(self._largest, dtype=torch.uint8, device=self._device) if self._on_gpu else host
+    def _work_off(self, stream: Any, host: torch.Tensor, staging: torch.Tensor) -> None:
+        """Frame after frame, through the thread's own memory: ``staging`` is on the device."""
         while not self._errors:
             try:
                 packing, frame, out = self._work.get_nowait()
