@@ -48,6 +48,8 @@ def test_an_option_after_the_overrides(cli, tmp_path: Path) -> None:
         ("prompts: {texts: [a, b, c]}", ["prompt=a dog"], 1),
         ("prompts: {texts: [a, b, c]}", ["prompts.texts=[x,y]"], 2),
         ("prompt: a fox", ["prompts.texts=[x,y]"], 2),
+        ("prompts: {texts: [a, b, c]}", ["prompts=inline", "prompt=a dog"], 1),
+        ("prompt: a fox", ["prompts=inline"], 1),
         ("prompt: a fox", ["prompts=emoji", "prompts.limit=4"], 4),
         ("prompt: a {x} fox", ["prompts.template.fill={x:[red,blue]}"], 2),
         ("prompts: {texts: [a], template: {fill: {x: [red, blue]}}}", ["prompt=a {x} dog"], 2),

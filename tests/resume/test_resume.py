@@ -363,6 +363,7 @@ def test_the_options_of_the_first_run_are_named(cli: Cli) -> None:
         (["resume=nowhere"], "nowhere is not a directory: give the run directory"),
         (["resume=latest"], "resume=latest: there is no run in"),
         (["resume=."], "holds no run (no .hydra/overrides.yaml in it)"),
+        (["resume="], "resume='' is empty: give a run directory, or resume=latest"),
         (["-m", "resume=x"], "resume cannot be combined with --multirun"),
         (["retry=failed", "prompt=a"], "retry=failed needs resume=RUN_DIRECTORY"),
         (["verify=true", "prompt=a"], "verify=true needs resume=RUN_DIRECTORY"),
@@ -374,6 +375,36 @@ def test_bad_requests(cli: Cli, argv: list[str], expected: str) -> None:
     assert code == 2
     assert expected in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_what_is_near_a_run_is_no_run(cli: Cli, run: Path) -> None:
+    for near, expected in (
+        (run.parent, f"holds no run (no .hydra/overrides.yaml in it): give .* printed; the newest below it is {run}"),
+        (run / "summary.json", "is not a directory: give the run directory"),
+    ):
+        code, _, err = cli(f"resume={near}")
+        assert code == 2
+        assert all(part in err for part in expected.split(" .* "))
+        assert len(err.splitlines()) == 1
+
+
+def test_a_prompt_that_stood_for_an_experiments(cli: Cli) -> None:
+    argv = ["+experiment=quickstart", "seeds=1", "sampling.num_inference_steps=1"]
+    code, out, err = cli(*argv, "prompt=a fox")
+    assert code == 0, err
+    (picture,) = (run_dir(out)).glob("items/00000_a_fox/seed_1/image.png")
+    pixels = picture.read_bytes()
+    picture.unlink()
+    code, _, err = cli("resume=latest")
+    assert code == 0, err
+    assert picture.read_bytes() == pixels
+    code, out, err = cli("-m", *argv, "prompt='a fox','a dog'")
+    assert code == 0, err
+    pictures = sorted(run_dir(out).glob("*/items/*/*/image.png"))
+    assert [path.parents[1].name for path in pictures] == ["00000_a_fox", "00000_a_dog"]
+    shutil.rmtree(pictures[1].parents[4] / "1")
+    assert cli("resume=latest")[0] == 0
+    assert pictures[1].is_file()
 
 
 class TestNeverTwice:

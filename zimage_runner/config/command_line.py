@@ -38,8 +38,9 @@ def readable(argv: Sequence[str]) -> list[str]:
 
 def command_line_wins(config: DictConfig, overrides: Sequence[str]) -> None:
     """``prompt=TEXT`` on the command line stands for an experiment's texts, and prompts there for its ``prompt``."""
-    given = {override.partition("=")[0].lstrip("+") for override in overrides}
-    prompts_given = not given.isdisjoint(PROMPT_SOURCES)
+    given = {name.lstrip("+"): value for name, _, value in (override.partition("=") for override in overrides)}
+    # The default option says nothing of the prompts; a multirun that is resumed gives every option.
+    prompts_given = any(name in given and given[name] != "inline" for name in PROMPT_SOURCES)
     if "prompt" in given and not prompts_given and config.prompts.get("texts"):
         config.prompts.texts = []
     if prompts_given and "prompt" not in given:

@@ -20,8 +20,10 @@ LATEST = "latest"
 def resume_command_line(argv: Sequence[str]) -> list[str]:
     """``argv`` itself, or with ``resume=DIR`` the command line that composes that run's config in its directory."""
     asked = [match["value"] for arg in argv if (match := _RESUME.fullmatch(arg))]
-    if not asked or asked[-1] in ("", "null"):
+    if not asked or asked[-1] == "null":
         return list(argv)
+    if not _unquote(asked[-1]).strip():
+        raise UserError("resume='' is empty: give a run directory, or resume=latest")
     others = [arg for arg in argv if not _RESUME.fullmatch(arg)]
     value = _unquote(asked[-1])
     directory = find_latest(_root(others)) if value == LATEST else Path(value).expanduser().absolute()

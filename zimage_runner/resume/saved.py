@@ -60,9 +60,11 @@ def read_yaml(directory: Path, name: str) -> Any:
     """A file of the run. Raises UserError saying what the directory is instead of a run."""
     try:
         return yaml.safe_load((directory / name).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         what = "is not a directory" if not directory.is_dir() else f"holds no run (no {name} in it)"
-        raise UserError(f"resume={directory} {what}: give the run directory that the first run printed") from None
+        newest = max(directory.glob(f"*/{SETTINGS}"), key=lambda path: path.stat().st_mtime, default=None)
+        hint = "" if newest is None else f"; the newest below it is {newest.parents[1]}"
+        raise UserError(f"resume={directory} {what}: give the run directory that the first run printed{hint}") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"resume={directory}: {name} cannot be read: {error}") from None
 
