@@ -167,12 +167,13 @@ def test_nothing_of_the_model_or_of_the_memory_changes(native, monkeypatch) -> N
 
 
 @settings(max_examples=30, deadline=None)
-@given(size=st.integers(1, 1 << 22), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
-def test_parameters_are_pieces_of_the_memory(native, size: int, dtype: torch.dtype) -> None:
+@given(more=st.integers(-4096, 4 << 20), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_parameters_are_pieces_of_the_memory(native, more: int, dtype: torch.dtype) -> None:
     small = miniature(replace_dtype(native, dtype), switches=True)
-    memory = torch.empty(size, dtype=torch.uint8)
     modules = (small.text_encoder, small.transformer)
-    if max(p.numel() * kind(n, dtype).itemsize for m in modules for n, p in m.named_parameters()) > size:
+    size = more + max(p.numel() * kind(n, dtype).itemsize for m in modules for n, p in m.named_parameters())
+    memory = torch.empty(size, dtype=torch.uint8)
+    if more < 0:
         with pytest.raises(ValueError, match="more than the"):
             lend(small, memory)
         return
@@ -214,6 +215,15 @@ def test_an_error_in_it_is_logged_and_forgotten(travelling, monkeypatch, switche
     assert len(said) == 2
     assert said[0].startswith("not preheated: ")
     assert str(error) in said[0]
+
+
+def test_nor_does_an_error_before_it(travelling, monkeypatch, switched_on, told) -> None:  # noqa: F811
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no such device")
+
+    monkeypatch.setattr(source.WeightsSource, "arriving", fail)
+    draw(NativeEngineAdapter(travelling(), OPTIONS, False, True, SHAPE))
+    assert told() == ["not preheated: RuntimeError: no such device"]
 
 
 @pytest.mark.parametrize("error", [None, torch.OutOfMemoryError("CUDA out of memory")])

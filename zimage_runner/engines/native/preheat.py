@@ -95,16 +95,28 @@ class Preheat:
 
 def begin(model: NativeModel, weights: WeightsSource, shape: WarmupShape | None, encodes: bool) -> Preheat:
     """Preheat ``model`` for ``shape`` where that is switched on and pays: in a process's first wait for weights."""
-    global _begun
     switch = os.environ.get(PREHEAT, "")
-    if switch in ("", "0") or _begun or shape is None or not _comes_compiled(model):
+    if switch in ("", "0") or _begun or shape is None:
         return Preheat()
-    memory = weights.arriving()  # which waits for it to be allocated, as the first use of a weight would
-    if memory is None:
-        return Preheat()
-    _begun = True
     in_thread = encodes or switch == "thread"
-    small = miniature(model, switches=not in_thread)
+    try:
+        work = _prepare(model, weights, shape, encodes, switches=not in_thread)
+    except Exception as error:  # as in Preheat._run
+        log.debug("not preheated: %s", error_text(error))
+        work = None
+    return Preheat(work, in_thread=in_thread)
+
+
+def _prepare(
+    model: NativeModel, weights: WeightsSource, shape: WarmupShape, encodes: bool, *, switches: bool
+) -> Work | None:
+    """What is to be done; None where no weights are on their way or kernels would have to be compiled."""
+    global _begun
+    memory = weights.arriving()  # which waits for it to be allocated, as the first use of a weight would
+    if memory is None or not _comes_compiled(model):
+        return None
+    _begun = True
+    small = miniature(model, switches=switches)
 
     def work(preheat: Preheat) -> None:
         try:
@@ -118,7 +130,7 @@ def begin(model: NativeModel, weights: WeightsSource, shape: WarmupShape | None,
         finally:
             dismantle(small)
 
-    return Preheat(work, in_thread=in_thread)
+    return work
 
 
 def _comes_compiled(model: NativeModel) -> bool:
