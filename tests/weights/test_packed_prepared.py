@@ -423,19 +423,18 @@ def test_loading_with_torchs_streams(nano: Path, driver: CudaDriver, monkeypatch
 
 
 @pytest.mark.gpu
-def test_a_gpu_gets_the_plain_copys_bits(both: tuple[Prepared, Prepared], nano: Path) -> None:
+def test_a_gpu_gets_the_plain_copys_bits(both: tuple[Prepared, Prepared], sharded: Path) -> None:
     ours, plain = both
-    weights = source.begin(resolve(local(nano)), local(nano), Device.auto)
-    for part in PARTS:
-        expected = load_file(plain.weights[part].path)
-        for device in ("cuda", "cpu"):
-            found = load_tensors([ours.weights[part].path], device)
-            assert same({name: tensor.cpu() for name, tensor in found.items()}, expected)
-    build(nano)
-    weights = source.begin(resolve(local(nano)), local(nano), Device.auto)
+    expected = {part: load_file(plain.weights[part].path) for part in PARTS}
+
+    def is_expected(part: str, tensors: dict[str, torch.Tensor] | None) -> bool:
+        assert tensors is not None
+        return same({name: tensor.cpu() for name, tensor in tensors.items()}, expected[part])
+
+    weights = source.begin(resolve(local(sharded)), local(sharded), Device.auto)
     weights.settle("cuda", "bfloat16")
     assert weights.is_travelling
-    expected = load_file(build(nano, packed=False).weights["transformer"].path)
-    tensors = weights.tensors("transformer")
-    assert tensors is not None
-    assert same({name: tensor.cpu() for name, tensor in tensors.items()}, expected)
+    for part in PARTS:
+        assert is_expected(part, weights.tensors(part))  # through the preloader
+        assert is_expected(part, weights.tensors(part))  # read again
+        assert is_expected(part, load_tensors([ours.weights[part].path], "cuda"))
