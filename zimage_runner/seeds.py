@@ -15,6 +15,7 @@ MAX_SEED = 2**63 - 1
 MAX_SEEDS = 1_000_000
 DERIVED_BITS = 32
 """Derived seeds stay this short so that file names stay readable and other tools accept them."""
+RANDOM = "seeds=$RANDOM (the shell draws it)"
 _FORMS = 'write a list [1,2,3], a range "0-9,42", {count: 4, base: 0} or {count: 4, derive: prompt}'
 
 
@@ -82,6 +83,8 @@ def _parse_entry(entry: Any, field: str) -> Iterable[range]:
 
 def _parse_range(part: str, whole: str, field: str) -> range:
     match = re.fullmatch(r"(-?[0-9]{1,30})(?:\s*-\s*([0-9]{1,30}))?", part)
+    if not match and part.lower() == "random":
+        raise UserError(f"{field}={_short(whole)}: a run's seeds are known before it starts: write {RANDOM}")
     if not match:
         raise UserError(f"{field}={_short(whole)}: {_short(part)} is neither a seed nor a range: {_FORMS}")
     first = int(match[1])
@@ -91,7 +94,8 @@ def _parse_range(part: str, whole: str, field: str) -> range:
 def _range(first: int, last: int, field: str) -> range:
     for seed in (first, last):
         if not 0 <= seed <= MAX_SEED:
-            raise UserError(f"{field}: {seed} is out of range: use 0 to {MAX_SEED}")
+            at_random = f"; for another picture each time {RANDOM}" if seed == -1 else ""
+            raise UserError(f"{field}: {seed} is out of range: use 0 to {MAX_SEED}{at_random}")
     if last < first:
         raise UserError(f"{field}: the range {first}-{last} runs backwards: write {last}-{first}")
     return range(first, last + 1)

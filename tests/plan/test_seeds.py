@@ -36,7 +36,8 @@ def test_forms(value, expected):
     [
         ([], "seeds=[] is empty"),
         ("", "seeds='': '' is neither a seed nor a range"),
-        (-1, "seeds: -1 is out of range: use 0 to 9223372036854775807"),
+        (-1, "seeds: -1 is out of range: use 0 to 9223372036854775807; for another picture each time seeds=$RANDOM"),
+        ("random", "seeds='random': a run's seeds are known before it starts: write seeds=$RANDOM"),
         ("-1", "seeds: -1 is out of range"),
         (2**63, "seeds: 9223372036854775808 is out of range"),
         ([1, 2, 1], "seeds: 1 is given twice"),

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from zimage_runner.errors import UserError
 from zimage_runner.prompts import read_prompts
 from zimage_runner.prompts.flags import parse_flags
 from zimage_runner.prompts.text_file import TextFile
@@ -33,6 +34,26 @@ def test_long_flags_of_other_tools():
 @pytest.mark.parametrize("text", ["a well--known cat", "a cat -- and a dog", "1 --2 3", "a-b --- c"])
 def test_dashes_in_text_are_not_flags(text):
     assert parse_flags(text, "f:1").text == text
+
+
+@pytest.mark.parametrize(
+    "line", ["a cat -w 512", "a cat \u2014w 512 --h 256", "a cat --h 256 \u2013d 1,2", "-n 'x' a cat"]
+)
+def test_flags_with_another_dash_are_told(tmp_path, line):
+    file = tmp_path / "p.txt"
+    file.write_text(f"{line}\n", encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"p\.txt:1: .[wdn] looks like a flag: write --[wdn] with two hyphens; if it is"
+    ):
+        read_prompts(TextFile(path=str(file)))
+    assert read_prompts(TextFile(path=str(file), flags=False))[0].text == line
+
+
+@pytest.mark.parametrize("line", ["a cat - w 5", "x-w 5", "a \u2014 d 5", "size -s medium", "\u2014no hats", "a-g 4"])
+def test_dashes_of_prose(tmp_path, line):
+    file = tmp_path / "p.txt"
+    file.write_text(f"{line}\n", encoding="utf-8")
+    assert read_prompts(TextFile(path=str(file)))[0].text == line
 
 
 def test_flags_can_be_switched_off(tmp_path):

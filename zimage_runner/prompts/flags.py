@@ -31,6 +31,8 @@ FLAGS = {
     "l": "guidance_scale",
     "cfg_scale": "guidance_scale",
 }
+ALMOST = re.compile(r"(?<!\S)([-\u2013\u2014])([whsdngl])\s+(?=[\d\"'])")
+"""A flag with one hyphen, or with the long dash that word processors make of two."""
 _FLAG = re.compile(r"(?:^|\s)--([A-Za-z][\w-]*)(?=\s|$)")
 
 
@@ -45,6 +47,11 @@ class FlaggedText:
 
 def parse_flags(line: str, where: str) -> FlaggedText:
     """Split a line at its flags. Each flag's value runs to the next flag; quotes around it are dropped."""
+    if almost := ALMOST.search(line):
+        raise UserError(
+            f"{where}: {almost[1]}{almost[2]} looks like a flag: write --{almost[2]} with two hyphens; "
+            "if it is part of the text, set prompts.flags=false"
+        )
     first = _FLAG.search(line)
     if first is None:
         return FlaggedText(text=line)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from zimage_runner.errors import UserError
 from zimage_runner.prompts.base import NOTHING, Prompt, PromptSource
-from zimage_runner.prompts.flags import parse_flags
+from zimage_runner.prompts.flags import ALMOST, parse_flags
 from zimage_runner.prompts.text import check_text, file_lines, input_path
 
 TABLES = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
@@ -41,7 +41,7 @@ def prompts_of_lines(lines: Iterable[tuple[int, str]], name: str, *, flags: bool
             continue
         where = f"{name}:{number}"
         text = line[1:] if line.startswith("\\#") else line
-        if not flags or "--" not in text:
+        if not flags or not ("--" in text or ALMOST.search(text)):
             yield Prompt(text=check_text(text, where), source=where)
             continue
         parsed = parse_flags(text, where)
