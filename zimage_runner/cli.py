@@ -19,18 +19,7 @@ from hydra._internal.hydra import Hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from zimage_runner.composed import (
-    EXIT_INTERRUPTED,
-    EXIT_ITEMS_FAILED,
-    EXIT_OK,
-    Composed,
-    Later,
-    execute,
-    refuse,
-    remove_if_empty,
-    remove_with_name,
-    when_known,
-)
+from zimage_runner.composed import Composed, remove_if_empty, remove_with_name
 from zimage_runner.config.command_line import command_line_wins, readable
 from zimage_runner.config.free_text import quote_free_text
 from zimage_runner.config.messages import CONFIG_ERRORS, explain, unknown_attribute
@@ -38,6 +27,7 @@ from zimage_runner.config.registry import register
 from zimage_runner.config.schema import RunConfig
 from zimage_runner.config.yaml_text import to_yaml
 from zimage_runner.errors import UserError
+from zimage_runner.exit_codes import EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK, Later, refuse, when_known
 from zimage_runner.help import CONFIG_DIR
 from zimage_runner.logs import log_to_terminal
 from zimage_runner.resume import restore, resume_command_line
@@ -46,11 +36,19 @@ from zimage_runner.sweep.report import exit_codes
 
 _exit_codes: list[int] = []
 """One per job of this process, added when it starts to run: Hydra returns nothing from main."""
-_take: Callable[[Composed], int | Later] = execute
+
+
+def _run_here(composed: Composed) -> int | Later:
+    from zimage_runner.runner import execute
+
+    return execute(composed)
+
+
+_take: Callable[[Composed], int | Later] = _run_here
 """What is done with a composed job."""
 
 
-def main(argv: Sequence[str], take: Callable[[Composed], int | Later] = execute) -> int:
+def main(argv: Sequence[str], take: Callable[[Composed], int | Later] = _run_here) -> int:
     """Run one command line and return its exit code. Messages go to stderr, results to stdout.
 
     ``take`` gets each composed job: it runs it, or hands it to the process that will (head_start.py).

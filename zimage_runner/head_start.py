@@ -90,8 +90,9 @@ def main(argv: Sequence[str]) -> int:
         return _child.end()
     import pickle
 
-    from zimage_runner.composed import EXIT_INTERRUPTED, execute, refuse
+    from zimage_runner.exit_codes import EXIT_INTERRUPTED, refuse
     from zimage_runner.logs import log_to_terminal
+    from zimage_runner.runner import execute
 
     _composed = composed = pickle.loads(message)
     _child.let_go()

@@ -1,12 +1,19 @@
-"""How far a run has come, in one line now and then: for run.log, and for whoever has no terminal with a bar."""
+"""How far a run has come: a bar on a terminal; a line now and then in run.log, and on stderr where there is no bar."""
 
 from __future__ import annotations
 
+import logging
+import sys
 import threading
 import time
 from collections.abc import Callable
 
+from tqdm import tqdm
+
 from zimage_runner.dry_run import duration
+from zimage_runner.logs import say
+
+log = logging.getLogger(__name__)
 
 FIRST_SECONDS, LONGEST_SECONDS = 60.0, 1800.0
 SHARE = 0.05
@@ -39,3 +46,33 @@ class Pace:
         share, speed = f"{settled / self._planned:.1%}", f"{each:.2f} s" if each < 10 else f"{each:.0f} s"
         done = f"{settled:,} of {self._planned:,} pictures ({share})"
         return f"{done}, {speed} each, about {duration(left * each)} left"
+
+
+class Display:
+    """Shows how many of a run's pictures are settled. ``update`` may be called from any thread, before ``open`` too."""
+
+    def __init__(self, planned: int, settled: int) -> None:
+        """``settled`` of the ``planned`` pictures were done or given up by earlier processes."""
+        self._planned, self._before = planned, settled
+        self._pace = Pace(planned, settled)
+        self._bar: tqdm | None = None
+
+    def open(self) -> None:
+        """Show the bar, if this is a terminal. Harmless when called twice."""
+        if self._bar is None:
+            hidden = not sys.stderr.isatty()
+            self._bar = tqdm(total=self._planned, initial=self._before, unit="image", disable=hidden, smoothing=0.1)
+
+    def update(self, settled: int) -> None:
+        """So many are settled now."""
+        if self._bar is not None:
+            self._bar.update(settled - self._bar.n)
+        if line := self._pace.line(settled):
+            log.info("%s", line)
+            if not sys.stderr.isatty():
+                say(line)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()

@@ -25,10 +25,11 @@ from zimage_runner.config.free_text import quote_free_text
 from zimage_runner.config.messages import CONFIG_ERRORS, explain
 from zimage_runner.config.registry import register
 from zimage_runner.errors import UserError
+from zimage_runner.exit_codes import EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK, refuse
 from zimage_runner.help import CONFIG_DIR
 from zimage_runner.logs import log_to_terminal
 from zimage_runner.model import Model
-from zimage_runner.signals import EXIT_INTERRUPTED, PATIENCE, StopRequest, graceful_stop
+from zimage_runner.signals import PATIENCE, StopRequest, graceful_stop
 from zimage_runner.sweep.launcher import register_launcher
 from zimage_runner.weights import prepared
 from zimage_runner.weights.checkpoint import Checkpoint
@@ -36,7 +37,7 @@ from zimage_runner.weights.digest import weights_digest
 from zimage_runner.weights.resolve import download, locate, resolve
 from zimage_runner.weights.verify import file_digests, forget
 
-EXIT_OK, EXIT_DIFFERENT, EXIT_BAD_INPUT = 0, 1, 2
+EXIT_DIFFERENT = EXIT_ITEMS_FAILED
 
 
 def main(argv: Sequence[str]) -> int:
@@ -55,9 +56,9 @@ def main(argv: Sequence[str]) -> int:
         with graceful_stop() as stop:
             return ACTIONS[words[0] if words else "build"](compose_model([arg for arg in argv if "=" in arg]), stop)
     except UserError as error:
-        return _refuse(str(error))
+        return refuse(str(error))
     except CONFIG_ERRORS as error:
-        return _refuse(explain(error))
+        return refuse(explain(error))
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 
@@ -161,11 +162,6 @@ ACTIONS: dict[str, Callable[[Model, StopRequest], int]] = {
     "accept": _at_once(_accept),
     "info": _at_once(_info),
 }
-
-
-def _refuse(message: str) -> int:
-    print(f"zimage_runner.prepare: {' '.join(message.split())}", file=sys.stderr)
-    return EXIT_BAD_INPUT
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from zimage_runner.config.registry import register
 from zimage_runner.config.schema import RunConfig
 from zimage_runner.errors import UserError
 from zimage_runner.executors.base import Batch
+from zimage_runner.exit_codes import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK, refuse
 from zimage_runner.help import CONFIG_DIR
 from zimage_runner.job import Job, prepare
 from zimage_runner.logs import log_to_terminal
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
 OF_A_RUN = ("prompt", "prompts", "dry_run", "resume", "retry", "verify", "skip_existing", "name", "report")
 """Fields and groups that say what a run draws and how it goes; here the picture does."""
-EXIT_SAME, EXIT_DIFFERENT, EXIT_BAD_INPUT = 0, 1, 2
+EXIT_SAME, EXIT_DIFFERENT = EXIT_OK, EXIT_ITEMS_FAILED
 
 
 def main(argv: Sequence[str]) -> int:
@@ -55,11 +56,11 @@ def main(argv: Sequence[str]) -> int:
     try:
         return reproduce(Path(argv[0]), argv[1:])
     except UserError as error:
-        return _refuse(str(error))
+        return refuse(str(error))
     except CONFIG_ERRORS as error:
-        return _refuse(explain(error))
+        return refuse(explain(error))
     except KeyboardInterrupt:
-        return 130
+        return EXIT_INTERRUPTED
 
 
 def reproduce(path: Path, overrides: Sequence[str]) -> int:
@@ -190,11 +191,6 @@ def compare(path: Path, pixels: np.ndarray) -> Comparison:
         False,
         f"not identical: {share:.2%} of the pixels differ, at most by {difference.max()} of 255, PSNR {psnr:.1f} dB",
     )
-
-
-def _refuse(message: str) -> int:
-    print(f"zimage_runner: {' '.join(message.split())}", file=sys.stderr)
-    return EXIT_BAD_INPUT
 
 
 if __name__ == "__main__":

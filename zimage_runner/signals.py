@@ -13,7 +13,8 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-EXIT_INTERRUPTED = 130
+from zimage_runner.exit_codes import EXIT_INTERRUPTED
+
 PATIENCE = 3.0
 """Seconds. Hub clients finish the files that are under way, which may be gigabytes, before they let an exception out;
 what they have of a file is kept and the next download goes on from there."""

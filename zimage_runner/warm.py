@@ -12,9 +12,9 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from zimage_runner.composed import EXIT_ITEMS_FAILED, Later, refuse
 from zimage_runner.errors import RunStopped, UserError, error_text
 from zimage_runner.executors.base import Executor
+from zimage_runner.exit_codes import EXIT_ITEMS_FAILED, Later, refuse
 from zimage_runner.job import Job
 from zimage_runner.session import Session
 from zimage_runner.signals import StopRequest

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from tests.faults.session import FaultySession
-from zimage_runner.composed import Later, when_known
 from zimage_runner.engines.base import PendingImages
 from zimage_runner.errors import BadPictureError, UserError
 from zimage_runner.executors.base import Executor, GeneratedBatch
+from zimage_runner.exit_codes import Later, when_known
 from zimage_runner.outputs.atomic import DiskError
 from zimage_runner.outputs.writer import Writer
 from zimage_runner.plan import WorkItem

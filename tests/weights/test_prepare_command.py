@@ -78,7 +78,7 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], argv: list[st
     assert code == 2
     assert out == ""
     assert text in err
-    assert err.startswith("zimage_runner.prepare: ")
+    assert err.startswith("zimage_runner: ")
     assert err.count("\n") == 1
 
 

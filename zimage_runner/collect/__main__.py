@@ -22,9 +22,9 @@ from pathlib import Path
 from zimage_runner.collect.contact_sheet import Layout, draw_sheets
 from zimage_runner.collect.folder import NAME, collect_into
 from zimage_runner.collect.pictures import find_runs, pictures_of
-from zimage_runner.errors import UserError, one_line
+from zimage_runner.errors import UserError
+from zimage_runner.exit_codes import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, refuse
 
-EXIT_DONE, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 2, 130
 FIELDS = ("into", "name", "overwrite", "sheet", "tile", "columns", "rows")
 OF_INTO, OF_SHEET = ("name", "overwrite"), ("tile", "columns", "rows")
 
@@ -33,15 +33,13 @@ def main(argv: Sequence[str]) -> int:
     """Run one command line and return its exit code."""
     if not argv or {"-h", "--help"} & set(argv):
         print(__doc__)
-        return EXIT_DONE if argv else EXIT_BAD_INPUT
+        return EXIT_OK if argv else EXIT_BAD_INPUT
     try:
         return _collect(*_parse(argv))
     except UserError as error:
-        print(f"zimage_runner: {one_line(str(error))}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return refuse(str(error))
     except OSError as error:
-        print(f"zimage_runner: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return refuse(f"{error.filename or 'a file'}: {error.strerror}")
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 
@@ -83,7 +81,7 @@ def _collect(runs: list[str], fields: dict[str, str]) -> int:
     if "sheet" in fields:
         for page in draw_sheets(Path(fields["sheet"]).expanduser(), pictures, layout):
             print(page)
-    return EXIT_DONE
+    return EXIT_OK
 
 
 def _count(fields: dict[str, str], name: str) -> int:

@@ -21,13 +21,13 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from zimage_runner.composed import when_known
 from zimage_runner.errors import error_text
+from zimage_runner.exit_codes import EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, when_known
 from zimage_runner.logs import say
 from zimage_runner.outputs.summary import resume_command
 from zimage_runner.resume import job_to_resume, keep_first_settings
 from zimage_runner.resume.progress import Retry
-from zimage_runner.signals import EXIT_INTERRUPTED, graceful_stop
+from zimage_runner.signals import graceful_stop
 from zimage_runner.sweep.compose import compose_quickly
 from zimage_runner.sweep.config import PLUGIN_MODULE
 
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-EXIT_FAILED = 1
 SESSION_GROUPS = ("model", "engine", "memory", "warmup", "compile", "executor")
 
 
@@ -74,7 +73,7 @@ class WarmLauncher(Launcher):
             executors.catch_up()
             if stop:
                 say(f"to finish the whole multirun: {resume_command(directory.absolute())}")
-        return [returns.get(n) or _not_run(EXIT_FAILED) for n in range(len(configs))]
+        return [returns.get(n) or _not_run(EXIT_ITEMS_FAILED) for n in range(len(configs))]
 
     def _compose(self, overrides: list[str], number: int) -> DictConfig:
         config = self.composer.take(self.config, overrides)
@@ -96,7 +95,7 @@ class WarmLauncher(Launcher):
             what += " and left alone (retry=failed)" if retry_failed else "" if config.resume else ": it starts now"
             say(f"job {config.hydra.job.num} {what} ({_directory(config)})")
             if retry_failed:
-                return _not_run(EXIT_FAILED)
+                return _not_run(EXIT_ITEMS_FAILED)
         result = run_job(
             task_function=self.task_function,
             config=config,
@@ -109,7 +108,7 @@ class WarmLauncher(Launcher):
             error = result._return_value
             executors.close()  # whatever state it is in
             log.error("job %d: %s", config.hydra.job.num, error_text(error), exc_info=error)
-            result.status, result.return_value = JobStatus.COMPLETED, EXIT_FAILED
+            result.status, result.return_value = JobStatus.COMPLETED, EXIT_ITEMS_FAILED
         when_known(result.return_value, functools.partial(setattr, result, "return_value"))
         return result
 

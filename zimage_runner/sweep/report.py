@@ -19,13 +19,18 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from zimage_runner.composed import EXIT_ITEMS_FAILED, Later, when_known
+from zimage_runner.exit_codes import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK, Later, when_known
 from zimage_runner.logs import say
 from zimage_runner.outputs.atomic import directory, write_file
 
 log = logging.getLogger(__name__)
 
-EXIT_OF_STATUS = {"complete": 0, "failures": 1, "not run": 1, "stopped": 130}
+EXIT_OF_STATUS = {
+    "complete": EXIT_OK,
+    "failures": EXIT_ITEMS_FAILED,
+    "not run": EXIT_ITEMS_FAILED,
+    "stopped": EXIT_INTERRUPTED,
+}
 exit_codes: list[int] = []
 """Of the last multirun's jobs. Jobs of launchers that use other processes can tell it no other way."""
 
@@ -48,12 +53,12 @@ class SweptJob:
         """complete, failures or stopped as in summary.json; else refused, failed, or not run as far as is known."""
         if self.summary.get("status"):
             return str(self.summary["status"])
-        return {None: "not run", 2: "refused"}.get(self.exit_code, "failed")
+        return {None: "not run", EXIT_BAD_INPUT: "refused"}.get(self.exit_code, "failed")
 
     @property
     def code(self) -> int:
         """The exit code of the job, or what its files say of it."""
-        return EXIT_OF_STATUS.get(self.status, 1) if self.exit_code is None else self.exit_code
+        return EXIT_OF_STATUS.get(self.status, EXIT_ITEMS_FAILED) if self.exit_code is None else self.exit_code
 
     def cells(self) -> dict[str, Any]:
         items, images = self.summary.get("items", {}), self.summary.get("images", {})
