@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 THREADS = 8
 CHUNK_BYTES = 16 << 20
 """Large, so that a thread seldom needs the GIL, which the import holds for long stretches; but page-locking memory, two
-chunks a thread, holds up the import's own mappings."""
+chunks a thread, holds up the import's own mappings. Not less than a frame of packed.py."""
 
 
 class PinnedAhead:
