@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import subprocess
 import sys
@@ -376,6 +377,24 @@ def test_memory_is_not_kept_from_those_who_load_another_way(travelling, monkeypa
     engine = SimpleNamespace(ops=preheat.torch_ops)
     preheat.begin(engine, weights, SHAPE, True).wait()  # pyright: ignore
     assert told() == []
+
+
+@pytest.mark.parametrize(
+    ("widths", "expected"),
+    [
+        ({}, True),
+        ({"dim": 3840, "n_heads": 30}, True),
+        ({"dim": 5120, "n_heads": 40}, False),
+        ({"dim": 3840, "n_heads": 60}, False),
+        ({"dim": 2048, "n_heads": 16}, False),
+    ],
+)
+def test_not_where_kernels_would_have_to_be_compiled(native, widths, expected) -> None:
+    data = (preheat.prebuilt.FOLDER / "sm_90.bin").read_bytes()
+    kernels = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["kernels"]
+    description = native.description
+    changed = replace(description, transformer=replace(description.transformer, **widths))
+    assert preheat.has_widths(kernels, changed) == expected
 
 
 def test_on_the_cpu_there_is_none(switched_on, told) -> None:

@@ -19,14 +19,16 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
 from torch import nn
 
 from zimage_runner.engines.native.attention import unswitched
+from zimage_runner.engines.native.description import Description
 from zimage_runner.engines.native.kernels import prebuilt, torch_ops
+from zimage_runner.engines.native.kernels.fused_ops import next_power_of_2
 from zimage_runner.engines.native.loading import FLOAT32
 from zimage_runner.engines.native.model import NativeModel
 from zimage_runner.engines.native.rope import SEQUENCE_MULTIPLE
@@ -137,7 +139,19 @@ def _comes_compiled(model: NativeModel) -> bool:
     """Whether no kernel has to be compiled: Triton's compiler is not for two threads at once."""
     if model.ops is torch_ops:
         return True
-    return prebuilt.for_device(torch.cuda.current_device()) is not None
+    ready = prebuilt.for_device(torch.cuda.current_device())
+    return ready is not None and has_widths(ready.entries, model.description)
+
+
+def has_widths(kernels: Iterable[str], description: Description) -> bool:
+    """Whether those of ``kernels`` (keys of Prebuilt.entries) that depend on a model's widths suit this one's."""
+    transformer, encoder = description.transformer, description.text_encoder
+    heads = f"HEADS={next_power_of_2(transformer.n_heads)},HEAD_DIM={transformer.head_dim},"
+    wanted = [("qk_norm_rope(", heads)] + [
+        ("scaled_rms_norm(", f"BLOCK={next_power_of_2(width)} ") for width in (transformer.dim, encoder.hidden_size)
+    ]
+    there = list(kernels)
+    return all(any(key.startswith(name) and f" {constants}" in key for key in there) for name, constants in wanted)
 
 
 def miniature(model: NativeModel, *, switches: bool) -> NativeModel:
