@@ -76,6 +76,8 @@ TABLE: list[tuple[list[str], str]] = [
     (["--resume=latest"], "--resume: .* without dashes: resume=latest$"),
     (["-p", "a red cat"], "-p: .* without dashes: prompt='a red cat'$"),
     (["--xyz"], "--xyz: no such option; fields are set as field=value, without dashes: see --help$"),
+    (["--cfg=yaml"], "--cfg yaml: write --cfg job for the run's settings [(]or hydra, all[)]$"),
+    ([" "], "an empty word is on the command line"),
     (["--config-dir"], "--config-dir: its value is missing"),
     (["--config-dir", "nowhere"], "--config-dir: there is no folder .*nowhere: name the one that holds experiment/"),
     (["--config-name", "cats"], "--config-name cats: leave it out; an experiment is chosen with [+]experiment=cats"),

@@ -14,6 +14,8 @@ SWITCHES = ("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "
 SWITCHES = (*SWITCHES, "--shell-completion", "-sc")
 WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
 WITH_VALUE = (*WITH_VALUE, "--experimental-rerun")
+CONFIGS = ("job", "hydra", "all")
+"""What --cfg shows."""
 INFO = ("--info", "-i")
 INFO_KINDS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 """Hydra's options; the last takes a value or none."""
@@ -29,6 +31,8 @@ def readable(argv: Sequence[str]) -> list[str]:
     overrides: list[str] = []
     words = iter(argv)
     for word in words:
+        if not word.strip():
+            raise UserError("an empty word is on the command line: is a variable of the shell not set? Quote its value")
         if not word.startswith("-") or word == "-":
             overrides.append(_override(word))
         else:
@@ -56,7 +60,14 @@ def _option(word: str, words: Iterator[str], argv: Sequence[str]) -> list[str]:
         known = []  # it would choose a part of --cfg's output
     if not known:
         raise UserError(_no_such_option(name, value if equals else next(words, "")))
-    if equals or known[0] in SWITCHES:
+    if known[0] in SWITCHES:
+        return [word]
+    if known[0] in ("--cfg", "-c"):
+        value = value if equals else next(words, "")
+        if value not in CONFIGS:
+            raise UserError(f"{name} {value}: write {name} job for the run's settings (or {', '.join(CONFIGS[1:])})")
+        return [name, value]
+    if equals:
         return [word]
     if known[0] in INFO:
         return [_with_kind(word, words, argv)]
