@@ -59,23 +59,10 @@ def readings(variant: Variant, out: Path) -> dict[str, Any]:
         "attention": session.get("attention"),
         "engine": session.get("numerics", {}).get("engine"),
         "batch_sizes": session.get("batch_sizes", {}),
-        **({"jobs": _jobs(paths, summaries)} if len(paths) > 1 else {}),
+        **({"jobs": [_job(summary) for summary in summaries]} if len(paths) > 1 else {}),
     }
 
 
-def _jobs(paths: list[Path], summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each job: load and warm-up, and the time from the end of the job before (its summary) to its first picture."""
-    found, ended = [], None
-    for path, summary in zip(paths, summaries, strict=True):
-        phases = summary["session"]["phases"]
-        drawn = min((image.stat().st_ctime for image in path.parent.rglob("items/*/*/image.png")), default=None)
-        found.append(
-            {
-                "load": phases["load"],
-                "warm_up": phases["warm_up"],
-                "image": summary["images"].get("first_seconds"),
-                "end_to_picture": None if ended is None or drawn is None else drawn - ended,
-            }
-        )
-        ended = path.stat().st_ctime
-    return found
+def _job(summary: dict[str, Any]) -> dict[str, Any]:
+    phases = summary["session"]["phases"]
+    return {"load": phases["load"], "warm_up": phases["warm_up"], "image": summary["images"].get("first_seconds")}

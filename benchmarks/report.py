@@ -171,17 +171,18 @@ def encoders(data: dict[str, Any], rows: Sequence[Row]) -> list[str]:
 
 
 def job_lines(runs: Sequence[dict[str, Any]]) -> list[str]:
-    """Of sweeps: from the end of a job to the next one's picture, beside one picture of a job that draws several."""
-    later = [job for run in runs if not run["log_tail"] for job in run["readings"].get("jobs", [])[1:]]
-    gap = Spread.of([job["end_to_picture"] for job in later if job["end_to_picture"] is not None])
-    steady = [run for run in runs if not run["log_tail"] and run["intervals"] and "jobs" not in run["readings"]]
-    each = Spread.of([statistics.fmean(run["intervals"]) for run in steady])
-    if gap is None:
+    """Of sweeps with a picture a job: from one job's picture to the next one's, beside those of a job of several."""
+    good = [run for run in runs if not run["log_tail"] and run["intervals"]]
+    sweeps = [run for run in good if "jobs" in run["readings"]]
+    steps = Spread.of([seconds for run in sweeps for seconds in run["intervals"]])
+    each = Spread.of([statistics.fmean(run["intervals"]) for run in good if run not in sweeps])
+    if steps is None:
         return []
+    later = [job for run in sweeps for job in run["readings"]["jobs"][1:]]
     load, warm_up = (max(job[name] for job in later) for name in ("load", "warm_up"))
-    against = f"; one picture of a job of several {_shown(each, 3)} s: {gap.median / each.median:.2f}x" if each else ""
+    against = f"; in a job of several {_shown(each, 3)} s: {steps.median / each.median:.2f}x" if each else ""
     return [
-        f"From the end of a job to the next job's picture: {_shown(gap, 3)} s, n = {gap.count}{against}. "
+        f"From a job's picture to the next job's: {_shown(steps, 3)} s, n = {steps.count}{against}. "
         f"Second and later jobs: load {load:.3f} s, warm-up {warm_up:.3f} s at most.",
         "",
     ]

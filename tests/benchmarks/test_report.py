@@ -115,15 +115,15 @@ def test_single_intervals_of_batches_are_no_figures(tmp_path: Path) -> None:
 
 
 def test_jobs_of_a_sweep_beside_one_picture(tmp_path: Path) -> None:
-    one, sweep = run("one job", 5.0, [0.5, 0.5]), run("sweep", 5.0, [0.6, 0.6])
+    one, sweep = run("one job", 5.0, [0.5, 0.5]), run("sweep", 5.0, [0.54, 0.56])
     sweep["readings"]["jobs"] = [
-        {"load": 3.0, "warm_up": 0.5, "image": 0.5, "end_to_picture": None},
-        {"load": 0.0, "warm_up": 0.0, "image": 0.5, "end_to_picture": 0.54},
-        {"load": 0.0, "warm_up": 0.0, "image": 0.5, "end_to_picture": 0.56},
+        {"load": 3.0, "warm_up": 0.5, "image": 0.5},
+        {"load": 0.0, "warm_up": 0.0, "image": 0.5},
+        {"load": 0.0, "warm_up": 0.0, "image": 0.5},
     ]
     results(tmp_path, [one, sweep], "multirun")
     text = page(tmp_path, tmp_path)
-    assert "next job's picture: 0.550 (0.540-0.560) s, n = 2; one picture of a job of several 0.500 s: 1.10x" in text
+    assert "to the next job's: 0.550 (0.540-0.560) s, n = 2; in a job of several 0.500 s: 1.10x" in text
     assert "load 0.000 s, warm-up 0.000 s at most" in text
 
 
