@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -30,11 +31,13 @@ assert open_early() is None
 print("drawn")
 """
 WAITS = """
+#include <fcntl.h>
 #include <unistd.h>
 #include <stdlib.h>
 int late = 1;
 __attribute__((constructor)) static void wait_for_file(void) {
-    for (int i = 0; i < 10000 && late; i++) { late = access(getenv("WAITED_FOR"), F_OK); usleep(1000); }
+    close(open(getenv("BEGUN"), O_CREAT | O_WRONLY, 0600));
+    for (int i = 0; i < 3000 && late; i++) { late = access(getenv("WAITED_FOR"), F_OK); usleep(1000); }
 }
 """
 
@@ -54,8 +57,11 @@ def test_others_run_python_while_a_library_is_opened(tmp_path: Path, monkeypatch
     source.write_text(WAITS)
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
     monkeypatch.setenv("WAITED_FOR", str(file))
+    monkeypatch.setenv("BEGUN", str(tmp_path / "begun"))
     thread = threading.Thread(target=open_library, args=(library, os.RTLD_NOW))
     thread.start()
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.001)
     file.touch()  # with the interpreter's lock held, not before the library has given up
     thread.join()
     assert ctypes.c_int.in_dll(ctypes.CDLL(str(library)), "late").value == 0
