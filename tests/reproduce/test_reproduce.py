@@ -107,7 +107,7 @@ def test_other_files(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "y.png")
     with pytest.raises(UserError, match="carries no zimage_runner metadata"):
         read_recipe(tmp_path / "y.png")
-    with pytest.raises(UserError, match="missing.png does not exist"):
+    with pytest.raises(UserError, match=r"missing\.png does not exist"):
         read_recipe(tmp_path / "missing.png")
 
 
