@@ -7,10 +7,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from zimage_runner.collect.__main__ import main
 from zimage_runner.collect.folder import LONGEST, _filled
@@ -139,3 +141,74 @@ def test_a_name_is_a_plain_file_name_or_refused(name: str, text: str, seed: int)
     assert Path(f"{filled}.png").name == f"{filled}.png"
     assert len(filled.encode()) <= LONGEST
     assert filled.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("options", "suffix", "kind"),
+    [
+        (["format=jpeg"], "jpg", "JPEG"),
+        (["format=jpg", "quality=100"], "jpg", "JPEG"),
+        (["format=webp"], "webp", "WEBP"),
+        (["format=webp", "quality=lossless"], "webp", "WEBP"),
+    ],
+)
+def test_other_formats_keep_the_parameters(run: Path, options: list[str], suffix: str, kind: str) -> None:
+    text = "a red 猫\nSteps: 8, Seed: 12"
+    source = run / "items" / "00000_a_cat" / "seed_12" / "image.png"
+    info = PngInfo()
+    info.add_itxt("parameters", text)
+    with Image.open(source) as image:
+        image.save(source, pnginfo=info)
+    for _ in range(2):  # the second time nothing is left to do
+        assert main([str(run), "into=all", *options]) == 0
+    assert sorted(os.listdir("all")) == [
+        f"00000_a_cat_seed_12.{suffix}",
+        f"00001_a_dog_seed_3.{suffix}",
+        "metadata.jsonl",
+    ]
+    assert [row["file_name"] for row in rows("all")] == sorted(os.listdir("all"))[:2]
+    with Image.open(f"all/00000_a_cat_seed_12.{suffix}") as made, Image.open(source) as original:
+        assert made.format == kind
+        comment = made.getexif().get_ifd(0x8769)[0x9286]
+        assert comment == b"UNICODE\0" + text.encode("utf-16-be")
+        difference = np.abs(np.asarray(made.convert("RGB"), np.int16) - np.asarray(original, np.int16)).max()
+        assert difference == 0 if "quality=lossless" in options else difference < 12
+    with Image.open(f"all/00001_a_dog_seed_3.{suffix}") as made:
+        assert 0x9286 not in made.getexif().get_ifd(0x8769)
+
+
+def test_a_converted_picture_that_has_changed_is_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(run), "into=all", "format=webp"]) == 0
+    os.utime(run / "items" / "00000_a_cat" / "seed_12" / "image.png", (1, 1))
+    assert main([str(run), "into=all", "format=webp"]) == 2
+    assert "is there already, and another picture" in capsys.readouterr().err
+    assert main([str(run), "into=all", "format=webp", "overwrite=true"]) == 0
+    assert main([str(run), "into=all", "format=webp"]) == 0
+    assert not [name for name in os.listdir("all") if name.endswith(".tmp")]
+
+
+def test_an_endless_prompt_fits_into_a_jpeg(run: Path) -> None:
+    source = run / "items" / "00000_a_cat" / "seed_12" / "image.png"
+    info = PngInfo()
+    info.add_text("parameters", "x" * 100_000)
+    with Image.open(source) as image:
+        image.save(source, pnginfo=info)
+    assert main([str(run), "into=all", "format=jpeg"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["format=gif"], "format=gif: write png, jpeg or webp"),
+        (["quality=90"], "quality=90 has no effect on PNG"),
+        (["format=jpeg", "quality=0"], "quality=0: write a whole number from 1 to 100"),
+        (["format=jpeg", "quality=lossless"], "quality=lossless: write a whole number from 1 to 100"),
+        (["format=webp", "quality=best"], "quality=best: write a whole number from 1 to 100 or lossless"),
+    ],
+)
+def test_formats_that_are_refused(
+    run: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(run), "into=all", *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("all").exists()

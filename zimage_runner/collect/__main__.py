@@ -1,12 +1,14 @@
 """Bring the pictures of runs together: in one folder with a table of what each shows, or on contact sheets.
 
     python -m zimage_runner.collect RUN... into=FOLDER [name='{index:05d}_{slug}_seed_{seed}'] [overwrite=true]
+                                                 [format=webp] [quality=90]
     python -m zimage_runner.collect RUN... sheet=FILE.png [tile=192] [columns=8] [rows=8]
 
 RUN     a run directory, a folder of runs (outputs/cats, a multirun, all shards of a set), or latest
 into    hard links to the pictures (copies on another disk) under names of your own, and metadata.jsonl: file name,
         prompt, seed, parameters and metadata of each. Made again after a resume, it holds what has come since
 name    of index, slug (of the id or prompt), id, seed, run and job (the run's folder name), text, width, height ...
+format  jpeg or webp instead of png; quality: 1 to 100 (90 unless said otherwise), for webp also lossless
 sheet   each picture with its prompt and seed below; more pages are FILE_2.png, FILE_3.png ...
 
 Exit codes: 0 done, 2 bad input.
@@ -20,13 +22,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from zimage_runner.collect.contact_sheet import Layout, draw_sheets
+from zimage_runner.collect.convert import parse_format
 from zimage_runner.collect.folder import NAME, collect_into
 from zimage_runner.collect.pictures import find_runs, pictures_of
 from zimage_runner.errors import UserError
 from zimage_runner.exit_codes import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, refuse
 
-FIELDS = ("into", "name", "overwrite", "sheet", "tile", "columns", "rows")
-OF_INTO, OF_SHEET = ("name", "overwrite"), ("tile", "columns", "rows")
+FIELDS = ("into", "name", "format", "quality", "overwrite", "sheet", "tile", "columns", "rows")
+OF_INTO, OF_SHEET = ("name", "format", "quality", "overwrite"), ("tile", "columns", "rows")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -70,12 +73,13 @@ def _collect(runs: list[str], fields: dict[str, str]) -> int:
     if overwrite not in ("true", "false"):
         raise UserError(f"overwrite={fields['overwrite']}: write true or false")
     layout = Layout(**{name: _count(fields, name) for name in OF_SHEET if name in fields})
+    format = parse_format(fields.get("format", "png").lower(), fields.get("quality"))
     pictures = list(pictures_of(find_runs(runs)))
     if not pictures:
         raise UserError(f"{' '.join(runs)}: no picture is finished there yet")
     if "into" in fields:
         folder = Path(fields["into"]).expanduser()
-        table = collect_into(folder, pictures, fields.get("name", NAME), overwrite=overwrite == "true")
+        table = collect_into(folder, pictures, fields.get("name", NAME), overwrite=overwrite == "true", format=format)
         print(f"{len(pictures):,} pictures, told of in {table}", file=sys.stderr)
         print(folder)
     if "sheet" in fields:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import errno
 import filecmp
+import functools
 import os
 import shutil
 import string
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from zimage_runner.collect.convert import Format, convert
 from zimage_runner.collect.pictures import Picture
 from zimage_runner.errors import UserError
 from zimage_runner.outputs.json_text import compact_json
@@ -19,23 +22,36 @@ from zimage_runner.plan.items import slug
 NAME = "{index:05d}_{slug}_seed_{seed}"
 TABLE = "metadata.jsonl"
 """The name and form that Hugging Face's imagefolder reads."""
+PNG = Format()
 LONGEST = 200
 """Bytes of a name; file systems allow 255 at most."""
 _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES)
 
 
-def collect_into(folder: Path, pictures: Sequence[Picture], name: str, *, overwrite: bool = False) -> Path:
-    """Link or copy each picture into ``folder`` as ``name`` says and write the table, whose path is returned.
+def collect_into(
+    folder: Path, pictures: Sequence[Picture], name: str, *, overwrite: bool = False, format: Format = PNG
+) -> Path:
+    """Link, copy or convert each picture into ``folder`` as ``name`` says and write the table, whose path is returned.
 
     What is there already and the same is left; something else of that name is an error unless ``overwrite``.
     """
-    rows = [_row(picture, name) for picture in pictures]
+    rows = [_row(picture, name, format.suffix) for picture in pictures]
     _check_unique(pictures, [row["file_name"] for row in rows], name)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"into={folder} is a file: name a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    for picture, row in zip(pictures, rows, strict=True):
-        _put(picture.path, folder / row["file_name"], overwrite=overwrite)
+    put = functools.partial(_convert, format) if format.converts else _put
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        tasks = [
+            pool.submit(put, picture.path, folder / row["file_name"], overwrite=overwrite)
+            for picture, row in zip(pictures, rows, strict=True)
+        ]
+        try:
+            for task in tasks:
+                task.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     text = "".join(compact_json(row) + "\n" for row in rows)
     unfinished = folder / f"{TABLE}.tmp"
     unfinished.write_text(text, encoding="utf-8")
@@ -43,7 +59,7 @@ def collect_into(folder: Path, pictures: Sequence[Picture], name: str, *, overwr
     return folder / TABLE
 
 
-def _row(picture: Picture, name: str) -> dict[str, Any]:
+def _row(picture: Picture, name: str, suffix: str) -> dict[str, Any]:
     record = picture.record()
     values = {
         "index": picture.index,
@@ -55,7 +71,8 @@ def _row(picture: Picture, name: str) -> dict[str, Any]:
         "text": record.get("prompt", ""),
         **record.get("params", {}),
     }
-    row = {"file_name": f"{_filled(name, values)}.png", "text": record.get("prompt", ""), "seed": record.get("seed")}
+    file_name = f"{_filled(name, values).removesuffix(suffix)}{suffix}"
+    row = {"file_name": file_name, "text": record.get("prompt", ""), "seed": record.get("seed")}
     row |= {"id": record["id"]} if "id" in record else {}
     row |= record.get("params", {})
     row |= {"model": record.get("model", {}).get("name"), "source": str(picture.path)}
@@ -72,7 +89,7 @@ def _filled(name: str, values: dict[str, Any]) -> str:
             raise UserError(f"name={name}: no such blank {{{unknown[0]}}}; there are {', '.join(texts)}")
         if missing := [field for field in used if texts[field] is None]:
             raise UserError(f"name={name}: a picture has no {missing[0]}: use {{index}} or {{slug}}")
-        filled = name.format(**texts).removesuffix(".png")
+        filled = name.format(**texts)
     except (ValueError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"name={name}: {error}: write blanks as {NAME}") from None
     if (
@@ -112,3 +129,11 @@ def _put(source: Path, target: Path, *, overwrite: bool) -> None:
         if error.errno not in _NO_LINK:
             raise
         shutil.copyfile(source, target)
+
+
+def _convert(format: Format, source: Path, target: Path, *, overwrite: bool) -> None:
+    if target.exists() and not overwrite:
+        if target.stat().st_mtime_ns == source.stat().st_mtime_ns:
+            return
+        raise UserError(f"{target} is there already, and another picture: use another folder, or overwrite=true")
+    convert(source, target, format)
