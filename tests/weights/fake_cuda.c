@@ -11,6 +11,7 @@ CUresult cuDevicePrimaryCtxRelease_v2(int d) { return d == 0 ? 0 : 101; }
 CUresult cuCtxSetCurrent(void *c) { return c == (void *)1 ? 0 : 201; }
 /* Filled, so that what nobody writes is seen. */
 CUresult cuMemAlloc_v2(uint64_t *p, size_t n) {
+    if (!n) return 1;
     if (!(*p = (uint64_t)aligned_alloc(256, (n + 511) / 256 * 256))) return 2;
     memset((void *)*p, 0xa5, n);
     return 0;
@@ -26,6 +27,7 @@ CUresult cuCtxPushCurrent_v2(void *c) { return c == (void *)1 ? 0 : 201; }
 CUresult cuCtxPopCurrent_v2(void **c) { *c = (void *)1; return 0; }
 CUresult cuStreamCreate(void **s, unsigned f) { *s = malloc(f); return 0; }
 CUresult cuStreamDestroy_v2(void *s) { free(s); return 0; }
+CUresult cuStreamSynchronize(void *s) { return s ? 0 : 400; }
 CUresult cuEventCreate(void **e, unsigned f) { *e = malloc(f); return 0; }
 CUresult cuEventDestroy_v2(void *e) { free(e); return 0; }
 CUresult cuMemcpyHtoDAsync_v2(uint64_t d, const void *h, size_t n, void *s) {

@@ -28,7 +28,7 @@ from zimage_runner.engines.native.model import Options
 from zimage_runner.errors import UserError
 from zimage_runner.model import Model, Prepare, Source
 from zimage_runner.prepare import main
-from zimage_runner.weights import packed, preload, prepare, prepared, source, unpack
+from zimage_runner.weights import lanes, packed, preload, prepare, prepared, source, unpack
 from zimage_runner.weights.compare import compare
 from zimage_runner.weights.cuda_driver import CudaDriver, CudaUnavailable, allocated_bytes
 from zimage_runner.weights.layout import inspect
@@ -45,7 +45,7 @@ PARTS = ("text_encoder", "transformer", "vae")
 def small_frames(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the embedded model has many, most of them with several tensors."""
     monkeypatch.setattr(packed, "FRAME_VALUES", 64 * BLOCK)
-    monkeypatch.setattr(preload, "CHUNK_BYTES", 2 * 64 * BLOCK)
+    monkeypatch.setattr(lanes, "CHUNK_BYTES", 2 * 64 * BLOCK)
 
 
 def local(path: Path, *, packed: bool = True, **options: Any) -> Model:
@@ -308,7 +308,7 @@ def test_the_device_holds_no_more_than_weights_and_staging(nano: Path, driver: C
     driver.record = lambda *args: most.append(allocated_bytes()) or record(*args)  # type: ignore[method-assign]
     buffer = Preload([(path, 0, 0)], packings={path: packing}, driver=driver).take(path)
     assert len(most) == len(packing.frames)
-    assert max(most) - before <= packing.unpacked.size + 2 * preload.THREADS * preload.CHUNK_BYTES
+    assert max(most) - before <= packing.unpacked.size + 2 * lanes.THREADS * lanes.CHUNK_BYTES
     assert allocated_bytes() - before == packing.unpacked.size == len(on_device(buffer))
     del buffer
     assert allocated_bytes() == before

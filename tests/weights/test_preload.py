@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from zimage_runner.weights import preload
+from zimage_runner.weights import lanes, preload
 from zimage_runner.weights.cuda_driver import CudaDriver, CudaUnavailable, allocated_bytes
 from zimage_runner.weights.preload import Preload
 
@@ -32,7 +34,7 @@ def driver(tmp_path: Path) -> CudaDriver:
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preload, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(lanes, "CHUNK_BYTES", 4096)
 
 
 def content(name: str, size: int) -> bytes:
@@ -62,10 +64,10 @@ def pinned(driver: CudaDriver) -> int:
 def test_memory_pinned_ahead_is_used_and_given_back(
     driver: CudaDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: int
 ) -> None:
-    ahead = preload.PinnedAhead()
-    monkeypatch.setattr(preload, "pinned_ahead", ahead)
+    ahead = lanes.PinnedAhead()
+    monkeypatch.setattr(lanes, "pinned_ahead", ahead)
     ahead.fill(driver)
-    assert pinned(driver) == 2 * preload.THREADS
+    assert pinned(driver) == 2 * lanes.THREADS
     others = [ahead.take() for _ in range(taken)]
     (tmp_path / "a").write_bytes(content("a", 1_000_000))
     load = Preload([(tmp_path / "a", 0, 1_000_000)], driver=driver)
@@ -76,12 +78,12 @@ def test_memory_pinned_ahead_is_used_and_given_back(
 
 
 def test_nothing_is_pinned_once_it_has_no_use(driver: CudaDriver) -> None:
-    for early in (preload.PinnedAhead.close, preload.PinnedAhead.take):
-        ahead = preload.PinnedAhead()
+    for early in (lanes.PinnedAhead.close, lanes.PinnedAhead.take):
+        ahead = lanes.PinnedAhead()
         early(ahead)
         ahead.fill(driver)
         assert pinned(driver) == 0
-    ahead = preload.PinnedAhead()
+    ahead = lanes.PinnedAhead()
     ahead.fill(driver)
     ahead.close()
     assert pinned(driver) == 0
@@ -118,6 +120,85 @@ def test_a_failing_copy_is_an_error(driver: CudaDriver, tmp_path: Path, monkeypa
     with pytest.raises(CudaUnavailable, match="cuMemcpyHtoDAsync_v2 failed with CUDA error 700"):
         load.take(tmp_path / "a")
     load.close()
+
+
+def test_after_a_failure_the_device_is_free_for_another_way(
+    driver: CudaDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although the error, whose traceback knows the loads, is still there."""
+    before = allocated_bytes()
+    monkeypatch.setenv("FAKE_CUDA_FAIL_AFTER", "2")
+    (tmp_path / "a").write_bytes(b"x" * 100_000)
+    load = Preload([(tmp_path / "a", 0, 100_000), (tmp_path / "b", 0, 100_000)], driver=driver)
+    with pytest.raises(CudaUnavailable):
+        load.take(tmp_path / "a")
+    load.close()
+    assert allocated_bytes() == before
+    assert pinned(driver) == 0
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_device_without_room_is_an_error_and_nothing_more(driver: CudaDriver, tmp_path: Path) -> None:
+    def full(nbytes: int) -> int:
+        raise CudaUnavailable("cuMemAlloc_v2 failed with CUDA error 2")
+
+    driver.allocate = full  # type: ignore[method-assign]
+    load = Preload([(tmp_path / "a", 0, 10)], driver=driver)
+    with pytest.raises(CudaUnavailable, match="cuMemAlloc_v2"):
+        load.take(tmp_path / "a")
+    load.close()
+    del load
+    gc.collect()
+
+
+def test_threads_that_cannot_be_started_are_an_error(
+    driver: CudaDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, started = threading.Thread.start, []
+
+    def few(thread: threading.Thread) -> None:
+        if len(started) == 3:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", few)
+    (tmp_path / "a").write_bytes(b"x" * 100_000)
+    load = Preload([(tmp_path / "a", 0, 100_000)], driver=driver)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        load.take(tmp_path / "a")
+    load.close()
+    assert pinned(driver) == 0
+
+
+def test_lanes_that_cannot_be_made_leave_nothing(driver: CudaDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing() -> ctypes.c_void_p:
+        raise CudaUnavailable("cuEventCreate failed with CUDA error 2")
+
+    monkeypatch.setattr(driver, "event", failing)
+    with pytest.raises(CudaUnavailable, match="cuEventCreate"):
+        lanes.Lanes(driver, None)
+    assert pinned(driver) == 0
+
+
+def test_buffers_are_kept_until_the_stream_has_done_with_them(
+    driver: CudaDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where what follows a copy fails, so that no event tells of the copy's end."""
+    calls: list[str] = []
+
+    def failing(*_: object) -> None:
+        raise CudaUnavailable("cuEventRecord failed with CUDA error 2")
+
+    for name in ("finish", "free_pinned"):
+        own = getattr(driver, name)
+        monkeypatch.setattr(driver, name, lambda *args, name=name, own=own: calls.append(name) or own(*args))
+    monkeypatch.setattr(driver, "record", failing)
+    (tmp_path / "a").write_bytes(b"x" * 100)
+    buffer = preload.DeviceBuffer(driver, 100)
+    with pytest.raises(CudaUnavailable, match="cuEventRecord"), lanes.Lanes[str](driver, None) as own_lanes:
+        own_lanes.send("a", tmp_path / "a", lanes.Chunk(0, 100, 0), buffer.address)
+    assert calls == ["finish", "free_pinned", "free_pinned"]
 
 
 def test_without_a_driver_there_is_no_preload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,6 +96,10 @@ class CudaDriver:
         self._call("cuStreamCreate", byref(stream), _STREAM_NON_BLOCKING)
         return stream
 
+    def finish(self, stream: c_void_p) -> None:
+        """Wait until the stream has done all that it was given."""
+        self._call("cuStreamSynchronize", stream)
+
     def destroy_stream(self, stream: c_void_p) -> None:
         self._call("cuStreamDestroy_v2", stream)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 
 from zimage_runner.weights.cuda_driver import CudaDriver, CudaUnavailable
-from zimage_runner.weights.preload import pinned_ahead
+from zimage_runner.weights.lanes import pinned_ahead
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,9 @@ from zimage_runner.model import Dtype, Model, Prepare
 from zimage_runner.weights import prepared
 from zimage_runner.weights.checkpoint import Checkpoint
 from zimage_runner.weights.cuda_driver import CudaUnavailable
+from zimage_runner.weights.lanes import pinned_ahead
 from zimage_runner.weights.prefetch import CudaContext, read_ahead
-from zimage_runner.weights.preload import DeviceBuffer, Preload, pinned_ahead
+from zimage_runner.weights.preload import DeviceBuffer, Preload
 from zimage_runner.weights.prepared import Prepared
 
 if TYPE_CHECKING:
