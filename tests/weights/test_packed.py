@@ -6,8 +6,11 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import itertools
 import json
+import re
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -269,6 +272,45 @@ def test_machine_code_is_of_todays_source() -> None:
     assert header["source"] == build.source_digest(), "run python -m zimage_runner.weights.unpacking.build"
     assert list(header["architectures"]) == [str(number) for number in build.ARCHITECTURES]
     assert start + sum(e["size"] for e in header["architectures"].values()) == kernel.FILE.stat().st_size
+
+
+def parameters(code: bytes) -> dict[int, tuple[int, int]]:
+    """(offset, bytes) of each parameter of a kernel, as its machine code's section .nv.info tells.
+
+    Entries as cuobjdump --dump-elf prints them: EIATTR_KPARAM_INFO is 04 17, the entry's size (12), an index,
+    ordinal and offset (16 bits each), then a word with the size in its highest 14 bits.
+    """
+    found = {}
+    for match in re.finditer(rb"\x04\x17\x0c\x00\x00\x00\x00\x00(.{8})", code, re.DOTALL):
+        ordinal, offset, word = struct.unpack("<HHI", match[1])
+        found[ordinal] = (offset, word >> 18)
+    return found
+
+
+def test_machine_code_takes_the_arguments_that_the_launch_gives() -> None:
+    launched: list[Any] = []
+
+    class Driver:
+        def __init__(self, architecture: int) -> None:
+            self.architecture = architecture
+
+        def capability(self) -> tuple[int, int]:
+            return divmod(self.architecture, 10)
+
+        def load_function(self, code: bytes, name: str) -> bytes:
+            return code
+
+        def launch(self, function: bytes, blocks: int, threads: int, shared: int, stream: int, arguments: Any) -> None:
+            launched.append((function, threads, [ctypes.sizeof(argument) for argument in arguments]))
+
+    for architecture in build.ARCHITECTURES:
+        UnpackKernel(Driver(architecture)).launch(0, 0, frame_of(normal(BLOCK), (0, 0, 0)), 0)  # type: ignore[arg-type]
+    assert len({code for code, _, _ in launched}) == len(build.ARCHITECTURES)
+    for code, threads, sizes in launched:
+        offsets = itertools.accumulate(sizes, initial=0)  # without gaps: what takes 8 bytes begins at a multiple of 8
+        assert parameters(code) == dict(enumerate(zip(offsets, sizes)))
+        # EIATTR_REQNTID: 04 10, 12 bytes: threads of a block.
+        assert b"\x04\x10\x0c\x00" + struct.pack("<III", threads, 1, 1) in code
 
 
 @pytest.mark.parametrize(

@@ -52,8 +52,9 @@ def unpack(frame_ptr, out_ptr, values, codes2, codes3, distances, BLOCK: tl.cons
 @triton.jit
 def code_at(level_ptr, place, wanted):
     """The code of 2 bits at each place of a level; 0 where none is wanted."""
-    byte = tl.load(level_ptr + place // 4, mask=wanted, other=0).to(tl.int32)
-    return (byte >> 2 * (place % 4)) & 3
+    # Not // and %, which of a damaged frame's negative places would be negative: no number of bits to shift by.
+    byte = tl.load(level_ptr + (place >> 2), mask=wanted, other=0).to(tl.int32)
+    return (byte >> 2 * (place & 3)) & 3
 
 
 @triton.jit
