@@ -85,10 +85,18 @@ def test_contact_sheets(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["outputs", "sheet=s/all.png", "columns=2", "rows=2", "tile=64"]) == 0
     assert capsys.readouterr().out.splitlines() == ["s/all.png", "s/all_2.png"]
     with Image.open("s/all.png") as full, Image.open("s/all_2.png") as rest:
-        assert full.size == (2 * 68 + 4, 2 * (68 + 60) + 4)
+        # Pictures of 32x16 are not blown up to the tile's 64, and stand in the middle of a square.
+        assert full.size == (2 * 36 + 4, 2 * (36 + 60) + 4)
         assert rest.size[0] == full.size[0]
-        assert full.getpixel((5, 5)) == (1, 0, 12)  # the cat comes first, whatever the ledger's order
-        assert full.getpixel((5 + 68, 5)) == (0, 0, 3)
+        assert full.getpixel((5, 4 + 8)) == (1, 0, 12)  # the cat comes first, whatever the ledger's order
+        assert full.getpixel((5 + 36, 4 + 8)) == (0, 0, 3)
+        assert full.getpixel((5, 4)) == (255, 255, 255)
+
+
+def test_large_pictures_are_made_smaller_on_a_sheet(run: Path) -> None:
+    assert main(["outputs", "sheet=all.png", "tile=16", "columns=1"]) == 0
+    with Image.open("all.png") as sheet:
+        assert sheet.size == (16 + 8, 2 * (20 + 60) + 4)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from zimage_runner.collect.pictures import Picture
 from zimage_runner.errors import UserError
 from zimage_runner.sweep.fonts import Font, font_for
-from zimage_runner.sweep.sheet import GAP, LINE, wrapped
+from zimage_runner.sweep.sheet import ELLIPSIS, GAP, LINE, drawable, wrapped
 
 CAPTION_LINES = 2
 """Of the prompt; the seed has one of its own."""
@@ -20,7 +20,7 @@ CAPTION_LINES = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """How a page is filled: pictures across, pictures down, and pixels of a picture's longer side."""
+    """How a page is filled: pictures across, pictures down, and the most pixels of a picture's longer side."""
 
     columns: int = 8
     rows: int = 8
@@ -45,18 +45,26 @@ def draw_sheets(file: Path, pictures: Sequence[Picture], layout: Layout) -> Iter
 def _page(pictures: Sequence[Picture], layout: Layout) -> Image.Image:
     captions = [_caption(picture) for picture in pictures]
     font = font_for([prompt for prompt, _ in captions])
-    columns = min(layout.columns, len(pictures))
-    pitch_x, pitch_y = layout.tile + GAP, layout.tile + GAP + LINE * (CAPTION_LINES + 1)
+    columns, tile = min(layout.columns, len(pictures)), min(layout.tile, _longest_side(pictures))
+    pitch_x, pitch_y = tile + GAP, tile + GAP + LINE * (CAPTION_LINES + 1)
     size = (columns * pitch_x + GAP, math.ceil(len(pictures) / columns) * pitch_y + GAP)
     sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
     for n, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
         left, top = GAP + n % columns * pitch_x, GAP + n // columns * pitch_y
         with Image.open(picture.path) as image:
-            image.thumbnail((layout.tile, layout.tile), Image.Resampling.LANCZOS)
-            sheet.paste(image.convert("RGB"), (left, top))
-        _write(pen, (left, top + layout.tile), caption, layout.tile, font)
+            image.thumbnail((tile, tile), Image.Resampling.LANCZOS)
+            sheet.paste(image.convert("RGB"), (left + (tile - image.width) // 2, top + (tile - image.height) // 2))
+        _write(pen, (left, top + tile), caption, tile, font)
     return sheet
+
+
+def _longest_side(pictures: Sequence[Picture]) -> int:
+    sides = []
+    for picture in pictures:
+        with Image.open(picture.path) as image:  # reads the header alone
+            sides.append(max(image.size))
+    return max(sides)
 
 
 def _caption(picture: Picture) -> tuple[str, str]:
@@ -66,6 +74,8 @@ def _caption(picture: Picture) -> tuple[str, str]:
 
 def _write(pen: ImageDraw.ImageDraw, place: tuple[int, int], caption: tuple[str, str], width: int, font: Font) -> None:
     prompt, seed = caption
+    if not drawable(prompt, font).strip(f"{ELLIPSIS} "):  # no font of the machine's has any of it
+        prompt = ""
     lines = [*wrapped(prompt, width, CAPTION_LINES, font), *wrapped(seed, width, 1, font)]
     for n, line in enumerate(lines):
         pen.text((place[0], place[1] + n * LINE), line, "black", font)
