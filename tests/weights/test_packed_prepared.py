@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ from zimage_runner.weights.compare import compare
 from zimage_runner.weights.cuda_driver import CudaDriver, CudaUnavailable, allocated_bytes
 from zimage_runner.weights.layout import inspect
 from zimage_runner.weights.load import load_tensors
-from zimage_runner.weights.packed import BLOCK
+from zimage_runner.weights.packed import BLOCK, Frame, Packing
 from zimage_runner.weights.preload import Preload
 from zimage_runner.weights.prepared import Prepared
 from zimage_runner.weights.resolve import resolve
@@ -418,8 +420,75 @@ def test_loading_with_torchs_streams(nano: Path, driver: CudaDriver, monkeypatch
     monkeypatch.setattr(unpack, "CudaDriver", lambda index: driver)
     monkeypatch.setattr(unpack, "is_cuda", lambda device: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    assert same(unpack.load_packed([packing], "cpu", 3), expected)
-    assert launches(driver) == sum(frame.counts is not None for frame in packing.frames)
+    unpack._unpacker_of.cache_clear()
+    for times in (1, 2):
+        assert same(unpack.load_packed([packing], "cpu", 3), expected)
+        assert launches(driver) == times * sum(frame.counts is not None for frame in packing.frames)
+    assert ctypes.c_int.in_dll(driver._lib, "fake_modules").value == 1
+    unpack._unpacker_of.cache_clear()
+
+
+def test_an_interruption_ends_the_unpacking(nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while the main thread waits for the others: they do not read the rest of the file first."""
+    packing = build(nano).packings["transformer"]
+    begun, read_on, frames = threading.Event(), threading.Event(), []
+    read, join = unpack._read, threading.Thread.join
+
+    def slow(packing: Packing, frame: Frame, data: torch.Tensor) -> None:
+        frames.append(frame)
+        begun.set()
+        read_on.wait()
+        read(packing, frame, data)
+
+    def interrupted(thread: threading.Thread, timeout: float | None = None) -> None:
+        if not read_on.is_set():
+            begun.wait()
+            threading.Timer(0.05, read_on.set).start()
+            monkeypatch.setattr(threading.Thread, "join", join)
+            raise KeyboardInterrupt
+        join(thread, timeout)
+
+    monkeypatch.setattr(unpack, "_read", slow)
+    monkeypatch.setattr(threading.Thread, "join", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        unpack.load_packed([packing], "cpu", 1)
+    assert not [thread for thread in threading.enumerate() if thread.name == "unpack-weights"]
+    assert len(frames) == 1 < len(packing.frames)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_disk_that_fills_up_is_told_in_one_line(nano: Path, monkeypatch: pytest.MonkeyPatch, packed: bool) -> None:
+    write, written = os.pwrite, []
+
+    def pwrite(*args: Any) -> int:
+        written.append(args)
+        if len(written) > 10:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(*args)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with pytest.raises(UserError, match=r"^cannot prepare my model in .*No space left on device: free some space"):
+        build(nano, packed=packed)
+    assert [path.suffix for path in prepared.roots(local(nano))[-1].iterdir()] == [".lock"]
+    monkeypatch.setattr(os, "pwrite", write)
+    assert compare(inspect(nano), build(nano, packed=packed)).differences == []
+
+
+def test_two_processes_may_remove_the_same_superseded_copy(nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Making the plain and the packed copy are under two locks."""
+    old = build(nano)
+    config = nano / "scheduler/scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"shift": 6.0}))
+    rmtree = shutil.rmtree
+
+    def overtaken(path: Path, *args: Any, **options: Any) -> None:
+        if path == old.path:
+            rmtree(path)  # by the other process
+        rmtree(path, *args, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", overtaken)
+    assert build(nano).path.is_dir()
+    assert not old.path.exists()
 
 
 @pytest.mark.gpu

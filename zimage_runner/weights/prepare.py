@@ -42,6 +42,8 @@ SPARE_BYTES = 512 * 1024 * 1024
 AUTO_BYTES = 1_000_000_000
 """``model.prepare=auto`` leaves smaller checkpoints as they are: they load in no time."""
 
+REMEDY = "free some space, set ZIMAGE_RUNNER_CACHE to a larger disk, or set model.prepare=never"
+
 
 def ensure_prepared(checkpoint: Checkpoint, model: Model, dtype: str) -> Prepared | None:
     """The prepared form of ``checkpoint`` for an engine computing in ``dtype``, made now if ``model.prepare`` allows.
@@ -87,7 +89,10 @@ def build(checkpoint: Checkpoint, model: Model) -> Prepared:
             prepared.check_digests(found, model)
             return found
         except UnusablePrepared:
-            _make(checkpoint, layout, plan, target, model.packed)
+            try:
+                _make(checkpoint, layout, plan, target, model.packed)
+            except OSError as error:  # a disk that another process has filled meanwhile, a file that cannot be read
+                raise UserError(f"cannot prepare {model.name} in {target}: {error}: {REMEDY}") from error
         _remove_superseded(checkpoint, target)
     return prepared.open_prepared(target, checkpoint.digest)
 
@@ -248,10 +253,7 @@ def _root_with_room(model: Model, nbytes: int) -> Path:
             reasons.append(f"{root} has {free / 1e9:.1f} GB free of the {(nbytes + SPARE_BYTES) / 1e9:.1f} GB needed")
         else:
             return root
-    raise UserError(
-        f"cannot prepare {model.name}: {'; '.join(reasons)}: free some space, "
-        "set ZIMAGE_RUNNER_CACHE to a larger disk, or set model.prepare=never"
-    )
+    raise UserError(f"cannot prepare {model.name}: {'; '.join(reasons)}: {REMEDY}")
 
 
 @contextlib.contextmanager
@@ -273,7 +275,10 @@ def _remove_superseded(checkpoint: Checkpoint, target: Path) -> None:
             continue
         if source["path"] == str(checkpoint.path) and source["digest"] != checkpoint.digest:
             log.info("removing %s: its source has changed", other)
-            shutil.rmtree(other)
+            # Whoever makes the plain and whoever makes the packed copy hold two locks: both may be at it.
+            shutil.rmtree(other, ignore_errors=True)
+            if other.exists():
+                log.warning("%s could not be removed", other)
 
 
 def _sync_folder(path: Path) -> None:

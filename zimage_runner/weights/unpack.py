@@ -84,10 +84,15 @@ class _Reader:
             ready = torch.cuda.Event()
             ready.record(torch.cuda.current_stream(self._device))
         workers = [threading.Thread(target=self._try, args=(ready, own), name="unpack-weights") for own in staging]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
+        try:
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
+        except BaseException as error:  # Ctrl-C, or no more threads: those that run end after the frame in their hands
+            self._errors.append(error)
+            for worker in filter(threading.Thread.is_alive, workers):
+                worker.join()
         if self._errors:
             raise self._errors[0]
 
@@ -100,7 +105,10 @@ class _Reader:
             stream.wait_event(ready)
             with torch.cuda.stream(stream):
                 host = torch.empty(self._largest, dtype=torch.uint8, pin_memory=True)
-                self._work_off(stream, host, staging)
+                try:
+                    self._work_off(stream, host, staging)
+                finally:
+                    stream.synchronize()  # after an error too: the staging memory becomes the caller's again
         except BaseException as error:  # raised again in the caller's thread
             self._errors.append(error)
 
@@ -130,8 +138,12 @@ def is_cuda(device: torch.device) -> bool:
 
 def unpacker(device: torch.device) -> Unpacker:
     """The fastest way that a CUDA device has."""
+    return _unpacker_of(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache  # machine code that was loaded stays loaded, and with memory=staged weights come again and again
+def _unpacker_of(index: int) -> Unpacker:
     try:
-        index = torch.cuda.current_device() if device.index is None else device.index
         driver = CudaDriver(index)
         driver.enter()
         return functools.partial(_launch, driver, UnpackKernel(driver))
