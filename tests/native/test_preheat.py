@@ -468,6 +468,23 @@ def test_only_the_thread_that_draws_switches_backends(travelling, monkeypatch, s
     assert threads == {threading.main_thread().name}
 
 
+def test_a_process_that_ends_meanwhile_has_its_exit_code() -> None:
+    code = """
+import sys, time, torch
+from zimage_runner.engines.native.preheat import Preheat
+torch.set_num_threads(1)
+def work(preheat):
+    end = time.monotonic() + 1
+    while time.monotonic() < end:
+        torch.ones(64, 64).softmax(-1)
+Preheat(work)
+sys.exit(3)
+"""
+    root = str(NANO.parents[2])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=root)
+    assert (done.returncode, done.stderr) == (3, "")
+
+
 def test_a_lean_torch_stays_lean() -> None:
     code = f"""
 import sys

@@ -62,7 +62,8 @@ class Preheat:
         if work is None:
             return
         if in_thread:
-            self._thread = threading.Thread(target=self._run, args=(work,), name="preheat", daemon=True)
+            # No daemon: a thread that is in torch's C++ when the interpreter goes takes the exit code with it (abort).
+            self._thread = threading.Thread(target=self._run, args=(work,), name="preheat")
             self._thread.start()
         else:
             self._run(work)
