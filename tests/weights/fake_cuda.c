@@ -25,19 +25,57 @@ CUresult cuMemHostAlloc(void **p, size_t n, unsigned f) {
 CUresult cuMemFreeHost(void *p) { __sync_sub_and_fetch(&fake_pinned, 1); free(p); return 0; }
 CUresult cuCtxPushCurrent_v2(void *c) { return c == (void *)1 ? 0 : 201; }
 CUresult cuCtxPopCurrent_v2(void **c) { *c = (void *)1; return 0; }
-CUresult cuStreamCreate(void **s, unsigned f) { *s = malloc(f); return 0; }
-CUresult cuStreamDestroy_v2(void *s) { free(s); return 0; }
-CUresult cuStreamSynchronize(void *s) { return s ? 0 : 400; }
-CUresult cuEventCreate(void **e, unsigned f) { *e = malloc(f); return 0; }
+
+/* With FAKE_CUDA_LAZY a stream does nothing before somebody waits for it: as late as a device may. One thread a stream. */
+typedef struct { uint64_t to, from; size_t n; int values, counts[3]; } Work; /* n: bytes to copy; 0: to unpack */
+typedef struct { Work *work; int given, done; } Stream;
+typedef struct { Stream *stream; int place; } Event;
+int fake_late; /* pieces of work that were done when they were waited for */
+
+static void unpack_frame(const Work *w);
+static void run(Stream *s, int until) {
+    for (; s->done < until; s->done++) {
+        Work *w = s->work + s->done;
+        if (w->n) memcpy((void *)w->to, (void *)w->from, w->n);
+        else unpack_frame(w);
+        __sync_add_and_fetch(&fake_late, 1);
+    }
+}
+static void give(Stream *s, Work w) {
+    if (!getenv("FAKE_CUDA_LAZY")) {
+        if (w.n) memcpy((void *)w.to, (void *)w.from, w.n);
+        else unpack_frame(&w);
+        return;
+    }
+    s->work = realloc(s->work, (s->given + 1) * sizeof w);
+    s->work[s->given++] = w;
+}
+CUresult cuStreamCreate(void **s, unsigned f) { *s = calloc(1, sizeof(Stream)); return f == 1 ? 0 : 1; }
+CUresult cuStreamDestroy_v2(void *s) { free(((Stream *)s)->work); free(s); return 0; }
+CUresult cuStreamSynchronize(void *s) {
+    if (!s) return 400;
+    run(s, ((Stream *)s)->given);
+    return 0;
+}
+CUresult cuEventCreate(void **e, unsigned f) { *e = calloc(1, sizeof(Event)); return f == 2 ? 0 : 1; }
 CUresult cuEventDestroy_v2(void *e) { free(e); return 0; }
 CUresult cuMemcpyHtoDAsync_v2(uint64_t d, const void *h, size_t n, void *s) {
     char *fail = getenv("FAKE_CUDA_FAIL_AFTER");
     if (fail && __sync_add_and_fetch(&copies, 1) > atoi(fail)) return 700;
-    memcpy((void *)d, h, n);
-    return s ? 0 : 400;
+    if (!s) return 400;
+    if (n) give(s, (Work){.to = d, .from = (uint64_t)h, .n = n});
+    return 0;
 }
-CUresult cuEventRecord(void *e, void *s) { return e && s ? 0 : 400; }
-CUresult cuEventSynchronize(void *e) { return e ? 0 : 400; }
+CUresult cuEventRecord(void *e, void *s) {
+    if (!e || !s) return 400;
+    *(Event *)e = (Event){s, ((Stream *)s)->given};
+    return 0;
+}
+CUresult cuEventSynchronize(void *e) {
+    if (!e) return 400;
+    if (((Event *)e)->stream) run(((Event *)e)->stream, ((Event *)e)->place);
+    return 0;
+}
 
 CUresult cuDeviceGetAttribute(int *value, int attribute, int d) {
     char *capability = getenv("FAKE_CUDA_CAPABILITY"); /* such as 90 */
@@ -80,17 +118,20 @@ static void unpack_block(const uint8_t *frame, uint16_t *out, int values, const 
         out[i] = (mantissas[i] & 0x80) << 8 | ((row[0] - distance) & 0xff) << 7 | (mantissas[i] & 0x7f);
     }
 }
+static void unpack_frame(const Work *w) {
+    int blocks = (w->values + 4095) / 4096;
+    for (int block = 0; block < blocks; block++)
+        unpack_block((void *)w->from, (void *)w->to, w->values, w->counts, block, blocks);
+}
 CUresult cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned ty, unsigned tz,
                         unsigned shared, void *stream, void **parameters, void **extra) {
-    const uint8_t *frame = *(const uint8_t **)parameters[0];
-    uint16_t *out = *(uint16_t **)parameters[1];
-    int values = *(int *)parameters[2], counts[3];
-    for (int i = 0; i < 3; i++) counts[i] = *(int *)parameters[3 + i];
+    Work w = {.from = *(uint64_t *)parameters[0], .to = *(uint64_t *)parameters[1], .values = *(int *)parameters[2]};
+    for (int i = 0; i < 3; i++) w.counts[i] = *(int *)parameters[3 + i];
     if (function != (void *)2 || y != 1 || z != 1 || ty != 1 || tz != 1 || !threads || threads % 32 || !stream || extra)
         return 1;
-    if ((int)x != (values + 4095) / 4096 || shared > 48 << 10 || (uintptr_t)frame % 16 || (uintptr_t)out % 16) return 1;
+    if ((int)x != (w.values + 4095) / 4096 || shared > 48 << 10 || w.from % 16 || w.to % 16) return 1;
     if (*(uint64_t *)parameters[6] || *(uint64_t *)parameters[7]) return 1;
-    for (unsigned block = 0; block < x; block++) unpack_block(frame, out, values, counts, block, x);
+    give(stream, w);
     __sync_add_and_fetch(&fake_launches, 1);
     return 0;
 }

@@ -46,7 +46,14 @@ def on_device(buffer: preload.DeviceBuffer) -> bytes:
     return ctypes.string_at(interface["data"][0], interface["shape"][0])
 
 
-def test_every_byte_arrives(driver: CudaDriver, tmp_path: Path) -> None:
+@pytest.fixture(params=["at once", "late"])
+def pace(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the driver does what it is given: at once, or when somebody waits for it and not before."""
+    if request.param == "late":
+        monkeypatch.setenv("FAKE_CUDA_LAZY", "1")
+
+
+def test_every_byte_arrives(driver: CudaDriver, tmp_path: Path, pace: None) -> None:
     sizes = {"text_encoder": 100_001, "transformer": 1_000_000, "empty": 0, "vae": 4096}
     for name, size in sizes.items():
         (tmp_path / name).write_bytes(b"header!!" + content(name, size))

@@ -90,7 +90,8 @@ class Lanes(Generic[Ticket]):
         self._driver = driver
         self._kernel = kernel
         self._staging: int | None = None
-        """Device memory that packed chunks are unpacked from, a chunk a lane, taken when the first one comes."""
+        """Device memory that packed chunks are unpacked from, taken when the first one comes. One serves all lanes: a
+        stream's work is done in order, so that the next copy waits for the kernel that reads the last one."""
         with ExitStack() as made:
             self._stream = driver.stream()
             made.callback(driver.destroy_stream, self._stream)
@@ -122,20 +123,19 @@ class Lanes(Generic[Ticket]):
         if chunk.packed is None:
             self._driver.copy_to_device(base + chunk.start, host, chunk.nbytes, self._stream)
         else:
-            self._unpack(lane, chunk.packed, base + chunk.start)
+            self._unpack(host, chunk.packed, base + chunk.start)
         self._driver.record(self._events[lane], self._stream)
         self._flying[lane] = ticket
         return arrived
 
-    def _unpack(self, lane: int, frame: Frame, target: int) -> None:
+    def _unpack(self, host: int, frame: Frame, target: int) -> None:
         """Start the copy of a packed chunk and what unpacks it behind the copy."""
         assert self._kernel is not None
         if self._staging is None:
-            self._staging = self._driver.allocate(LANES * CHUNK_BYTES)
-            self._held.callback(self._driver.free, self._staging, LANES * CHUNK_BYTES)
-        staging = self._staging + lane * CHUNK_BYTES
-        self._driver.copy_to_device(staging, self._buffers[lane], frame.nbytes, self._stream)
-        self._kernel.launch(staging, target, frame, self._stream)
+            self._staging = self._driver.allocate(CHUNK_BYTES)
+            self._held.callback(self._driver.free, self._staging, CHUNK_BYTES)
+        self._driver.copy_to_device(self._staging, host, frame.nbytes, self._stream)
+        self._kernel.launch(self._staging, target, frame, self._stream)
 
     def drain(self) -> Iterator[Ticket]:
         """Wait for what is still on the bus."""
