@@ -123,6 +123,32 @@ def test_staged_pieces_add_up(staged: Any, path: Path) -> None:
     assert same(staged.load_staged([read_header(path)], "cpu", 3), path)
 
 
+def test_an_interruption_ends_the_reading(staged: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while the main thread waits for the readers: they do not read the rest of the file first."""
+    begun, read_on, pieces = threading.Event(), threading.Event(), []
+    read, join = staged.read_exactly, threading.Thread.join
+
+    def slow(*args: Any) -> None:
+        pieces.append(args)
+        begun.set()
+        read_on.wait()
+        read(*args)
+
+    def interrupted(thread: threading.Thread, timeout: float | None = None) -> None:
+        monkeypatch.setattr(threading.Thread, "join", join)
+        begun.wait()
+        threading.Timer(0.05, read_on.set).start()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(staged, "read_exactly", slow)
+    monkeypatch.setattr(threading.Thread, "join", interrupted)
+    file = max(map(read_header, FILES), key=lambda file: file.size)
+    with pytest.raises(KeyboardInterrupt):
+        staged.load_staged([file], "cpu", 1)
+    assert not [thread for thread in threading.enumerate() if thread.name == "load-weights"]
+    assert len(pieces) == 1 < file.size // staged.PIECE
+
+
 def test_staged_tensors_are_aligned_views(staged: Any, tmp_path: Path) -> None:
     tensors = {"a": torch.randn(3), "b": torch.randn(64, 64), "c": torch.randn(5).bfloat16(), "d": torch.tensor(1.5)}
     save_file(tensors, tmp_path / "x.safetensors")

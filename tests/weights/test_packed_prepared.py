@@ -445,12 +445,10 @@ def test_an_interruption_ends_the_unpacking(nano: Path, monkeypatch: pytest.Monk
         read(packing, frame, data)
 
     def interrupted(thread: threading.Thread, timeout: float | None = None) -> None:
-        if not read_on.is_set():
-            begun.wait()
-            threading.Timer(0.05, read_on.set).start()
-            monkeypatch.setattr(threading.Thread, "join", join)
-            raise KeyboardInterrupt
-        join(thread, timeout)
+        monkeypatch.setattr(threading.Thread, "join", join)
+        begun.wait()
+        threading.Timer(0.05, read_on.set).start()
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(unpack, "_read", slow)
     monkeypatch.setattr(threading.Thread, "join", interrupted)

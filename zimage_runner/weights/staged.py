@@ -19,6 +19,7 @@ import torch
 
 from zimage_runner.weights.read import read_exactly
 from zimage_runner.weights.safetensors_header import WeightsFile
+from zimage_runner.weights.threads import run_threads
 
 PIECE = 8 * 1024 * 1024
 BUFFERS = 2
@@ -67,20 +68,16 @@ def _run_readers(work: SimpleQueue[_Piece], device: str, threads: int) -> None:
 
     def read() -> None:
         try:
-            _reader(work, device, ready)
+            _reader(work, device, ready, errors)
         except BaseException as error:  # raised again below, in the caller's thread
             errors.append(error)
 
-    readers = [threading.Thread(target=read, daemon=True, name="load-weights") for _ in range(threads)]
-    for reader in readers:
-        reader.start()
-    for reader in readers:
-        reader.join()
+    run_threads([threading.Thread(target=read, name="load-weights") for _ in range(threads)], errors)
     if errors:
         raise errors[0]
 
 
-def _reader(work: SimpleQueue[_Piece], device: str, ready: torch.cuda.Event) -> None:
+def _reader(work: SimpleQueue[_Piece], device: str, ready: torch.cuda.Event, errors: list[BaseException]) -> None:
     stream = torch.cuda.Stream(device)
     stream.wait_event(ready)
     ring: list[tuple[torch.Tensor, Any, torch.cuda.Event]] = []
@@ -88,7 +85,7 @@ def _reader(work: SimpleQueue[_Piece], device: str, ready: torch.cuda.Event) -> 
         pinned = torch.empty(PIECE, dtype=torch.uint8, pin_memory=True)
         ring.append((pinned, pinned.numpy().data, torch.cuda.Event()))
     turn = 0
-    while True:
+    while not errors:
         try:
             piece = work.get_nowait()
         except Empty:

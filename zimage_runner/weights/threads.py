@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from types import TracebackType
 
@@ -25,3 +26,19 @@ class Threads(ThreadPoolExecutor):
         if kind is not None:
             self._abandoned.set()
         self.shutdown(wait=True, cancel_futures=kind is not None)
+
+
+def run_threads(threads: Sequence[threading.Thread], errors: list[BaseException]) -> None:
+    """Start them and wait for their end. They watch ``errors``: what interrupts the waiting (Ctrl-C) is put there too.
+
+    They are waited for in that case as well: a thread in torch's C++ when the interpreter goes aborts the process.
+    """
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    except BaseException as error:
+        errors.append(error)
+        for thread in filter(threading.Thread.is_alive, threads):
+            thread.join()

@@ -19,6 +19,7 @@ from zimage_runner.weights.packed import BLOCK, Frame, Packing
 from zimage_runner.weights.read import read_exactly
 from zimage_runner.weights.safetensors_header import BadWeightsFile
 from zimage_runner.weights.staged import tensor_views
+from zimage_runner.weights.threads import run_threads
 from zimage_runner.weights.unpacking.kernel import UnpackKernel
 
 log = logging.getLogger(__name__)
@@ -84,15 +85,7 @@ class _Reader:
             ready = torch.cuda.Event()
             ready.record(torch.cuda.current_stream(self._device))
         workers = [threading.Thread(target=self._try, args=(ready, own), name="unpack-weights") for own in staging]
-        try:
-            for worker in workers:
-                worker.start()
-            for worker in workers:
-                worker.join()
-        except BaseException as error:  # Ctrl-C, or no more threads: those that run end after the frame in their hands
-            self._errors.append(error)
-            for worker in filter(threading.Thread.is_alive, workers):
-                worker.join()
+        run_threads(workers, self._errors)
         if self._errors:
             raise self._errors[0]
 
