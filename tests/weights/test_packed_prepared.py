@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import errno
 import json
 import os
@@ -189,6 +190,33 @@ def test_a_frame_that_contradicts_itself_differs(nano: Path) -> None:
     flip(found, "vae", level1)
     flip(found, "vae", level1 + 1)
     assert [text for text in compare(inspect(nano), found).differences if "differs from the source" in text]
+
+
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_a_tensor_of_another_shape_differs_and_is_not_read(nano: Path, is_packed: bool) -> None:
+    found = build(nano, packed=is_packed)
+    packing = found.packings["vae"] if is_packed else None
+    file = found.weights["vae"] if packing is None else packing.unpacked
+    last = max(file.tensors, key=lambda name: file.tensors[name].start)
+    moved = dataclasses.replace(file.tensors[last], shape=(1,), nbytes=2, start=file.size - 2)
+    changed = dataclasses.replace(file, tensors=file.tensors | {last: moved})
+    if packing is None:
+        found.weights["vae"] = changed
+    else:
+        found.packings["vae"] = dataclasses.replace(packing, unpacked=changed)
+    assert compare(inspect(nano), found).differences == [f"vae: {last} is missing or of another shape or dtype"]
+
+
+def test_a_frame_that_contradicts_itself_is_told_in_one_line(nano: Path) -> None:
+    """Where its digests were not compared: model.verify=headers, and no sampled block in the damaged bytes."""
+    found = build(nano)
+    frame = found.packings["vae"].frames[0]
+    flip(found, "vae", frame.offset + 16 * -(-frame.values // BLOCK) + frame.values)
+    weights = source.WeightsSource(resolve(local(nano)), local(nano), found, None)
+    weights.settle("cpu", "float32")
+    file = re.escape(str(found.weights["vae"].path))
+    with pytest.raises(UserError, match=f"^{file} is damaged: .*: delete {re.escape(str(found.path))}, and it is made"):
+        weights.tensors("vae")
 
 
 def test_verify_command(capsys: pytest.CaptureFixture[str], sharded: Path) -> None:

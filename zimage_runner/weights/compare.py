@@ -47,13 +47,15 @@ def _compare_component(layout: Layout, prepared: Prepared, component: str, resul
     if component in prepared.packings:
         packing = prepared.packings[component]
         file = packing.unpacked
+    common = []
     for tensor in plan:
         info = file.tensors.get(tensor.name)
         if info is None or info.shape != tensor.shape or info.dtype != "BF16":
             result.differences.append(f"{component}: {tensor.name} is missing or of another shape or dtype")
+        else:
+            common.append(tensor)
     extra = set(file.tensors) - {tensor.name for tensor in plan}
     result.differences += [f"{component}: {name} is not in the source" for name in sorted(extra)]
-    common = [tensor for tensor in plan if tensor.name in file.tensors]
     places = {name: info.start for name, info in file.tensors.items()}
     result.tensors += len(common)
     if packing is None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zimage_runner.engines.base import Device
+from zimage_runner.errors import UserError
 from zimage_runner.model import Dtype, Model, Prepare
 from zimage_runner.weights import prepared
 from zimage_runner.weights.checkpoint import Checkpoint
@@ -21,6 +22,7 @@ from zimage_runner.weights.lanes import pinned_ahead
 from zimage_runner.weights.prefetch import CudaContext, read_ahead
 from zimage_runner.weights.preload import DeviceBuffer, Preload
 from zimage_runner.weights.prepared import Prepared
+from zimage_runner.weights.safetensors_header import BadWeightsFile
 
 if TYPE_CHECKING:
     import torch
@@ -98,7 +100,11 @@ class WeightsSource:
                 self._preload.close()  # what failed for one file fails for all
         from zimage_runner.weights.load import load_tensors
 
-        return load_tensors([file.path], self.device)
+        try:
+            return load_tensors([file.path], self.device)
+        except BadWeightsFile as error:
+            remedy = f"delete {self._prepared.path}, and it is made again"
+            raise UserError(f"{file.path} is damaged: {error}: {remedy}") from error
 
 
 def begin(checkpoint: Checkpoint, model: Model, device: Device, encodes: bool = True) -> WeightsSource:
