@@ -60,7 +60,8 @@ def torch_libraries() -> Path | None:
 
 def _open_all(folder: Path, cudnn: bool) -> None:
     # In the order and with the flags of torch's own import, which then finds them open.
-    open_library(folder / "libtorch_global_deps.so", os.RTLD_NOW | os.RTLD_GLOBAL)
+    if not open_library(folder / "libtorch_global_deps.so", os.RTLD_NOW | os.RTLD_GLOBAL):
+        return  # torch's import looks elsewhere for what this one needs, and opens that first
     open_library(folder / "libtorch.so", os.RTLD_NOW)
     if cudnn:
         for path in cudnn_parts(Path("/proc/self/maps").read_text().splitlines()):
