@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from zimage_runner import libraries
 from zimage_runner.libraries import CUDNN_PARTS, LIBRARIES, cudnn_parts, open_early, open_library, torch_libraries
 
 IMPORT = """
@@ -71,6 +72,17 @@ def test_what_cannot_be_opened_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "text.so").write_text("no library")
     assert not open_library(tmp_path / "text.so", os.RTLD_NOW)
     assert not open_library(tmp_path / "missing.so", os.RTLD_NOW)
+
+
+@pytest.mark.parametrize("opens", [True, False])
+def test_what_torch_finds_elsewhere_is_left_to_its_import(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opens: bool
+) -> None:
+    """Its import opens CUDA's libraries from other folders where libtorch_global_deps.so does not find them."""
+    tried: list[str] = []
+    monkeypatch.setattr(libraries, "open_library", lambda path, flags: tried.append(path.name) or opens)
+    libraries._open_all(tmp_path, cudnn=False)
+    assert tried == ["libtorch_global_deps.so", "libtorch.so"][: 2 if opens else 1]
 
 
 @pytest.mark.parametrize("switch", [None, "", "0"])
