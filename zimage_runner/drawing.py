@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -40,6 +41,8 @@ class Drawing:
         self._on_settled = on_settled
         self._again: list[tuple[WorkItem, str]] = []
         """Items whose picture was bad, and why."""
+        output_file = job.config.output_file
+        self._output_file = None if output_file is None else os.path.abspath(output_file)  # with hydra.job.chdir
         self._items: dict[str, WorkItem] = {}
         self._writer = Writer(run_dir, ledger, job.config.output, self._on_done)
 
@@ -91,7 +94,7 @@ class Drawing:
             fingerprint=self._fingerprints(item),
             recipe=self._job.recipe(item, self._report),
             details=details,
-            output_file=self._job.config.output_file,
+            output_file=self._output_file,
         )
 
     def _on_done(self, outcome: Outcome) -> None:

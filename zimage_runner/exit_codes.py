@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
+from typing import Any
 
 from zimage_runner.errors import one_line
 
@@ -18,16 +18,24 @@ EXIT_INTERRUPTED = 130
 
 def refuse(message: str) -> int:
     """Say in one line why nothing was done; the exit code for it."""
-    print(f"zimage_runner: {one_line(' '.join(message.split()))}", file=sys.stderr)
+    from zimage_runner.logs import say
+
+    say(f"zimage_runner: {one_line(' '.join(message.split()))}")
     return EXIT_BAD_INPUT
 
 
 class Later:
-    """The exit code of a job whose last pictures are still on their way."""
+    """The exit code of a job whose last pictures are still on their way. Callbacks may print it or pickle it."""
 
     def __init__(self) -> None:
         self._code: int | None = None
         self._listeners: list[Callable[[int], object]] = []
+
+    def __repr__(self) -> str:
+        return "not known yet" if self._code is None else str(self._code)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_code": self._code, "_listeners": []}
 
     def then(self, listener: Callable[[int], object]) -> None:
         """Call it once the code is known."""

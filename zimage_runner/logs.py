@@ -44,9 +44,18 @@ def log_to_terminal() -> None:
 
 
 def say(text: str, file: TextIO | None = None) -> None:
-    """Print a line (to stderr) for a person, if anyone can still read it: a closed terminal or pipe ends no run."""
+    """Print a line (to stderr) for a person, above the progress bar and not through it.
+
+    If anyone can still read it: a closed terminal or pipe ends no run.
+    """
+    stream: TextIO = file or sys.stderr
+    bars = sys.modules.get("tqdm")  # without it there is no bar
     with contextlib.suppress(OSError, ValueError):
-        print(text, file=file or sys.stderr, flush=True)
+        if bars is None:
+            print(text, file=stream, flush=True)
+        else:
+            bars.tqdm.write(text, file=stream)
+            stream.flush()
 
 
 class _RunLog(logging.FileHandler):
@@ -61,19 +70,12 @@ class _RunLog(logging.FileHandler):
 
 
 class _StderrHandler(logging.Handler):
-    """Writes above the progress bar instead of through it."""
-
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
 
     def emit(self, record: logging.LogRecord) -> None:
-        with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
-            text = f"zimage_runner: {one_line(record.getMessage())}"
-            if record.exc_info:
-                traceback = logging.Formatter().formatException(record.exc_info)
-                text = "\n".join([text, *(one_line(line) for line in traceback.splitlines())])
-            bars = sys.modules.get("tqdm")  # without it there is no bar
-            if bars is None:
-                print(text, file=sys.stderr)
-            else:
-                bars.tqdm.write(text, file=sys.stderr)
+        text = f"zimage_runner: {one_line(record.getMessage())}"
+        if record.exc_info:
+            traceback = logging.Formatter().formatException(record.exc_info)
+            text = "\n".join([text, *(one_line(line) for line in traceback.splitlines())])
+        say(text)

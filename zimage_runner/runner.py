@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
+import logging
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,16 +13,20 @@ from pathlib import Path
 from zimage_runner.composed import Composed
 from zimage_runner.config.schema import RunConfig
 from zimage_runner.dry_run import describe
-from zimage_runner.errors import RunStopped, UserError
+from zimage_runner.errors import RunStopped, UserError, error_text
 from zimage_runner.exit_codes import EXIT_ITEMS_FAILED, EXIT_OK, Later, refuse
 from zimage_runner.job import Job, prepare
 from zimage_runner.logs import run_log, say
+from zimage_runner.outputs.json_text import readable_json
 from zimage_runner.outputs.ledger import Ledger
 from zimage_runner.outputs.run_dir import RunDirectory
+from zimage_runner.outputs.summary import Summary
 from zimage_runner.resume import Progress, survey
 from zimage_runner.run import Run
 from zimage_runner.signals import PATIENCE, graceful_stop
 from zimage_runner.warm import Executors, current_executors
+
+log = logging.getLogger(__name__)
 
 RECORDS = "records.jsonl"
 
@@ -30,6 +36,8 @@ def execute(composed: Composed) -> int | Later:
     try:
         return run(composed.config, composed.directory, composed.files)
     except (UserError, RunStopped) as error:  # here and not in main: Hydra would print a line of its own
+        if (shared := current_executors()) is not None:
+            shared.catch_up()
         return refuse(str(error))
     finally:
         composed.remove_unused_directory()
@@ -44,6 +52,7 @@ def run(config: RunConfig, directory: Path, composed: Mapping[str, str]) -> int 
         with executors.stop.interruptible(PATIENCE):  # it may download and hash gigabytes
             job = prepare(config, executors.memo)
         if config.dry_run:
+            executors.catch_up()
             say(describe(job, progress_of(job, directory, Ledger.load(directory / RECORDS)).is_settled), sys.stdout)
             return EXIT_OK
         with contextlib.ExitStack() as held:
@@ -57,11 +66,10 @@ def _draw(
     config, ledger = job.config, Ledger.load(run_dir.records_path)
     progress = progress_of(job, run_dir.path, ledger)
     if not progress.todo and config.resume is not None:
-        say(f"nothing to draw: {progress}")
-        say(str(run_dir.path), sys.stdout)
-        return EXIT_ITEMS_FAILED if progress.failed else EXIT_OK
-    if config.skip_existing is not None:
-        executors.catch_up()  # the job before may have what this one skips
+        executors.catch_up()
+        return _nothing_to_draw(job, run_dir, progress)
+    if config.skip_existing is not None or config.output_file is not None:
+        executors.catch_up()  # the job before may have what this one skips, and may write that file too
     run_dir.check_space([(i.params.height, i.params.width) for i in progress.todo], config.output)
     with executors.lease(job) as executor, run_log(run_dir.log_path):
         this = Run(job, run_dir, executor, executors, ledger, progress)
@@ -70,8 +78,33 @@ def _draw(
 
 
 def _end(this: Run, held: contextlib.ExitStack) -> int:
+    """Whatever goes wrong is this run's own affair: the next one may be drawing already."""
     with held, run_log(this.run_dir.log_path):
-        return this.end()
+        try:
+            return this.end()
+        except (UserError, RunStopped) as error:
+            return refuse(f"{this.run_dir.path}: {error}")
+        except Exception as error:
+            log.error("%s: %s", this.run_dir.path, error_text(error), exc_info=error)
+            return EXIT_ITEMS_FAILED
+
+
+def _nothing_to_draw(job: Job, run_dir: RunDirectory, progress: Progress) -> int:
+    """Say so. A process that was killed before its run's end has left no summary, or the one of an earlier end."""
+    summary = Summary(run_dir.path, planned=len(job.plan), already_done=len(progress.done)).to_dict({})
+    if not progress.skipped and _status(run_dir.summary_path) != summary["status"]:
+        run_dir.write_file(run_dir.summary_path.name, readable_json(summary))
+    say(f"nothing to draw: {progress}")
+    say(str(run_dir.path), sys.stdout)
+    return EXIT_OK
+
+
+def _status(path: Path) -> str | None:
+    """What a summary.json says of its run; None where it cannot be read."""
+    try:
+        return json.loads(path.read_bytes())["status"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 @contextlib.contextmanager

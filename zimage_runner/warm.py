@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from zimage_runner.errors import RunStopped, UserError, error_text
 from zimage_runner.executors.base import Executor
-from zimage_runner.exit_codes import EXIT_ITEMS_FAILED, Later, refuse
+from zimage_runner.exit_codes import Later
 from zimage_runner.job import Job
 from zimage_runner.session import Session
 from zimage_runner.signals import StopRequest
-
-log = logging.getLogger(__name__)
 
 
 class Executors:
@@ -75,7 +71,7 @@ class Executors:
     def conclude(self, executor: Executor, end: Callable[[], int]) -> int | Later:
         """End a job that the executor has all the work of: now, or later where the next job may begin meanwhile.
 
-        ``end`` waits for what is on its way, and returns the exit code.
+        ``end`` waits for what is on its way, and returns the exit code; it keeps its errors to itself.
         """
         self.catch_up()
         if not (self._overlaps and executor.overlaps):
@@ -85,17 +81,10 @@ class Executors:
         return later
 
     def catch_up(self) -> None:
-        """End the job whose end is still to come, if there is one. What goes wrong there is said, and is its own."""
-        if self._unfinished is None:
-            return
-        (end, later), self._unfinished = self._unfinished, None
-        try:
+        """End the job whose end is still to come, if there is one. Also called before anything is said of the next."""
+        if self._unfinished is not None:
+            (end, later), self._unfinished = self._unfinished, None
             later.tell(end())
-        except (UserError, RunStopped) as error:
-            later.tell(refuse(str(error)))
-        except Exception as error:
-            log.error("%s", error_text(error), exc_info=error)
-            later.tell(EXIT_ITEMS_FAILED)
 
     def close(self) -> None:
         """End the session, if there is one, and before it the job whose end is still to come."""

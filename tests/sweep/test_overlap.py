@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import pickle
+import signal
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +16,8 @@ import numpy as np
 import pytest
 
 from tests.faults.session import FaultySession
+from zimage_runner import runner
+from zimage_runner.drawing import Drawing
 from zimage_runner.engines.base import PendingImages
 from zimage_runner.errors import BadPictureError, UserError
 from zimage_runner.executors.base import Executor, GeneratedBatch
@@ -20,6 +25,7 @@ from zimage_runner.exit_codes import Later, when_known
 from zimage_runner.outputs.atomic import DiskError
 from zimage_runner.outputs.writer import Writer
 from zimage_runner.plan import WorkItem
+from zimage_runner.run import Run
 from zimage_runner.signals import StopRequest
 from zimage_runner.warm import Executors
 
@@ -263,18 +269,107 @@ def test_a_late_end_comes_once_and_in_order() -> None:
     assert told[-1] == 130
 
 
-@pytest.mark.parametrize(
-    ("error", "code"), [(UserError("no"), 2), (DiskError("full"), 2), (ZeroDivisionError("a bug"), 1)]
-)
-def test_what_goes_wrong_late_is_said(error: Exception, code: int, capfd: pytest.CaptureFixture[str]) -> None:
-    from zimage_runner.logs import log_to_terminal
+@pytest.mark.parametrize(("error", "code"), [(UserError("no"), 2), (ZeroDivisionError("a bug"), 1)])
+def test_what_goes_wrong_late_is_its_own(
+    cli: Cli, gpu: Callable[[int], Gpu], monkeypatch: pytest.MonkeyPatch, error: Exception, code: int
+) -> None:
+    gpu(3)
+    real = Drawing.finish
 
-    def fail() -> int:
-        raise error
+    def finish(self: Drawing) -> None:
+        if self._job.plan.items[0].seed == 2:
+            raise error
+        real(self)
 
-    log_to_terminal()
-    executors, told = Executors(StopRequest(), overlaps=True), []
-    when_known(executors.conclude(Idle(), fail), told.append)
-    executors.catch_up()
-    assert told == [code]
-    assert f"zimage_runner: {error}" in capfd.readouterr().err.replace("ZeroDivisionError: ", "")
+    monkeypatch.setattr(Drawing, "finish", finish)
+    found, out, err = cli(*SWEEP, "seeds=1,2,3")
+    assert found == code
+    sweep = sweep_of(out)
+    assert [row["status"] for row in rows(sweep)] == ["complete", "refused" if code == 2 else "failed", "complete"]
+    assert f"{sweep}/1: " in err
+    logs = ["a bug" in (sweep / str(job) / "run.log").read_text() for job in range(3)]
+    assert logs == [False, code == 1, False]
+    gpu(3)
+    monkeypatch.setattr(Drawing, "finish", real)
+    found, _, err = cli(f"resume={sweep}")
+    assert found == 0, err
+    assert [row["status"] for row in rows(sweep)] == ["complete"] * 3  # a summary that was never written is, now
+    assert "nothing to draw" in err
+
+
+def test_callbacks_see_a_code_that_is_not_known_yet(cli: Cli, gpu: Callable[[int], Gpu]) -> None:
+    gpu(2)
+    callbacks = "hydra.experimental.callbacks"
+    code, out, err = cli(
+        *SWEEP, "seeds=1,2", "hydra.output_subdir=.settings",
+        f"+hydra.callbacks.pickle._target_={callbacks}.PickleJobInfoCallback",
+        f"+hydra.callbacks.told._target_={callbacks}.LogJobReturnCallback",
+    )  # fmt: skip
+    assert code == 0, err
+    for job in range(2):
+        pickled = pickle.loads((sweep_of(out) / str(job) / ".settings" / "job_return.pickle").read_bytes())
+        assert str(pickled.return_value) == "not known yet"
+
+
+def test_a_relative_output_file_is_the_jobs_wherever_the_next_one_works(
+    cli: Cli, gpu: Callable[[int], Gpu], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gpu(2)
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    for name, text in (("first", "output_file: here.png"), ("second", "name: second")):
+        (tmp_path / "mine" / "experiment" / f"{name}.yaml").write_text(f"# @package _global_\n{text}\n")
+    folders = []
+
+    def write(self: Writer, job: Any, *rest: Any) -> None:
+        folders.append(os.getcwd())
+        write_picture(self, job, *rest)
+
+    write_picture = Writer._write_picture
+    monkeypatch.setattr(Writer, "_write_picture", write)
+    mine = ("--config-dir", "mine", "+experiment=first,second")
+    code, out, err = cli(*SWEEP, *mine, "hydra.job.chdir=true", f"hydra.sweep.dir={tmp_path}/sweep")
+    assert code == 0, err
+    sweep = sweep_of(out)
+    assert Path(folders[0]) != sweep / "0"
+    assert (sweep / "0" / "here.png").is_file()
+
+
+def test_two_jobs_write_one_output_file_one_after_the_other(
+    cli: Cli, gpu: Callable[[int], Gpu], tmp_path: Path
+) -> None:
+    queue = gpu(2)
+    queue.submitted[1].set()
+    code, out, err = cli(*SWEEP, "output_file=here.png", "seeds=1,2")
+    assert code == 0, err
+    last = next((sweep_of(out) / "1").glob("items/*/*/image.png"))
+    assert (tmp_path / "here.png").read_bytes() == last.read_bytes()
+
+
+@pytest.mark.parametrize("place", ["prepare", "end"])
+@pytest.mark.parametrize("batches", [[], ["hydra.sweeper.max_batch_size=1"]])
+def test_a_signal_ends_what_is_left_of_the_multirun(
+    cli: Cli, gpu: Callable[[int], Gpu], monkeypatch: pytest.MonkeyPatch, place: str, batches: list[str]
+) -> None:
+    """Also of a sweeper that comes with one batch of jobs after the other; and the table is there."""
+    queue = gpu(4)
+    for submitted in queue.submitted:
+        submitted.set()
+    owner: Any = runner if place == "prepare" else Run
+    real, visits = getattr(owner, place), []
+
+    def visit(*args: Any) -> Any:
+        visits.append(place)
+        if len(visits) == (2 if place == "prepare" else 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr(owner, place, visit)
+    code, out, err = cli(*SWEEP, *batches, "seeds=1,2,3,4")
+    assert code == 130
+    assert err.count("to finish the whole multirun") == 1
+    statuses = [row["status"] for row in rows(sweep_of(out))]
+    assert statuses[0] == "complete"
+    assert statuses[-1] == "not run"
+    assert cli(f"resume={sweep_of(out)}")[0] == 0
+    assert [row["status"] for row in rows(sweep_of(out))] == ["complete"] * 4
+    assert queue.count == 4

@@ -30,6 +30,7 @@ from zimage_runner.resume.progress import Retry
 from zimage_runner.signals import graceful_stop
 from zimage_runner.sweep.compose import compose_quickly
 from zimage_runner.sweep.config import PLUGIN_MODULE
+from zimage_runner.sweep.report import exit_codes
 
 if TYPE_CHECKING:
     from zimage_runner.warm import Executors
@@ -52,6 +53,8 @@ class WarmLauncher(Launcher):
         self.task_function = task_function
         self.config = config
         self.composer = compose_quickly(hydra_context.config_loader)
+        self.signal_name: str | None = None
+        """What ended an earlier batch of this multirun: its sweeper may come with more."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run all jobs; their returns in the order given."""
@@ -65,13 +68,16 @@ class WarmLauncher(Launcher):
         configs = [self._compose(list(o), initial_job_idx + n) for n, o in enumerate(job_overrides)]
         returns: dict[int, JobReturn] = {}
         with graceful_stop() as stop, shared_executors(stop, overlaps=self.keep_going) as executors:
+            if self.signal_name is not None:
+                stop.set(self.signal_name)
             for n in warm_order(configs):
                 returns[n] = self._run(configs[n], executors)
                 if not self.keep_going and returns[n].return_value:
                     log.warning("job %d failed: the jobs after it are not run (keep_going=false)", initial_job_idx + n)
                     break
             executors.catch_up()
-            if stop:
+            if stop and self.signal_name is None:
+                self.signal_name = stop.signal_name
                 say(f"to finish the whole multirun: {resume_command(directory.absolute())}")
         return [returns.get(n) or _not_run(EXIT_ITEMS_FAILED) for n in range(len(configs))]
 
@@ -96,14 +102,19 @@ class WarmLauncher(Launcher):
             say(f"job {config.hydra.job.num} {what} ({_directory(config)})")
             if retry_failed:
                 return _not_run(EXIT_ITEMS_FAILED)
-        result = run_job(
-            task_function=self.task_function,
-            config=config,
-            job_dir_key="hydra.sweep.dir",
-            job_subdir_key="hydra.sweep.subdir",
-            hydra_context=self.hydra_context,
-            configure_logging=False,
-        )
+        try:
+            result = run_job(
+                task_function=self.task_function,
+                config=config,
+                job_dir_key="hydra.sweep.dir",
+                job_subdir_key="hydra.sweep.subdir",
+                hydra_context=self.hydra_context,
+                configure_logging=False,
+            )
+        except KeyboardInterrupt:  # while it got ready
+            if not executors.stop:
+                raise
+            return _not_run(EXIT_INTERRUPTED)
         if result.status is JobStatus.FAILED:
             error = result._return_value
             executors.close()  # whatever state it is in
@@ -118,6 +129,7 @@ def _directory(config: DictConfig) -> Path:
 
 
 def _not_run(code: int) -> JobReturn:
+    exit_codes.append(code)  # Hydra tells no callback of it
     result = JobReturn()
     result.status, result.return_value = JobStatus.COMPLETED, code
     return result

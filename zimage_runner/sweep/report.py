@@ -32,7 +32,8 @@ EXIT_OF_STATUS = {
     "stopped": EXIT_INTERRUPTED,
 }
 exit_codes: list[int] = []
-"""Of the last multirun's jobs. Jobs of launchers that use other processes can tell it no other way."""
+"""Of the last multirun's jobs, the more exact of those that were not run first. Jobs of launchers that use other
+processes can tell it no other way."""
 
 COLUMNS = ("status", "done", "failed", "seconds_per_image", "directory")
 
@@ -95,7 +96,7 @@ class SweepReport(Callback):
         """Write summary.csv, summary.md and the grid into the sweep's directory."""
         root = Path(str(config.hydra.sweep.dir))
         jobs = self._jobs(root, expected_jobs(config))
-        exit_codes[:] = [job.code for job in jobs]
+        exit_codes.extend(job.code for job in jobs)
         if not jobs or all(job.summary == {} for job in jobs):
             return
         fields = varying_fields(jobs)
