@@ -89,12 +89,15 @@ class Lanes(Generic[Ticket]):
         """``kernel``: needed for packed chunks."""
         self._driver = driver
         self._kernel = kernel
-        self._staging: int | None = None
-        """Device memory that packed chunks are unpacked from, taken when the first one comes. One serves all lanes: a
-        stream's work is done in order, so that the next copy waits for the kernel that reads the last one."""
         with ExitStack() as made:
             self._stream = driver.stream()
             made.callback(driver.destroy_stream, self._stream)
+            self._staging = 0
+            """Device memory that packed chunks are unpacked from. One serves all lanes: a stream's work is done in
+            order, so that the next copy waits for the kernel that reads the last one."""
+            if kernel is not None:
+                self._staging = driver.allocate(CHUNK_BYTES)
+                made.callback(driver.free, self._staging, CHUNK_BYTES)
             self._buffers, self._events = [], []
             for _ in range(LANES):
                 self._buffers.append(pinned_ahead.take() or driver.allocate_pinned(CHUNK_BYTES))
@@ -131,9 +134,6 @@ class Lanes(Generic[Ticket]):
     def _unpack(self, host: int, frame: Frame, target: int) -> None:
         """Start the copy of a packed chunk and what unpacks it behind the copy."""
         assert self._kernel is not None
-        if self._staging is None:
-            self._staging = self._driver.allocate(CHUNK_BYTES)
-            self._held.callback(self._driver.free, self._staging, CHUNK_BYTES)
         self._driver.copy_to_device(self._staging, host, frame.nbytes, self._stream)
         self._kernel.launch(self._staging, target, frame, self._stream)
 
