@@ -15,21 +15,18 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-from zimage_runner import __version__
 from zimage_runner.errors import UserError
 from zimage_runner.model import Model, Prepare
 from zimage_runner.weights import prepared
 from zimage_runner.weights.cache import write_json
 from zimage_runner.weights.checkpoint import Checkpoint
-from zimage_runner.weights.digest import sampled_digests
 from zimage_runner.weights.layout import Layout, inspect
+from zimage_runner.weights.manifest import describe, is_bfloat16
 from zimage_runner.weights.names import COMPONENTS
 from zimage_runner.weights.packed_writer import write_packed
 from zimage_runner.weights.pieces import Piece, PlannedTensor, pieces, plan_component, read_bfloat16
 from zimage_runner.weights.prepared import Prepared, UnusablePrepared
-from zimage_runner.weights.safetensors_header import read_header
 from zimage_runner.weights.safetensors_writer import create
 from zimage_runner.weights.threads import Threads
 from zimage_runner.weights.verify import remember, sha256_of
@@ -58,7 +55,7 @@ def ensure_prepared(checkpoint: Checkpoint, model: Model, dtype: str) -> Prepare
         layout = inspect(checkpoint.path)
         if model.prepare is Prepare.auto and layout.weight_bytes < AUTO_BYTES:
             return None
-        if dtype != "bfloat16" and not _is_bfloat16(layout):
+        if dtype != "bfloat16" and not is_bfloat16(layout):
             return None
         try:
             found = build(checkpoint, model)
@@ -119,9 +116,7 @@ def _make(
                 sha256[component] = hashing.submit(sha256_of, path, lambda count: hashing.check())
         digests = {component: future.result() for component, future in sha256.items()}
         names = _copy_configs(layout, temporary)
-        write_json(
-            temporary / prepared.MANIFEST, _manifest(checkpoint, layout, plan, temporary, digests, names, packed)
-        )
+        write_json(temporary / prepared.MANIFEST, describe(checkpoint, layout, plan, temporary, digests, names, packed))
         os.rename(temporary, target)
         _sync_folder(target.parent)
         for component, digest in digests.items():
@@ -182,59 +177,6 @@ def _copy_configs(layout: Layout, target: Path) -> list[str]:
         shutil.copyfile(path, target / name)
         names.append(name.as_posix())
     return names
-
-
-def _manifest(
-    checkpoint: Checkpoint,
-    layout: Layout,
-    plan: dict[str, list[PlannedTensor]],
-    folder: Path,
-    sha256: dict[str, str],
-    config_files: list[str],
-    packed: bool,
-) -> dict[str, Any]:
-    import torch
-
-    files = {component: read_header(prepared.component_file(folder, component)) for component in COMPONENTS}
-    sampled = dict(zip(files, sampled_digests(list(files.values())), strict=True))
-    return {
-        "format": prepared.FORMAT,
-        "version": prepared.VERSION,
-        "source": {
-            "path": str(layout.path),
-            "revision": checkpoint.revision,
-            "digest": checkpoint.digest,
-            "files": {path.relative_to(layout.path).as_posix(): path.stat().st_size for path in layout.weight_paths},
-        },
-        "dtype": "bfloat16",
-        "packed": packed,
-        "lossless": _is_bfloat16(layout),
-        "versions": {"zimage_runner": __version__, "torch": torch.__version__},
-        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "config_files": config_files,
-        "components": {
-            component: {
-                "file": prepared.component_file(Path(), component).as_posix(),
-                "size": files[component].size,
-                "sha256": sha256[component],
-                "sampled_sha256": sampled[component],
-                "tensors": len(tensors),
-                "fused": {t.name: [name for name, _, _ in t.sources] for t in tensors if len(t.sources) > 1},
-                "left_out": _left_out(layout, component, tensors),
-            }
-            for component, tensors in plan.items()
-        },
-    }
-
-
-def _left_out(layout: Layout, component: str, plan: list[PlannedTensor]) -> list[str]:
-    used = {name for tensor in plan for name, _, _ in tensor.sources}
-    return sorted(name for file in layout.weights[component] for name in file.tensors if name not in used)
-
-
-def _is_bfloat16(layout: Layout) -> bool:
-    infos = (info for files in layout.weights.values() for file in files for info in file.tensors.values())
-    return all(info.dtype == "BF16" for info in infos)
 
 
 def _root_with_room(model: Model, nbytes: int) -> Path:

@@ -1,0 +1,71 @@
+"""What a prepared checkpoint says of itself: its source, what was fused or left out, digests, versions."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from zimage_runner import __version__
+from zimage_runner.weights import prepared
+from zimage_runner.weights.checkpoint import Checkpoint
+from zimage_runner.weights.digest import sampled_digests
+from zimage_runner.weights.layout import Layout
+from zimage_runner.weights.names import COMPONENTS
+from zimage_runner.weights.pieces import PlannedTensor
+from zimage_runner.weights.safetensors_header import read_header
+
+
+def describe(
+    checkpoint: Checkpoint,
+    layout: Layout,
+    plan: dict[str, list[PlannedTensor]],
+    folder: Path,
+    sha256: dict[str, str],
+    config_files: list[str],
+    packed: bool,
+) -> dict[str, Any]:
+    """The manifest of what was made in ``folder``, whose files have these sha256."""
+    import torch
+
+    files = {component: read_header(prepared.component_file(folder, component)) for component in COMPONENTS}
+    sampled = dict(zip(files, sampled_digests(list(files.values())), strict=True))
+    return {
+        "format": prepared.FORMAT,
+        "version": prepared.VERSION,
+        "source": {
+            "path": str(layout.path),
+            "revision": checkpoint.revision,
+            "digest": checkpoint.digest,
+            "files": {path.relative_to(layout.path).as_posix(): path.stat().st_size for path in layout.weight_paths},
+        },
+        "dtype": "bfloat16",
+        "packed": packed,
+        "lossless": is_bfloat16(layout),
+        "versions": {"zimage_runner": __version__, "torch": torch.__version__},
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "config_files": config_files,
+        "components": {
+            component: {
+                "file": prepared.component_file(Path(), component).as_posix(),
+                "size": files[component].size,
+                "sha256": sha256[component],
+                "sampled_sha256": sampled[component],
+                "tensors": len(tensors),
+                "fused": {t.name: [name for name, _, _ in t.sources] for t in tensors if len(t.sources) > 1},
+                "left_out": _left_out(layout, component, tensors),
+            }
+            for component, tensors in plan.items()
+        },
+    }
+
+
+def _left_out(layout: Layout, component: str, plan: list[PlannedTensor]) -> list[str]:
+    used = {name for tensor in plan for name, _, _ in tensor.sources}
+    return sorted(name for file in layout.weights[component] for name in file.tensors if name not in used)
+
+
+def is_bfloat16(layout: Layout) -> bool:
+    """Whether every tensor is bfloat16 already, so that preparing rounds nothing."""
+    infos = (info for files in layout.weights.values() for file in files for info in file.tensors.values())
+    return all(info.dtype == "BF16" for info in infos)
