@@ -56,6 +56,8 @@ class Display:
         self._planned, self._before = planned, settled
         self._pace = Pace(planned, settled)
         self._bar: tqdm | None = None
+        self.tells = True
+        """Whether lines are told: not while the log is another run's."""
 
     def open(self) -> None:
         """Show the bar, if this is a terminal. Harmless when called twice."""
@@ -67,7 +69,7 @@ class Display:
         """So many are settled now."""
         if self._bar is not None:
             self._bar.update(settled - self._bar.n)
-        if line := self._pace.line(settled):
+        if self.tells and (line := self._pace.line(settled)):
             log.info("%s", line)
             if not sys.stderr.isatty():
                 say(line)

@@ -80,12 +80,15 @@ class Run:
             self._guarded(self._submit)
             self._on_submitted()
             unless_begun.pop_all()
+        self._display.tells = False
 
     def _submit(self) -> None:
         self._drawing.begin(self.executor, self._batches(), self.executors.stop, self._on_submitted)
 
     def end(self) -> int:
         """Wait until everything is written, draw once more what came out bad, report; the exit code."""
+        self._display.tells = True
+        self.summary.leave_out_wait()
         with self._open:
             self._guarded(self._finish_drawing)
         self.executors.last_arrival = self.summary.last_arrival

@@ -1,17 +1,20 @@
-"""kill -9 of the process and of its worker at random instants."""
+"""kill -9 of the process, of its worker and of whole multiruns at random instants."""
 
 from __future__ import annotations
 
+import csv
+import json
 import random
 import time
 
 import pytest
 
-from tests.faults.driver import Run, all_gone, children_of, kill
+from tests.faults.driver import PROMPTS, Run, all_gone, children_of, kill
+from zimage_runner.resume.sweep import is_sweep
 
 PROCESS = ["executor=process", "executor.backoff_s=0.01", "executor.max_restarts=1000"]
 CAMPAIGN = 7
-"""Seeds of the long form: 7 x (12 + 10 + 10) = 224 kills."""
+"""Seeds of the long form: 7 x (12 + 10 + 10 + 10) = 294 kills."""
 
 
 def kill_the_process(tmp_path, overrides: list[str], rounds: int, seed: int) -> None:
@@ -56,12 +59,54 @@ def kill_the_worker(tmp_path, kills: int, seed: int) -> None:
     run.check()
 
 
+def kill_the_multirun(tmp_path, jobs: int, rounds: int, seed: int) -> None:
+    """Kill it ``rounds`` times, between its jobs and within them, then let it finish."""
+    rng = random.Random(seed)
+    sweep = tmp_path / "sweep"
+    process_of = Run(tmp_path, run_dir=sweep)
+    runs = [Run(tmp_path, seeds=3, run_dir=sweep / str(job)) for job in range(jobs)]
+    prompts = json.dumps(PROMPTS, ensure_ascii=False)
+    names = ",".join(f"job{job}" for job in range(jobs))
+    new = [
+        "-m", f"prompts.texts={prompts}", 'seeds="0-2"', f"name={names}", f"hydra.sweep.dir={sweep}",
+        "output.min_free_gb=0", "warmup=none", "hydra.callbacks.sweep_report.grid=false",
+    ]  # fmt: skip
+    process_of.argv = lambda: [f"resume={sweep}"] if is_sweep(sweep) else new  # type: ignore[method-assign]
+    for n in range(rounds):
+        before = sum((run.run_dir / "records.jsonl").exists() for run in runs)
+        process = process_of.start(ITEM_SECONDS=0.002)
+        deadline = time.monotonic() + 30
+        while n and process.is_alive() and time.monotonic() < deadline:
+            begun = sum((run.run_dir / "records.jsonl").exists() for run in runs)
+            if begun >= min(jobs, before + 1):
+                break
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.15 if n else 0.6))
+        assert process.pid is not None
+        kill(process.pid)
+        process.join(10)
+        for run in runs:
+            if run.started and (run.run_dir / "records.jsonl").exists():
+                run.check(complete=False)
+    assert process_of.execute() == 0, process_of.log
+    for run in runs:
+        run.check()
+        summary = json.loads((run.run_dir / "summary.json").read_bytes())
+        assert (summary["status"], summary["items"]["remaining"]) == ("complete", 0)
+    with (sweep / "summary.csv").open() as table:
+        assert [row["status"] for row in csv.DictReader(table)] == ["complete"] * jobs
+
+
 def test_the_process_a_few_times(tmp_path):
     kill_the_process(tmp_path, [], 4, 100)
 
 
 def test_the_process_with_its_worker_a_few_times(tmp_path):
     kill_the_process(tmp_path, PROCESS, 2, 100)
+
+
+def test_the_multirun_a_few_times(tmp_path):
+    kill_the_multirun(tmp_path, 4, 3, 100)
 
 
 def test_the_worker_a_few_times(tmp_path):
@@ -84,3 +129,9 @@ def test_the_process_with_its_worker(tmp_path, seed):
 @pytest.mark.parametrize("seed", range(CAMPAIGN))
 def test_the_worker(tmp_path, seed):
     kill_the_worker(tmp_path, 10, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(CAMPAIGN))
+def test_the_multirun(tmp_path, seed):
+    kill_the_multirun(tmp_path, 12, 10, seed)

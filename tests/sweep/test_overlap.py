@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,8 @@ from zimage_runner.errors import BadPictureError, UserError
 from zimage_runner.executors.base import Executor, GeneratedBatch
 from zimage_runner.exit_codes import Later, when_known
 from zimage_runner.outputs.atomic import DiskError
-from zimage_runner.outputs.writer import Writer
+from zimage_runner.outputs.summary import Summary
+from zimage_runner.outputs.writer import Outcome, PictureJob, Writer
 from zimage_runner.plan import WorkItem
 from zimage_runner.run import Run
 from zimage_runner.signals import StopRequest
@@ -221,6 +223,24 @@ def test_with_keep_going_false_the_code_is_known_first(cli: Cli, gpu: Callable[[
     code, out, _ = cli(*SWEEP, "seeds=1,2", "hydra.launcher.keep_going=false")
     assert code == 1
     assert [row["status"] for row in rows(sweep_of(out))] == ["failures", "not run"]
+
+
+def test_waiting_for_the_next_job_counts_for_neither(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("zimage_runner.outputs.summary.time", SimpleNamespace(perf_counter=lambda: now))
+    totals = []
+    for planned in (1, 2):
+        now = 100.0
+        summary = Summary(tmp_path, planned=planned)
+        summary.start_clock()
+        now = 103.0
+        picture = PictureJob(item_dir="items/a/seed_1", index=0, seed=1, fingerprint="", recipe={})
+        summary.add(Outcome(job=picture, status="ok", arrived=103.0))
+        now = 160.0  # the next job was warmed up; the second picture, where there is one, is waited for
+        summary.leave_out_wait()
+        now = 161.0
+        totals.append(summary.to_dict({})["total_seconds"])
+    assert totals == [4.0, 61.0]
 
 
 class Idle(Executor):

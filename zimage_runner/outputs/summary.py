@@ -61,12 +61,19 @@ class Summary:
         self._lock = threading.Lock()
         self._started = time.perf_counter()
         self._clock = self._started
+        self._last_settled = self._started
+        self._waited = 0.0
         self._busy_until = 0.0
         self._arrivals: list[tuple[float, float]] = []
 
     def start_clock(self) -> None:
         """The session is ready: the first image counts from here."""
-        self._clock = time.perf_counter()
+        self._clock = self._last_settled = time.perf_counter()
+
+    def leave_out_wait(self) -> None:
+        """The run's end begins. Where it comes late, what has passed since the last picture was another run's time."""
+        if self.settled == self.planned:
+            self._waited = time.perf_counter() - self._last_settled
 
     def not_before(self, instant: float) -> None:
         """The device was busy with another run until then (time.perf_counter()): the first image counts from there."""
@@ -85,6 +92,7 @@ class Summary:
     def add(self, outcome: Outcome) -> None:
         """Count a finished or failed item."""
         with self._lock:
+            self._last_settled = time.perf_counter()
             if outcome.status == "ok":
                 self.ok += 1
                 self._arrivals.append((outcome.arrived, outcome.seconds))
@@ -110,7 +118,7 @@ class Summary:
             },
             "phases": report.get("phases", {}),
             "images": self._image_seconds(),
-            "total_seconds": time.perf_counter() - self._started,
+            "total_seconds": time.perf_counter() - self._started - self._waited,
             "session": report,
             "failed": self.failed[:LISTED],
             "truncated": self.truncated,
