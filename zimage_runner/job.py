@@ -18,8 +18,8 @@ from zimage_runner.prompts.base import PromptSource
 from zimage_runner.prompts.inline import Inline
 from zimage_runner.prompts.jsonl import Jsonl
 from zimage_runner.prompts.snapshot import SNAPSHOT_NAME
-from zimage_runner.sampling import resolve_sampling
-from zimage_runner.seeds import parse_seeds
+from zimage_runner.sampling import SamplingParams, resolve_sampling
+from zimage_runner.seeds import Seeds, parse_seeds
 from zimage_runner.session import SessionConfig
 from zimage_runner.warmup import WarmupShape
 from zimage_runner.weights.checkpoint import Checkpoint
@@ -98,16 +98,23 @@ class Job:
         }
 
 
+def check(config: RunConfig) -> tuple[SamplingParams, Seeds]:
+    """What can be told of a job without reading prompts or weights. Raises UserError."""
+    params = resolve_sampling(config.sampling, config.model.recommended)
+    config.model.check_size(params.height, params.width)
+    seeds = parse_seeds(config.seeds)
+    config.engine.check(config.model, config.memory, config.compile)
+    prompt_source(config)
+    return params, seeds
+
+
 def prepare(config: RunConfig, memo: dict[str, Any] | None = None) -> Job:
     """Validate everything that can be without torch, read the prompts, find the weights, and plan.
 
     ``memo`` keeps what the next job of the same sweep needs again: the checkpoint's digest and its tokenizer.
     Raises UserError with one line for whatever the user can mend.
     """
-    params = resolve_sampling(config.sampling, config.model.recommended)
-    config.model.check_size(params.height, params.width)
-    seeds = parse_seeds(config.seeds)
-    config.engine.check(config.model, config.memory, config.compile)
+    params, seeds = check(config)
     prompts = read_prompts(prompt_source(config))
     memo = {} if memo is None else memo
     _once(

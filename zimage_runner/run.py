@@ -18,7 +18,7 @@ from zimage_runner.logs import say
 from zimage_runner.outputs.json_text import readable_json
 from zimage_runner.outputs.ledger import Ledger
 from zimage_runner.outputs.run_dir import RunDirectory
-from zimage_runner.outputs.summary import Summary, table
+from zimage_runner.outputs.summary import Summary, brief, table
 from zimage_runner.outputs.writer import Outcome
 from zimage_runner.pace import Display
 from zimage_runner.plan import Fingerprints, WorkItem
@@ -57,6 +57,7 @@ class Run:
         self.reuse = Reuse(job, run_dir, ledger, self.fingerprints, self.report)
         self.summary = Summary(run_dir.path, planned=len(job.plan), already_done=len(progress.done))
         self._drawing: Drawing
+        self._label = executors.job_label
         self._stopped: str | None = None
         self._display = Display(planned=len(job.plan), settled=len(progress.done))
         self._open = contextlib.ExitStack()
@@ -169,7 +170,7 @@ class Run:
             self.run_dir.write_file("summary.json", readable_json(summary))
         except RunStopped as error:
             log.warning("%s", error)
-        say(table(summary))
+        say(f"{self._label}: {brief(summary)}" if self._label else table(summary))
         log.info("the run ended:\n%s", table(summary))
         if self.job.config.report is Report.article:
             say(article_table(summary))

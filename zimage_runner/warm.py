@@ -31,6 +31,8 @@ class Executors:
         self._executor: Executor | None = None
         self._key = ""
         self._unfinished: tuple[Callable[[], int], Later] | None = None
+        self.job_label = ""
+        """How the job at hand is called on the terminal; empty where it is the only one."""
         self.last_arrival = 0.0
         """time.perf_counter() when the last job's last picture was on the host."""
 

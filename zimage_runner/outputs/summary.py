@@ -21,6 +21,8 @@ LISTED = 1000
 """Failures named in summary.json; all are in records.jsonl."""
 PRINTED = 10
 """Failures named on the terminal."""
+SHOWN_SECONDS = 0.005
+"""Shorter phases are not told of in one line."""
 LONGEST_ERROR = 300
 """Characters of an error on the terminal."""
 
@@ -160,6 +162,22 @@ def table(summary: dict[str, Any]) -> str:
         rows.append(("throughput", f"{images['images_per_second']:.2f} images/s"))
     rows += _memory_rows(summary["session"])
     rows.append(("total", f"{summary['total_seconds']:.2f} s"))
+    rows.append(("items", _counts(items)))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join([f"  {name:<{width}}  {value}" for name, value in rows] + _notes(summary))
+
+
+def brief(summary: dict[str, Any]) -> str:
+    """The table in one line, for a job among many; what went wrong follows on lines of its own."""
+    images, phases = summary["images"], summary["phases"]
+    parts = [_counts(summary["items"])]
+    parts += [f"first image {images['first_seconds']:.2f} s"] if images else []
+    parts += [f"then {images['mean_seconds']:.3f} s each"] if "mean_seconds" in images else []
+    parts += [f"{name.replace('_', ' ')} {phases[name]:.2f} s" for name in phases if phases[name] >= SHOWN_SECONDS]
+    return "\n".join([", ".join(parts), *_notes(summary)])
+
+
+def _counts(items: dict[str, int]) -> str:
     counts = f"{items['ok']} done"
     for key, words in (
         ("done_before", "done before"),
@@ -168,9 +186,7 @@ def table(summary: dict[str, Any]) -> str:
         ("remaining", "not done"),
     ):
         counts += f", {items[key]} {words}" if items[key] else ""
-    rows.append(("items", counts))
-    width = max(len(name) for name, _ in rows)
-    return "\n".join([f"  {name:<{width}}  {value}" for name, value in rows] + _notes(summary))
+    return counts
 
 
 def _warmup_rows(report: dict[str, Any]) -> list[tuple[str, str]]:

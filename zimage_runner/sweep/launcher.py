@@ -21,7 +21,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from zimage_runner.errors import error_text
+from zimage_runner.errors import error_text, one_line
 from zimage_runner.exit_codes import EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, when_known
 from zimage_runner.logs import say
 from zimage_runner.outputs.summary import resume_command
@@ -30,13 +30,16 @@ from zimage_runner.resume.progress import Retry
 from zimage_runner.signals import graceful_stop
 from zimage_runner.sweep.compose import compose_quickly
 from zimage_runner.sweep.config import PLUGIN_MODULE
-from zimage_runner.sweep.report import exit_codes
+from zimage_runner.sweep.report import SweptJob, exit_codes, split_overrides, varying_fields
 
 if TYPE_CHECKING:
     from zimage_runner.warm import Executors
 
 log = logging.getLogger(__name__)
 
+COMPLAINTS_TOLD = 10
+LONGEST_VALUE = 40
+"""Characters of a value on the terminal."""
 SESSION_GROUPS = ("model", "engine", "memory", "warmup", "compile", "executor")
 
 
@@ -66,11 +69,15 @@ class WarmLauncher(Launcher):
         if self.config.resume is None:
             keep_first_settings(directory)
         configs = [self._compose(list(o), initial_job_idx + n) for n, o in enumerate(job_overrides)]
+        if self.config.resume is None:
+            self._tell_complaints(configs)
+        labels = job_labels(job_overrides, initial_job_idx)
         returns: dict[int, JobReturn] = {}
         with graceful_stop() as stop, shared_executors(stop, overlaps=self.keep_going) as executors:
             if self.signal_name is not None:
                 stop.set(self.signal_name)
             for n in warm_order(configs):
+                executors.job_label = labels[n]
                 returns[n] = self._run(configs[n], executors)
                 if not self.keep_going and returns[n].return_value:
                     log.warning("job %d failed: the jobs after it are not run (keep_going=false)", initial_job_idx + n)
@@ -80,6 +87,15 @@ class WarmLauncher(Launcher):
                 self.signal_name = stop.signal_name
                 say(f"to finish the whole multirun: {resume_command(directory.absolute())}")
         return [returns.get(n) or _not_run(EXIT_ITEMS_FAILED) for n in range(len(configs))]
+
+    def _tell_complaints(self, configs: Sequence[DictConfig]) -> None:
+        from zimage_runner.sweep.foresee import complaints
+
+        found = list(complaints(configs))
+        for number, why in found[:COMPLAINTS_TOLD]:
+            log.warning("job %d will be refused: %s", number, why)
+        if len(found) > COMPLAINTS_TOLD:
+            log.warning("%d jobs in all will be refused", len(found))
 
     def _compose(self, overrides: list[str], number: int) -> DictConfig:
         config = self.composer.take(self.config, overrides)
@@ -133,6 +149,19 @@ def _not_run(code: int) -> JobReturn:
     result = JobReturn()
     result.status, result.return_value = JobStatus.COMPLETED, code
     return result
+
+
+def job_labels(job_overrides: Sequence[Sequence[str]], first: int) -> list[str]:
+    """``job 3 (seeds=2, sampling.num_inference_steps=4)``: number, and what differs between jobs."""
+    jobs = [
+        SweptJob(number=number, directory=Path(str(number)), overrides=split_overrides(list(overrides)))
+        for number, overrides in enumerate(job_overrides, first)
+    ]
+    fields, labels = varying_fields(jobs), []
+    for job in jobs:
+        swept = ", ".join(f"{name}={one_line(job.overrides.get(name, ''), LONGEST_VALUE)}" for name in fields)
+        labels.append(f"job {job.number} ({swept})" if swept else f"job {job.number}")
+    return labels
 
 
 def warm_order(configs: Sequence[DictConfig]) -> list[int]:

@@ -103,10 +103,13 @@ class SweepReport(Callback):
         with directory(root) as folder:
             write_file(folder, "summary.csv", csv_table(jobs, fields).encode())
             write_file(folder, "summary.md", markdown_table(jobs, fields).encode())
+        say(f"table: {root / 'summary.md'} (and summary.csv)")
         if self._grid and fields:
             from zimage_runner.sweep.grid import write_grids
 
-            write_grids(root, jobs, fields, tile=self._tile)
+            pages = write_grids(root, jobs, fields, tile=self._tile)
+            if pages:
+                say(f"grid: {pages[0]}" if len(pages) == 1 else f"grid: {len(pages)} pages in {pages[0].parent}")
         say(str(root.absolute()), sys.stdout)
 
     def _jobs(self, root: Path, expected: list[dict[str, str]]) -> list[SweptJob]:

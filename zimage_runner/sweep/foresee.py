@@ -1,0 +1,38 @@
+"""What is wrong with jobs of a multirun, told before the first of them begins and not in the middle of the night."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+from omegaconf import Container, DictConfig, OmegaConf
+
+from zimage_runner.config.command_line import command_line_wins
+from zimage_runner.config.messages import CONFIG_ERRORS, explain, unknown_attribute
+from zimage_runner.config.schema import RunConfig
+from zimage_runner.errors import UserError
+from zimage_runner.job import check
+
+Complaint = tuple[int, str]
+"""Number of a job, and why it will be refused."""
+
+
+def complaints(configs: Sequence[DictConfig]) -> Iterator[Complaint]:
+    """Jobs that will be refused, as far as that can be told without reading prompts or weights."""
+    for config in configs:
+        try:
+            command_line_wins(config, config.hydra.overrides.task)
+            check(_run_config(config))
+        except AttributeError as error:  # OmegaConf's way to say that +group.field=value is no field
+            yield config.hydra.job.num, unknown_attribute(error)
+        except (UserError, *CONFIG_ERRORS) as error:
+            yield config.hydra.job.num, explain(error)
+
+
+def _run_config(config: DictConfig) -> RunConfig:
+    """As the job itself will make it; without copying the part that is Hydra's, which is the larger one."""
+    values = {}
+    for name in (field.name for field in dataclasses.fields(RunConfig)):
+        value = config[name]
+        values[name] = OmegaConf.to_object(value) if isinstance(value, Container) else value
+    return RunConfig(**values)
