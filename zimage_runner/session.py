@@ -14,7 +14,7 @@ from zimage_runner import monitor
 from zimage_runner.bytecode import keep_bytecode
 from zimage_runner.compile import Compile
 from zimage_runner.embedding_cache import EmbeddingCache, EmbeddingCacheConfig, foresees
-from zimage_runner.engines.base import DenoiseRequest, Engine, EngineConfig
+from zimage_runner.engines.base import DenoiseRequest, Engine, EngineConfig, LoadRequest
 from zimage_runner.executors.base import GeneratedBatch
 from zimage_runner.executors.faults import is_out_of_memory
 from zimage_runner.head_start import wait_without_spinning
@@ -217,7 +217,7 @@ class Session:
         config.memory.apply_environment()
         config.compile.apply_environment()
         started = time.perf_counter()
-        self._engine = config.engine.create(
+        request = LoadRequest(
             checkpoint=config.checkpoint,
             model=config.model,
             memory=config.memory,
@@ -226,6 +226,7 @@ class Session:
             # A warm-up that draws has been asked to come first and to tell what that costs.
             first_shape=None if config.warmup.generates else next(iter(self._shapes), None),
         )
+        self._engine = config.engine.create(request)
         self._engine.synchronize()
         engine = self._engine
         self._report = {

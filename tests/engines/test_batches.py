@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from zimage_runner.compile import NoCompile
-from zimage_runner.engines.base import DenoiseRequest, Engine, EngineConfig
+from zimage_runner.engines.base import DenoiseRequest, Engine, EngineConfig, LoadRequest
 from zimage_runner.engines.diffusers import DiffusersEngine
 from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.engines.noise import draw_noise
@@ -25,7 +25,7 @@ TOLERANCE = 1e-4
 def load(config: EngineConfig, nano: Path) -> Engine:
     model = Model(name="zimage_nano", source=Source.embedded)
     checkpoint = Checkpoint(path=nano, revision="", digest="")
-    return config.create(checkpoint=checkpoint, model=model, memory=Resident(), compile=NoCompile())
+    return config.create(LoadRequest(checkpoint=checkpoint, model=model, memory=Resident(), compile=NoCompile()))
 
 
 def request(engine: Engine, rows: slice, guidance: float, steps: int = 4) -> DenoiseRequest:

@@ -10,7 +10,7 @@ import torch
 
 from tests.drawing import NANO
 from zimage_runner.compile import NoCompile
-from zimage_runner.engines.base import Device, Engine
+from zimage_runner.engines.base import Device, Engine, LoadRequest
 from zimage_runner.engines.diffusers import DiffusersEngine
 from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.errors import BadPictureError
@@ -21,12 +21,13 @@ from zimage_runner.weights.checkpoint import Checkpoint
 
 @pytest.fixture(scope="module", params=[DiffusersEngine, NativeEngine])
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
-    made = request.param(device=Device.cpu).create(
+    wanted = LoadRequest(
         checkpoint=Checkpoint(path=NANO, revision="test", digest="0" * 64),
         model=Model(name="nano", source=Source.embedded, dtype=Dtype.bfloat16),
         memory=Resident(),
         compile=NoCompile(),
     )
+    made = request.param(device=Device.cpu).create(wanted)
     yield made
     made.close()
 

@@ -14,7 +14,7 @@ import torch
 
 from tests.native.conftest import CHECKPOINT
 from zimage_runner.compile import Compile
-from zimage_runner.engines.base import Device, Engine, EngineConfig
+from zimage_runner.engines.base import Device, Engine, EngineConfig, LoadRequest
 from zimage_runner.engines.diffusers import DiffusersEngine
 from zimage_runner.engines.generate import generate_one
 from zimage_runner.engines.native.config import NativeEngine
@@ -34,7 +34,8 @@ MODEL = Model(name="nano", source=Source.local, path=str(CHECKPOINT))
 
 def create(config: EngineConfig, path: Path = CHECKPOINT, memory: Memory | None = None) -> Any:
     checkpoint = Checkpoint(path=path, revision="test", digest="test")
-    return config.create(checkpoint=checkpoint, model=MODEL, memory=memory or Resident(), compile=Compile())
+    request = LoadRequest(checkpoint=checkpoint, model=MODEL, memory=memory or Resident(), compile=Compile())
+    return config.create(request)
 
 
 @pytest.fixture(scope="module")

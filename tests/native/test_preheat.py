@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.drawing import NANO, PARAMS, session_config
 from tests.native.conftest import CHECKPOINT, captions, noise
 from tests.native.test_travelling import OPTIONS, driver, travelling  # noqa: F401 (fixtures)
-from zimage_runner.engines.base import DenoiseRequest, Device
+from zimage_runner.engines.base import DenoiseRequest, Device, LoadRequest
 from zimage_runner.engines.native import attention as attention_module
 from zimage_runner.engines.native import engine as engine_module
 from zimage_runner.engines.native import preheat
@@ -414,8 +414,8 @@ def test_the_session_tells_the_first_shape(
 ) -> None:
     got: list[WarmupShape | None] = []
 
-    def create(self: NativeEngine, *, first_shape: WarmupShape | None, **_: Any) -> None:
-        got.append(first_shape)
+    def create(self: NativeEngine, request: LoadRequest) -> None:
+        got.append(request.first_shape)
         raise Trouble
 
     monkeypatch.setattr(NativeEngine, "create", create)
@@ -427,10 +427,16 @@ def test_the_session_tells_the_first_shape(
 @pytest.mark.parametrize(("batch_size", "expected"), [(1, SHAPE), (4, SHAPE), ("auto", None)])
 def test_not_while_a_pictures_memory_is_measured(monkeypatch, batch_size, expected) -> None:
     got: list[Any] = []
-    monkeypatch.setattr(NativeEngineAdapter, "load", lambda *args: got.append(args[-1]))
+    monkeypatch.setattr(NativeEngineAdapter, "load", lambda *args: got.append(args[-1].first_shape))
     config = session_config(NativeEngine(device=Device.cpu, batch_size=batch_size), Resident())
-    parts = {"checkpoint": config.checkpoint, "model": config.model, "memory": config.memory, "compile": config.compile}
-    config.engine.create(**parts, first_shape=SHAPE)
+    request = LoadRequest(
+        checkpoint=config.checkpoint,
+        model=config.model,
+        memory=config.memory,
+        compile=config.compile,
+        first_shape=SHAPE,
+    )
+    config.engine.create(request)
     assert got == [expected]
 
 

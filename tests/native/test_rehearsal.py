@@ -139,9 +139,10 @@ def test_which_engines_rehearse(monkeypatch, device, staged, wanted):
 
     monkeypatch.setattr(engine_module, "choose_device", lambda device: device)
     weights: Any = SimpleNamespace(settle=lambda *args: None)
-    memory: Any = SimpleNamespace(staged=staged, apply_limits=lambda device: None)
-    model: Any = SimpleNamespace(dtype="bfloat16")
+    memory = SimpleNamespace(staged=staged, apply_limits=lambda device: None)
+    model = SimpleNamespace(dtype="bfloat16")
+    request: Any = SimpleNamespace(model=model, memory=memory, encodes=True, first_shape=None)
     monkeypatch.setattr(engine_module, "choose_dtype", lambda dtype, device: dtype)
     config: Any = SimpleNamespace(device=device, attention="auto", fused_kernels=True, cuda_graphs=0)
-    engine: Any = Adapter.load(config, weights, model, memory)
+    engine: Any = Adapter.load(config, weights, request)
     assert engine.options.rehearse_decoder == wanted

@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from zimage_runner.engines.base import Engine, EngineConfig
+from zimage_runner.engines.base import Engine, EngineConfig, LoadRequest
 from zimage_runner.engines.device import choose_device
 from zimage_runner.engines.diffusers import DiffusersEngine
 from zimage_runner.engines.native.config import NativeEngine
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from zimage_runner.compile import Compile
     from zimage_runner.memory import Memory
     from zimage_runner.model import Model
-    from zimage_runner.warmup import WarmupShape
-    from zimage_runner.weights.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -45,27 +43,11 @@ class AutoEngine(EngineConfig):
         if self._why_not_native(model, memory, compile) is not None:
             DiffusersEngine(**self._fields()).check(model, memory, compile)
 
-    def create(
-        self,
-        *,
-        checkpoint: Checkpoint,
-        model: Model,
-        memory: Memory,
-        compile: Compile,
-        encodes: bool = True,
-        first_shape: WarmupShape | None = None,
-    ) -> Engine:
-        reason = self._why_not_native(model, memory, compile)
+    def create(self, request: LoadRequest) -> Engine:
+        reason = self._why_not_native(request.model, request.memory, request.compile)
         if reason is None:
             try:
-                return NativeEngine(**self._fields()).create(
-                    checkpoint=checkpoint,
-                    model=model,
-                    memory=memory,
-                    compile=compile,
-                    encodes=encodes,
-                    first_shape=first_shape,
-                )
+                return NativeEngine(**self._fields()).create(request)
             except UserError as error:
                 reason = str(error)
         # Not before the native engine, whose weights are on their way before torch is imported; and not while another
@@ -73,9 +55,7 @@ class AutoEngine(EngineConfig):
         import_torch()
         choose_device(self.device)
         log.warning("engine=auto takes diffusers: %s", reason)
-        return DiffusersEngine(**self._fields()).create(
-            checkpoint=checkpoint, model=model, memory=memory, compile=compile
-        )
+        return DiffusersEngine(**self._fields()).create(request)
 
     def _why_not_native(self, model: Model, memory: Memory, compile: Compile) -> str | None:
         try:

@@ -37,6 +37,23 @@ class Device(enum.Enum):
     cpu = "cpu"
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadRequest:
+    """What an engine is to load, and how."""
+
+    checkpoint: Checkpoint
+    model: Model
+    memory: Memory
+    """Where the weights are to be."""
+    compile: Compile
+    encodes: bool = True
+    """False when every caption's features are expected to be there already: the text encoder need not be loaded before
+    ``Engine.encode`` is called, if it is."""
+    first_shape: WarmupShape | None = None
+    """Of the first batch, where it is known and nothing is drawn before it: an engine may get ready for it while it
+    waits for weights."""
+
+
 @dataclass(kw_only=True, slots=True)
 class EngineConfig(abc.ABC):
     """Common fields of the ``engine`` group. Subclasses add their own and create the engine."""
@@ -64,22 +81,8 @@ class EngineConfig(abc.ABC):
         """Raise UserError for combinations this engine cannot run. Imports no torch."""
 
     @abc.abstractmethod
-    def create(
-        self,
-        *,
-        checkpoint: Checkpoint,
-        model: Model,
-        memory: Memory,
-        compile: Compile,
-        encodes: bool = True,
-        first_shape: WarmupShape | None = None,
-    ) -> Engine:
-        """Load the checkpoint, place it as ``memory`` says, and prepare ``compile``. Imports torch here, not before.
-
-        ``encodes`` is False when every caption's features are expected to be there already: the text encoder need not
-        be loaded before ``Engine.encode`` is called, if it is. ``first_shape`` is that of the first batch, where it is
-        known and nothing is drawn before it: an engine may get ready for it while it waits for weights.
-        """
+    def create(self, request: LoadRequest) -> Engine:
+        """Load what is asked for. Imports torch here, not before."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -13,6 +13,7 @@ from zimage_runner.engines.base import (
     Device,
     Engine,
     EngineConfig,
+    LoadRequest,
     PendingImages,
     ReadyImages,
 )
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from zimage_runner.compile import Compile
     from zimage_runner.memory import Memory
     from zimage_runner.model import Model
-    from zimage_runner.warmup import WarmupShape
-    from zimage_runner.weights.checkpoint import Checkpoint
 
 CAPTION_MULTIPLE = 32
 """The transformer pads captions to this multiple."""
@@ -47,17 +46,8 @@ class DiffusersEngine(EngineConfig):
         check_name(self.attention)
         check_compile(memory, compile)
 
-    def create(
-        self,
-        *,
-        checkpoint: Checkpoint,
-        model: Model,
-        memory: Memory,
-        compile: Compile,
-        encodes: bool = True,
-        first_shape: WarmupShape | None = None,
-    ) -> Engine:
-        return DiffusersPipelineEngine(self, checkpoint, model, memory, compile)
+    def create(self, request: LoadRequest) -> Engine:
+        return DiffusersPipelineEngine(self, request)
 
 
 class DiffusersPipelineEngine(Engine):
@@ -69,23 +59,21 @@ class DiffusersPipelineEngine(Engine):
 
     name = "diffusers"
 
-    def __init__(
-        self, config: DiffusersEngine, checkpoint: Checkpoint, model: Model, memory: Memory, compile: Compile
-    ) -> None:
+    def __init__(self, config: DiffusersEngine, request: LoadRequest) -> None:
         self.load_phases = {}
         with phase(self.load_phases, "import"):
             import torch  # noqa: F401
         # What this machine cannot do is refused before diffusers is imported, which takes many seconds.
         self.device = choose_device(config.device)
-        self.dtype = choose_dtype(model.dtype, self.device)
+        self.dtype = choose_dtype(request.model.dtype, self.device)
         self.attention = choose_backend(config.attention, this_machine(self.device, self.dtype))
         self._setup = Setup(
-            path=checkpoint.path,
+            path=request.checkpoint.path,
             device=self.device,
             dtype=self.dtype,
             attention=self.attention,
-            memory=memory,
-            compile=compile,
+            memory=request.memory,
+            compile=request.compile,
             vae_channels_last=config.vae_channels_last,
         )
         self._setup.check()
@@ -94,11 +82,11 @@ class DiffusersPipelineEngine(Engine):
             from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline  # noqa: F401
 
             quiet_libraries()
-        memory.apply_limits(self.device)
+        request.memory.apply_limits(self.device)
         self.latent_channels = self._setup.transformer_config()["in_channels"]
         self.pipe: Any = None
         self._stage: Stage | None = None
-        self._enter(Stage.encoder if memory.staged else Stage.whole)
+        self._enter(Stage.encoder if request.memory.staged else Stage.whole)
         self.vae_scale_factor = self.pipe.vae_scale_factor
 
     def _enter(self, stage: Stage) -> None:

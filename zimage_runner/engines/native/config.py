@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from zimage_runner.engines.base import Device, Engine, EngineConfig
+from zimage_runner.engines.base import Device, Engine, EngineConfig, LoadRequest
 from zimage_runner.errors import UserError
 
 if TYPE_CHECKING:
     from zimage_runner.compile import Compile
     from zimage_runner.memory import Memory
     from zimage_runner.model import Model
-    from zimage_runner.warmup import WarmupShape
-    from zimage_runner.weights.checkpoint import Checkpoint
+    from zimage_runner.weights.source import WeightsSource
 
 ATTENTION_NAMES = ("auto", "native", "flash3", "cudnn", "flash", "efficient", "math")
 
@@ -58,29 +57,24 @@ class NativeEngine(EngineConfig):
                 "use compile=none, or engine=diffusers"
             )
 
-    def create(
-        self,
-        *,
-        checkpoint: Checkpoint,
-        model: Model,
-        memory: Memory,
-        compile: Compile,
-        encodes: bool = True,
-        first_shape: WarmupShape | None = None,
-    ) -> Engine:
+    def create(self, request: LoadRequest) -> Engine:
         from zimage_runner.head_start import import_torch
-        from zimage_runner.model import Prepare
-        from zimage_runner.weights import prepared, source
 
-        if memory.staged or memory.per_process_fraction is not None:
-            # All networks at once on the device is what staging avoids; a limit of torch's binds its allocator alone.
-            found = None if model.prepare is Prepare.never else prepared.find(checkpoint, model)
-            weights = source.WeightsSource(checkpoint, model, found, preload=None)
-        else:
-            weights = source.begin(checkpoint, model, self.device, encodes)  # on its way while torch is imported below
+        weights = self._weights(request)  # on its way while torch is imported below
         import_torch()
         from zimage_runner.engines.native.engine import NativeEngineAdapter
 
         if self.auto_batch:  # what the first picture takes is measured, so that nothing may be computed beside it
-            first_shape = None
-        return NativeEngineAdapter.load(self, weights, model, memory, encodes, first_shape)
+            request = replace(request, first_shape=None)
+        return NativeEngineAdapter.load(self, weights, request)
+
+    def _weights(self, request: LoadRequest) -> WeightsSource:
+        from zimage_runner.model import Prepare
+        from zimage_runner.weights import prepared, source
+
+        checkpoint, model, memory = request.checkpoint, request.model, request.memory
+        if memory.staged or memory.per_process_fraction is not None:
+            # All networks at once on the device is what staging avoids; a limit of torch's binds its allocator alone.
+            found = None if model.prepare is Prepare.never else prepared.find(checkpoint, model)
+            return source.WeightsSource(checkpoint, model, found, preload=None)
+        return source.begin(checkpoint, model, self.device, request.encodes)

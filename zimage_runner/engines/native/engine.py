@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from zimage_runner.engines.base import DenoiseRequest, Engine, PendingImages
+from zimage_runner.engines.base import DenoiseRequest, Engine, LoadRequest, PendingImages
 from zimage_runner.engines.device import choose_device, choose_dtype
 from zimage_runner.engines.native import preheat
 from zimage_runner.engines.native.assembly import load_text_encoder, load_transformer, load_vae, open_model
@@ -19,8 +19,6 @@ from zimage_runner.engines.native.images import HostCopy, Ready
 from zimage_runner.engines.native.model import Options
 from zimage_runner.engines.native.sampler import Guidance
 from zimage_runner.errors import UserError
-from zimage_runner.memory import Memory
-from zimage_runner.model import Model
 from zimage_runner.warmup import WarmupShape
 from zimage_runner.weights.source import WeightsSource
 
@@ -82,18 +80,10 @@ class NativeEngineAdapter(Engine):
         self.vae_scale_factor = self.model.description.vae.scale
 
     @classmethod
-    def load(
-        cls,
-        config: NativeEngine,
-        weights: WeightsSource,
-        model: Model,
-        memory: Memory,
-        encodes: bool = True,
-        first_shape: WarmupShape | None = None,
-    ) -> NativeEngineAdapter:
+    def load(cls, config: NativeEngine, weights: WeightsSource, request: LoadRequest) -> NativeEngineAdapter:
         """The engine that the configuration asks for."""
-        device = choose_device(config.device)
-        dtype = choose_dtype(model.dtype, device)
+        memory, device = request.memory, choose_device(config.device)
+        dtype = choose_dtype(request.model.dtype, device)
         options = Options(
             device=device,
             dtype=getattr(torch, dtype),
@@ -104,7 +94,7 @@ class NativeEngineAdapter(Engine):
         )
         memory.apply_limits(device)
         weights.settle(device, dtype)
-        return cls(weights, options, memory.staged, encodes, first_shape)
+        return cls(weights, options, memory.staged, request.encodes, request.first_shape)
 
     def encode(self, texts: Sequence[str], max_sequence_length: int) -> list[torch.Tensor]:
         self._load_encoder()
