@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from tests.weights.test_load import FakeEvent, FakeStream
 from tests.weights.test_preload import build_fake, on_device, pace, pinned  # noqa: F401 (pace is a fixture)
 from tests.weights.test_source import host_tensor
+from tests.weights.written_memory import megabytes_to_write
 from zimage_runner.engines.base import Device
 from zimage_runner.engines.native.assembly import load_model
 from zimage_runner.engines.native.model import Options
@@ -263,27 +264,7 @@ def test_killed_preparation_leaves_nothing_that_is_used(sharded: Path, runner_ca
 
 def test_memory_is_bounded(tmp_path: Path) -> None:
     """Packing 0.6 GB of fp32 with frames of full size takes no more than a few of them for each thread."""
-    code = r"""
-import re, sys
-from pathlib import Path
-from zimage_runner.weights.layout import Layout
-from zimage_runner.weights.pieces import plan_component
-from zimage_runner.weights.prepare import _write_component
-from zimage_runner.weights.safetensors_header import read_header
-from zimage_runner.weights.safetensors_writer import create
-folder = Path(sys.argv[1])
-create(folder / "big.safetensors", {f"layers.{i}.feed_forward.w2.weight": ("F32", (5000, 5000)) for i in range(6)}, {})
-layout = Layout(folder, {"transformer": {}}, {"transformer": [read_header(folder / "big.safetensors")]}, [])
-import torch, zimage_runner.weights.pack
-torch.zeros(8).to(torch.bfloat16)
-def memory(field): return int(re.search(field + r":\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) // 1024
-before = memory("VmRSS")
-Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-_write_component(folder / "out" / "x.safetensors", "transformer", plan_component(layout, "transformer"), packed=True)
-print(memory("VmHWM") - before)
-"""
-    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert 0 < int(result.stdout) < 800
+    assert 0 < megabytes_to_write(tmp_path, "packed") < 800
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from tests.weights.written_memory import megabytes_to_write
 from zimage_runner.errors import UserError
 from zimage_runner.model import Model, Prepare, Source
 from zimage_runner.weights import prepare, prepared
@@ -239,27 +240,7 @@ def test_processes_at_once_make_one(nano: Path) -> None:
 
 def test_memory_is_bounded(tmp_path: Path) -> None:
     """Preparing 0.6 GB of fp32 takes no more memory than a few pieces of 32 MB, above what importing torch takes."""
-    code = r"""
-import re, sys
-from pathlib import Path
-from zimage_runner.weights.layout import Layout
-from zimage_runner.weights.pieces import plan_component
-from zimage_runner.weights.prepare import _write_component
-from zimage_runner.weights.safetensors_header import read_header
-from zimage_runner.weights.safetensors_writer import create
-folder = Path(sys.argv[1])
-create(folder / "big.safetensors", {f"layers.{i}.feed_forward.w2.weight": ("F32", (5000, 5000)) for i in range(6)}, {})
-layout = Layout(folder, {"transformer": {}}, {"transformer": [read_header(folder / "big.safetensors")]}, [])
-import torch
-torch.zeros(8).to(torch.bfloat16)
-def memory(field): return int(re.search(field + r":\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) // 1024
-before = memory("VmRSS")
-Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-_write_component(folder / "out" / "x.safetensors", "transformer", plan_component(layout, "transformer"))
-print(memory("VmHWM") - before)
-"""
-    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert 0 < int(result.stdout) < 400
+    assert 0 < megabytes_to_write(tmp_path) < 400
 
 
 def test_odd_dtypes_are_refused(nano: Path) -> None:
