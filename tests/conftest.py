@@ -6,6 +6,7 @@ import contextlib
 import gc
 import io
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,10 @@ else:  # the same examples every time, however busy the machine; for others: --h
 
 # Two workers share two cores: threads of one would only get in the other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell that runs the suite in the background has it ignore SIGINT, and so every process that a test interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 NANO = Path(__file__).parent.parent / "zimage_runner" / "assets" / "zimage_nano"
 

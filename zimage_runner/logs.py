@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,8 @@ from typing import TextIO
 
 from zimage_runner.errors import one_line
 
+NOBODY_READS = (errno.EIO, errno.EPIPE)
+"""What writing to a closed terminal or pipe fails with."""
 LOGGER = logging.getLogger("zimage_runner")
 
 
@@ -50,12 +54,25 @@ def say(text: str, file: TextIO | None = None) -> None:
     """
     stream: TextIO = file or sys.stderr
     bars = sys.modules.get("tqdm")  # without it there is no bar
-    with contextlib.suppress(OSError, ValueError):
+    try:
         if bars is None:
             print(text, file=stream, flush=True)
         else:
             bars.tqdm.write(text, file=stream)
             stream.flush()
+    except OSError as error:
+        if error.errno in NOBODY_READS:
+            _silence(stream)
+    except ValueError:
+        pass  # it is closed
+
+
+def _silence(stream: TextIO) -> None:
+    """Let everything go nowhere, also what is still in its buffer: Python exits with 120 if it cannot write that."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 class _RunLog(logging.FileHandler):

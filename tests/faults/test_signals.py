@@ -157,6 +157,7 @@ def test_a_terminal_that_closes_does_not_end_a_run_under_nohup(tmp_path):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
 
     environment = {**os.environ, "FAULTS_ITEM_SECONDS": "0.05", "FAULTS_DIR": str(tmp_path)}
+    environment.pop("PYTHONUNBUFFERED", None)  # what cannot be written waits in a buffer until the process ends
     command = [sys.executable, "-m", "tests.faults.driver", *run.argv()]
     process = subprocess.Popen(
         command, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=own_terminal, env=environment
