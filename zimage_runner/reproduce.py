@@ -29,6 +29,7 @@ from zimage_runner.exit_codes import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_ITEM
 from zimage_runner.help import CONFIG_DIR
 from zimage_runner.job import Job, prepare
 from zimage_runner.logs import log_to_terminal
+from zimage_runner.outputs.ledger import IMAGE
 from zimage_runner.outputs.metadata import read_metadata
 from zimage_runner.outputs.picture import encode_png
 from zimage_runner.prompts.inline import Inline
@@ -81,7 +82,7 @@ def reproduce(path: Path, overrides: Sequence[str]) -> int:
 def read_recipe(path: Path) -> dict[str, Any]:
     """The picture's own recipe. Raises UserError if it has none, or one that is not a recipe."""
     if not path.is_file():
-        inside = f": give the picture in it, {path / 'image.png'}" if (path / "image.png").is_file() else ""
+        inside = f": give the picture in it, {path / IMAGE}" if (path / IMAGE).is_file() else ""
         what = (
             f"is a folder{inside or ': give a PNG picture'}" if path.is_dir() else "does not exist: give a PNG picture"
         )

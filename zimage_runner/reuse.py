@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import glob
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,13 +15,10 @@ from zimage_runner.job import Job
 from zimage_runner.outputs import atomic
 from zimage_runner.outputs.config import Fsync
 from zimage_runner.outputs.json_text import readable_json
-from zimage_runner.outputs.ledger import Entry, Ledger
+from zimage_runner.outputs.ledger import IMAGE, RECORD, RECORDS, Entry, Ledger
 from zimage_runner.outputs.run_dir import RunDirectory
 from zimage_runner.plan import Fingerprints, Plan, WorkItem
-from zimage_runner.resume.progress import IMAGE, damage
-
-RECORDS, RECORD = "records.jsonl", "record.json"
-_NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES)
+from zimage_runner.resume.progress import damage
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,29 +145,13 @@ def adopt(
     try:
         atomic.make_dirs(run_dir.dir_fd, item.item_dir, sync=sync)
         with atomic.directory(item.item_dir, run_dir.dir_fd) as folder:
-            _place(existing.folder / IMAGE, folder)
+            atomic.link_or_copy(existing.folder / IMAGE, folder, IMAGE)
             atomic.write_file(folder, RECORD, readable_json({**head, **kept, **recipe, **tail}), sync=sync)
             if sync:
                 atomic.sync_dir(folder, ".")
     except OSError as error:
         raise atomic.disk_error(error, str(run_dir.path / item.item_dir)) from error
     ledger.append({**head, **tail}, sync=sync)
-
-
-def _place(source: Path, folder: int) -> None:
-    temporary = IMAGE + atomic.TMP_SUFFIX
-    atomic.remove(folder, temporary)
-    try:
-        os.link(source, temporary, dst_dir_fd=folder)
-    except OSError as error:
-        if error.errno not in _NO_LINK:
-            raise
-        target = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=folder)
-        with source.open("rb") as read, os.fdopen(target, "wb") as write:
-            shutil.copyfileobj(read, write, 1 << 20)
-    os.rename(temporary, IMAGE, src_dir_fd=folder, dst_dir_fd=folder)
-    # Renaming a link onto the same file does nothing and leaves the temporary name.
-    atomic.remove(folder, temporary)
 
 
 def _kept_fields(record: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from zimage_runner.exit_codes import EXIT_ITEMS_FAILED, EXIT_OK, Later, refuse
 from zimage_runner.job import Job, prepare
 from zimage_runner.logs import run_log, say
 from zimage_runner.outputs.json_text import readable_json
-from zimage_runner.outputs.ledger import Ledger
+from zimage_runner.outputs.ledger import RECORDS, Ledger
 from zimage_runner.outputs.run_dir import RunDirectory
 from zimage_runner.outputs.summary import Summary
 from zimage_runner.resume import Progress, survey
@@ -27,8 +27,6 @@ from zimage_runner.signals import PATIENCE, graceful_stop
 from zimage_runner.warm import Executors, current_executors
 
 log = logging.getLogger(__name__)
-
-RECORDS = "records.jsonl"
 
 
 def execute(composed: Composed) -> int | Later:

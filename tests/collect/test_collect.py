@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -220,3 +222,34 @@ def test_formats_that_are_refused(
     assert main([str(run), "into=all", *options]) == 2
     assert message in capsys.readouterr().err
     assert not Path("all").exists()
+
+
+def test_another_quality_is_made_when_asked(run: Path) -> None:
+    sizes = []
+    for quality in ("100", "1"):
+        assert main([str(run), "into=all", "format=jpeg", f"quality={quality}", "overwrite=true"]) == 0
+        sizes.append(sum(path.stat().st_size for path in Path("all").glob("*.jpg")))
+    assert sizes[1] < sizes[0]
+
+
+def test_a_copy_that_was_begun_is_no_picture(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On another disk; killed in the middle of a copy, the next call makes it whole."""
+
+    def no_link(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EXDEV, "another disk")
+
+    def killed(read: Any, write: Any, size: int) -> None:
+        write.write(read.read(9))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "link", no_link)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfileobj", killed)
+        assert main([str(run), "into=all"]) == 130
+    assert not list(Path("all").glob("*.png"))
+    assert main([str(run), "into=all"]) == 0
+    assert sorted(os.listdir("all")) == ["00000_a_cat_seed_12.png", "00001_a_dog_seed_3.png", "metadata.jsonl"]
+    (cat, dog) = rows("all")
+    for row in (cat, dog):
+        assert Path(row["source"]).read_bytes() == Path("all", row["file_name"]).read_bytes()
+        assert not os.path.samefile(row["source"], Path("all", row["file_name"]))

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import filecmp
-import functools
 import os
-import shutil
 import string
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +13,7 @@ from typing import Any
 from zimage_runner.collect.convert import Format, convert
 from zimage_runner.collect.pictures import Picture
 from zimage_runner.errors import UserError
+from zimage_runner.outputs import atomic
 from zimage_runner.outputs.json_text import compact_json
 from zimage_runner.plan.items import slug
 
@@ -25,7 +23,6 @@ TABLE = "metadata.jsonl"
 PNG = Format()
 LONGEST = 200
 """Bytes of a name; file systems allow 255 at most."""
-_NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES)
 
 
 def collect_into(
@@ -40,10 +37,9 @@ def collect_into(
     if folder.exists() and not folder.is_dir():
         raise UserError(f"into={folder} is a file: name a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    put = functools.partial(_convert, format) if format.converts else _put
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         tasks = [
-            pool.submit(put, picture.path, folder / row["file_name"], overwrite=overwrite)
+            pool.submit(_put, format, picture.path, folder / row["file_name"], overwrite=overwrite)
             for picture, row in zip(pictures, rows, strict=True)
         ]
         try:
@@ -52,10 +48,8 @@ def collect_into(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    text = "".join(compact_json(row) + "\n" for row in rows)
-    unfinished = folder / f"{TABLE}.tmp"
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(folder / TABLE)
+    with atomic.directory(folder) as place:
+        atomic.write_file(place, TABLE, "".join(compact_json(row) + "\n" for row in rows).encode())
     return folder / TABLE
 
 
@@ -116,24 +110,22 @@ def _check_unique(pictures: Sequence[Picture], names: Sequence[str], name: str) 
             )
 
 
-def _put(source: Path, target: Path, *, overwrite: bool) -> None:
+def _put(format: Format, source: Path, target: Path, *, overwrite: bool) -> None:
     if target.exists():
-        if os.path.samefile(source, target) or filecmp.cmp(source, target, shallow=False):
+        same = _is_there(format, source, target)
+        if same and not (overwrite and format.converts):  # converted anew, perhaps to another quality
             return
-        if not overwrite:
+        if not same and not overwrite:
             raise UserError(f"{target} is there already, and another picture: use another folder, or overwrite=true")
-        target.unlink()
-    try:
-        os.link(source, target)
-    except OSError as error:
-        if error.errno not in _NO_LINK:
-            raise
-        shutil.copyfile(source, target)
+    if format.converts:
+        convert(source, target, format)
+    else:
+        with atomic.directory(target.parent) as folder:
+            atomic.link_or_copy(source, folder, target.name)
 
 
-def _convert(format: Format, source: Path, target: Path, *, overwrite: bool) -> None:
-    if target.exists() and not overwrite:
-        if target.stat().st_mtime_ns == source.stat().st_mtime_ns:
-            return
-        raise UserError(f"{target} is there already, and another picture: use another folder, or overwrite=true")
-    convert(source, target, format)
+def _is_there(format: Format, source: Path, target: Path) -> bool:
+    """Whether ``target`` is this picture already."""
+    if format.converts:
+        return target.stat().st_mtime_ns == source.stat().st_mtime_ns
+    return os.path.samefile(source, target) or filecmp.cmp(source, target, shallow=False)

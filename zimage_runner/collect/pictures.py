@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from zimage_runner.errors import UserError
-from zimage_runner.outputs.ledger import Ledger
+from zimage_runner.outputs.ledger import IMAGE, RECORD, RECORDS, Ledger
 from zimage_runner.resume.command_line import LATEST, find_latest
-
-RECORDS, RECORD, IMAGE = "records.jsonl", "record.json", "image.png"
 
 _ITEM = re.compile(r"items/[0-9]{5,12}_[^/\\]+/seed_[0-9]+")
 """A ledger is a file that anybody may have written: nothing outside of its run is read."""

@@ -10,12 +10,14 @@ import contextlib
 import ctypes
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
 from zimage_runner.errors import RunStopped
 
 TMP_SUFFIX = ".tmp"
+_NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES)
 
 
 class DiskError(RunStopped):
@@ -54,6 +56,25 @@ def write_file(dir_fd: int, name: str, data: bytes, *, sync: bool = False) -> No
     except BaseException:
         remove(dir_fd, tmp)
         raise
+
+
+def link_or_copy(source: str | os.PathLike[str], dir_fd: int, name: str) -> None:
+    """Make ``name`` the same file as ``source`` where the file system can, else a copy; whole or not at all."""
+    tmp = name + TMP_SUFFIX
+    remove(dir_fd, tmp)
+    try:
+        try:
+            os.link(source, tmp, dst_dir_fd=dir_fd)
+        except OSError as error:
+            if error.errno not in _NO_LINK:
+                raise
+            target = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=dir_fd)
+            with open(source, "rb") as read, os.fdopen(target, "wb") as write:
+                shutil.copyfileobj(read, write, 1 << 20)
+        os.rename(tmp, name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+    finally:
+        # Renaming a link onto the same file does nothing and leaves the temporary name.
+        remove(dir_fd, tmp)
 
 
 def remove(dir_fd: int, name: str) -> None:

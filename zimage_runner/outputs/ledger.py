@@ -17,6 +17,9 @@ from typing import Any, NamedTuple, Self
 from zimage_runner.outputs import atomic
 from zimage_runner.outputs.json_text import compact_json
 
+RECORDS, RECORD, IMAGE = "records.jsonl", "record.json", "image.png"
+"""The ledger of a run directory, and the files of an item's."""
+
 
 class Entry(NamedTuple):
     """What the ledger remembers of one item."""

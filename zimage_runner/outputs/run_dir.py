@@ -13,6 +13,7 @@ from zimage_runner.errors import UserError
 from zimage_runner.outputs import atomic
 from zimage_runner.outputs.atomic import DiskError
 from zimage_runner.outputs.config import Output
+from zimage_runner.outputs.ledger import RECORDS
 from zimage_runner.outputs.lock import RunLock
 
 GB = 1e9
@@ -64,7 +65,7 @@ class RunDirectory:
     @property
     def records_path(self) -> Path:
         """The ledger: one JSON line for each finished or failed item."""
-        return self.path / "records.jsonl"
+        return self.path / RECORDS
 
     @property
     def summary_path(self) -> Path:

@@ -21,7 +21,7 @@ from zimage_runner.errors import BadPictureError, error_text
 from zimage_runner.outputs import atomic
 from zimage_runner.outputs.config import Fsync, Output
 from zimage_runner.outputs.json_text import readable_json
-from zimage_runner.outputs.ledger import Ledger
+from zimage_runner.outputs.ledger import IMAGE, RECORD, Ledger
 from zimage_runner.outputs.picture import check_pixels, encode_png
 from zimage_runner.outputs.run_dir import RunDirectory, checked_item_dir
 
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from zimage_runner.engines.base import PendingImages
-
-IMAGE, RECORD = "image.png", "record.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from zimage_runner.errors import UserError
-from zimage_runner.outputs.ledger import Entry, Ledger
+from zimage_runner.outputs.ledger import IMAGE, RECORD, Entry, Ledger
 from zimage_runner.plan import WorkItem
 
-IMAGE = "image.png"
 _BLOCK = 1 << 20
 
 
@@ -114,7 +113,7 @@ def check_same_pictures(
         entry = ledger.entries.get(item.item_dir)
         if entry is None or not entry.ok or entry.fingerprint == fingerprint(item):
             continue
-        changes = _changes(directory / item.item_dir / "record.json", item, numerics)
+        changes = _changes(directory / item.item_dir / RECORD, item, numerics)
         raise UserError(
             f"resume={directory}: {item.item_dir} was drawn in another way, so the run would hold mixed pictures"
             f"{': ' + '; '.join(changes) if changes else ''}: resume it where it began, or start a new run"

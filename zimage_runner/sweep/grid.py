@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from zimage_runner.outputs.ledger import IMAGE, RECORD, RECORDS
 from zimage_runner.plan import slug
 from zimage_runner.sweep.report import SweptJob, inert
 from zimage_runner.sweep.sheet import Page, clean, draw, drawable
@@ -138,10 +139,10 @@ def _pictures(job: SweptJob) -> dict[Item, Path]:
     """Finished pictures of a job."""
     found: dict[Item, Path] = {}
     try:
-        with open(job.directory / "records.jsonl", encoding="utf-8") as lines:
+        with open(job.directory / RECORDS, encoding="utf-8") as lines:
             for line in lines:
                 record = json.loads(line)
-                path = job.directory / record["item"] / "image.png"
+                path = job.directory / record["item"] / IMAGE
                 if record["status"] == "ok" and path.is_file():
                     found[record["index"], record["seed"]] = path
     except (OSError, ValueError, KeyError, TypeError):
@@ -151,6 +152,6 @@ def _pictures(job: SweptJob) -> dict[Item, Path]:
 
 def _prompt_of(picture: Path) -> str:
     try:
-        return str(json.loads((picture.parent / "record.json").read_bytes())["prompt"])
+        return str(json.loads((picture.parent / RECORD).read_bytes())["prompt"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""
