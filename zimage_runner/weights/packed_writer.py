@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from zimage_runner.weights import packed
 from zimage_runner.weights.packed import TENSOR, Counts, aligned, metadata_of
 from zimage_runner.weights.pieces import Piece, PlannedTensor, cut, pieces, places_of, read_bfloat16
+from zimage_runner.weights.read import write_exactly
 from zimage_runner.weights.safetensors_writer import header_bytes
 from zimage_runner.weights.threads import Threads
 
@@ -37,11 +38,11 @@ def write_packed(path: Path, plan: list[PlannedTensor], threads: int, advance: C
         with contextlib.closing(_packed_frames(plan, threads)) as frames:  # an interruption ends its threads at once
             for frame, (data, count) in frames:
                 counts.append(count)
-                _write(handle, data.data, place)
+                write_exactly(handle, place, data.data)
                 place += aligned(len(data))
                 advance(2 * sum(piece.count for piece in frame))
         os.ftruncate(handle, place)
-        _write(handle, memoryview(_header(plan, counts, place - size, size)), 0)
+        write_exactly(handle, 0, memoryview(_header(plan, counts, place - size, size)))
         os.fsync(handle)
     finally:
         os.close(handle)
@@ -89,9 +90,3 @@ def _pack(frame: list[Piece], pool: Threads) -> Packed:
         values[done : done + piece.count] = read_bfloat16(piece).view(torch.int16).numpy().view(np.uint16)
         done += piece.count
     return pack_frame(values)
-
-
-def _write(handle: int, data: memoryview, place: int) -> None:
-    written = 0
-    while written < len(data):
-        written += os.pwrite(handle, data[written:], place + written)

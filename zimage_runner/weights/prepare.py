@@ -27,6 +27,7 @@ from zimage_runner.weights.names import COMPONENTS
 from zimage_runner.weights.packed_writer import write_packed
 from zimage_runner.weights.pieces import Piece, PlannedTensor, pieces, plan_component, read_bfloat16
 from zimage_runner.weights.prepared import Prepared, UnusablePrepared
+from zimage_runner.weights.read import write_exactly
 from zimage_runner.weights.safetensors_writer import create
 from zimage_runner.weights.threads import Threads
 from zimage_runner.weights.verify import remember, sha256_of
@@ -152,10 +153,8 @@ def _write_plain(path: Path, plan: list[PlannedTensor], advance: Callable[[int],
 
     def convert(piece: Piece) -> int:
         data = read_bfloat16(piece).view(torch.uint8).numpy().data
-        written = 0
-        while written < len(data):
-            written += os.pwrite(handle, data[written:], piece.offset + written)
-        return written
+        write_exactly(handle, piece.offset, data)
+        return len(data)
 
     handle = os.open(path, os.O_WRONLY)
     try:

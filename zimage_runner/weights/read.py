@@ -1,4 +1,4 @@
-"""Reading a stretch of a weights file into memory that is already there."""
+"""Reading and writing a stretch of a weights file, whole, from and to memory that is already there."""
 
 from __future__ import annotations
 
@@ -18,3 +18,10 @@ def read_exactly(descriptor: int, offset: int, memory: memoryview, path: Path) -
             # Where it ends, not where this read began: another thread's stretch may hold the end.
             raise OSError(f"{path} ended at byte {os.fstat(descriptor).st_size} while it was read")
         done += count
+
+
+def write_exactly(descriptor: int, offset: int, memory: memoryview) -> None:
+    """Write all of ``memory`` (bytes) at ``offset`` of an open file."""
+    done = 0
+    while done < len(memory):
+        done += os.pwrite(descriptor, memory[done:], offset + done)
