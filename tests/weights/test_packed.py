@@ -24,6 +24,7 @@ from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
 from tests.weights.test_preload import build_fake
+from zimage_runner import machine_code
 from zimage_runner.weights.cuda_driver import CudaDriver, CudaUnavailable
 from zimage_runner.weights.pack import pack_frame
 from zimage_runner.weights.packed import BLOCK, Counts, Frame, frame_bytes, packing_of, place_frames
@@ -268,7 +269,7 @@ def test_only_one_tensor_of_bytes_is_packed(tensor: dict[str, TensorInfo]) -> No
 
 
 def test_machine_code_is_of_todays_source() -> None:
-    header, start = kernel.read_header(kernel.FILE.read_bytes())
+    header, start = machine_code.read_header(kernel.FILE.read_bytes())
     assert header["source"] == build.source_digest(), "run python -m zimage_runner.weights.unpacking.build"
     assert list(header["architectures"]) == [str(number) for number in build.ARCHITECTURES]
     assert start + sum(e["size"] for e in header["architectures"].values()) == kernel.FILE.stat().st_size

@@ -1,4 +1,3 @@
-# pyright: reportMissingImports=false
 """Compile the kernels for the published models' widths: ``python -m zimage_runner.engines.native.kernels.build``.
 
 Needs Triton, but no GPU. Run it after every change of definitions.py or of the block sizes in fused_ops.py; a test
@@ -8,10 +7,8 @@ compares both with what the files were made of.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import sys
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -21,11 +18,11 @@ from unittest import mock
 
 import torch
 
+from zimage_runner import machine_code
 from zimage_runner.engines.native.kernels import fused_ops, prebuilt
 from zimage_runner.engines.native.transformer import ADALN_WIDTH
+from zimage_runner.machine_code import ARCHITECTURES
 
-ARCHITECTURES = (80, 90, 100, 120)
-"""A100, A10, L4, RTX 30 and 40; H100, H200; B200; RTX 50."""
 WIDTHS = ("dim", "hidden", "channels")
 """Integer arguments that the published models have in multiples of 16."""
 SOURCE = Path(__file__).parent / "definitions.py"
@@ -127,53 +124,31 @@ def _decode_with(tensor: Callable[..., torch.Tensor], channels: int, groups: int
 
 def compiled(call: Call, architecture: int) -> tuple[bytes, dict[str, Any]]:
     """(machine code, its entry without start and size)."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from zimage_runner.engines.native.kernels import definitions
 
     function = getattr(definitions, call.name)
-    names = function.arg_names
     kinds = call.key.split("(", 1)[1].split(")", 1)[0].split(",")
-    signature = dict(zip(names, kinds)) | dict.fromkeys(call.constants, "constexpr")
-    widths = [i for i, name in enumerate(names) if name in WIDTHS]
-    assert all(call.args[place] % prebuilt.ALIGNMENT == 0 for place in widths), call
-    aligned = [i for i, kind in enumerate(kinds) if kind.startswith("*")] + widths
-    source = ASTSource(
-        fn=function,
-        signature=signature,
-        constexprs={(names.index(name),): value for name, value in call.constants.items()},
-        attrs={(place,): [["tt.divisibility", prebuilt.ALIGNMENT]] for place in aligned},
-    )
-    made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": call.warps})
-    about = made.metadata
-    assert (about.global_scratch_size, about.profile_scratch_size) == (0, 0), about
-    assert about.shared <= 48 << 10, about
-    entry = {"symbol": about.name, "shared": about.shared, "warps": about.num_warps, "widths": widths}
-    return zlib.compress(made.asm["cubin"], 9), entry
+    widths = [place for place, name in enumerate(function.arg_names) if name in WIDTHS]
+    assert all(call.args[place] % machine_code.ALIGNMENT == 0 for place in widths), call
+    aligned = [place for place, kind in enumerate(kinds) if kind.startswith("*")] + widths
+    code, entry = machine_code.compiled(function, kinds, call.constants, aligned, architecture, call.warps)
+    return code, entry | {"widths": widths}
 
 
 def build(architecture: int, wanted: dict[str, Call]) -> bytes:
     """One architecture's file."""
-    kernels, body = {}, []
+    kernels, codes = {}, []
     for key, call in sorted(wanted.items()):
         code, entry = compiled(call, architecture)
-        kernels[key] = entry | {"start": sum(map(len, body)), "size": len(code)}
-        body.append(code)
-    header = json.dumps({"source": source_digest(), "compiler": _compiler(), "kernels": kernels}).encode()
-    return b"".join([len(header).to_bytes(8, "little"), header, *body])
+        kernels[key] = entry | {"start": sum(map(len, codes)), "size": len(code)}
+        codes.append(code)
+    header = {"source": source_digest(), "compiler": machine_code.compiler(), "kernels": kernels}
+    return machine_code.file_of(header, codes)
 
 
 def source_digest() -> str:
     """sha256 of the kernels' source text."""
     return hashlib.sha256(SOURCE.read_bytes()).hexdigest()
-
-
-def _compiler() -> str:
-    import triton
-
-    return f"triton {triton.__version__}"
 
 
 def built() -> Iterator[prebuilt.Prebuilt]:

@@ -1,17 +1,15 @@
 """Kernels that come compiled with the package: nothing to compile, and no compiler to import, before the first picture.
 
-``sm_XX.bin`` holds the kernels of one GPU architecture: the length of a JSON header (8 bytes, little endian), the
-header, then each kernel's machine code, deflated. ``python -m zimage_runner.engines.native.kernels.build`` makes them.
+``sm_XX.bin`` holds the kernels of one GPU architecture (its form: machine_code.py).
+``python -m zimage_runner.engines.native.kernels.build`` makes them.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import json
 import struct
 import threading
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +17,10 @@ from typing import Any
 
 import torch
 
+from zimage_runner.machine_code import ALIGNMENT, WARP, architecture_for, code_at, read_header
 from zimage_runner.weights.cuda_driver import LIBRARY
 
 FOLDER = Path(__file__).parent / "prebuilt"
-ALIGNMENT = 16
-"""Bytes, and elements of a width, that the machine code takes for granted where it says so."""
-WARP = 32
 KINDS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 INT32_LIMIT = 2**31
 LAUNCH_TYPES = (ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * 3)
@@ -68,9 +64,7 @@ class Prebuilt:
 
     def __init__(self, path: Path) -> None:
         self._data = memoryview(path.read_bytes())
-        length = int.from_bytes(self._data[:8], "little")
-        self.header: dict[str, Any] = json.loads(bytes(self._data[8 : 8 + length]))
-        self._body = 8 + length
+        self.header, self._body = read_header(self._data)
         self.entries = {
             key: Entry(**(value | {"widths": tuple(value["widths"])})) for key, value in self.header["kernels"].items()
         }
@@ -97,7 +91,7 @@ class Prebuilt:
         entry = self.entries.get(key)
         if entry is None:
             return None
-        code = zlib.decompress(self._data[self._body + entry.start : self._body + entry.start + entry.size])
+        code = code_at(self._data, self._body + entry.start, entry.size)
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
         if (
             self._driver.cuModuleLoadData(ctypes.byref(module), code)
@@ -163,7 +157,5 @@ def _letter(arg: Any) -> str:
 @functools.cache
 def for_device(index: int) -> Prebuilt | None:
     """The kernels for this GPU's architecture, None if the package has none."""
-    major, minor = torch.cuda.get_device_capability(index)
-    # Machine code of 8.0 runs on all of 8.x; that of 9 and later is for its own architecture alone.
-    path = FOLDER / f"sm_{80 if major == 8 else 10 * major + minor}.bin"
+    path = FOLDER / f"sm_{architecture_for(*torch.cuda.get_device_capability(index))}.bin"
     return Prebuilt(path) if path.exists() else None
