@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from zimage_runner.composed import Composed, remove_if_empty, remove_with_name
 from zimage_runner.config.command_line import command_line_wins, readable
 from zimage_runner.config.free_text import quote_free_text
-from zimage_runner.config.messages import CONFIG_ERRORS, explain, unknown_attribute
+from zimage_runner.config.messages import CONFIG_ERRORS, explain, typed
 from zimage_runner.config.registry import register
 from zimage_runner.config.schema import RunConfig
 from zimage_runner.config.yaml_text import to_yaml
@@ -124,10 +124,7 @@ def job(cfg: DictConfig) -> int | Later:
 
 
 def _validated(cfg: DictConfig) -> RunConfig:
-    try:
-        config = OmegaConf.to_object(cfg)
-    except AttributeError as error:  # OmegaConf's way to say that +group.field=value is no field
-        raise UserError(unknown_attribute(error)) from error
+    config = typed(cfg)
     assert isinstance(config, RunConfig)
     return config
 

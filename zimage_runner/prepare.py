@@ -19,10 +19,9 @@ import sys
 from collections.abc import Callable, Sequence
 
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 from zimage_runner.config.free_text import quote_free_text
-from zimage_runner.config.messages import CONFIG_ERRORS, explain
+from zimage_runner.config.messages import CONFIG_ERRORS, explain, typed
 from zimage_runner.config.registry import register
 from zimage_runner.errors import UserError
 from zimage_runner.exit_codes import EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK, refuse
@@ -69,7 +68,7 @@ def compose_model(overrides: Sequence[str]) -> Model:
     register_launcher()  # conf/config.yaml names it
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
         config = compose("config", overrides=quote_free_text(overrides))
-    model = OmegaConf.to_object(config.model)
+    model = typed(config.model)
     assert isinstance(model, Model)
     return model
 

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from zimage_runner.config.free_text import quote_free_text
-from zimage_runner.config.messages import CONFIG_ERRORS, explain
+from zimage_runner.config.messages import CONFIG_ERRORS, explain, typed
 from zimage_runner.config.registry import register
 from zimage_runner.config.schema import RunConfig
 from zimage_runner.errors import UserError
@@ -106,18 +106,18 @@ def recipe_config(recipe: Mapping[str, Any], overrides: Sequence[str]) -> RunCon
     register()
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
         composed = compose("config", overrides=[*chosen, "warmup=none", *quote_free_text(overrides)])
-    config = OmegaConf.to_object(composed)
+    config = typed(composed)
     assert isinstance(config, RunConfig)
     params = {name: value for name, value in recipe["params"].items() if name in SAMPLING_FIELDS}
-    typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Sampling), params))
-    assert isinstance(typed, Sampling)
+    sampling = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Sampling), params))
+    assert isinstance(sampling, Sampling)
     for name in SAMPLING_FIELDS:  # what the user sets wins
         if f"sampling.{name}" in given:
-            setattr(typed, name, getattr(config.sampling, name))
+            setattr(sampling, name, getattr(config.sampling, name))
     seeds = config.seeds if "seeds" in given else [recipe["seed"]]
     if (count := len(parse_seeds(seeds))) > 1:
         raise UserError(f"seeds gives {count} pictures, and one is drawn again: give one seed, or none for its own")
-    return replace(config, prompts=Inline(texts=[recipe["prompt"]]), prompt=None, sampling=typed, seeds=seeds)
+    return replace(config, prompts=Inline(texts=[recipe["prompt"]]), prompt=None, sampling=sampling, seeds=seeds)
 
 
 def _options(recipe: Mapping[str, Any]) -> dict[str, str]:

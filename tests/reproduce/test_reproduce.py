@@ -115,6 +115,7 @@ def test_other_files(tmp_path: Path) -> None:
     ("words", "expected"),
     [
         (["prompt=a dog"], "prompt has no effect on a picture that is drawn again: leave it out"),
+        (["+model.foo=1"], "foo: no such field of Model, and + cannot add one"),
         (["+prompts.limit=1"], "prompts.limit has no effect on a picture that is drawn again"),
         (["seeds=1-3"], "seeds gives 3 pictures, and one is drawn again"),
     ],

@@ -69,6 +69,7 @@ def test_help_names_every_action(capsys: pytest.CaptureFixture[str]) -> None:
         (["model=local"], "model.path is not set"),
         (["model=local", "model.path=/does/not/exist"], "model.path=/does/not/exist: no such directory"),
         (["download"], "model.source=embedded: nothing to download"),
+        (["info", "+model.foo=1"], "foo: no such field of Model, and + cannot add one"),
         (["download", "model=zimage_turbo", "model.offline=true"], "model.offline=true: nothing can be downloaded"),
         (["model=zimage_turbo", "model.offline=true"], "Tongyi-MAI/Z-Image-Turbo is not in ModelScope's cache"),
     ],

@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import PurePath
+from typing import Any
 
 from hydra.errors import ConfigCompositionException, HydraException, OverrideParseException
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
@@ -81,7 +83,15 @@ def explain(error: BaseException) -> str:
     )
 
 
-def unknown_attribute(error: AttributeError) -> str:
+def typed(config: Any) -> Any:
+    """A composed node as its dataclass. Raises UserError for a field that ``+`` added to one that has none such."""
+    try:
+        return OmegaConf.to_object(config)
+    except AttributeError as error:  # OmegaConf's way to say so
+        raise UserError(_unknown_attribute(error)) from error
+
+
+def _unknown_attribute(error: AttributeError) -> str:
     """A field that ``+group.field=value`` added, though the option that stands there has none of that name."""
     from zimage_runner.config.registry import SCHEMAS
 

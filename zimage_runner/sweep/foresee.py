@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from omegaconf import Container, DictConfig, OmegaConf
+from omegaconf import Container, DictConfig
 
 from zimage_runner.config.command_line import command_line_wins
-from zimage_runner.config.messages import CONFIG_ERRORS, explain, unknown_attribute
+from zimage_runner.config.messages import CONFIG_ERRORS, explain, typed
 from zimage_runner.config.schema import RunConfig
 from zimage_runner.errors import UserError
 from zimage_runner.job import check
@@ -23,8 +23,6 @@ def complaints(configs: Sequence[DictConfig]) -> Iterator[Complaint]:
         try:
             command_line_wins(config, config.hydra.overrides.task)
             check(_run_config(config))
-        except AttributeError as error:  # OmegaConf's way to say that +group.field=value is no field
-            yield config.hydra.job.num, unknown_attribute(error)
         except (UserError, *CONFIG_ERRORS) as error:
             yield config.hydra.job.num, explain(error)
 
@@ -34,5 +32,5 @@ def _run_config(config: DictConfig) -> RunConfig:
     values = {}
     for name in (field.name for field in dataclasses.fields(RunConfig)):
         value = config[name]
-        values[name] = OmegaConf.to_object(value) if isinstance(value, Container) else value
+        values[name] = typed(value) if isinstance(value, Container) else value
     return RunConfig(**values)
