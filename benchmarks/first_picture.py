@@ -102,7 +102,6 @@ def watchers(mark: Marks, profile: Path | None) -> dict[str, Callable[[Any], Non
     """What puts marks around the stages of a run, by the module it is done to."""
     return {
         "zimage_runner.head_start": lambda module: watch_head_start(mark, module),
-        "zimage_runner.libraries": lambda module: mark.around(module, "open_library", "open a library"),
         "zimage_runner.composed": lambda module: mark.around(module, "execute", "run"),
         "zimage_runner.job": lambda module: mark.around(module, "prepare", "plan"),
         "zimage_runner.weights.source": lambda module: mark.around(module, "begin", "weights begin"),

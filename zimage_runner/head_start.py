@@ -164,13 +164,12 @@ class Imports:
     def __init__(self) -> None:
         self._error: BaseException | None = None
         self._context: CudaContext | None = None
-        self._libraries: threading.Thread | None = None
         self._thread = threading.Thread(target=self._import, name="import", daemon=True)
         self._thread.start()
 
     @property
     def are_done(self) -> bool:
-        return not self._thread.is_alive() and (self._libraries is None or not self._libraries.is_alive())
+        return not self._thread.is_alive()
 
     def wait(self) -> None:
         """Until torch is there; raises what went wrong."""
@@ -197,9 +196,6 @@ class Imports:
                 from zimage_runner.weights.prefetch import CudaContext
 
                 self._context = CudaContext(pin=True)
-            from zimage_runner.libraries import open_early
-
-            self._libraries = open_early()
             import zimage_runner.runner  # noqa: F401 - what the main thread needs as soon as it has the config
             from zimage_runner.torch_import import import_torch_lean
 

@@ -16,7 +16,6 @@ from types import ModuleType
 import pytest
 
 from zimage_runner.head_start import HEAD_START, Child, pays
-from zimage_runner.libraries import LIBRARIES
 from zimage_runner.memory.alloc import VARIABLES, export
 
 DRAW = ("model=zimage_nano", "prompt=a red fox", "sampling.height=128", "sampling.width=128")
@@ -73,16 +72,6 @@ def test_a_run_leaves_the_same_behind(tmp_path: Path) -> None:
             records = [json.loads(files[name]) for files in (one, two)]
             assert records[0]["fingerprint"] == records[1]["fingerprint"]
             assert records[0].keys() == records[1].keys()
-
-
-def test_libraries_opened_early_change_nothing(tmp_path: Path) -> None:
-    pictures = []
-    for switch in ("0", "1"):
-        process = start(tmp_path / switch, "1", *DRAW, "seeds=[1]", environment={LIBRARIES: switch})
-        code, _, err = finish(process)
-        assert code == 0, err
-        pictures.append(_pixels(next((tmp_path / switch).rglob("image.png")).read_bytes()))
-    assert pictures[0] == pictures[1]
 
 
 def _pixels(png: bytes) -> bytes:
