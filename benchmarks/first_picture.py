@@ -18,7 +18,6 @@ import os
 import pstats
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -44,8 +43,6 @@ class Marks:
 
     def __call__(self, name: str) -> None:
         who = "" if os.getpid() == self._pid else "child: "
-        if threading.current_thread().name == "preheat":
-            who = "preheat thread: "
         mark = (f"{who}{name}", round(time.monotonic() + self._clock_offset, 3))
         self._file.write(json.dumps(mark).encode() + b"\n")
 
@@ -106,7 +103,6 @@ def watchers(mark: Marks, profile: Path | None) -> dict[str, Callable[[Any], Non
         "zimage_runner.job": lambda module: mark.around(module, "prepare", "plan"),
         "zimage_runner.weights.source": lambda module: mark.around(module, "begin", "weights begin"),
         "zimage_runner.weights.preload": lambda module: mark_told(mark, module.Preload, "_tell", "preload"),
-        "zimage_runner.engines.native.preheat": lambda module: watch_preheat(mark, module.Preheat),
         "zimage_runner.engines.native.engine": lambda module: watch_engine(mark, module.NativeEngineAdapter),
         "zimage_runner.engines.native.model": lambda module: watch_model(mark, module.NativeModel),
         "zimage_runner.session": lambda module: watch_session(mark, module.Session, profile),
@@ -130,13 +126,6 @@ def mark_told(mark: Marks, owner: Any, name: str, label: str) -> None:
     setattr(owner, name, marked)
 
 
-def watch_preheat(mark: Marks, Preheat: Any) -> None:
-    """Mark its beginning, each part and its end, and how long the thread that draws waits for it."""
-    mark.around(Preheat, "_run", "preheat")
-    mark_told(mark, Preheat, "tell", "preheat")
-    mark.around(Preheat, "wait", "wait for the preheat")
-
-
 def watch_engine(mark: Marks, Engine: Any) -> None:
     """Mark when each network is taken over."""
     mark.around(Engine, "_load_encoder", "text encoder")
@@ -144,9 +133,9 @@ def watch_engine(mark: Marks, Engine: Any) -> None:
 
 
 def watch_model(mark: Marks, Model: Any) -> None:
-    """Mark the host's part of each first use, the preheat's own among them (its model is of the same class)."""
+    """Mark the host's part of each first use."""
     for name, label in (
-        ("encode_ids", "encode a caption"),
+        ("encode", "encode captions"),
         ("_refine", "refine a caption"),
         ("_make_tables", "rotary tables"),
         ("_make_steps", "modulation"),

@@ -223,8 +223,6 @@ class Session:
             memory=config.memory,
             compile=config.compile,
             encodes=not self._foresees_all(),
-            # A warm-up that draws has been asked to come first and to tell what that costs.
-            first_shape=None if config.warmup.generates else next(iter(self._shapes), None),
         )
         self._engine = config.engine.create(request)
         self._engine.synchronize()

@@ -141,7 +141,7 @@ def test_which_engines_rehearse(monkeypatch, device, staged, wanted):
     weights: Any = SimpleNamespace(settle=lambda *args: None)
     memory = SimpleNamespace(staged=staged, apply_limits=lambda device: None)
     model = SimpleNamespace(dtype="bfloat16")
-    request: Any = SimpleNamespace(model=model, memory=memory, encodes=True, first_shape=None)
+    request: Any = SimpleNamespace(model=model, memory=memory, encodes=True)
     monkeypatch.setattr(engine_module, "choose_dtype", lambda dtype, device: dtype)
     config: Any = SimpleNamespace(device=device, attention="auto", fused_kernels=True, cuda_graphs=0)
     engine: Any = Adapter.load(config, weights, request)

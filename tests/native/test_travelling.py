@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +11,13 @@ import pytest
 import torch
 
 from tests.weights.test_preload import driver  # noqa: F401 (fixture)
+from tests.weights.test_source import host_tensor
 from zimage_runner.engines.base import Device
 from zimage_runner.engines.native.engine import NativeEngineAdapter
 from zimage_runner.engines.native.model import Options
 from zimage_runner.model import Model, Prepare, Source
 from zimage_runner.weights import preload, source
 from zimage_runner.weights.cuda_driver import CudaDriver
-from zimage_runner.weights.preload import DeviceBuffer
 from zimage_runner.weights.prepare import build
 from zimage_runner.weights.resolve import resolve
 from zimage_runner.weights.source import WeightsSource
@@ -26,13 +25,6 @@ from zimage_runner.weights.source import WeightsSource
 pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc for the fake driver")
 
 OPTIONS = Options(dtype=torch.bfloat16)
-
-
-def host_bytes(buffer: DeviceBuffer) -> torch.Tensor:
-    """What torch.as_tensor does with real device memory; the fake driver's memory is the host's."""
-    memory = (ctypes.c_ubyte * buffer.nbytes).from_address(buffer.address)
-    memory._buffer = buffer  # type: ignore[attr-defined]
-    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 @pytest.fixture
@@ -46,7 +38,7 @@ def travelling(
     build(checkpoint, model)
     monkeypatch.setattr(preload, "CudaDriver", lambda: driver)
     monkeypatch.setattr(source, "torch_is_cpu_only", lambda: False)
-    monkeypatch.setattr(source, "_as_bytes", host_bytes)
+    monkeypatch.setattr(source, "_wrap", host_tensor)
 
     def begin() -> WeightsSource:
         weights = source.begin(checkpoint, model, Device.auto)

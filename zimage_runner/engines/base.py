@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from zimage_runner.compile import Compile
     from zimage_runner.memory import Memory
     from zimage_runner.model import Model
-    from zimage_runner.warmup import WarmupShape
     from zimage_runner.weights.checkpoint import Checkpoint
 
 
@@ -49,9 +48,6 @@ class LoadRequest:
     encodes: bool = True
     """False when every caption's features are expected to be there already: the text encoder need not be loaded before
     ``Engine.encode`` is called, if it is."""
-    first_shape: WarmupShape | None = None
-    """Of the first batch, where it is known and nothing is drawn before it: an engine may get ready for it while it
-    waits for weights."""
 
 
 @dataclass(kw_only=True, slots=True)

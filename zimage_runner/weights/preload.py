@@ -133,17 +133,6 @@ class Preload:
         """Whether the file can be taken: it was asked for and was not taken before."""
         return path in self._loads
 
-    def memory(self) -> DeviceBuffer | None:
-        """The largest file's place on the device, once it is allocated, whatever has arrived there; None without one.
-
-        To be read from, not written to. The caller's reference keeps the memory.
-        """
-        self._opener.join()
-        if self._error is not None:  # whoever loads in another way may need that memory
-            return None
-        buffers = [buffer for load in list(self._all) if (buffer := load.buffer) is not None]
-        return max(buffers, key=lambda buffer: buffer.nbytes, default=None)
-
     def take(self, path: Path) -> DeviceBuffer:
         """The file's bytes on the device, waiting for them. Each file can be taken once."""
         load = self._loads.pop(path)

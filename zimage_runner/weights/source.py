@@ -20,7 +20,7 @@ from zimage_runner.weights.checkpoint import Checkpoint
 from zimage_runner.weights.cuda_driver import CudaUnavailable
 from zimage_runner.weights.lanes import pinned_ahead
 from zimage_runner.weights.prefetch import CudaContext, read_ahead
-from zimage_runner.weights.preload import DeviceBuffer, Preload
+from zimage_runner.weights.preload import Preload
 from zimage_runner.weights.prepared import Prepared
 from zimage_runner.weights.safetensors_header import BadWeightsFile
 
@@ -71,17 +71,6 @@ class WeightsSource:
         """Whether the prepared checkpoint is on its way to the GPU: each component is there some time after another."""
         return self._preload is not None
 
-    def arriving(self) -> torch.Tensor | None:
-        """Memory of the GPU, uint8, that weights are on their way to; None where none are. Not to be written to."""
-        buffer = None if self._preload is None else self._preload.memory()
-        return None if buffer is None else _as_bytes(buffer)
-
-    def has_arrived(self, component: str) -> bool:
-        """Whether all of a component that travels is there; one that does not is read when it is asked for."""
-        if self._preload is None or self._prepared is None:
-            return False
-        return self._prepared.weights[component].path in self._preload.seconds
-
     def tensors(self, component: str) -> dict[str, torch.Tensor] | None:
         """A prepared component's tensors on the device; None when the published files are to be read instead."""
         if self._prepared is None:
@@ -126,14 +115,9 @@ def begin(checkpoint: Checkpoint, model: Model, device: Device, encodes: bool = 
 
 def _wrap(preload: Preload, path: Path) -> torch.Tensor:
     """The file's bytes as a uint8 tensor that keeps their memory alive."""
-    return _as_bytes(preload.take(path))
-
-
-def _as_bytes(buffer: DeviceBuffer) -> torch.Tensor:
-    """The memory as a uint8 tensor that keeps it alive."""
     import torch
 
-    return torch.as_tensor(buffer, device="cuda")
+    return torch.as_tensor(preload.take(path), device="cuda")
 
 
 def torch_is_cpu_only() -> bool:

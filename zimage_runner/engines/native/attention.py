@@ -49,30 +49,6 @@ def scaled_dot_product(query: torch.Tensor, key: torch.Tensor, value: torch.Tens
     return out.transpose(1, 2)
 
 
-def unswitched(attention: Attention) -> Attention:
-    """The same kernel without a context, which would switch PyTorch's backends for every thread of the process."""
-    if attention.name not in SDPA_BACKENDS:
-        return attention
-
-    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        heads_first = (x.transpose(1, 2) for x in (query, key, value))
-        return _backend_operator(attention.name)(*heads_first)[0].transpose(1, 2)
-
-    return Attention(attention.name, attend)
-
-
-def _backend_operator(name: str) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """What scaled_dot_product_attention calls once it has chosen a backend: (query, key, value) to (result, ...)."""
-    operators = torch.ops.aten
-    if name == "cudnn":
-        return lambda *qkv: operators._scaled_dot_product_cudnn_attention(*qkv, None, False)
-    if name == "efficient":
-        return lambda *qkv: operators._scaled_dot_product_efficient_attention(*qkv, None, False)
-    if name == "flash":
-        return operators._scaled_dot_product_flash_attention
-    return operators._scaled_dot_product_attention_math
-
-
 def choose_attention(name: str, device: str, dtype: torch.dtype, head_dim: int) -> Attention:
     """The backend of that name; ``auto`` takes the fastest that computes right on this machine.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from zimage_runner.engines.base import Device, Engine, EngineConfig, LoadRequest
@@ -64,8 +64,6 @@ class NativeEngine(EngineConfig):
         import_torch()
         from zimage_runner.engines.native.engine import NativeEngineAdapter
 
-        if self.auto_batch:  # what the first picture takes is measured, so that nothing may be computed beside it
-            request = replace(request, first_shape=None)
         return NativeEngineAdapter.load(self, weights, request)
 
     def _weights(self, request: LoadRequest) -> WeightsSource:

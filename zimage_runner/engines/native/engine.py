@@ -12,14 +12,12 @@ import torch
 
 from zimage_runner.engines.base import DenoiseRequest, Engine, LoadRequest, PendingImages
 from zimage_runner.engines.device import choose_device, choose_dtype
-from zimage_runner.engines.native import preheat
 from zimage_runner.engines.native.assembly import load_text_encoder, load_transformer, load_vae, open_model
 from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.engines.native.images import HostCopy, Ready
 from zimage_runner.engines.native.model import Options
 from zimage_runner.engines.native.sampler import Guidance
 from zimage_runner.errors import UserError
-from zimage_runner.warmup import WarmupShape
 from zimage_runner.weights.source import WeightsSource
 
 
@@ -44,18 +42,10 @@ class NativeEngineAdapter(Engine):
     tiles = False
     """Pictures are decoded one by one, with a fraction of a usual decoder's memory."""
 
-    def __init__(
-        self,
-        weights: WeightsSource,
-        options: Options,
-        staged: bool,
-        encodes: bool = True,
-        first_shape: WarmupShape | None = None,
-    ) -> None:
+    def __init__(self, weights: WeightsSource, options: Options, staged: bool, encodes: bool = True) -> None:
         """Load the checkpoint. Raises UserError for one that this engine does not compute.
 
-        Without ``encodes`` the text encoder waits for the first call of ``encode``. ``first_shape`` is drawn first, if
-        that is known.
+        Without ``encodes`` the text encoder waits for the first call of ``encode``.
         """
         self.load_phases = {}
         path = weights.path
@@ -63,16 +53,11 @@ class NativeEngineAdapter(Engine):
         self._weights, self._taken = weights, set[str]()
         with self._phase("open"):
             self.model = open_model(path, options)
-        self._preheat = preheat.begin(self.model, weights, first_shape, encodes)
-        try:
-            if encodes:
-                self._load_encoder()
-            # Captions are encoded while the transformer is still on its way.
-            if not staged and not (encodes and weights.is_travelling):
-                self._load_denoiser()
-        except BaseException:
-            self._preheat.wait()  # nobody will call close
-            raise
+        if encodes:
+            self._load_encoder()
+        # Captions are encoded while the transformer is still on its way.
+        if not staged and not (encodes and weights.is_travelling):
+            self._load_denoiser()
         self.device = options.device
         self.dtype = str(options.dtype).removeprefix("torch.")
         self.attention = self.model.attention.name
@@ -94,7 +79,7 @@ class NativeEngineAdapter(Engine):
         )
         memory.apply_limits(device)
         weights.settle(device, dtype)
-        return cls(weights, options, memory.staged, request.encodes, request.first_shape)
+        return cls(weights, options, memory.staged, request.encodes)
 
     def encode(self, texts: Sequence[str], max_sequence_length: int) -> list[torch.Tensor]:
         self._load_encoder()
@@ -102,7 +87,6 @@ class NativeEngineAdapter(Engine):
 
     def denoise(self, request: DenoiseRequest) -> torch.Tensor:
         self._load_denoiser()
-        self._preheat.wait()  # at the latest: CUDA graphs are recorded from here on
         params = request.params
         guidance = Guidance(
             scale=params.guidance_scale,
@@ -115,12 +99,10 @@ class NativeEngineAdapter(Engine):
 
     def decode(self, latents: torch.Tensor) -> PendingImages:
         self._load_denoiser()
-        self._preheat.wait()
         return NativePending(self.model.decode(latents))
 
     def decode_carefully(self, latents: torch.Tensor, *, float32: bool = False, tiled: bool = False) -> PendingImages:
         self._load_denoiser()
-        self._preheat.wait()
         return NativePending(self.model.decode(latents, float32=float32))
 
     def synchronize(self) -> None:
@@ -132,13 +114,11 @@ class NativeEngineAdapter(Engine):
             torch.cuda.current_stream().synchronize()
 
     def free_memory(self) -> bool:
-        self._preheat.wait()
         held = self.model.graphs.give_up()
         self.model.forget()
         return held
 
     def close(self) -> None:
-        self._preheat.wait()
         self.model.forget()
         for network in ("text_encoder", "transformer", "vae"):
             self._free(network)

@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from zimage_runner.engines.native.attention import Attention, choose_attention
+from zimage_runner.engines.native.attention import choose_attention
 from zimage_runner.engines.native.description import Description
 from zimage_runner.engines.native.graphs import GraphCache
 from zimage_runner.engines.native.images import HostCopy, Ready, page_locked
@@ -66,14 +66,7 @@ class NativeModel:
     transformer: Transformer
     vae: VaeDecoder
 
-    def __init__(
-        self,
-        description: Description,
-        tokenizer: CaptionTokenizer,
-        options: Options,
-        attention: Attention | None = None,
-    ) -> None:
-        """``attention``: instead of the one that the options choose."""
+    def __init__(self, description: Description, tokenizer: CaptionTokenizer, options: Options) -> None:
         self.description = description
         self.tokenizer = tokenizer
         self.options = options
@@ -81,7 +74,7 @@ class NativeModel:
         self.device = torch.device(options.device)
         self.ops = choose_operations(options.device, options.fused_kernels)
         head_dim = description.transformer.head_dim
-        self.attention = attention or choose_attention(options.attention, options.device, options.dtype, head_dim)
+        self.attention = choose_attention(options.attention, options.device, options.dtype, head_dim)
         self.graphs = GraphCache(options.cuda_graphs if self.device.type == "cuda" else 0)
         self._captions = WeakIdKeyDictionary()
         self._rehearsals = Rehearsals(options.rehearse_decoder, self._to_host)
@@ -99,15 +92,10 @@ class NativeModel:
         unique = dict.fromkeys(texts)
         features = {}
         for text, ids in zip(unique, self.tokenizer(list(unique), max_sequence_length)):
-            features[text] = self.encode_ids(ids)
+            turns = self.text_encoder.rotary(len(ids))
+            token_ids = self._to_device(torch.tensor([ids]))
+            features[text] = self.text_encoder(token_ids, self._to_device(turns), self.ops)[0]
         return [features[text] for text in texts]
-
-    @torch.inference_mode()
-    def encode_ids(self, ids: Sequence[int]) -> torch.Tensor:
-        """Caption features [tokens, cap_feat_dim] of one caption's token ids."""
-        turns = self.text_encoder.rotary(len(ids))
-        token_ids = self._to_device(torch.tensor([ids]))
-        return self.text_encoder(token_ids, self._to_device(turns), self.ops)[0]
 
     @torch.inference_mode()
     def denoise(
