@@ -151,7 +151,7 @@ def test_the_same_figures_give_the_same_page(tmp_path: Path) -> None:
 
 
 def test_other_json_files_are_left_out(tmp_path: Path) -> None:
-    (tmp_path / "load_speed.json").write_text("{}")
+    (tmp_path / "nano_cpu.json").write_text("{}")
     assert "##" not in page(tmp_path, tmp_path)
 
 

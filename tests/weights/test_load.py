@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from zimage_runner.weights import load, prefetch
 from zimage_runner.weights.layout import inspect
-from zimage_runner.weights.load import BackgroundLoad, choose_method, load_tensors
+from zimage_runner.weights.load import choose_method, load_tensors
 from zimage_runner.weights.resolve import EMBEDDED
-from zimage_runner.weights.safetensors_header import BadWeightsFile, read_header
+from zimage_runner.weights.safetensors_header import read_header
 
 FILES = [
     EMBEDDED / "text_encoder/model.safetensors",
@@ -38,7 +38,7 @@ def test_mapped_tensors_are_the_files(sharded: Path) -> None:
     assert same(load_tensors(shards), *shards)
 
 
-@pytest.mark.parametrize(("method", "device"), [("mmap", "cuda"), ("staged", "cpu"), ("library", "cpu"), ("x", "cpu")])
+@pytest.mark.parametrize(("method", "device"), [("mmap", "cuda"), ("staged", "cpu"), ("x", "cpu")])
 def test_methods_name_their_device(method: str, device: str) -> None:
     with pytest.raises(ValueError, match=f"method='{method}' does not load to {device}"):
         load_tensors(FILES, device, method)
@@ -165,49 +165,6 @@ def test_staged_reports_a_file_that_shrinks(staged: Any, tmp_path: Path) -> None
         staged.load_staged([header], "cpu", 2)
 
 
-def test_shares_cover_every_tensor_once() -> None:
-    header = read_header(FILES[1])
-    shares = load._even_shares(header, 8)
-    assert sorted(name for share in shares for name in share) == sorted(header.tensors)
-    sizes = [sum(header.tensors[name].nbytes for name in share) for share in shares]
-    assert max(sizes) < 2 * sum(sizes) / 8
-
-
-def test_background_hands_out_components_in_order() -> None:
-    components = {path.parent.name: [path] for path in FILES}
-    loading = BackgroundLoad(components)
-    for name, paths in components.items():
-        assert same(loading.wait(name), *paths)
-    assert list(loading.seconds) == ["text_encoder", "transformer", "vae"]
-
-
-def test_background_error_reaches_the_one_who_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "broken.safetensors").write_bytes(b"\1\0\0")
-    loading = BackgroundLoad({"broken": [tmp_path / "broken.safetensors"], "vae": [FILES[2]]})
-    with pytest.raises(Exception, match=r"(?i)header|truncated"):
-        loading.wait("broken")
-    assert loading.wait("vae")
-    with pytest.raises(BadWeightsFile):
-        read_header(tmp_path / "broken.safetensors")
-
-
-def test_background_starts_before_the_rest_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = threading.Event()
-    original = load._load
-
-    def slow(paths: Any, device: str, method: str) -> dict[str, torch.Tensor]:
-        if paths[0] == FILES[1]:
-            assert gate.wait(10)
-        return original(paths, device, method)
-
-    monkeypatch.setattr(load, "_load", slow)
-    loading = BackgroundLoad({path.parent.name: [path] for path in FILES})
-    assert loading.wait("text_encoder")
-    assert "transformer" not in loading.seconds
-    gate.set()
-    assert loading.wait("transformer")
-
-
 def test_read_ahead_reads_what_is_not_in_memory(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     path.write_bytes(os.urandom(50_000_000))
@@ -257,7 +214,7 @@ def test_prefetching_imports_no_torch() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("method", ["prefetch", "staged", "library"])
+@pytest.mark.parametrize("method", ["prefetch", "staged"])
 def test_every_method_gives_the_same_bits_on_the_gpu(method: str) -> None:
     if method == "prefetch" and not load.has_prefetch():
         pytest.skip("safetensors older than 0.9")

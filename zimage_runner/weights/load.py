@@ -1,10 +1,9 @@
 """Tensors of safetensors files onto a device, as fast as the machine allows.
 
-Four ways, chosen by what is there (``method="auto"``):
+Three ways, chosen by what is there (``method="auto"``):
 - ``mmap``: the CPU; tensors are views of the mapped file, read when they are touched.
 - ``prefetch``: CUDA with safetensors >= 0.9; the library's own reader threads, pinned staging and device memory.
 - ``staged``: CUDA otherwise; reader threads, a small ring of pinned buffers, one device buffer a file.
-- ``library``: CUDA, ``safe_open(device="cuda")`` from several threads; slower, kept for comparison.
 """
 
 from __future__ import annotations
@@ -13,23 +12,20 @@ import importlib.metadata
 import logging
 import os
 import re
-import threading
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zimage_runner.weights.packed import Packing, packing_of
-from zimage_runner.weights.safetensors_header import WeightsFile, read_header
+from zimage_runner.weights.safetensors_header import read_header
 
 if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
 
-METHODS = ("mmap", "prefetch", "staged", "library")
-LIBRARY_THREADS = 8
+METHODS = ("mmap", "prefetch", "staged")
 READER_THREADS = 8
 
 
@@ -68,8 +64,6 @@ def _load(paths: Sequence[Path], device: str, method: str) -> dict[str, torch.Te
         from zimage_runner.weights.staged import load_staged
 
         tensors = load_staged([read_header(path) for path in paths], device, READER_THREADS)
-    elif method == "library":
-        tensors = _load_with_library([read_header(path) for path in paths], device)
     else:
         load = _load_mapped if method == "mmap" else _load_prefetched
         for path in paths:
@@ -106,41 +100,6 @@ def has_prefetch() -> bool:
     return tuple(map(int, numbers)) >= (0, 9) and hasattr(safetensors.safe_open, "prefetch")
 
 
-class BackgroundLoad:
-    """Components loading one after the other in a thread, in the order given; each can be waited for by itself."""
-
-    def __init__(self, components: Mapping[str, Sequence[Path]], device: str = "cpu", method: str = "auto") -> None:
-        self.seconds: dict[str, float] = {}
-        """Seconds each component took, once it is loaded."""
-        self._tensors: dict[str, dict[str, torch.Tensor]] = {}
-        self._errors: dict[str, BaseException] = {}
-        self._loaded = {name: threading.Event() for name in components}
-        self._thread = threading.Thread(
-            target=self._work, args=(dict(components), device, method), daemon=True, name="load-weights"
-        )
-        self._thread.start()
-
-    def wait(self, name: str) -> dict[str, torch.Tensor]:
-        """The tensors of one component, handed out once: afterwards only the caller holds them.
-
-        Raises what its loading raised.
-        """
-        self._loaded[name].wait()
-        if name in self._errors:
-            raise self._errors[name]
-        return self._tensors.pop(name)
-
-    def _work(self, components: dict[str, Sequence[Path]], device: str, method: str) -> None:
-        for name, paths in components.items():
-            began = time.perf_counter()
-            try:
-                self._tensors[name] = load_tensors(paths, device, method)
-            except BaseException as error:  # raised again in wait(), where the caller is
-                self._errors[name] = error
-            self.seconds[name] = time.perf_counter() - began
-            self._loaded[name].set()
-
-
 def _load_mapped(path: Path, device: str) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
@@ -157,31 +116,6 @@ def _load_prefetched(path: Path, device: str) -> dict[str, torch.Tensor]:
         file.prefetch(device=_numbered(device), threads=READER_THREADS) as all_,
     ):  # pyright: ignore[reportAttributeAccessIssue]
         return dict(all_)
-
-
-def _load_with_library(files: Sequence[WeightsFile], device: str) -> dict[str, torch.Tensor]:
-    from safetensors import safe_open
-
-    def load(file: WeightsFile, names: list[str]) -> dict[str, torch.Tensor]:
-        with safe_open(file.path, framework="pt", device=_numbered(device)) as handle:
-            return {name: handle.get_tensor(name) for name in names}
-
-    shares = [(file, names) for file in files for names in _even_shares(file, LIBRARY_THREADS)]
-    tensors: dict[str, torch.Tensor] = {}
-    with ThreadPoolExecutor(max_workers=LIBRARY_THREADS) as pool:
-        for part in pool.map(lambda share: load(*share), shares):
-            tensors.update(part)
-    return tensors
-
-
-def _even_shares(file: WeightsFile, count: int) -> list[list[str]]:
-    """Names in file order, cut into at most ``count`` runs of about equal bytes."""
-    names = sorted(file.tensors, key=lambda name: file.tensors[name].start)
-    shares: list[list[str]] = [[] for _ in range(count)]
-    span = max(1, file.size - file.data_start)
-    for name in names:
-        shares[min(count - 1, (file.tensors[name].start - file.data_start) * count // span)].append(name)
-    return [share for share in shares if share]
 
 
 def _numbered(device: str) -> str:
