@@ -108,16 +108,16 @@ def record(item: str, **fields) -> dict:
     }
 
 
-def test_done_means_ok_with_the_same_fingerprint(tmp_path):
+def test_the_last_result_of_an_item_counts(tmp_path):
     ledger = Ledger.load(tmp_path / "records.jsonl").open()
     ledger.append(record("a"))
     ledger.append(record("b", status="failed", error="no"))
-    assert ledger.is_done("a", "aa")
-    assert not ledger.is_done("a", "bb")
-    assert not ledger.is_done("b", "aa")
-    assert not ledger.is_done("c", "aa")
+    assert {item: (entry.ok, entry.fingerprint) for item, entry in ledger.entries.items()} == {
+        "a": (True, "aa"),
+        "b": (False, "aa"),
+    }
     ledger.append(record("a", status="failed", error="later"))
-    assert not ledger.is_done("a", "aa")
+    assert not ledger.entries["a"].ok
 
 
 def test_appends_from_many_threads_do_not_mix(tmp_path):

@@ -64,7 +64,7 @@ def test_a_batch_becomes_pictures_records_and_ledger_lines(tmp_path, fsync):
         assert record["bytes"] == len(png) == ledger.entries[jobs[seed].item_dir].size
         assert record["timings"] == {"total": 1.5}
         assert record["prompt"] == "a cat"
-        assert ledger.is_done(jobs[seed].item_dir, "f" * 16)
+        assert ledger.entries[jobs[seed].item_dir].fingerprint == "f" * 16
     assert files(tmp_path) == {"records.jsonl"} | {
         f"items/0000_a/seed_{s}/{f}" for s in range(3) for f in ("image.png", "record.json")
     }
@@ -176,7 +176,7 @@ def test_a_picture_may_be_retried_and_the_last_result_counts(tmp_path):
         run.writer.flush()
         run.writer.submit([job()], ReadyImages(noise_pictures()))
         run.writer.close()
-    assert Ledger.load(tmp_path / "records.jsonl").is_done("items/0000_a/seed_1", "f" * 16)
+    assert Ledger.load(tmp_path / "records.jsonl").entries["items/0000_a/seed_1"].ok
 
 
 def test_output_file_is_written_too(tmp_path):

@@ -97,11 +97,6 @@ class Ledger:
             os.ftruncate(self._fd, before.st_size)  # a full disk takes part of a line
             raise
 
-    def is_done(self, item_dir: str, fingerprint: str) -> bool:
-        """Whether this very picture was finished."""
-        entry = self.entries.get(item_dir)
-        return entry is not None and entry.ok and entry.fingerprint == fingerprint
-
     def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)

@@ -75,14 +75,6 @@ class RunDirectory:
     def log_path(self) -> Path:
         return self.path / "run.log"
 
-    @property
-    def hydra_path(self) -> Path:
-        return self.path / ".hydra"
-
-    def item_path(self, item_dir: str) -> Path:
-        """Absolute folder of an item; the name is checked."""
-        return self.path / checked_item_dir(item_dir)
-
     def free_bytes(self) -> int:
         """Bytes that an ordinary user may still write on this file system."""
         fs = os.fstatvfs(self.dir_fd)

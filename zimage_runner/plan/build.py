@@ -14,7 +14,7 @@ from zimage_runner.sampling import SamplingParams
 from zimage_runner.seeds import Seeds
 
 CAPTION_MULTIPLE = 32
-"""The transformer pads captions to this multiple with a token that is attended to (facts.md)."""
+"""The transformer pads captions to this multiple with a token that is attended to."""
 MAX_ITEMS = 10_000_000
 _TEXTS_AT_ONCE = 1024
 
