@@ -64,7 +64,7 @@ def test_every_architecture_is_there():
 def test_files_are_made_of_todays_source(monkeypatch):
     monkeypatch.setattr(prebuilt.ctypes, "CDLL", lambda name: Driver())
     wanted = build.calls().keys()
-    for made in build.built():
+    for made in map(prebuilt.Prebuilt, sorted(prebuilt.FOLDER.glob("sm_*.bin"))):
         remedy = "run python -m zimage_runner.engines.native.kernels.build"
         assert made.header["source"] == build.source_digest(), remedy
         assert made.entries.keys() == wanted, remedy

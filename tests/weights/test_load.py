@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -179,18 +178,6 @@ def test_read_ahead_reads_what_is_not_in_memory(tmp_path: Path) -> None:
     assert again is not None
     again.wait()
     assert (again.bytes_read, again.bytes_cached) == (0, 50_000_000)
-    assert again.seconds is not None
-
-
-def test_read_ahead_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "weights"
-    path.write_bytes(b"x" * 10_000_000)
-    monkeypatch.setattr(prefetch, "PIECE", 1000)
-    monkeypatch.setattr(prefetch, "_is_cached", lambda *args: time.sleep(0.001) or False)
-    reader = prefetch.PageCacheReader([path], threads=2)
-    reader.stop()
-    reader.wait()
-    assert reader.bytes_read < 10_000_000
 
 
 def test_read_ahead_of_more_than_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

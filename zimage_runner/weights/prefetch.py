@@ -28,7 +28,7 @@ THREADS = 8
 class PageCacheReader:
     """Reads files in the background so that a later read finds them in memory; parts already there are skipped.
 
-    Files are read in the order given. ``stop`` ends it early, ``wait`` until done; neither is needed.
+    Files are read in the order given. ``wait`` returns once all are read; nobody has to call it.
     """
 
     def __init__(self, paths: Sequence[Path], threads: int = THREADS) -> None:
@@ -36,21 +36,13 @@ class PageCacheReader:
         """Bytes that had to come from the disk."""
         self.bytes_cached = 0
         """Bytes that were in memory already."""
-        self.seconds: float | None = None
-        """From start to end; None while it runs."""
         self._pieces: SimpleQueue[tuple[Path, int, int]] = SimpleQueue()
-        self._stop = threading.Event()
         self._lock = threading.Lock()
-        self._began = time.perf_counter()
         for piece in _pieces(paths):
             self._pieces.put(piece)
-        self._running = threads
         self._threads = [threading.Thread(target=self._work, daemon=True, name="page-cache") for _ in range(threads)]
         for thread in self._threads:
             thread.start()
-
-    def stop(self) -> None:
-        self._stop.set()
 
     def wait(self) -> None:
         for thread in self._threads:
@@ -60,7 +52,7 @@ class PageCacheReader:
         buffer = bytearray(PIECE)
         with contextlib.ExitStack() as files:
             handles: dict[Path, int] = {}
-            while not self._stop.is_set():
+            while True:
                 try:
                     path, offset, size = self._pieces.get_nowait()
                 except Empty:
@@ -77,10 +69,6 @@ class PageCacheReader:
                 with self._lock:
                     self.bytes_cached += size if cached else 0
                     self.bytes_read += 0 if cached else size
-        with self._lock:
-            self._running -= 1
-            if self._running == 0:
-                self.seconds = time.perf_counter() - self._began
 
 
 def read_ahead(paths: Sequence[Path], threads: int = THREADS) -> PageCacheReader | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -149,12 +149,6 @@ def build(architecture: int, wanted: dict[str, Call]) -> bytes:
 def source_digest() -> str:
     """sha256 of the kernels' source text."""
     return hashlib.sha256(SOURCE.read_bytes()).hexdigest()
-
-
-def built() -> Iterator[prebuilt.Prebuilt]:
-    """The files there are."""
-    for path in sorted(prebuilt.FOLDER.glob("sm_*.bin")):
-        yield prebuilt.Prebuilt(path)
 
 
 def main() -> None:
