@@ -98,7 +98,7 @@ class ImportMarks(importlib.abc.MetaPathFinder):
 def watchers(mark: Marks, profile: Path | None) -> dict[str, Callable[[Any], None]]:
     """What puts marks around the stages of a run, by the module it is done to."""
     return {
-        "zimage_runner.head_start": lambda module: watch_head_start(mark, module),
+        "zimage_runner.startup.fork": lambda module: watch_head_start(mark, module),
         "zimage_runner.composed": lambda module: mark.around(module, "execute", "run"),
         "zimage_runner.job": lambda module: mark.around(module, "prepare", "plan"),
         "zimage_runner.weights.source": lambda module: mark.around(module, "begin", "weights begin"),

@@ -11,7 +11,7 @@ import pytest
 
 CODE = """
 import sys
-from zimage_runner.bytecode import keep_bytecode
+from zimage_runner.startup.bytecode import keep_bytecode
 folder = keep_bytecode()
 assert folder is None or sys.pycache_prefix == str(folder) and not sys.dont_write_bytecode
 assert folder is not None or sys.pycache_prefix is None

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from zimage_runner.torch_import import DEFERRED, NEEDS_ALL, PLAIN_IMPORT, VERIFIED
+from zimage_runner.startup.lean_torch import DEFERRED, NEEDS_ALL, PLAIN_IMPORT, VERIFIED
 
 pytestmark = pytest.mark.skipif(
     not metadata.version("torch").startswith(VERIFIED), reason="this version of torch is imported plainly"
@@ -20,8 +20,8 @@ pytestmark = pytest.mark.skipif(
 
 LEAN = """
 import gc, sys
-from zimage_runner import torch_import
-from zimage_runner.torch_import import DEFERRED, LATER, NEEDS_ALL, StandIn
+from zimage_runner.startup import lean_torch as torch_import
+from zimage_runner.startup.lean_torch import DEFERRED, LATER, NEEDS_ALL, StandIn
 torch = torch_import.import_torch_lean()
 assert gc.isenabled() and gc.get_freeze_count() > 10_000
 
@@ -172,7 +172,7 @@ def test_afterwards_the_same_modules_as_after_a_plain_import(lean):
 RUN = """
 import sys
 from zimage_runner.cli import main
-from zimage_runner.torch_import import DEFERRED, NEEDS_ALL
+from zimage_runner.startup.lean_torch import DEFERRED, NEEDS_ALL
 code = main(sys.argv[1:])
 print("present:", [name for name in (*DEFERRED, *NEEDS_ALL) if name in sys.modules])
 sys.exit(code)
@@ -229,7 +229,7 @@ def test_plain_where_lean_is_not_known_to_work(setup, environment):
     python(
         f"""
 import sys
-from zimage_runner import torch_import
+from zimage_runner.startup import lean_torch as torch_import
 {setup}
 torch = torch_import.import_torch_lean()
 assert "torch._meta_registrations" in sys.modules
@@ -279,8 +279,8 @@ def test_another_threads_imports_meanwhile_are_real(moment, tmp_path: Path):
         f"""
 import importlib, sys, threading
 from importlib.machinery import PathFinder
-from zimage_runner import torch_import
-from zimage_runner.torch_import import ALONE, Deferral, StandIn
+from zimage_runner.startup import lean_torch as torch_import
+from zimage_runner.startup.lean_torch import ALONE, Deferral, StandIn
 
 class Meanwhile:
     done = []
@@ -316,7 +316,7 @@ def test_another_thread_gets_no_stand_in_from_the_finder():
     python(
         """
 import sys, threading
-from zimage_runner.torch_import import ALONE, Deferral
+from zimage_runner.startup.lean_torch import ALONE, Deferral
 deferral, found = Deferral(), []
 deferral.import_torch()
 deferral.importing = True
@@ -337,7 +337,7 @@ def test_a_stand_in_touched_while_torch_is_imported_gives_way():
     python(
         """
 import sys
-from zimage_runner import torch_import
+from zimage_runner.startup import lean_torch as torch_import
 early = torch_import.Deferral((*torch_import.DEFERRED, "torch.hub", "torch.jit", "torch.fx.experimental.sym_node"))
 torch = early.import_torch()
 assert torch.jit.script(torch.nn.ReLU())(torch.ones(1)) == 1

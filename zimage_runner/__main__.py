@@ -19,7 +19,7 @@ def entry_point() -> None:
     """Run the command line and exit with its code. --help is answered without importing Hydra."""
     listen()
     code = _run(sys.argv[1:])
-    leave = getattr(sys.modules.get("zimage_runner.head_start"), "leave", sys.exit)
+    leave = getattr(sys.modules.get("zimage_runner.startup.fork"), "leave", sys.exit)
     leave(code)
 
 
@@ -34,7 +34,7 @@ def _stop(number: int, _frame: FrameType | None) -> None:
     """End here: an exception raised in the middle of an import may be swallowed by it."""
     with contextlib.suppress(OSError):  # the terminal may be gone
         os.write(2, f"zimage_runner: stopped by {signal.Signals(number).name}\n".encode())
-    for module, function in (("cli", "remove_unused_directory"), ("head_start", "stop")):
+    for module, function in (("cli", "remove_unused_directory"), ("startup.fork", "stop")):
         clean_up = getattr(sys.modules.get(f"zimage_runner.{module}"), function, None)
         if clean_up is not None:
             clean_up()
@@ -53,8 +53,8 @@ def _run(argv: list[str]) -> int:
         print(f"zimage_runner {__version__}")
         return 0
     gc.disable()  # the command line's imports leave no garbage; a job switches it on again
-    from zimage_runner import head_start
-    from zimage_runner.bytecode import keep_bytecode
+    from zimage_runner.startup import fork as head_start
+    from zimage_runner.startup.bytecode import keep_bytecode
 
     keep_bytecode()
     if head_start.pays(argv):

@@ -11,15 +11,15 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from zimage_runner import monitor
-from zimage_runner.bytecode import keep_bytecode
 from zimage_runner.compile import Compile
 from zimage_runner.embedding_cache import EmbeddingCache, EmbeddingCacheConfig, foresees
 from zimage_runner.engines.base import DenoiseRequest, Engine, EngineConfig, LoadRequest
 from zimage_runner.executors.base import GeneratedBatch
 from zimage_runner.executors.faults import is_out_of_memory
-from zimage_runner.head_start import wait_without_spinning
 from zimage_runner.memory import HealthCheck, Memory
 from zimage_runner.model import Model
+from zimage_runner.startup.bytecode import keep_bytecode
+from zimage_runner.startup.fork import wait_without_spinning
 from zimage_runner.warmup import WARMUP_PROMPT, Warmup, WarmupShape
 from zimage_runner.weights.checkpoint import Checkpoint
 

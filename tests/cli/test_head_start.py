@@ -15,8 +15,8 @@ from types import ModuleType
 
 import pytest
 
-from zimage_runner.head_start import HEAD_START, Child, pays
 from zimage_runner.memory.alloc import VARIABLES, export
+from zimage_runner.startup.fork import HEAD_START, Child, pays
 
 DRAW = ("model=zimage_nano", "prompt=a red fox", "sampling.height=128", "sampling.width=128")
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != HEAD_START}
@@ -220,7 +220,7 @@ def test_a_killed_parent_leaves_no_child_and_no_directory(tmp_path: Path) -> Non
     ],
 )
 def test_when_it_pays(monkeypatch: pytest.MonkeyPatch, words: list[str], expected: bool) -> None:
-    monkeypatch.setattr("zimage_runner.head_start.threading.active_count", lambda: 1)
+    monkeypatch.setattr("zimage_runner.startup.fork.threading.active_count", lambda: 1)
     monkeypatch.setenv(HEAD_START, "1")
     assert pays(words) is expected
     monkeypatch.setenv(HEAD_START, "0")
@@ -228,13 +228,13 @@ def test_when_it_pays(monkeypatch: pytest.MonkeyPatch, words: list[str], expecte
 
 
 def test_it_needs_a_gpu_and_a_second_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("zimage_runner.head_start.threading.active_count", lambda: 1)
+    monkeypatch.setattr("zimage_runner.startup.fork.threading.active_count", lambda: 1)
     monkeypatch.delenv(HEAD_START, raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
-    monkeypatch.setattr("zimage_runner.head_start.DEVICE_NODES", (str(tmp_path / "none"),))
+    monkeypatch.setattr("zimage_runner.startup.fork.DEVICE_NODES", (str(tmp_path / "none"),))
     assert not pays([])
-    monkeypatch.setattr("zimage_runner.head_start.DEVICE_NODES", (str(tmp_path),))
+    monkeypatch.setattr("zimage_runner.startup.fork.DEVICE_NODES", (str(tmp_path),))
     assert pays([])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert not pays([])

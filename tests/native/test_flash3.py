@@ -35,7 +35,7 @@ SCHEMA = (
 
 LEAN = """
 import sys
-from zimage_runner.torch_import import import_torch_lean
+from zimage_runner.startup.lean_torch import import_torch_lean
 torch = import_torch_lean()
 from zimage_runner.engines.native import flash3
 library = torch._C._dispatch_library("DEF", "fa3_fwd", "")

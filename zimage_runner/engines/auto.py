@@ -11,7 +11,7 @@ from zimage_runner.engines.device import choose_device
 from zimage_runner.engines.diffusers import DiffusersEngine
 from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.errors import UserError
-from zimage_runner.head_start import import_torch
+from zimage_runner.startup.fork import import_torch
 
 if TYPE_CHECKING:
     from zimage_runner.compile import Compile

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zimage_runner.switching import switch_as_usual, switch_quickly
+from zimage_runner.startup.gil import switch_as_usual, switch_quickly
 from zimage_runner.weights import lanes
 from zimage_runner.weights.cuda_driver import CudaDriver, CudaUnavailable
 from zimage_runner.weights.lanes import Chunk, Lanes

@@ -25,7 +25,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-from zimage_runner.torch_modules import ALONE, DEFERRED, NEEDS_ALL, TAKEN_FROM
+from zimage_runner.startup.torch_modules import ALONE, DEFERRED, NEEDS_ALL, TAKEN_FROM
 
 PLAIN_IMPORT = "ZIMAGE_RUNNER_PLAIN_IMPORT"
 """Environment variable: 1 makes every import of torch a plain one."""

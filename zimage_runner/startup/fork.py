@@ -133,7 +133,7 @@ def import_torch() -> ModuleType:
     """torch, imported lean; where that began with the process, once it is done."""
     if _imports is not None:
         _imports.wait()
-    from zimage_runner.torch_import import import_torch_lean
+    from zimage_runner.startup.lean_torch import import_torch_lean
 
     return import_torch_lean()
 
@@ -186,7 +186,7 @@ class Imports:
             self._context.release()
 
     def _import(self) -> None:
-        from zimage_runner.switching import switch_as_usual, switch_quickly
+        from zimage_runner.startup.gil import switch_as_usual, switch_quickly
 
         switch_quickly()
         try:
@@ -197,7 +197,7 @@ class Imports:
 
                 self._context = CudaContext(pin=True)
             import zimage_runner.runner  # noqa: F401 - what the main thread needs as soon as it has the config
-            from zimage_runner.torch_import import import_torch_lean
+            from zimage_runner.startup.lean_torch import import_torch_lean
 
             import_torch_lean()
         except BaseException as error:

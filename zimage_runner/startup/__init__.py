@@ -1,0 +1,1 @@
+"""What prepares the process so that the first picture comes soon."""
