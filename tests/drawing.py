@@ -11,7 +11,7 @@ import numpy as np
 from zimage_runner.compile import Compile, NoCompile
 from zimage_runner.engines.base import EngineConfig
 from zimage_runner.engines.diffusers import DiffusersEngine
-from zimage_runner.memory import Memory
+from zimage_runner.memory.policies import Memory
 from zimage_runner.model import Model, Source
 from zimage_runner.plan import WorkItem, build_plan
 from zimage_runner.prompts.base import Prompt

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from zimage_runner import monitor
 from zimage_runner.compile import Compile
 from zimage_runner.embedding_cache import EmbeddingCache, EmbeddingCacheConfig, foresees
 from zimage_runner.engines.base import DenoiseRequest, Engine, EngineConfig, LoadRequest
 from zimage_runner.executors.base import GeneratedBatch
 from zimage_runner.executors.faults import is_out_of_memory
-from zimage_runner.memory import HealthCheck, Memory
+from zimage_runner.memory import readings as monitor
+from zimage_runner.memory.policies import HealthCheck, Memory
 from zimage_runner.model import Model
 from zimage_runner.startup.bytecode import keep_bytecode
 from zimage_runner.startup.fork import wait_without_spinning

@@ -12,7 +12,7 @@ from zimage_runner.engines.base import DenoiseRequest, Engine, EngineConfig, Loa
 from zimage_runner.engines.diffusers import DiffusersEngine
 from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.engines.noise import draw_noise
-from zimage_runner.memory import Resident
+from zimage_runner.memory.policies import Resident
 from zimage_runner.model import Model, Source
 from zimage_runner.sampling import SamplingParams
 from zimage_runner.weights.checkpoint import Checkpoint

@@ -14,7 +14,7 @@ from zimage_runner.engines.base import Device, Engine, LoadRequest
 from zimage_runner.engines.diffusers import DiffusersEngine
 from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.errors import BadPictureError
-from zimage_runner.memory import Resident
+from zimage_runner.memory.policies import Resident
 from zimage_runner.model import Dtype, Model, Source
 from zimage_runner.weights.checkpoint import Checkpoint
 

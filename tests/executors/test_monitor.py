@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from zimage_runner import monitor
+from zimage_runner.memory import readings as monitor
 
 GB = 10**9
 

@@ -21,7 +21,7 @@ from zimage_runner.errors import BadPictureError, RunStopped, UserError
 from zimage_runner.executors.base import Batch, BatchResult, Executor
 from zimage_runner.executors.inline import InlineExecutorConfig
 from zimage_runner.executors.process import ProcessExecutor, ProcessExecutorConfig
-from zimage_runner.memory import Action, Health, Resident
+from zimage_runner.memory.policies import Action, Health, Resident
 from zimage_runner.signals import StopRequest
 
 

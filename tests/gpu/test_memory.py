@@ -10,7 +10,7 @@ from zimage_runner.attention import BACKENDS, this_machine, why_not
 from zimage_runner.compile import CompileMode, Full, Regional
 from zimage_runner.engines.base import Device
 from zimage_runner.engines.diffusers import DiffusersEngine
-from zimage_runner.memory import (
+from zimage_runner.memory.policies import (
     GroupOffload,
     Loading,
     Memory,
@@ -20,7 +20,7 @@ from zimage_runner.memory import (
     SequentialOffload,
     Staged,
 )
-from zimage_runner.monitor import gpu_memory
+from zimage_runner.memory.readings import gpu_memory
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 

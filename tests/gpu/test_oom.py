@@ -20,10 +20,10 @@ from zimage_runner.engines.native.engine import NativeEngineAdapter
 from zimage_runner.engines.native.transformer import Transformer
 from zimage_runner.executors.base import Batch, BatchResult
 from zimage_runner.executors.ladder import Ladder
-from zimage_runner.memory import Resident
+from zimage_runner.memory.policies import Resident
+from zimage_runner.memory.readings import free_gpu_bytes
 from zimage_runner.memory.release import release_unused
 from zimage_runner.model import Dtype, Model, Source
-from zimage_runner.monitor import free_gpu_bytes
 from zimage_runner.plan import WorkItem
 from zimage_runner.session import Session
 

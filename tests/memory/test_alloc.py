@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zimage_runner.errors import UserError
-from zimage_runner.memory import AllocFields, Loading, Resident, SequentialOffload
 from zimage_runner.memory.alloc import VARIABLES, alloc_string, check_text
+from zimage_runner.memory.policies import AllocFields, Loading, Resident, SequentialOffload
 
 ARTICLE = "max_split_size_mb:512,garbage_collection_threshold:0.8"
 large = st.none() | st.integers(21, 100_000)
@@ -114,7 +114,7 @@ def test_device_map_names_the_loading_path():
 
 def test_exported_under_both_names_without_importing_torch():
     code = (
-        "import os, sys; from zimage_runner.memory import Resident;"
+        "import os, sys; from zimage_runner.memory.policies import Resident;"
         f"Resident(alloc_conf={ARTICLE!r}).apply_environment();"
         "assert 'torch' not in sys.modules;"
         f"print(*[os.environ[v] for v in {VARIABLES}], sep='\\n')"

@@ -8,7 +8,7 @@ import pytest
 from drawing import SMALL, draw
 
 from zimage_runner.errors import UserError
-from zimage_runner.memory import Action, Health, HealthCheck, Resident
+from zimage_runner.memory.policies import Action, Health, HealthCheck, Resident
 
 
 def reader(*reserved: float):

@@ -6,7 +6,15 @@ import pytest
 from drawing import SMALL, draw, largest_difference
 
 from zimage_runner.errors import UserError
-from zimage_runner.memory import GroupOffload, Loading, ModelOffload, OffloadType, Resident, SequentialOffload, Staged
+from zimage_runner.memory.policies import (
+    GroupOffload,
+    Loading,
+    ModelOffload,
+    OffloadType,
+    Resident,
+    SequentialOffload,
+    Staged,
+)
 
 PLACEMENTS = {
     "staged": Staged,

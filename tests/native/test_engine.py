@@ -20,7 +20,7 @@ from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.engines.native.engine import NativeEngineAdapter
 from zimage_runner.engines.noise import draw_noise
 from zimage_runner.errors import UserError
-from zimage_runner.memory import Memory, ModelOffload, Resident, Staged
+from zimage_runner.memory.policies import Memory, ModelOffload, Resident, Staged
 from zimage_runner.model import Model, Source
 from zimage_runner.sampling import SamplingParams
 from zimage_runner.weights.checkpoint import Checkpoint

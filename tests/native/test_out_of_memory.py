@@ -27,7 +27,7 @@ from zimage_runner.engines.native.vae_decoder import VaeDecoder
 from zimage_runner.executors import ladder as ladder_module
 from zimage_runner.executors.base import Batch
 from zimage_runner.executors.ladder import Ladder
-from zimage_runner.memory import Resident
+from zimage_runner.memory.policies import Resident
 from zimage_runner.session import Session
 
 SMALL = replace(PARAMS, height=32, width=32, num_inference_steps=1)

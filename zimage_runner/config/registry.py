@@ -16,7 +16,7 @@ from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.executors.inline import InlineExecutorConfig
 from zimage_runner.executors.process import ProcessExecutorConfig
 from zimage_runner.help import CONFIG_DIR
-from zimage_runner.memory import GroupOffload, ModelOffload, Resident, SequentialOffload, Staged
+from zimage_runner.memory.policies import GroupOffload, ModelOffload, Resident, SequentialOffload, Staged
 from zimage_runner.model import Model
 from zimage_runner.outputs.config import Output
 from zimage_runner.prompts.csv_file import Csv

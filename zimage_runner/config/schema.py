@@ -15,7 +15,7 @@ from zimage_runner.embedding_cache import EmbeddingCacheConfig
 from zimage_runner.engines.base import AUTO, EngineConfig
 from zimage_runner.errors import UserError
 from zimage_runner.executors.base import ExecutorConfig
-from zimage_runner.memory import Memory
+from zimage_runner.memory.policies import Memory
 from zimage_runner.model import Model
 from zimage_runner.outputs.config import Output
 from zimage_runner.prompts.base import PromptSource

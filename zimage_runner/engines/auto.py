@@ -15,7 +15,7 @@ from zimage_runner.startup.fork import import_torch
 
 if TYPE_CHECKING:
     from zimage_runner.compile import Compile
-    from zimage_runner.memory import Memory
+    from zimage_runner.memory.policies import Memory
     from zimage_runner.model import Model
 
 log = logging.getLogger(__name__)

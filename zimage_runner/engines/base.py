@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from zimage_runner.compile import Compile
-    from zimage_runner.memory import Memory
+    from zimage_runner.memory.policies import Memory
     from zimage_runner.model import Model
     from zimage_runner.weights.checkpoint import Checkpoint
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from zimage_runner.compile import Compile
-    from zimage_runner.memory import Memory
+    from zimage_runner.memory.policies import Memory
     from zimage_runner.model import Model
 
 CAPTION_MULTIPLE = 32

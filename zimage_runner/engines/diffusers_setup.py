@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from zimage_runner.compile import Compile, Full, Regional, uses_cuda_graphs
 from zimage_runner.errors import UserError
-from zimage_runner.memory import GroupOffload, Loading, Memory, ModelOffload, SequentialOffload
+from zimage_runner.memory.policies import GroupOffload, Loading, Memory, ModelOffload, SequentialOffload
 
 if TYPE_CHECKING:
     import torch

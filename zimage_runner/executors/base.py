@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from zimage_runner.engines.base import PendingImages
 from zimage_runner.errors import BadPictureError
-from zimage_runner.memory import Health
+from zimage_runner.memory.policies import Health
 from zimage_runner.signals import StopRequest
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 
 from zimage_runner.executors.base import Batch, BatchResult, Executor, ExecutorConfig, SessionFactory, SessionLike
 from zimage_runner.executors.ladder import Ladder
-from zimage_runner.memory import Health
+from zimage_runner.memory.policies import Health
 from zimage_runner.signals import StopRequest
 from zimage_runner.warmup import WarmupShape
 

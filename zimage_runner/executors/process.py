@@ -18,7 +18,7 @@ from zimage_runner.executors.base import Batch, BatchResult, BrokenImages, Execu
 from zimage_runner.executors.child import WorkerDied
 from zimage_runner.executors.messages import Drawn, Failed, Finished, Start, Started, SteppedDown, Work
 from zimage_runner.executors.supervisor import Supervisor
-from zimage_runner.memory import Action, Health
+from zimage_runner.memory.policies import Action, Health
 from zimage_runner.signals import StopRequest
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from zimage_runner.errors import RunStopped, UserError
 from zimage_runner.executors.child import Child, WorkerBroken, WorkerDied
 from zimage_runner.executors.messages import Extend, Start
-from zimage_runner.memory import Action, Health
+from zimage_runner.memory.policies import Action, Health
 from zimage_runner.signals import StopRequest
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from zimage_runner.errors import UserError
-from zimage_runner.monitor import gpu_memory
+from zimage_runner.memory.readings import gpu_memory
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from zimage_runner.errors import UserError
 
 if TYPE_CHECKING:
     from zimage_runner.compile import Compile
-    from zimage_runner.memory import Memory
+    from zimage_runner.memory.policies import Memory
     from zimage_runner.model import Model
     from zimage_runner.weights.source import WeightsSource
 
