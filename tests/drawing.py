@@ -15,8 +15,8 @@ from zimage_runner.memory.policies import Memory
 from zimage_runner.model import Model, Source
 from zimage_runner.plan import WorkItem, build_plan
 from zimage_runner.prompts.base import Prompt
+from zimage_runner.prompts.seeds import parse_seeds
 from zimage_runner.sampling import SamplingParams
-from zimage_runner.seeds import parse_seeds
 from zimage_runner.session import Session, SessionConfig
 from zimage_runner.warmup import Generate, NoWarmup, WarmupShape
 from zimage_runner.weights.checkpoint import Checkpoint

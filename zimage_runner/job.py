@@ -17,9 +17,9 @@ from zimage_runner.prompts import read_prompts
 from zimage_runner.prompts.base import PromptSource
 from zimage_runner.prompts.inline import Inline
 from zimage_runner.prompts.jsonl import Jsonl
+from zimage_runner.prompts.seeds import Seeds, parse_seeds
 from zimage_runner.prompts.snapshot import SNAPSHOT_NAME
 from zimage_runner.sampling import SamplingParams, resolve_sampling
-from zimage_runner.seeds import Seeds, parse_seeds
 from zimage_runner.session import SessionConfig
 from zimage_runner.warmup import WarmupShape
 from zimage_runner.weights.checkpoint import Checkpoint

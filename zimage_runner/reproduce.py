@@ -33,9 +33,9 @@ from zimage_runner.outputs.ledger import IMAGE
 from zimage_runner.outputs.metadata import read_metadata
 from zimage_runner.outputs.picture import encode_png
 from zimage_runner.prompts.inline import Inline
+from zimage_runner.prompts.seeds import parse_seeds
 from zimage_runner.resume.saved import override_key
 from zimage_runner.sampling import SAMPLING_FIELDS, Sampling
-from zimage_runner.seeds import parse_seeds
 from zimage_runner.signals import graceful_stop
 from zimage_runner.warm import Executors
 

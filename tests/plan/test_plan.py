@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from zimage_runner.errors import UserError
 from zimage_runner.plan import Fingerprints, build_plan, fingerprint, slug
 from zimage_runner.prompts.base import Prompt
+from zimage_runner.prompts.seeds import parse_seeds
 from zimage_runner.sampling import SamplingParams
-from zimage_runner.seeds import parse_seeds
 
 PARAMS = SamplingParams(
     height=128,

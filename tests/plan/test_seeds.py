@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zimage_runner.errors import UserError
-from zimage_runner.seeds import MAX_SEED, parse_seeds
+from zimage_runner.prompts.seeds import MAX_SEED, parse_seeds
 
 seed = st.integers(0, MAX_SEED)
 

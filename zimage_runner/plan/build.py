@@ -10,8 +10,8 @@ from zimage_runner.errors import UserError
 from zimage_runner.plan.items import Bucket, WorkItem
 from zimage_runner.plan.plan import Duplicate, Plan, Truncation
 from zimage_runner.prompts.base import Prompt
+from zimage_runner.prompts.seeds import Seeds
 from zimage_runner.sampling import SamplingParams
-from zimage_runner.seeds import Seeds
 
 CAPTION_MULTIPLE = 32
 """The transformer pads captions to this multiple with a token that is attended to."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from zimage_runner.errors import UserError
 from zimage_runner.prompts.rows import convert
-from zimage_runner.seeds import parse_seed_list
+from zimage_runner.prompts.seeds import parse_seed_list
 
 FLAGS = {
     "w": "width",

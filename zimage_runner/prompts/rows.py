@@ -13,9 +13,9 @@ from typing import Any
 
 from zimage_runner.errors import UserError
 from zimage_runner.prompts.base import NOTHING, Prompt, PromptSource
+from zimage_runner.prompts.seeds import parse_seed_list
 from zimage_runner.prompts.text import check_characters, check_text
 from zimage_runner.sampling import SamplingParams
-from zimage_runner.seeds import parse_seed_list
 
 SAMPLING_KINDS: dict[str, str] = {f.name: str(f.type) for f in fields(SamplingParams)}
 """Each sampling field's type by name: int, float or str."""
