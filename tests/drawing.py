@@ -19,7 +19,7 @@ from zimage_runner.prompts.seeds import parse_seeds
 from zimage_runner.sampling import SamplingParams
 from zimage_runner.session import Session, SessionConfig
 from zimage_runner.warmup import Generate, NoWarmup, WarmupShape
-from zimage_runner.weights.checkpoint import Checkpoint
+from zimage_runner.weights.find.checkpoint import Checkpoint
 
 NANO = Path(__file__).parent.parent / "zimage_runner" / "assets" / "zimage_nano"
 PARAMS = SamplingParams(

@@ -22,8 +22,8 @@ from zimage_runner.prompts.snapshot import SNAPSHOT_NAME
 from zimage_runner.sampling import SamplingParams, resolve_sampling
 from zimage_runner.session import SessionConfig
 from zimage_runner.warmup import WarmupShape
-from zimage_runner.weights.checkpoint import Checkpoint
-from zimage_runner.weights.resolve import resolve, resolve_without_network
+from zimage_runner.weights.find.checkpoint import Checkpoint
+from zimage_runner.weights.find.resolve import resolve, resolve_without_network
 
 UNTRUNCATED = 1 << 24
 NOT_DOWNLOADED = Checkpoint(path=Path(os.devnull), revision="not downloaded", digest="")

@@ -30,11 +30,11 @@ from zimage_runner.logs import log_to_terminal
 from zimage_runner.model import Model
 from zimage_runner.signals import PATIENCE, StopRequest, graceful_stop
 from zimage_runner.sweep.launcher import register_launcher
-from zimage_runner.weights import prepared
-from zimage_runner.weights.checkpoint import Checkpoint
-from zimage_runner.weights.digest import weights_digest
-from zimage_runner.weights.resolve import download, locate, resolve
-from zimage_runner.weights.verify import file_digests, forget
+from zimage_runner.weights.find.checkpoint import Checkpoint
+from zimage_runner.weights.find.digest import weights_digest
+from zimage_runner.weights.find.resolve import download, locate, resolve
+from zimage_runner.weights.find.verify import file_digests, forget
+from zimage_runner.weights.prepared import prepared
 
 EXIT_DIFFERENT = EXIT_ITEMS_FAILED
 
@@ -74,7 +74,7 @@ def compose_model(overrides: Sequence[str]) -> Model:
 
 
 def _build(model: Model, stop: StopRequest) -> int:
-    from zimage_runner.weights.prepare import build
+    from zimage_runner.weights.prepared.prepare import build
 
     with stop.interruptible(PATIENCE):
         checkpoint = resolve(model)
@@ -86,7 +86,7 @@ def _build(model: Model, stop: StopRequest) -> int:
 
 
 def _verify(model: Model) -> int:
-    from zimage_runner.weights.compare import compare
+    from zimage_runner.weights.prepared.compare import compare
 
     layout = locate(model)
     digests = file_digests(layout.weight_paths, force=True)

@@ -21,7 +21,7 @@ from zimage_runner.model import Model
 from zimage_runner.startup.bytecode import keep_bytecode
 from zimage_runner.startup.fork import wait_without_spinning
 from zimage_runner.warmup import WARMUP_PROMPT, Warmup, WarmupShape
-from zimage_runner.weights.checkpoint import Checkpoint
+from zimage_runner.weights.find.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,7 @@ from zimage_runner.engines.noise import draw_noise
 from zimage_runner.memory.policies import Resident
 from zimage_runner.model import Model, Source
 from zimage_runner.sampling import SamplingParams
-from zimage_runner.weights.checkpoint import Checkpoint
+from zimage_runner.weights.find.checkpoint import Checkpoint
 
 CAPTIONS = ["a red apple", "一只熊猫", "a small robot toy"]
 SEEDS = [1, 2, 3]

@@ -16,7 +16,7 @@ from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.errors import BadPictureError
 from zimage_runner.memory.policies import Resident
 from zimage_runner.model import Dtype, Model, Source
-from zimage_runner.weights.checkpoint import Checkpoint
+from zimage_runner.weights.find.checkpoint import Checkpoint
 
 
 @pytest.fixture(scope="module", params=[DiffusersEngine, NativeEngine])

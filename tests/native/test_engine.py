@@ -23,7 +23,7 @@ from zimage_runner.errors import UserError
 from zimage_runner.memory.policies import Memory, ModelOffload, Resident, Staged
 from zimage_runner.model import Model, Source
 from zimage_runner.sampling import SamplingParams
-from zimage_runner.weights.checkpoint import Checkpoint
+from zimage_runner.weights.find.checkpoint import Checkpoint
 
 PARAMS = SamplingParams(
     height=128, width=128, num_inference_steps=4, guidance_scale=0.0, negative_prompt="",

@@ -9,7 +9,7 @@ import pytest
 
 PROBE = """
 import sys
-from zimage_runner.weights import source
+from zimage_runner.weights.preload import source
 begin = source.begin
 source.begin = lambda *args: print("torch" in sys.modules) or begin(*args)
 from zimage_runner.cli import main

@@ -16,11 +16,11 @@ from zimage_runner.engines.base import Device
 from zimage_runner.engines.native.engine import NativeEngineAdapter
 from zimage_runner.engines.native.model import Options
 from zimage_runner.model import Model, Prepare, Source
-from zimage_runner.weights import preload, source
-from zimage_runner.weights.cuda_driver import CudaDriver
-from zimage_runner.weights.prepare import build
-from zimage_runner.weights.resolve import resolve
-from zimage_runner.weights.source import WeightsSource
+from zimage_runner.weights.find.resolve import resolve
+from zimage_runner.weights.preload import preload, source
+from zimage_runner.weights.preload.cuda_driver import CudaDriver
+from zimage_runner.weights.preload.source import WeightsSource
+from zimage_runner.weights.prepared.prepare import build
 
 pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc for the fake driver")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from zimage_runner.weights.resolve import EMBEDDED
+from zimage_runner.weights.find.resolve import EMBEDDED
 
 
 @pytest.fixture(autouse=True)

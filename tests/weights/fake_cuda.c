@@ -1,4 +1,4 @@
-/* A CUDA driver of host memory: the calls that zimage_runner/weights/cuda_driver.py makes, for tests without a GPU. */
+/* A CUDA driver of host memory: the calls that zimage_runner/weights/preload/cuda_driver.py makes, for tests without a GPU. */
 #include <stdlib.h>
 #include <string.h>
 #include <stdint.h>

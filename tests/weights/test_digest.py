@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zimage_runner.model import Model, Source
-from zimage_runner.weights.digest import BLOCK, BLOCKS, sample_offsets, weights_digest
-from zimage_runner.weights.layout import inspect
-from zimage_runner.weights.resolve import EMBEDDED, resolve
+from zimage_runner.weights.find.digest import BLOCK, BLOCKS, sample_offsets, weights_digest
+from zimage_runner.weights.find.layout import inspect
+from zimage_runner.weights.find.resolve import EMBEDDED, resolve
 
 WEIGHTS = "text_encoder/model.safetensors"
 

@@ -14,7 +14,7 @@ import pytest
 from huggingface_server import COMMIT, HuggingFaceServer
 from modelscope_server import files_of
 
-from zimage_runner.weights.resolve import EMBEDDED
+from zimage_runner.weights.find.resolve import EMBEDDED
 
 REPO = "some-maker/Z-Image"
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -22,7 +22,7 @@ SCRIPT = """
 import json, os, sys
 from zimage_runner.errors import UserError
 from zimage_runner.model import Model, Source
-from zimage_runner.weights.resolve import resolve
+from zimage_runner.weights.find.resolve import resolve
 options = json.loads(sys.argv[1])
 try:
     checkpoint = resolve(Model(name="z", source=Source.huggingface, repo="some-maker/Z-Image", **options))

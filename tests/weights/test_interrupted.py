@@ -16,7 +16,7 @@ import pytest
 from modelscope_server import ModelScopeServer, files_of
 
 from zimage_runner.model import Model, Source
-from zimage_runner.weights.resolve import EMBEDDED, resolve
+from zimage_runner.weights.find.resolve import EMBEDDED, resolve
 from zimage_runner.weights.threads import Threads
 
 REPO = "some-maker/Z-Image-0.1"

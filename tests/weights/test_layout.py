@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from zimage_runner.errors import UserError
 from zimage_runner.model import Model, Source
-from zimage_runner.weights.layout import inspect
-from zimage_runner.weights.resolve import EMBEDDED, resolve
-from zimage_runner.weights.safetensors_header import BadWeightsFile, read_header
+from zimage_runner.weights.find.layout import inspect
+from zimage_runner.weights.find.resolve import EMBEDDED, resolve
+from zimage_runner.weights.safetensors_file import BadWeightsFile, read_header
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 SHARD = "transformer/diffusion_pytorch_model-00002-of-00003.safetensors"

@@ -14,11 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from zimage_runner.weights import load, prefetch
-from zimage_runner.weights.layout import inspect
+from zimage_runner.weights import load
+from zimage_runner.weights.find.layout import inspect
+from zimage_runner.weights.find.resolve import EMBEDDED
 from zimage_runner.weights.load import choose_method, load_tensors
-from zimage_runner.weights.resolve import EMBEDDED
-from zimage_runner.weights.safetensors_header import read_header
+from zimage_runner.weights.preload import page_cache as prefetch
+from zimage_runner.weights.safetensors_file import read_header
 
 FILES = [
     EMBEDDED / "text_encoder/model.safetensors",
@@ -193,7 +194,8 @@ def test_available_memory_is_plausible() -> None:
 
 def test_prefetching_imports_no_torch() -> None:
     code = (
-        "import sys; from zimage_runner.weights.prefetch import CudaContext, read_ahead; from pathlib import Path\n"
+        "import sys; from pathlib import Path\n"
+        "from zimage_runner.weights.preload.page_cache import CudaContext, read_ahead\n"
         f"read_ahead([Path({str(FILES[0])!r})]).wait(); context = CudaContext(); seconds = context.wait()\n"
         "assert (seconds is None) == (context.error is not None); assert 'torch' not in sys.modules"
     )

@@ -17,7 +17,7 @@ from modelscope_server import ModelScopeServer, files_of
 
 from zimage_runner.errors import UserError
 from zimage_runner.model import Model, Source
-from zimage_runner.weights.resolve import EMBEDDED, download, resolve
+from zimage_runner.weights.find.resolve import EMBEDDED, download, resolve
 
 REPO = "some-maker/Z-Image-0.1"
 EXTRA_FILES = {"README.md": b"# a model card", "assets/teaser.png": b"\x89PNG", "transformer/old.bin": b"\x80\x04."}
@@ -65,7 +65,7 @@ def test_second_start_asks_nothing(server: ModelScopeServer, model: Model) -> No
 def test_second_start_does_not_import_the_client(server: ModelScopeServer, model: Model) -> None:
     first = resolve(model)
     code = (
-        "import sys; from zimage_runner.model import *; from zimage_runner.weights.resolve import resolve\n"
+        "import sys; from zimage_runner.model import *; from zimage_runner.weights.find.resolve import resolve\n"
         f"m = Model(name='z', source=Source.modelscope, repo={REPO!r}, cache_dir={model.cache_dir!r})\n"
         "print(resolve(m).digest); assert not {'modelscope', 'modelscope_hub', 'torch'} & set(sys.modules)"
     )
@@ -100,7 +100,7 @@ def wait_for_part(folder: Path) -> None:
 def test_killed_download_leaves_nothing_half_made_and_resumes(server: ModelScopeServer, model: Model) -> None:
     server.stall_after[SHARD] = 7_000_000
     code = (
-        "from zimage_runner.model import *; from zimage_runner.weights.resolve import resolve\n"
+        "from zimage_runner.model import *; from zimage_runner.weights.find.resolve import resolve\n"
         f"resolve(Model(name='z', source=Source.modelscope, repo={REPO!r}, cache_dir={model.cache_dir!r}))"
     )
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -24,14 +24,14 @@ from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
 from tests.weights.test_preload import build_fake
-from zimage_runner import machine_code
-from zimage_runner.weights.cuda_driver import CudaDriver, CudaUnavailable
-from zimage_runner.weights.pack import pack_frame
-from zimage_runner.weights.packed import BLOCK, Counts, Frame, frame_bytes, packing_of, place_frames
-from zimage_runner.weights.safetensors_header import BadWeightsFile, TensorInfo, WeightsFile
-from zimage_runner.weights.unpack import Unpacker, unpack_frame, unpacker
-from zimage_runner.weights.unpacking import build, kernel
-from zimage_runner.weights.unpacking.kernel import UnpackKernel
+from zimage_runner.weights.packed import build, kernel
+from zimage_runner.weights.packed.format import BLOCK, Counts, Frame, frame_bytes, packing_of, place_frames
+from zimage_runner.weights.packed.kernel import UnpackKernel
+from zimage_runner.weights.packed.pack import pack_frame
+from zimage_runner.weights.packed.unpack import Unpacker, unpack_frame, unpacker
+from zimage_runner.weights.preload import machine_code
+from zimage_runner.weights.preload.cuda_driver import CudaDriver, CudaUnavailable
+from zimage_runner.weights.safetensors_file import BadWeightsFile, TensorInfo, WeightsFile
 
 Values = NDArray[np.uint16]
 Unpack = Callable[[NDArray[np.uint8], Frame], Values]
@@ -270,7 +270,7 @@ def test_only_one_tensor_of_bytes_is_packed(tensor: dict[str, TensorInfo]) -> No
 
 def test_machine_code_is_of_todays_source() -> None:
     header, start = machine_code.read_header(kernel.FILE.read_bytes())
-    assert header["source"] == build.source_digest(), "run python -m zimage_runner.weights.unpacking.build"
+    assert header["source"] == build.source_digest(), "run python -m zimage_runner.weights.packed.build"
     assert list(header["architectures"]) == [str(number) for number in build.ARCHITECTURES]
     assert start + sum(e["size"] for e in header["architectures"].values()) == kernel.FILE.stat().st_size
 

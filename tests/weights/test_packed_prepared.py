@@ -33,15 +33,18 @@ from zimage_runner.engines.native.model import Options
 from zimage_runner.errors import UserError
 from zimage_runner.model import Model, Prepare, Source
 from zimage_runner.prepare import main
-from zimage_runner.weights import lanes, packed, preload, prepare, prepared, source, unpack
-from zimage_runner.weights.compare import compare
-from zimage_runner.weights.cuda_driver import CudaDriver, CudaUnavailable, allocated_bytes
-from zimage_runner.weights.layout import inspect
+from zimage_runner.weights.find.layout import inspect
+from zimage_runner.weights.find.resolve import resolve
 from zimage_runner.weights.load import load_tensors
-from zimage_runner.weights.packed import BLOCK, Frame, Packing
-from zimage_runner.weights.preload import Preload
-from zimage_runner.weights.prepared import Prepared
-from zimage_runner.weights.resolve import resolve
+from zimage_runner.weights.packed import format as packed
+from zimage_runner.weights.packed import unpack
+from zimage_runner.weights.packed.format import BLOCK, Frame, Packing
+from zimage_runner.weights.preload import lanes, preload, source
+from zimage_runner.weights.preload.cuda_driver import CudaDriver, CudaUnavailable, allocated_bytes
+from zimage_runner.weights.preload.preload import Preload
+from zimage_runner.weights.prepared import prepare, prepared
+from zimage_runner.weights.prepared.compare import compare
+from zimage_runner.weights.prepared.prepared import Prepared
 
 PARTS = ("text_encoder", "transformer", "vae")
 
@@ -248,7 +251,7 @@ def test_without_room_the_plain_copy_serves(
 def test_killed_preparation_leaves_nothing_that_is_used(sharded: Path, runner_cache: Path) -> None:
     code = (
         "import os, signal; from zimage_runner.weights import packed, prepare\n"
-        "from zimage_runner.weights.resolve import resolve\n"
+        "from zimage_runner.weights.find.resolve import resolve\n"
         "from zimage_runner.model import *; write = os.pwrite; count = 0; packed.FRAME_VALUES = 65536\n"
         "def pwrite(*args):\n"
         "    global count; count += 1\n"
@@ -391,7 +394,7 @@ def test_preloading_needs_neither_torch_nor_numpy(nano: Path, driver: CudaDriver
     library = str(tmp_path / "libcuda_fake.so")
     code = (
         "import sys; from pathlib import Path; from zimage_runner.weights import packed, prepared, preload\n"
-        "from zimage_runner.weights.cuda_driver import CudaDriver\n"
+        "from zimage_runner.weights.preload.cuda_driver import CudaDriver\n"
         f"found = prepared.open_prepared(Path({str(found.path)!r})); packing = found.packings['vae']\n"
         "path = packing.unpacked.path\n"
         f"driver = CudaDriver(library={library!r})\n"

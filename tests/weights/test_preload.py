@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from zimage_runner.weights import lanes, preload
-from zimage_runner.weights.cuda_driver import CudaDriver, CudaUnavailable, allocated_bytes
-from zimage_runner.weights.preload import Preload
+from zimage_runner.weights.preload import lanes, preload
+from zimage_runner.weights.preload.cuda_driver import CudaDriver, CudaUnavailable, allocated_bytes
+from zimage_runner.weights.preload.preload import Preload
 
 pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc for the fake driver")
 

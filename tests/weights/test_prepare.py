@@ -19,12 +19,12 @@ from safetensors.torch import load_file, save_file
 from tests.weights.written_memory import megabytes_to_write
 from zimage_runner.errors import UserError
 from zimage_runner.model import Model, Prepare, Source
-from zimage_runner.weights import prepare, prepared
-from zimage_runner.weights.checkpoint import Checkpoint
-from zimage_runner.weights.compare import compare
-from zimage_runner.weights.layout import inspect
-from zimage_runner.weights.names import prepared_tensors
-from zimage_runner.weights.resolve import resolve
+from zimage_runner.weights.find.checkpoint import Checkpoint
+from zimage_runner.weights.find.layout import inspect
+from zimage_runner.weights.find.resolve import resolve
+from zimage_runner.weights.prepared import prepare, prepared
+from zimage_runner.weights.prepared.compare import compare
+from zimage_runner.weights.prepared.names import prepared_tensors
 
 
 def local(path: Path, **options: object) -> Model:
@@ -208,7 +208,7 @@ def test_auto_prepares_large_ones(sharded: Path, monkeypatch: pytest.MonkeyPatch
 def test_killed_preparation_leaves_nothing_that_is_used(sharded: Path, runner_cache: Path) -> None:
     code = (
         "import os, signal; from zimage_runner.weights import prepare\n"
-        "from zimage_runner.weights.resolve import resolve\n"
+        "from zimage_runner.weights.find.resolve import resolve\n"
         "from zimage_runner.model import *; write = os.pwrite; count = 0\n"
         "def pwrite(*args):\n"
         "    global count; count += 1\n"

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from zimage_runner.model import Model, Source
-from zimage_runner.weights.layout import inspect
-from zimage_runner.weights.resolve import resolve
+from zimage_runner.weights.find.layout import inspect
+from zimage_runner.weights.find.resolve import resolve
 
 
 @pytest.fixture(scope="module")

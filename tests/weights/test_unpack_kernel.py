@@ -16,9 +16,9 @@ if DEVICE == "cpu":
 pytest.importorskip("triton")
 
 from tests.weights.test_packed import SIZES, SPECIAL, Values, frame_of, normal  # noqa: E402
-from zimage_runner.weights.pack import pack_frame  # noqa: E402
-from zimage_runner.weights.packed import BLOCK  # noqa: E402
-from zimage_runner.weights.unpacking.definition import unpack  # noqa: E402
+from zimage_runner.weights.packed.definition import unpack  # noqa: E402
+from zimage_runner.weights.packed.format import BLOCK  # noqa: E402
+from zimage_runner.weights.packed.pack import pack_frame  # noqa: E402
 
 GUARD = 64
 

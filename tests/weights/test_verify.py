@@ -11,8 +11,8 @@ import pytest
 
 from zimage_runner.errors import UserError
 from zimage_runner.model import Model, Source, Verify
-from zimage_runner.weights import verify
-from zimage_runner.weights.resolve import resolve
+from zimage_runner.weights.find import verify
+from zimage_runner.weights.find.resolve import resolve
 
 WEIGHTS = "vae/diffusion_pytorch_model.safetensors"
 

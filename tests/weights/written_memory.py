@@ -20,11 +20,11 @@ def megabytes_to_write(folder: Path, *options: str) -> int:
 def main(folder: Path, packed: bool) -> None:
     import torch
 
-    import zimage_runner.weights.pack  # noqa: F401
-    from zimage_runner.weights.layout import Layout
-    from zimage_runner.weights.pieces import plan_component
-    from zimage_runner.weights.prepare import _write_component
-    from zimage_runner.weights.safetensors_header import read_header
+    import zimage_runner.weights.packed.pack  # noqa: F401
+    from zimage_runner.weights.find.layout import Layout
+    from zimage_runner.weights.prepared.pieces import plan_component
+    from zimage_runner.weights.prepared.prepare import _write_component
+    from zimage_runner.weights.safetensors_file import read_header
     from zimage_runner.weights.safetensors_writer import create
 
     source = folder / "big.safetensors"

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from zimage_runner.compile import Compile
     from zimage_runner.memory.policies import Memory
     from zimage_runner.model import Model
-    from zimage_runner.weights.checkpoint import Checkpoint
+    from zimage_runner.weights.find.checkpoint import Checkpoint
 
 
 AUTO = "auto"

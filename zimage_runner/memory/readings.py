@@ -23,7 +23,7 @@ def gpu_memory() -> dict[str, float]:
         return {}
     stats = torch.cuda.memory_stats()
     # Preloaded weights lie outside torch's allocator; they are there from before its first allocation to the end.
-    driver = sys.modules.get("zimage_runner.weights.cuda_driver")
+    driver = sys.modules.get("zimage_runner.weights.preload.cuda_driver")
     outside = driver.allocated_bytes() if driver is not None else 0
     reading = {
         "allocated_gb": (stats["allocated_bytes.all.current"] + outside) / GB,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # nothing is imported before the fork that can come after it
 
     from zimage_runner.composed import Composed
     from zimage_runner.config.schema import RunConfig
-    from zimage_runner.weights.prefetch import CudaContext
+    from zimage_runner.weights.preload.page_cache import CudaContext
 
 HEAD_START = "ZIMAGE_RUNNER_HEAD_START"
 """Environment variable: 0 composes in this process, before torch is imported; 1 forks wherever the command line allows
@@ -190,10 +190,10 @@ class Imports:
 
         switch_quickly()
         try:
-            from zimage_runner.weights.source import torch_is_cpu_only
+            from zimage_runner.weights.preload.source import torch_is_cpu_only
 
             if _sees_gpu() and not torch_is_cpu_only():
-                from zimage_runner.weights.prefetch import CudaContext
+                from zimage_runner.weights.preload.page_cache import CudaContext
 
                 self._context = CudaContext(pin=True)
             import zimage_runner.runner  # noqa: F401 - what the main thread needs as soon as it has the config

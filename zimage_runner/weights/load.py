@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from zimage_runner.weights.packed import Packing, packing_of
-from zimage_runner.weights.safetensors_header import read_header
+from zimage_runner.weights.packed.format import Packing, packing_of
+from zimage_runner.weights.safetensors_file import read_header
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +74,7 @@ def _load(paths: Sequence[Path], device: str, method: str) -> dict[str, torch.Te
 
 
 def _load_packed(packings: Sequence[Packing], device: str) -> dict[str, torch.Tensor]:
-    from zimage_runner.weights.unpack import load_packed
+    from zimage_runner.weights.packed.unpack import load_packed
 
     began = time.perf_counter()
     tensors = load_packed(

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 
-from zimage_runner.weights.safetensors_header import ITEM_BITS
+from zimage_runner.weights.safetensors_file import ITEM_BITS
 
 ALIGNMENT = 4096
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from zimage_runner.weights.read import read_exactly
-from zimage_runner.weights.safetensors_header import WeightsFile
+from zimage_runner.weights.safetensors_file import WeightsFile
 from zimage_runner.weights.threads import run_threads
 
 PIECE = 8 * 1024 * 1024

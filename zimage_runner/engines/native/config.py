@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from zimage_runner.compile import Compile
     from zimage_runner.memory.policies import Memory
     from zimage_runner.model import Model
-    from zimage_runner.weights.source import WeightsSource
+    from zimage_runner.weights.preload.source import WeightsSource
 
 ATTENTION_NAMES = ("auto", "native", "flash3", "cudnn", "flash", "efficient", "math")
 
@@ -68,7 +68,8 @@ class NativeEngine(EngineConfig):
 
     def _weights(self, request: LoadRequest) -> WeightsSource:
         from zimage_runner.model import Prepare
-        from zimage_runner.weights import prepared, source
+        from zimage_runner.weights.preload import source
+        from zimage_runner.weights.prepared import prepared
 
         checkpoint, model, memory = request.checkpoint, request.model, request.memory
         if memory.staged or memory.per_process_fraction is not None:

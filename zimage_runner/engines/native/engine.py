@@ -18,7 +18,7 @@ from zimage_runner.engines.native.images import HostCopy, Ready
 from zimage_runner.engines.native.model import Options
 from zimage_runner.engines.native.sampler import Guidance
 from zimage_runner.errors import UserError
-from zimage_runner.weights.source import WeightsSource
+from zimage_runner.weights.preload.source import WeightsSource
 
 
 class NativePending(PendingImages):

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from zimage_runner.errors import UserError
-from zimage_runner.weights.packed import TENSOR as PACKED
+from zimage_runner.weights.packed.format import TENSOR as PACKED
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -18,10 +18,10 @@ from unittest import mock
 
 import torch
 
-from zimage_runner import machine_code
 from zimage_runner.engines.native.kernels import fused_ops, prebuilt
 from zimage_runner.engines.native.transformer import ADALN_WIDTH
-from zimage_runner.machine_code import ARCHITECTURES
+from zimage_runner.weights.preload import machine_code
+from zimage_runner.weights.preload.machine_code import ARCHITECTURES
 
 WIDTHS = ("dim", "hidden", "channels")
 """Integer arguments that the published models have in multiples of 16."""

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from zimage_runner.machine_code import ALIGNMENT, WARP, architecture_for, code_at, read_header
-from zimage_runner.weights.cuda_driver import LIBRARY
+from zimage_runner.weights.preload.cuda_driver import LIBRARY
+from zimage_runner.weights.preload.machine_code import ALIGNMENT, WARP, architecture_for, code_at, read_header
 
 FOLDER = Path(__file__).parent / "prebuilt"
 KINDS = {torch.bfloat16: "bf16", torch.float32: "fp32"}

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING
 from zimage_runner.engines.base import Device
 from zimage_runner.errors import UserError
 from zimage_runner.model import Dtype, Model, Prepare
-from zimage_runner.weights import prepared
-from zimage_runner.weights.checkpoint import Checkpoint
-from zimage_runner.weights.cuda_driver import CudaUnavailable
-from zimage_runner.weights.lanes import pinned_ahead
-from zimage_runner.weights.prefetch import CudaContext, read_ahead
-from zimage_runner.weights.preload import Preload
-from zimage_runner.weights.prepared import Prepared
-from zimage_runner.weights.safetensors_header import BadWeightsFile
+from zimage_runner.weights.find.checkpoint import Checkpoint
+from zimage_runner.weights.preload.cuda_driver import CudaUnavailable
+from zimage_runner.weights.preload.lanes import pinned_ahead
+from zimage_runner.weights.preload.page_cache import CudaContext, read_ahead
+from zimage_runner.weights.preload.preload import Preload
+from zimage_runner.weights.prepared import prepared
+from zimage_runner.weights.prepared.prepared import Prepared
+from zimage_runner.weights.safetensors_file import BadWeightsFile
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +54,7 @@ class WeightsSource:
             if dtype != "bfloat16" and not self._prepared.is_lossless:
                 self._prepared = None
         elif device == "cuda":
-            from zimage_runner.weights.prepare import ensure_prepared
+            from zimage_runner.weights.prepared.prepare import ensure_prepared
 
             self._prepared = ensure_prepared(self._checkpoint, self._model, dtype)
         if self._preload is not None and (device != "cuda" or self._prepared is None):

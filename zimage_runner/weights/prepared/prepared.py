@@ -18,13 +18,13 @@ from typing import Any
 
 from zimage_runner.model import Model, Verify
 from zimage_runner.weights.cache import cache_root, is_writable
-from zimage_runner.weights.checkpoint import Checkpoint
-from zimage_runner.weights.digest import sampled_digests
-from zimage_runner.weights.layout import WEIGHT_STEMS
-from zimage_runner.weights.names import COMPONENTS
-from zimage_runner.weights.packed import Packing, packing_of
-from zimage_runner.weights.safetensors_header import BadWeightsFile, WeightsFile, read_header
-from zimage_runner.weights.verify import file_digests
+from zimage_runner.weights.find.checkpoint import Checkpoint
+from zimage_runner.weights.find.digest import sampled_digests
+from zimage_runner.weights.find.layout import WEIGHT_STEMS
+from zimage_runner.weights.find.verify import file_digests
+from zimage_runner.weights.packed.format import Packing, packing_of
+from zimage_runner.weights.prepared.names import COMPONENTS
+from zimage_runner.weights.safetensors_file import BadWeightsFile, WeightsFile, read_header
 
 log = logging.getLogger(__name__)
 

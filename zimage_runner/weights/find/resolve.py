@@ -7,18 +7,18 @@ from pathlib import Path
 
 from zimage_runner.errors import UserError
 from zimage_runner.model import Model, Source, Verify
-from zimage_runner.weights import hubs
 from zimage_runner.weights.cache import cache_root, is_writable, read_entry, write_entry
-from zimage_runner.weights.checkpoint import Checkpoint
-from zimage_runner.weights.digest import weights_digest
-from zimage_runner.weights.layout import IncompleteCheckpoint, Layout, inspect
-from zimage_runner.weights.verify import FileDigest, file_digests
+from zimage_runner.weights.find import hubs
+from zimage_runner.weights.find.checkpoint import Checkpoint
+from zimage_runner.weights.find.digest import weights_digest
+from zimage_runner.weights.find.layout import IncompleteCheckpoint, Layout, inspect
+from zimage_runner.weights.find.verify import FileDigest, file_digests
 
 log = logging.getLogger(__name__)
 
 _INCOMPLETE_HUB = "the hub's own copy is incomplete, or model.revision predates these files"
 
-EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "zimage_nano"
+EMBEDDED = Path(__file__).resolve().parent.parent.parent / "assets" / "zimage_nano"
 
 
 def resolve(model: Model) -> Checkpoint:

@@ -31,7 +31,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from zimage_runner.weights.safetensors_header import BadWeightsFile, WeightsFile, end_of, parse_tensors
+from zimage_runner.weights.safetensors_file import BadWeightsFile, WeightsFile, end_of, parse_tensors
 
 VERSION = 1
 TENSOR = "packed"

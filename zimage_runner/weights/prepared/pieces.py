@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zimage_runner.errors import UserError
-from zimage_runner.weights.layout import Layout
-from zimage_runner.weights.names import prepared_tensors
+from zimage_runner.weights.find.layout import Layout
+from zimage_runner.weights.prepared.names import prepared_tensors
 from zimage_runner.weights.read import read_exactly
-from zimage_runner.weights.safetensors_header import TensorInfo
+from zimage_runner.weights.safetensors_file import TensorInfo
 
 if TYPE_CHECKING:
     import torch

@@ -1,4 +1,4 @@
-"""Compile the kernel: ``python -m zimage_runner.weights.unpacking.build``.
+"""Compile the kernel: ``python -m zimage_runner.weights.packed.build``.
 
 Needs Triton, but no GPU. Run it after every change of definition.py or of the block's size; a test compares both with
 what the file was made of.
@@ -11,10 +11,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from zimage_runner import machine_code
-from zimage_runner.machine_code import ARCHITECTURES
-from zimage_runner.weights.packed import BLOCK
-from zimage_runner.weights.unpacking.kernel import FILE
+from zimage_runner.weights.packed.format import BLOCK
+from zimage_runner.weights.packed.kernel import FILE
+from zimage_runner.weights.preload import machine_code
+from zimage_runner.weights.preload.machine_code import ARCHITECTURES
 
 WARPS = 16
 """Eight values a thread: a Triton scan of more has its layout converted back and forth, and four times the code."""
@@ -24,7 +24,7 @@ TYPES = ("*u8", "*i16", "i32", "i32", "i32", "i32")
 
 def compiled(architecture: int) -> tuple[bytes, dict[str, Any]]:
     """(deflated machine code, its entry without start and size). Both addresses are aligned."""
-    from zimage_runner.weights.unpacking.definition import unpack
+    from zimage_runner.weights.packed.definition import unpack
 
     addresses = [place for place, kind in enumerate(TYPES) if kind.startswith("*")]
     return machine_code.compiled(unpack, TYPES, {"BLOCK": BLOCK}, addresses, architecture, WARPS)

@@ -1,7 +1,7 @@
 """The kernel in the driver's hands. Imports neither torch nor Triton.
 
 ``unpack.bin`` holds it for each architecture (its form: machine_code.py).
-``python -m zimage_runner.weights.unpacking.build`` makes it.
+``python -m zimage_runner.weights.packed.build`` makes it.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import ctypes
 from pathlib import Path
 
-from zimage_runner.machine_code import WARP, architecture_for, code_at, read_header
-from zimage_runner.weights.cuda_driver import CudaDriver, CudaUnavailable
-from zimage_runner.weights.packed import BLOCK, Frame
+from zimage_runner.weights.packed.format import BLOCK, Frame
+from zimage_runner.weights.preload.cuda_driver import CudaDriver, CudaUnavailable
+from zimage_runner.weights.preload.machine_code import WARP, architecture_for, code_at, read_header
 
 FILE = Path(__file__).with_name("unpack.bin")
 

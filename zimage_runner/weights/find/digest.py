@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from zimage_runner.weights.layout import Layout
-from zimage_runner.weights.safetensors_header import WeightsFile
+from zimage_runner.weights.find.layout import Layout
+from zimage_runner.weights.safetensors_file import WeightsFile
 
 BLOCK = 32 * 1024
 BLOCKS = 64

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from zimage_runner.errors import UserError
 from zimage_runner.model import Model, Source
-from zimage_runner.weights.layout import HUB_PATTERNS
+from zimage_runner.weights.find.layout import HUB_PATTERNS
 
 HUB_NAMES = {Source.modelscope: "ModelScope", Source.huggingface: "Hugging Face"}
 DEFAULT_CACHES = {

@@ -18,19 +18,19 @@ from pathlib import Path
 
 from zimage_runner.errors import UserError
 from zimage_runner.model import Model, Prepare
-from zimage_runner.weights import prepared
 from zimage_runner.weights.cache import write_json
-from zimage_runner.weights.checkpoint import Checkpoint
-from zimage_runner.weights.layout import Layout, inspect
-from zimage_runner.weights.manifest import describe, is_bfloat16
-from zimage_runner.weights.names import COMPONENTS
-from zimage_runner.weights.packed_writer import write_packed
-from zimage_runner.weights.pieces import Piece, PlannedTensor, pieces, plan_component, read_bfloat16
-from zimage_runner.weights.prepared import Prepared, UnusablePrepared
+from zimage_runner.weights.find.checkpoint import Checkpoint
+from zimage_runner.weights.find.layout import Layout, inspect
+from zimage_runner.weights.find.verify import remember, sha256_of
+from zimage_runner.weights.packed.writer import write_packed
+from zimage_runner.weights.prepared import prepared
+from zimage_runner.weights.prepared.manifest import describe, is_bfloat16
+from zimage_runner.weights.prepared.names import COMPONENTS
+from zimage_runner.weights.prepared.pieces import Piece, PlannedTensor, pieces, plan_component, read_bfloat16
+from zimage_runner.weights.prepared.prepared import Prepared, UnusablePrepared
 from zimage_runner.weights.read import write_exactly
 from zimage_runner.weights.safetensors_writer import create
 from zimage_runner.weights.threads import Threads
-from zimage_runner.weights.verify import remember, sha256_of
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from zimage_runner.errors import UserError
-from zimage_runner.weights.safetensors_header import BadWeightsFile, WeightsFile, read_header
+from zimage_runner.weights.safetensors_file import BadWeightsFile, WeightsFile, read_header
 
 PIPELINES = ("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline")
 """Pipelines that are made of the same five components."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from zimage_runner.weights.packed import BLOCK, Counts, frame_bytes
+from zimage_runner.weights.packed.format import BLOCK, Counts, frame_bytes
 
 Bytes = NDArray[np.uint8]
 

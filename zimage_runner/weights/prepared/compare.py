@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from zimage_runner.weights.layout import Layout
-from zimage_runner.weights.names import COMPONENTS
-from zimage_runner.weights.packed import Packing
-from zimage_runner.weights.pieces import Piece, cut, pieces, plan_component, read_bfloat16
-from zimage_runner.weights.prepare import THREADS
-from zimage_runner.weights.prepared import Prepared
+from zimage_runner.weights.find.layout import Layout
+from zimage_runner.weights.packed.format import Packing
+from zimage_runner.weights.prepared.names import COMPONENTS
+from zimage_runner.weights.prepared.pieces import Piece, cut, pieces, plan_component, read_bfloat16
+from zimage_runner.weights.prepared.prepare import THREADS
+from zimage_runner.weights.prepared.prepared import Prepared
 from zimage_runner.weights.read import read_exactly
-from zimage_runner.weights.safetensors_header import BadWeightsFile
+from zimage_runner.weights.safetensors_file import BadWeightsFile
 from zimage_runner.weights.threads import Threads
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _read_plain(path: Path, piece: Piece) -> torch.Tensor:
 
 def _packed_reader(packing: Packing) -> Callable[[Piece], torch.Tensor]:
     """The same of a packed file, whose pieces are cut where its frames are."""
-    from zimage_runner.weights.unpack import read_frame
+    from zimage_runner.weights.packed.unpack import read_frame
 
     @functools.lru_cache(maxsize=THREADS)  # many small tensors share a frame
     def frame_at(start: int) -> torch.Tensor:

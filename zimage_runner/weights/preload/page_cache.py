@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
-from zimage_runner.weights.cuda_driver import CudaDriver, CudaUnavailable
-from zimage_runner.weights.lanes import pinned_ahead
+from zimage_runner.weights.preload.cuda_driver import CudaDriver, CudaUnavailable
+from zimage_runner.weights.preload.lanes import pinned_ahead
 
 log = logging.getLogger(__name__)
 

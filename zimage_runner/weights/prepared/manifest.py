@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from zimage_runner import __version__
-from zimage_runner.weights import prepared
-from zimage_runner.weights.checkpoint import Checkpoint
-from zimage_runner.weights.digest import sampled_digests
-from zimage_runner.weights.layout import Layout
-from zimage_runner.weights.names import COMPONENTS
-from zimage_runner.weights.pieces import PlannedTensor
-from zimage_runner.weights.safetensors_header import read_header
+from zimage_runner.weights.find.checkpoint import Checkpoint
+from zimage_runner.weights.find.digest import sampled_digests
+from zimage_runner.weights.find.layout import Layout
+from zimage_runner.weights.prepared import prepared
+from zimage_runner.weights.prepared.names import COMPONENTS
+from zimage_runner.weights.prepared.pieces import PlannedTensor
+from zimage_runner.weights.safetensors_file import read_header
 
 
 def describe(

@@ -11,9 +11,9 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from zimage_runner.weights import packed
-from zimage_runner.weights.packed import TENSOR, Counts, aligned, metadata_of
-from zimage_runner.weights.pieces import Piece, PlannedTensor, cut, pieces, places_of, read_bfloat16
+from zimage_runner.weights.packed import format as packed
+from zimage_runner.weights.packed.format import TENSOR, Counts, aligned, metadata_of
+from zimage_runner.weights.prepared.pieces import Piece, PlannedTensor, cut, pieces, places_of, read_bfloat16
 from zimage_runner.weights.read import write_exactly
 from zimage_runner.weights.safetensors_writer import header_bytes
 from zimage_runner.weights.threads import Threads
@@ -81,7 +81,7 @@ def _pack(frame: list[Piece], pool: Threads) -> Packed:
     import numpy as np
     import torch
 
-    from zimage_runner.weights.pack import pack_frame
+    from zimage_runner.weights.packed.pack import pack_frame
 
     values = np.empty(sum(piece.count for piece in frame), np.uint16)
     done = 0

@@ -1,0 +1,1 @@
+"""Where a checkpoint is: its files, downloads, digests, and the proof that it is whole."""

@@ -1,0 +1,1 @@
+"""Packed weights: a lossless form of bfloat16 at two thirds of the bytes."""
