@@ -30,7 +30,8 @@ from zimage_runner.errors import UserError
 from zimage_runner.exit_codes import EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK, Later, refuse, when_known
 from zimage_runner.help import CONFIG_DIR
 from zimage_runner.logs import log_to_terminal
-from zimage_runner.resume import restore, resume_command_line
+from zimage_runner.resume.command_line import resume_command_line
+from zimage_runner.resume.settings import restore
 from zimage_runner.sweep.launcher import register_launcher
 from zimage_runner.sweep.report import exit_codes
 

@@ -29,9 +29,9 @@ from zimage_runner.exit_codes import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_ITEM
 from zimage_runner.help import CONFIG_DIR
 from zimage_runner.job import Job, prepare
 from zimage_runner.logs import log_to_terminal
+from zimage_runner.outputs.encoders import encode_png
 from zimage_runner.outputs.ledger import IMAGE
 from zimage_runner.outputs.metadata import read_metadata
-from zimage_runner.outputs.picture import encode_png
 from zimage_runner.prompts.inline import Inline
 from zimage_runner.prompts.seeds import parse_seeds
 from zimage_runner.resume.saved import override_key

@@ -17,8 +17,8 @@ from zimage_runner.outputs.config import Fsync
 from zimage_runner.outputs.json_text import readable_json
 from zimage_runner.outputs.ledger import IMAGE, RECORD, RECORDS, Entry, Ledger
 from zimage_runner.outputs.run_dir import RunDirectory
+from zimage_runner.outputs.survey import damage
 from zimage_runner.plan import Fingerprints, Plan, WorkItem
-from zimage_runner.resume.progress import damage
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,11 +19,11 @@ from zimage_runner.outputs.json_text import readable_json
 from zimage_runner.outputs.ledger import Ledger
 from zimage_runner.outputs.run_dir import RunDirectory
 from zimage_runner.outputs.summary import Summary, brief, table
+from zimage_runner.outputs.survey import Progress, check_same_pictures
 from zimage_runner.outputs.writer import Outcome
 from zimage_runner.pace import Display
 from zimage_runner.plan import Fingerprints, WorkItem
 from zimage_runner.prompts.snapshot import SNAPSHOT_NAME, snapshot
-from zimage_runner.resume import Progress, check_same_pictures
 from zimage_runner.reuse import Reuse
 from zimage_runner.warm import Executors
 

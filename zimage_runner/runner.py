@@ -21,7 +21,7 @@ from zimage_runner.outputs.json_text import readable_json
 from zimage_runner.outputs.ledger import RECORDS, Ledger
 from zimage_runner.outputs.run_dir import RunDirectory
 from zimage_runner.outputs.summary import Summary
-from zimage_runner.resume import Progress, survey
+from zimage_runner.outputs.survey import Progress, survey
 from zimage_runner.run import Run
 from zimage_runner.signals import PATIENCE, graceful_stop
 from zimage_runner.warm import Executors, current_executors

@@ -11,8 +11,8 @@ from PIL import Image
 from tests.outputs.helpers import PARAMS, noise_pictures
 from zimage_runner.errors import UserError
 from zimage_runner.outputs.config import Output
+from zimage_runner.outputs.encoders import encode_png
 from zimage_runner.outputs.metadata import parameters_text, read_metadata
-from zimage_runner.outputs.picture import encode_png
 
 ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=60)  # surrogates and controls too
 

@@ -348,7 +348,7 @@ class TestLatest:
 
 def test_the_options_of_the_first_run_are_named(cli: Cli) -> None:
     """So that another default since then changes nothing."""
-    from zimage_runner.resume import resume_command_line
+    from zimage_runner.resume.command_line import resume_command_line
 
     run = first_run(cli, "memory=staged")
     argv = resume_command_line([f"resume={run}", "warmup=generate"])

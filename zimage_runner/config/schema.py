@@ -18,8 +18,8 @@ from zimage_runner.executors.base import ExecutorConfig
 from zimage_runner.memory.policies import Memory
 from zimage_runner.model import Model
 from zimage_runner.outputs.config import Output
+from zimage_runner.outputs.survey import Retry
 from zimage_runner.prompts.base import PromptSource
-from zimage_runner.resume.progress import Retry
 from zimage_runner.sampling import Sampling
 from zimage_runner.warmup import Warmup
 

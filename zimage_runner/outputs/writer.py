@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 from zimage_runner.errors import BadPictureError, error_text
 from zimage_runner.outputs import atomic
 from zimage_runner.outputs.config import Fsync, Output
+from zimage_runner.outputs.encoders import check_pixels, encode_png
 from zimage_runner.outputs.json_text import readable_json
 from zimage_runner.outputs.ledger import IMAGE, RECORD, Ledger
-from zimage_runner.outputs.picture import check_pixels, encode_png
 from zimage_runner.outputs.run_dir import RunDirectory, checked_item_dir
 
 if TYPE_CHECKING:

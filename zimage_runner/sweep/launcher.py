@@ -25,8 +25,8 @@ from zimage_runner.errors import error_text, one_line
 from zimage_runner.exit_codes import EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, when_known
 from zimage_runner.logs import say
 from zimage_runner.outputs.summary import resume_command
-from zimage_runner.resume import job_to_resume, keep_first_settings
-from zimage_runner.resume.progress import Retry
+from zimage_runner.outputs.survey import Retry
+from zimage_runner.resume.sweep import job_to_resume, keep_first_settings
 from zimage_runner.signals import graceful_stop
 from zimage_runner.sweep.compose import compose_quickly
 from zimage_runner.sweep.config import PLUGIN_MODULE
