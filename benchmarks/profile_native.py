@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks.profile_models import Clock, build, diffusers_models, variant
-from zimage_runner.engines.native import attention as attention_module
+from zimage_runner.engines.native import sdpa as attention_module
 from zimage_runner.engines.native.kernels import choose_operations, torch_ops
 from zimage_runner.engines.native.model import NativeModel, Options
 from zimage_runner.engines.native.rope import padded_length

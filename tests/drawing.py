@@ -10,7 +10,7 @@ import numpy as np
 
 from zimage_runner.compile import Compile, NoCompile
 from zimage_runner.engines.base import EngineConfig
-from zimage_runner.engines.diffusers import DiffusersEngine
+from zimage_runner.engines.diffusers.engine import DiffusersEngine
 from zimage_runner.memory.policies import Memory
 from zimage_runner.model import Model, Source
 from zimage_runner.plan import WorkItem, build_plan

@@ -10,8 +10,8 @@ from typing import Any
 
 from zimage_runner.config.schema import RunConfig
 from zimage_runner.engines.native.tokenizer import CaptionTokenizer
+from zimage_runner.engines.no_gpu import warn_without_gpu
 from zimage_runner.errors import UserError
-from zimage_runner.no_gpu import warn_without_gpu
 from zimage_runner.plan import CountTokens, Plan, WorkItem, build_plan
 from zimage_runner.prompts import read_prompts
 from zimage_runner.prompts.base import PromptSource

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from zimage_runner.compile import Compile
-from zimage_runner.embedding_cache import EmbeddingCache, EmbeddingCacheConfig, foresees
 from zimage_runner.engines.base import DenoiseRequest, Engine, EngineConfig, LoadRequest
+from zimage_runner.engines.embedding_cache import EmbeddingCache, EmbeddingCacheConfig, foresees
+from zimage_runner.engines.faults import is_out_of_memory
 from zimage_runner.executors.base import GeneratedBatch
-from zimage_runner.executors.faults import is_out_of_memory
 from zimage_runner.memory import readings as monitor
 from zimage_runner.memory.policies import HealthCheck, Memory
 from zimage_runner.model import Model

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from zimage_runner.embedding_cache import EmbeddingCache, EmbeddingCacheConfig, foresees
+from zimage_runner.engines.embedding_cache import EmbeddingCache, EmbeddingCacheConfig, foresees
 from zimage_runner.errors import UserError
 
 torch = pytest.importorskip("torch")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from zimage_runner.attention import BACKENDS, MASKLESS, Machine, check_name, choose_backend
+from zimage_runner.engines.diffusers.attention import BACKENDS, MASKLESS, Machine, check_name, choose_backend
 from zimage_runner.errors import UserError
 
 CPU = Machine(device="cpu", dtype="float32", capability=(0, 0))
@@ -18,12 +18,12 @@ BLACKWELL = Machine(device="cuda", dtype="bfloat16", capability=(10, 0))
 @pytest.fixture(autouse=True)
 def no_packages(monkeypatch):
     """As if neither flash attention nor sage attention were installed."""
-    monkeypatch.setattr("zimage_runner.attention.is_installed", lambda package: False)
+    monkeypatch.setattr("zimage_runner.engines.diffusers.attention.is_installed", lambda package: False)
 
 
 @pytest.fixture
 def all_packages(monkeypatch):
-    monkeypatch.setattr("zimage_runner.attention.is_installed", lambda package: True)
+    monkeypatch.setattr("zimage_runner.engines.diffusers.attention.is_installed", lambda package: True)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 
 from zimage_runner.compile import NoCompile
 from zimage_runner.engines.base import DenoiseRequest, Engine, EngineConfig, LoadRequest
-from zimage_runner.engines.diffusers import DiffusersEngine
+from zimage_runner.engines.diffusers.engine import DiffusersEngine
 from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.engines.noise import draw_noise
 from zimage_runner.memory.policies import Resident

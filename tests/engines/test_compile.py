@@ -9,7 +9,7 @@ import pytest
 from drawing import draw, largest_difference
 
 from zimage_runner.compile import CACHE_VARIABLES, CompileMode, Full, NoCompile, Regional
-from zimage_runner.engines.diffusers import DiffusersEngine
+from zimage_runner.engines.diffusers.engine import DiffusersEngine
 from zimage_runner.errors import UserError
 from zimage_runner.memory.policies import GroupOffload, ModelOffload, Resident, SequentialOffload, Staged
 from zimage_runner.model import Model, Source

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from tests.faults.session import FaultySession, item, picture
+from zimage_runner.engines.faults import DeviceLost, is_device_lost, is_out_of_memory
 from zimage_runner.errors import BadPictureError
 from zimage_runner.executors.base import Batch, BatchResult
-from zimage_runner.executors.faults import DeviceLost, is_device_lost, is_out_of_memory
 from zimage_runner.executors.inline import InlineExecutor, InlineExecutorConfig
 from zimage_runner.executors.ladder import Ladder
 from zimage_runner.memory import release

@@ -16,7 +16,7 @@ import pytest
 from tests.drawing import session_config
 from tests.executors.test_ladder import drawn
 from tests.faults.session import FaultySession, item
-from zimage_runner.engines.diffusers import DiffusersEngine
+from zimage_runner.engines.diffusers.engine import DiffusersEngine
 from zimage_runner.errors import BadPictureError, RunStopped, UserError
 from zimage_runner.executors.base import Batch, BatchResult, Executor
 from zimage_runner.executors.inline import InlineExecutorConfig

@@ -6,10 +6,10 @@ import pytest
 import torch
 from drawing import draw, largest_difference
 
-from zimage_runner.attention import BACKENDS, this_machine, why_not
 from zimage_runner.compile import CompileMode, Full, Regional
 from zimage_runner.engines.base import Device
-from zimage_runner.engines.diffusers import DiffusersEngine
+from zimage_runner.engines.diffusers.attention import BACKENDS, this_machine, why_not
+from zimage_runner.engines.diffusers.engine import DiffusersEngine
 from zimage_runner.memory.policies import (
     GroupOffload,
     Loading,

@@ -14,7 +14,7 @@ import torch
 
 from tests.drawing import PARAMS, items, session_config
 from zimage_runner.engines.base import Device, EngineConfig
-from zimage_runner.engines.diffusers import DiffusersEngine
+from zimage_runner.engines.diffusers.engine import DiffusersEngine
 from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.engines.native.engine import NativeEngineAdapter
 from zimage_runner.engines.native.transformer import Transformer

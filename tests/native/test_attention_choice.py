@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from zimage_runner.engines.native import attention, flash3
+from zimage_runner.engines.native import flash3
+from zimage_runner.engines.native import sdpa as attention
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import torch
 from tests.native.conftest import CHECKPOINT
 from zimage_runner.compile import Compile
 from zimage_runner.engines.base import DenoiseRequest, Device, Engine, EngineConfig, LoadRequest
-from zimage_runner.engines.diffusers import DiffusersEngine
+from zimage_runner.engines.diffusers.engine import DiffusersEngine
 from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.engines.native.engine import NativeEngineAdapter
 from zimage_runner.engines.noise import draw_noise

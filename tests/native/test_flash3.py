@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from zimage_runner.engines.native import flash3
-from zimage_runner.engines.native.attention import plain_attention, try_attention
+from zimage_runner.engines.native.sdpa import plain_attention, try_attention
 
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) for name in (*flash3.INTERFACES, *flash3.EXTENSIONS)),

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from tests.native.conftest import captions, noise
+from zimage_runner.engines.faults import is_out_of_memory
 from zimage_runner.engines.native import graphs as module
 from zimage_runner.engines.native import model as model_module
 from zimage_runner.engines.native.graphs import CudaGraphCall, Function, GraphCache
 from zimage_runner.engines.native.model import NativeModel
-from zimage_runner.executors.faults import is_out_of_memory
 
 
 class Recorder:

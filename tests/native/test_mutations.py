@@ -13,10 +13,10 @@ from tests.native.conftest import CHECKPOINT, TOLERANCE, Reference, captions, di
 from zimage_runner.engines.native import model as model_module
 from zimage_runner.engines.native import transformer as transformer_module
 from zimage_runner.engines.native.assembly import load_model
-from zimage_runner.engines.native.attention import Attention
 from zimage_runner.engines.native.model import NativeModel, Options
 from zimage_runner.engines.native.rope import RotaryTable
 from zimage_runner.engines.native.sampler import Guidance
+from zimage_runner.engines.native.sdpa import Attention
 
 Mutation = Callable[[NativeModel, pytest.MonkeyPatch], None]
 

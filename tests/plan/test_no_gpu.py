@@ -6,8 +6,8 @@ import pytest
 
 from zimage_runner.engines.auto import AutoEngine
 from zimage_runner.engines.base import Device
+from zimage_runner.engines.no_gpu import warn_without_gpu
 from zimage_runner.model import Model, Source
-from zimage_runner.no_gpu import warn_without_gpu
 
 TURBO = Model(name="zimage_turbo", source=Source.modelscope, repo="a/b")
 

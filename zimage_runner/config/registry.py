@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from zimage_runner.compile import Full, NoCompile, Regional
 from zimage_runner.config.schema import RunConfig, folder_name
 from zimage_runner.engines.auto import AutoEngine
-from zimage_runner.engines.diffusers import DiffusersEngine
+from zimage_runner.engines.diffusers.engine import DiffusersEngine
 from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.executors.inline import InlineExecutorConfig
 from zimage_runner.executors.process import ProcessExecutorConfig

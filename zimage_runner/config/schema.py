@@ -11,8 +11,8 @@ from omegaconf import MISSING
 
 from zimage_runner.article import Report
 from zimage_runner.compile import Compile
-from zimage_runner.embedding_cache import EmbeddingCacheConfig
 from zimage_runner.engines.base import AUTO, EngineConfig
+from zimage_runner.engines.embedding_cache import EmbeddingCacheConfig
 from zimage_runner.errors import UserError
 from zimage_runner.executors.base import ExecutorConfig
 from zimage_runner.memory.policies import Memory

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from zimage_runner.engines.base import Engine, EngineConfig, LoadRequest
 from zimage_runner.engines.device import choose_device
-from zimage_runner.engines.diffusers import DiffusersEngine
+from zimage_runner.engines.diffusers.engine import DiffusersEngine
 from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.errors import UserError
 from zimage_runner.startup.fork import import_torch

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from zimage_runner.engines.base import MOST_AUTO_BATCH
+from zimage_runner.engines.faults import DeviceLost, is_device_lost, is_out_of_memory
 from zimage_runner.errors import RunStopped, UserError, error_text
 from zimage_runner.executors.base import Batch, BatchResult, SessionLike
-from zimage_runner.executors.faults import DeviceLost, is_device_lost, is_out_of_memory
 from zimage_runner.memory.readings import BatchMemory, gpu_memory
 from zimage_runner.memory.release import release_unused
 

@@ -12,9 +12,9 @@ import threading
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
+from zimage_runner.engines.faults import DeviceLost
 from zimage_runner.errors import BadPictureError, UserError, error_text
 from zimage_runner.executors.base import BatchResult, SessionLike
-from zimage_runner.executors.faults import DeviceLost
 from zimage_runner.executors.ladder import Ladder
 from zimage_runner.executors.messages import (
     Broken,

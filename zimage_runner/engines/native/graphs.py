@@ -19,8 +19,8 @@ from typing import Any, Protocol
 
 import torch
 
+from zimage_runner.engines.faults import is_out_of_memory
 from zimage_runner.errors import error_text
-from zimage_runner.executors.faults import is_out_of_memory
 from zimage_runner.memory.release import release_unused
 
 log = logging.getLogger(__name__)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from zimage_runner.engines.faults import is_out_of_memory
 from zimage_runner.errors import BadPictureError
-from zimage_runner.executors.faults import is_out_of_memory
 
 
 def to_uint8(pixels: torch.Tensor) -> torch.Tensor:

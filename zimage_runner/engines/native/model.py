@@ -9,7 +9,6 @@ from functools import lru_cache
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from zimage_runner.engines.native.attention import choose_attention
 from zimage_runner.engines.native.description import Description
 from zimage_runner.engines.native.graphs import GraphCache
 from zimage_runner.engines.native.images import HostCopy, Ready, page_locked
@@ -25,6 +24,7 @@ from zimage_runner.engines.native.rope import (
     sequence_tables,
 )
 from zimage_runner.engines.native.sampler import Guidance, Schedule, euler, make_schedule
+from zimage_runner.engines.native.sdpa import choose_attention
 from zimage_runner.engines.native.text_encoder import TextEncoder
 from zimage_runner.engines.native.tokenizer import CaptionTokenizer
 from zimage_runner.engines.native.transformer import PATCH, StepModulation, Transformer, embed_times

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from zimage_runner.engines.faults import is_out_of_memory
 from zimage_runner.engines.native.vae_decoder import VaeDecoder
-from zimage_runner.executors.faults import is_out_of_memory
 
 log = logging.getLogger(__name__)
 

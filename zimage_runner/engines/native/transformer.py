@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from zimage_runner.engines.native.attention import Attend
 from zimage_runner.engines.native.kernels import Operations
 from zimage_runner.engines.native.layers import Linear, PackedLinear
 from zimage_runner.engines.native.rope import RotaryTable, padded_length
+from zimage_runner.engines.native.sdpa import Attend
 
 PATCH = 2
 ADALN_WIDTH = 256

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from zimage_runner.attention import MASKLESS, check_name, choose_backend, this_machine
 from zimage_runner.engines.base import (
     DenoiseRequest,
     Device,
@@ -17,9 +16,10 @@ from zimage_runner.engines.base import (
     PendingImages,
     ReadyImages,
 )
-from zimage_runner.engines.careful import careful_vae
 from zimage_runner.engines.device import choose_device, choose_dtype
-from zimage_runner.engines.diffusers_setup import Setup, Stage, check_compile, phase, synchronize
+from zimage_runner.engines.diffusers.attention import MASKLESS, check_name, choose_backend, this_machine
+from zimage_runner.engines.diffusers.careful import careful_vae
+from zimage_runner.engines.diffusers.setup import Setup, Stage, check_compile, phase, synchronize
 from zimage_runner.errors import BadPictureError, UserError
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""The reference engine: diffusers, its placements and its attention backends."""
