@@ -22,7 +22,7 @@ from zimage_runner.config.registry import register
 from zimage_runner.config.schema import RunConfig
 from zimage_runner.executors.base import Batch, Executor
 from zimage_runner.help import CONFIG_DIR
-from zimage_runner.job import Job, prepare
+from zimage_runner.runner.job import Job, prepare
 from zimage_runner.session import Session
 from zimage_runner.sweep.launcher import register_launcher
 

@@ -19,7 +19,6 @@ from hydra._internal.hydra import Hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from zimage_runner.composed import Composed, remove_if_empty, remove_with_name
 from zimage_runner.config.command_line import command_line_wins, readable
 from zimage_runner.config.free_text import quote_free_text
 from zimage_runner.config.messages import CONFIG_ERRORS, explain, typed
@@ -32,6 +31,7 @@ from zimage_runner.help import CONFIG_DIR
 from zimage_runner.logs import log_to_terminal
 from zimage_runner.resume.command_line import resume_command_line
 from zimage_runner.resume.settings import restore
+from zimage_runner.runner.composed import Composed, remove_if_empty, remove_with_name
 from zimage_runner.sweep.launcher import register_launcher
 from zimage_runner.sweep.report import exit_codes
 
@@ -40,7 +40,7 @@ _exit_codes: list[int] = []
 
 
 def _run_here(composed: Composed) -> int | Later:
-    from zimage_runner.runner import execute
+    from zimage_runner.runner.execute import execute
 
     return execute(composed)
 

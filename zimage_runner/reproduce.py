@@ -27,7 +27,6 @@ from zimage_runner.errors import UserError
 from zimage_runner.executors.base import Batch
 from zimage_runner.exit_codes import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK, refuse
 from zimage_runner.help import CONFIG_DIR
-from zimage_runner.job import Job, prepare
 from zimage_runner.logs import log_to_terminal
 from zimage_runner.outputs.encoders import encode_png
 from zimage_runner.outputs.ledger import IMAGE
@@ -35,9 +34,10 @@ from zimage_runner.outputs.metadata import read_metadata
 from zimage_runner.prompts.inline import Inline
 from zimage_runner.prompts.seeds import parse_seeds
 from zimage_runner.resume.saved import override_key
+from zimage_runner.runner.job import Job, prepare
+from zimage_runner.runner.pool import Executors
 from zimage_runner.sampling import SAMPLING_FIELDS, Sampling
 from zimage_runner.signals import graceful_stop
-from zimage_runner.warm import Executors
 
 if TYPE_CHECKING:
     import numpy as np

@@ -73,7 +73,7 @@ def test_a_config_error_imports_nothing_for_pictures():
     code = (
         "import sys; from zimage_runner.cli import main; assert main(['sampling.steps=four']) == 2;"
         "print({'torch', 'numpy', 'PIL', 'tokenizers', 'tqdm', 'email', 'http', 'ssl', 'asyncio',"
-        " 'zimage_runner.runner', 'zimage_runner.session', 'zimage_runner.outputs.writer'} & set(sys.modules))"
+        " 'zimage_runner.runner.execute', 'zimage_runner.session', 'zimage_runner.outputs.writer'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "set()", done

@@ -22,11 +22,12 @@ from hydra.core.plugins import Plugins
 from PIL import Image
 
 from tests.faults.session import FaultySession, picture
-from zimage_runner import runner, warm  # noqa: F401  # imported here once, for all the forks
 from zimage_runner.cli import main
 from zimage_runner.config.registry import register
 from zimage_runner.outputs.ledger import Ledger
 from zimage_runner.outputs.metadata import read_metadata
+from zimage_runner.runner import execute as runner  # noqa: F401  # imported here once, for all the forks
+from zimage_runner.runner import pool as warm
 
 PROMPTS = ["a cat", "一只猫"]
 

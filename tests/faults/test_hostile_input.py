@@ -46,7 +46,7 @@ NASTY = [
 @pytest.fixture
 def instant(monkeypatch: pytest.MonkeyPatch):
     """Runs of this process draw instantly."""
-    from zimage_runner import warm
+    from zimage_runner.runner import pool as warm
 
     monkeypatch.setattr(warm, "Session", FaultySession)
     monkeypatch.delenv("FAULTS", raising=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from zimage_runner.article import article_table
+from zimage_runner.runner.article import article_table
 
 Cli = Callable[..., tuple[int, str, str]]
 VERBATIM = ("+experiment=article_verbatim", "model=zimage_nano", "sampling.height=128", "sampling.width=128")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zimage_runner.pace import FIRST_SECONDS, LONGEST_SECONDS, Pace
+from zimage_runner.runner.progress import FIRST_SECONDS, LONGEST_SECONDS, Pace
 
 
 class Clock:

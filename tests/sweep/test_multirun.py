@@ -111,7 +111,7 @@ def test_keep_going_can_be_switched_off(cli: Cli) -> None:
 
 
 def test_a_crash_is_one_jobs_affair(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    from zimage_runner import runner
+    from zimage_runner.runner import execute as runner
 
     real = runner.prepare
 

@@ -17,8 +17,6 @@ import numpy as np
 import pytest
 
 from tests.faults.session import FaultySession
-from zimage_runner import runner
-from zimage_runner.drawing import Drawing
 from zimage_runner.engines.base import PendingImages
 from zimage_runner.errors import BadPictureError, UserError
 from zimage_runner.executors.base import Executor, GeneratedBatch
@@ -27,9 +25,11 @@ from zimage_runner.outputs.atomic import DiskError
 from zimage_runner.outputs.summary import Summary
 from zimage_runner.outputs.writer import Outcome, PictureJob, Writer
 from zimage_runner.plan import WorkItem
-from zimage_runner.run import Run
+from zimage_runner.runner import execute as runner
+from zimage_runner.runner.loop import Drawing
+from zimage_runner.runner.pool import Executors
+from zimage_runner.runner.run import Run
 from zimage_runner.signals import StopRequest
-from zimage_runner.warm import Executors
 
 Cli = Callable[..., tuple[int, str, str]]
 PATIENCE = 20.0
@@ -76,7 +76,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Gpu]:
                 waits = options.get("attempt", 1) == 1  # a second attempt is at the end of the queue
                 return GeneratedBatch(images=OnGpu(gpu, number, done.images, waits), details=done.details)
 
-        monkeypatch.setattr("zimage_runner.warm.Session", Session)
+        monkeypatch.setattr("zimage_runner.runner.pool.Session", Session)
         return gpu
 
     return begin

@@ -27,7 +27,6 @@ from hypothesis import strategies as st
 
 from tests.faults.session import FakeOutOfMemory, FaultySession, picture
 from zimage_runner.cli import main
-from zimage_runner.composed import Composed
 from zimage_runner.config.schema import RunConfig
 from zimage_runner.engines.base import PendingImages
 from zimage_runner.errors import BadPictureError
@@ -37,8 +36,9 @@ from zimage_runner.model import Dtype
 from zimage_runner.outputs.ledger import Ledger
 from zimage_runner.outputs.writer import Writer
 from zimage_runner.plan import WorkItem
-from zimage_runner.run import Run
-from zimage_runner.runner import execute
+from zimage_runner.runner.composed import Composed
+from zimage_runner.runner.execute import execute
+from zimage_runner.runner.run import Run
 
 TEXT = "a cat"
 ARRIVAL = 0.01
@@ -169,7 +169,7 @@ class Session(FaultySession):
 @contextmanager
 def inhabited(world: World) -> Iterator[None]:
     """The program in this world."""
-    from zimage_runner import runner
+    from zimage_runner.runner import execute as runner
     from zimage_runner.sweep import launcher
 
     def visiting(place: str, real: Any) -> Any:
@@ -189,7 +189,7 @@ def inhabited(world: World) -> Iterator[None]:
 
     with ExitStack() as patches:
         for patch in (
-            mock.patch("zimage_runner.warm.Session", type("Session", (Session,), {"world": world})),
+            mock.patch("zimage_runner.runner.pool.Session", type("Session", (Session,), {"world": world})),
             mock.patch.object(launcher, "run_job", visiting("compose", launcher.run_job)),
             mock.patch.object(runner, "prepare", visiting("prepare", runner.prepare)),
             mock.patch.object(Run, "end", visiting("end", Run.end)),

@@ -16,7 +16,7 @@ FAST = ("output.fsync=never", "hydra.callbacks.sweep_report.tile=16")
 
 @pytest.fixture(autouse=True)
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zimage_runner.warm.Session", FaultySession)
+    monkeypatch.setattr("zimage_runner.runner.pool.Session", FaultySession)
 
 
 def test_a_line_a_job_then_where_the_rest_is(cli: Cli) -> None:

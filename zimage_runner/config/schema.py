@@ -9,7 +9,6 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from zimage_runner.article import Report
 from zimage_runner.compile import Compile
 from zimage_runner.engines.base import AUTO, EngineConfig
 from zimage_runner.engines.embedding_cache import EmbeddingCacheConfig
@@ -20,6 +19,7 @@ from zimage_runner.model import Model
 from zimage_runner.outputs.config import Output
 from zimage_runner.outputs.survey import Retry
 from zimage_runner.prompts.base import PromptSource
+from zimage_runner.runner.article import Report
 from zimage_runner.sampling import Sampling
 from zimage_runner.warmup import Warmup
 

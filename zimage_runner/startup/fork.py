@@ -25,8 +25,8 @@ if TYPE_CHECKING:  # nothing is imported before the fork that can come after it
     from types import FrameType, ModuleType
     from typing import NoReturn
 
-    from zimage_runner.composed import Composed
     from zimage_runner.config.schema import RunConfig
+    from zimage_runner.runner.composed import Composed
     from zimage_runner.weights.preload.page_cache import CudaContext
 
 HEAD_START = "ZIMAGE_RUNNER_HEAD_START"
@@ -92,7 +92,7 @@ def main(argv: Sequence[str]) -> int:
 
     from zimage_runner.exit_codes import EXIT_INTERRUPTED, refuse
     from zimage_runner.logs import log_to_terminal
-    from zimage_runner.runner import execute
+    from zimage_runner.runner.execute import execute
 
     _composed = composed = pickle.loads(message)
     _child.let_go()
@@ -143,7 +143,7 @@ def stop() -> None:
     if _child is not None:
         _child.stop()
     if _composed is not None:
-        from zimage_runner.composed import remove_with_name
+        from zimage_runner.runner.composed import remove_with_name
 
         remove_with_name(_composed.directory)
 
@@ -196,7 +196,7 @@ class Imports:
                 from zimage_runner.weights.preload.page_cache import CudaContext
 
                 self._context = CudaContext(pin=True)
-            import zimage_runner.runner  # noqa: F401 - what the main thread needs as soon as it has the config
+            import zimage_runner.runner.execute  # noqa: F401 - what the main thread needs as soon as it has the config
             from zimage_runner.startup.lean_torch import import_torch_lean
 
             import_torch_lean()

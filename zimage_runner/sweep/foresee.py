@@ -11,7 +11,7 @@ from zimage_runner.config.command_line import command_line_wins
 from zimage_runner.config.messages import CONFIG_ERRORS, explain, typed
 from zimage_runner.config.schema import RunConfig
 from zimage_runner.errors import UserError
-from zimage_runner.job import check
+from zimage_runner.runner.job import check
 
 Complaint = tuple[int, str]
 """Number of a job, and why it will be refused."""

@@ -33,7 +33,7 @@ from zimage_runner.sweep.config import PLUGIN_MODULE
 from zimage_runner.sweep.report import SweptJob, exit_codes, split_overrides, varying_fields
 
 if TYPE_CHECKING:
-    from zimage_runner.warm import Executors
+    from zimage_runner.runner.pool import Executors
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class WarmLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run all jobs; their returns in the order given."""
-        from zimage_runner.warm import shared_executors
+        from zimage_runner.runner.pool import shared_executors
 
         setup_globals()
         directory = Path(str(self.config.hydra.sweep.dir))

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from zimage_runner.executors.base import Batch, Executor
-from zimage_runner.job import Job
 from zimage_runner.outputs.ledger import Ledger
 from zimage_runner.outputs.run_dir import RunDirectory
 from zimage_runner.outputs.writer import Outcome, PictureJob, Writer
 from zimage_runner.plan import Fingerprints, WorkItem
+from zimage_runner.runner.job import Job
 from zimage_runner.signals import StopRequest
 
 log = logging.getLogger(__name__)

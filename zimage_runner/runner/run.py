@@ -7,13 +7,9 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 
-from zimage_runner.article import Report, article_table
-from zimage_runner.drawing import Drawing
-from zimage_runner.dry_run import comparable
 from zimage_runner.errors import RunStopped
 from zimage_runner.executors.base import Batch, Executor
 from zimage_runner.exit_codes import EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK
-from zimage_runner.job import Job
 from zimage_runner.logs import say
 from zimage_runner.outputs.json_text import readable_json
 from zimage_runner.outputs.ledger import Ledger
@@ -21,11 +17,15 @@ from zimage_runner.outputs.run_dir import RunDirectory
 from zimage_runner.outputs.summary import Summary, brief, table
 from zimage_runner.outputs.survey import Progress, check_same_pictures
 from zimage_runner.outputs.writer import Outcome
-from zimage_runner.pace import Display
 from zimage_runner.plan import Fingerprints, WorkItem
 from zimage_runner.prompts.snapshot import SNAPSHOT_NAME, snapshot
-from zimage_runner.reuse import Reuse
-from zimage_runner.warm import Executors
+from zimage_runner.runner.article import Report, article_table
+from zimage_runner.runner.dry_run import comparable
+from zimage_runner.runner.job import Job
+from zimage_runner.runner.loop import Drawing
+from zimage_runner.runner.pool import Executors
+from zimage_runner.runner.progress import Display
+from zimage_runner.runner.reuse import Reuse
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from zimage_runner.executors.base import Executor
 from zimage_runner.exit_codes import Later
-from zimage_runner.job import Job
+from zimage_runner.runner.job import Job
 from zimage_runner.session import Session
 from zimage_runner.signals import StopRequest
 

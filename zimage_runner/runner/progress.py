@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
-from zimage_runner.dry_run import duration
 from zimage_runner.logs import say
+from zimage_runner.runner.dry_run import duration
 
 log = logging.getLogger(__name__)
 

@@ -10,21 +10,21 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from zimage_runner.composed import Composed
 from zimage_runner.config.schema import RunConfig
-from zimage_runner.dry_run import describe
 from zimage_runner.errors import RunStopped, UserError, error_text
 from zimage_runner.exit_codes import EXIT_ITEMS_FAILED, EXIT_OK, Later, refuse
-from zimage_runner.job import Job, prepare
 from zimage_runner.logs import run_log, say
 from zimage_runner.outputs.json_text import readable_json
 from zimage_runner.outputs.ledger import RECORDS, Ledger
 from zimage_runner.outputs.run_dir import RunDirectory
 from zimage_runner.outputs.summary import Summary
 from zimage_runner.outputs.survey import Progress, survey
-from zimage_runner.run import Run
+from zimage_runner.runner.composed import Composed
+from zimage_runner.runner.dry_run import describe
+from zimage_runner.runner.job import Job, prepare
+from zimage_runner.runner.pool import Executors, current_executors
+from zimage_runner.runner.run import Run
 from zimage_runner.signals import PATIENCE, graceful_stop
-from zimage_runner.warm import Executors, current_executors
 
 log = logging.getLogger(__name__)
 

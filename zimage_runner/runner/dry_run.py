@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zimage_runner.job import NOT_DOWNLOADED, Job
 from zimage_runner.outputs.run_dir import GB, RECORD_BYTES
 from zimage_runner.outputs.summary import one_line
 from zimage_runner.plan import Bucket, WorkItem
+from zimage_runner.runner.job import NOT_DOWNLOADED, Job
 
 LISTED = 5
 """Truncations and duplicates that are named; the rest are counted."""

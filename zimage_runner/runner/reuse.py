@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from zimage_runner.errors import UserError
-from zimage_runner.job import Job
 from zimage_runner.outputs import atomic
 from zimage_runner.outputs.config import Fsync
 from zimage_runner.outputs.json_text import readable_json
@@ -19,6 +18,7 @@ from zimage_runner.outputs.ledger import IMAGE, RECORD, RECORDS, Entry, Ledger
 from zimage_runner.outputs.run_dir import RunDirectory
 from zimage_runner.outputs.survey import damage
 from zimage_runner.plan import Fingerprints, Plan, WorkItem
+from zimage_runner.runner.job import Job
 
 
 @dataclass(frozen=True, slots=True)
