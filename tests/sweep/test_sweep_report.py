@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from zimage_runner.sweep import fonts
-from zimage_runner.sweep.fonts import can_show, default_font, font_for
-from zimage_runner.sweep.grid import MAX_PAGES, layout, write_grids
+from zimage_runner.collect import fonts
+from zimage_runner.collect.fonts import can_show, default_font, font_for
+from zimage_runner.collect.grid import MAX_PAGES, layout, write_grids
+from zimage_runner.collect.sheet import COLUMN_LINES, ELLIPSIS, LINE, Page, clean, draw, drawable, wrapped
 from zimage_runner.sweep.report import SweptJob, csv_table, markdown_table, read_job, split_overrides, varying_fields
-from zimage_runner.sweep.sheet import COLUMN_LINES, ELLIPSIS, LINE, Page, clean, draw, drawable, wrapped
 
 
 def job(root: Path, number: int, overrides: dict[str, str], items=((0, 1),), size=(32, 16), prompt="a 猫") -> SweptJob:
@@ -204,7 +204,7 @@ def test_the_font_shows_the_text_or_no_font_of_fontconfig_does(text, tmp_path):
 
 
 def test_without_a_font_labels_are_numbered_and_a_table_says_what_they_are(tmp_path, monkeypatch):
-    monkeypatch.setattr("zimage_runner.sweep.sheet.font_for", lambda texts: FONT)
+    monkeypatch.setattr("zimage_runner.collect.sheet.font_for", lambda texts: FONT)
     jobs = [job(tmp_path, n, {"prompt": text}, prompt=text) for n, text in enumerate(["一只猫", "a dog", "狗, red"])]
     (path,) = write_grids(tmp_path, jobs, ["prompt"], tile=64)
     assert path.name == "grid.png"

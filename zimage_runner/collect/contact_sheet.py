@@ -9,10 +9,10 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from zimage_runner.collect.fonts import Font, font_for
 from zimage_runner.collect.pictures import Picture
+from zimage_runner.collect.sheet import ELLIPSIS, GAP, LINE, drawable, wrapped
 from zimage_runner.errors import UserError
-from zimage_runner.sweep.fonts import Font, font_for
-from zimage_runner.sweep.sheet import ELLIPSIS, GAP, LINE, drawable, wrapped
 
 CAPTION_LINES = 2
 """Of the prompt; the seed has one of its own."""

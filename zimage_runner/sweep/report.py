@@ -105,7 +105,7 @@ class SweepReport(Callback):
             write_file(folder, "summary.md", markdown_table(jobs, fields).encode())
         say(f"table: {root / 'summary.md'} (and summary.csv)")
         if self._grid and fields:
-            from zimage_runner.sweep.grid import write_grids
+            from zimage_runner.collect.grid import write_grids
 
             pages = write_grids(root, jobs, fields, tile=self._tile)
             if pages:

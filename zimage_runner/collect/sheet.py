@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from zimage_runner.sweep.fonts import Font, can_show, font_for
+from zimage_runner.collect.fonts import Font, can_show, font_for
 
 MAX_TILES = 2500
 LINE = 20
