@@ -18,13 +18,13 @@ import time
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from zimage_runner.cli.help import CONFIG_DIR
+from zimage_runner.cli.sweep.launcher import register_launcher
 from zimage_runner.config.registry import register
 from zimage_runner.config.schema import RunConfig
 from zimage_runner.executors.base import Batch, Executor
-from zimage_runner.help import CONFIG_DIR
 from zimage_runner.runner.job import Job, prepare
 from zimage_runner.session import Session
-from zimage_runner.sweep.launcher import register_launcher
 
 LIMIT = 0.03
 """The overhead that the project allows itself."""

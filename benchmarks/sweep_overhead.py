@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from zimage_runner.cli import main as run
+from zimage_runner.cli.main import main as run
+from zimage_runner.cli.sweep.launcher import WarmLauncher
 from zimage_runner.session import Session
-from zimage_runner.sweep.launcher import WarmLauncher
 
 
 def main() -> int:

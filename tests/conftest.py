@@ -45,7 +45,7 @@ def nano() -> Path:
 
 def command(folder: Path, *argv: str) -> tuple[int, str, str]:
     """What the fixture ``cli`` does, for fixtures that outlive a test: run one command line in that folder."""
-    from zimage_runner.cli import main
+    from zimage_runner.cli.main import main
 
     out, err = io.StringIO(), io.StringIO()
     with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -56,7 +56,7 @@ def command(folder: Path, *argv: str) -> tuple[int, str, str]:
 @pytest.fixture
 def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
     """Run one command line in this process, in an empty folder: (exit code, stdout, stderr)."""
-    from zimage_runner.cli import main
+    from zimage_runner.cli.main import main
 
     monkeypatch.chdir(tmp_path)
 

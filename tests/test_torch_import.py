@@ -171,7 +171,7 @@ def test_afterwards_the_same_modules_as_after_a_plain_import(lean):
 
 RUN = """
 import sys
-from zimage_runner.cli import main
+from zimage_runner.cli.main import main
 from zimage_runner.startup.lean_torch import DEFERRED, NEEDS_ALL
 code = main(sys.argv[1:])
 print("present:", [name for name in (*DEFERRED, *NEEDS_ALL) if name in sys.modules])

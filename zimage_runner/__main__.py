@@ -34,7 +34,7 @@ def _stop(number: int, _frame: FrameType | None) -> None:
     """End here: an exception raised in the middle of an import may be swallowed by it."""
     with contextlib.suppress(OSError):  # the terminal may be gone
         os.write(2, f"zimage_runner: stopped by {signal.Signals(number).name}\n".encode())
-    for module, function in (("cli", "remove_unused_directory"), ("startup.fork", "stop")):
+    for module, function in (("cli.main", "remove_unused_directory"), ("startup.fork", "stop")):
         clean_up = getattr(sys.modules.get(f"zimage_runner.{module}"), function, None)
         if clean_up is not None:
             clean_up()
@@ -43,7 +43,7 @@ def _stop(number: int, _frame: FrameType | None) -> None:
 
 def _run(argv: list[str]) -> int:
     if {"--help", "-h"} & set(argv):
-        from zimage_runner.help import help_text
+        from zimage_runner.cli.help import help_text
 
         print(help_text(argv), end="")
         return 0
@@ -59,7 +59,7 @@ def _run(argv: list[str]) -> int:
     keep_bytecode()
     if head_start.pays(argv):
         return head_start.main(argv)
-    from zimage_runner.cli import main
+    from zimage_runner.cli.main import main
 
     return main(argv)
 

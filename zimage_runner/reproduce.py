@@ -19,21 +19,21 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
 
-from zimage_runner.config.free_text import quote_free_text
-from zimage_runner.config.messages import CONFIG_ERRORS, explain, typed
+from zimage_runner.cli.help import CONFIG_DIR
+from zimage_runner.cli.messages import CONFIG_ERRORS, explain, typed
+from zimage_runner.cli.quoting import quote_free_text
+from zimage_runner.cli.resume.saved import override_key
 from zimage_runner.config.registry import register
 from zimage_runner.config.schema import RunConfig
 from zimage_runner.errors import UserError
 from zimage_runner.executors.base import Batch
 from zimage_runner.exit_codes import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK, refuse
-from zimage_runner.help import CONFIG_DIR
 from zimage_runner.logs import log_to_terminal
 from zimage_runner.outputs.encoders import encode_png
 from zimage_runner.outputs.ledger import IMAGE
 from zimage_runner.outputs.metadata import read_metadata
 from zimage_runner.prompts.inline import Inline
 from zimage_runner.prompts.seeds import parse_seeds
-from zimage_runner.resume.saved import override_key
 from zimage_runner.runner.job import Job, prepare
 from zimage_runner.runner.pool import Executors
 from zimage_runner.sampling import SAMPLING_FIELDS, Sampling

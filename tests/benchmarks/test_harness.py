@@ -156,7 +156,7 @@ OURS = {v.overrides: v for name in SCENARIOS for size in (128, 1024) for v in SC
 @pytest.mark.parametrize("variant", OURS.values(), ids=lambda v: v.name)
 def test_our_command_lines_plan(variant: Variant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
     """Every override exists and is accepted together with the others; nothing is drawn."""
-    from zimage_runner.cli import main
+    from zimage_runner.cli.main import main
 
     command = variant.command(WORK, tmp_path)
     monkeypatch.chdir(tmp_path)

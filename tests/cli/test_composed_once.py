@@ -9,8 +9,8 @@ import pytest
 from hydra._internal.hydra import Hydra
 from omegaconf import OmegaConf
 
-from zimage_runner import cli as cli_module
-from zimage_runner.help import CONFIG_DIR
+from zimage_runner.cli import main as cli_module
+from zimage_runner.cli.help import CONFIG_DIR
 
 PLAIN = ["prompt=a fox", "dry_run=true", "model=zimage_nano"]
 EXPERIMENTS = sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml"))
@@ -58,8 +58,8 @@ def test_nothing_under_conf_sets_the_mode(experiment):
     """What composing once relies on."""
     from hydra import compose, initialize_config_dir
 
+    from zimage_runner.cli.sweep.launcher import register_launcher
     from zimage_runner.config.registry import register
-    from zimage_runner.sweep.launcher import register_launcher
 
     register()
     register_launcher()
@@ -71,7 +71,7 @@ def test_nothing_under_conf_sets_the_mode(experiment):
 
 def test_a_config_error_imports_nothing_for_pictures():
     code = (
-        "import sys; from zimage_runner.cli import main; assert main(['sampling.steps=four']) == 2;"
+        "import sys; from zimage_runner.cli.main import main; assert main(['sampling.steps=four']) == 2;"
         "print({'torch', 'numpy', 'PIL', 'tokenizers', 'tqdm', 'email', 'http', 'ssl', 'asyncio',"
         " 'zimage_runner.runner.execute', 'zimage_runner.session', 'zimage_runner.outputs.writer'} & set(sys.modules))"
     )

@@ -12,10 +12,10 @@ import pytest
 
 from zimage_runner import __version__
 from zimage_runner.__main__ import _run
+from zimage_runner.cli.help import CONFIG_DIR, help_text
+from zimage_runner.cli.help_fields import RUN
 from zimage_runner.config.registry import SCHEMAS
 from zimage_runner.config.schema import RunConfig
-from zimage_runner.help import CONFIG_DIR, help_text
-from zimage_runner.help_fields import RUN
 
 
 def test_every_option_is_listed_and_described() -> None:
@@ -74,7 +74,7 @@ def test_help_imports_nothing_heavy() -> None:
 def test_a_config_error_imports_no_torch() -> None:
     code = (
         "import sys\n"
-        "from zimage_runner.cli import main\n"
+        "from zimage_runner.cli.main import main\n"
         "assert main(['sampling.height=x']) == 2\n"
         "assert not {'torch', 'diffusers', 'transformers', 'modelscope', 'numpy'} & set(sys.modules)"
     )

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zimage_runner.config.command_line import readable
+from zimage_runner.cli.words import readable
 from zimage_runner.errors import UserError
 
 OVERRIDES = ["seeds=[1,2]", "prompt=-m", "+sampling.width=128", "~x", "a=--b", "hydra.mode=RUN"]

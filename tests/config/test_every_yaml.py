@@ -8,10 +8,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from zimage_runner.cli.help import CONFIG_DIR
 from zimage_runner.config.registry import SCHEMAS, register
 from zimage_runner.config.schema import RunConfig
 from zimage_runner.errors import UserError
-from zimage_runner.help import CONFIG_DIR
 
 OPTIONS = sorted(
     (path.parent.name, path.stem) for path in CONFIG_DIR.glob("*/*.yaml") if path.parent.name != "experiment"

@@ -6,7 +6,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from zimage_runner.config.free_text import hydra_quote, quote_free_text
+from zimage_runner.cli.quoting import hydra_quote, quote_free_text
 from zimage_runner.errors import UserError
 
 

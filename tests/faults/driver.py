@@ -22,7 +22,7 @@ from hydra.core.plugins import Plugins
 from PIL import Image
 
 from tests.faults.session import FaultySession, picture
-from zimage_runner.cli import main
+from zimage_runner.cli.main import main
 from zimage_runner.config.registry import register
 from zimage_runner.outputs.ledger import Ledger
 from zimage_runner.outputs.metadata import read_metadata

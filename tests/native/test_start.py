@@ -12,7 +12,7 @@ import sys
 from zimage_runner.weights.preload import source
 begin = source.begin
 source.begin = lambda *args: print("torch" in sys.modules) or begin(*args)
-from zimage_runner.cli import main
+from zimage_runner.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -83,7 +83,7 @@ def test_no_torch_and_quick(tmp_path: Path) -> None:
     """CPU seconds of a fresh process; the promise for 1,000 prompts is one second."""
     (tmp_path / "p.txt").write_text("".join(f"a photo of thing {n}\n" for n in range(1000)))
     code = (
-        "import sys, resource; from zimage_runner.cli import main\n"
+        "import sys, resource; from zimage_runner.cli.main import main\n"
         "rc = main(['prompts=text_file', 'prompts.path=p.txt', 'dry_run=true'])\n"
         "heavy = {'torch', 'diffusers', 'transformers'} & set(sys.modules)\n"
         "use = resource.getrusage(resource.RUSAGE_SELF)\n"

@@ -24,7 +24,7 @@ import torch
 from hydra.core.plugins import Plugins
 from PIL import Image
 
-from zimage_runner.cli import main
+from zimage_runner.cli.main import main
 from zimage_runner.config.registry import register
 from zimage_runner.engines.native import engine as _native  # noqa: F401
 from zimage_runner.runner import execute as _runner  # noqa: F401  (these two are imported before the forks)

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import command
-from zimage_runner.resume.command_line import find_latest
+from zimage_runner.cli.resume.command_line import find_latest
 
 Cli = Callable[..., tuple[int, str, str]]
 RUN = ["prompts.texts=['a red apple','一只猫']", "seeds=[1,2]", "sampling.num_inference_steps=1", "warmup=none"]
@@ -348,7 +348,7 @@ class TestLatest:
 
 def test_the_options_of_the_first_run_are_named(cli: Cli) -> None:
     """So that another default since then changes nothing."""
-    from zimage_runner.resume.command_line import resume_command_line
+    from zimage_runner.cli.resume.command_line import resume_command_line
 
     run = first_run(cli, "memory=staged")
     argv = resume_command_line([f"resume={run}", "warmup=generate"])

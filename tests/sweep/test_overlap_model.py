@@ -26,7 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.faults.session import FakeOutOfMemory, FaultySession, picture
-from zimage_runner.cli import main
+from zimage_runner.cli.main import main
 from zimage_runner.config.schema import RunConfig
 from zimage_runner.engines.base import PendingImages
 from zimage_runner.errors import BadPictureError
@@ -169,8 +169,8 @@ class Session(FaultySession):
 @contextmanager
 def inhabited(world: World) -> Iterator[None]:
     """The program in this world."""
+    from zimage_runner.cli.sweep import launcher
     from zimage_runner.runner import execute as runner
-    from zimage_runner.sweep import launcher
 
     def visiting(place: str, real: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:

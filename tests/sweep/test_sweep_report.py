@@ -12,11 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from zimage_runner.cli.sweep.report import (
+    SweptJob,
+    csv_table,
+    markdown_table,
+    read_job,
+    split_overrides,
+    varying_fields,
+)
 from zimage_runner.collect import fonts
 from zimage_runner.collect.fonts import can_show, default_font, font_for
 from zimage_runner.collect.grid import MAX_PAGES, layout, write_grids
 from zimage_runner.collect.sheet import COLUMN_LINES, ELLIPSIS, LINE, Page, clean, draw, drawable, wrapped
-from zimage_runner.sweep.report import SweptJob, csv_table, markdown_table, read_job, split_overrides, varying_fields
 
 
 def job(root: Path, number: int, overrides: dict[str, str], items=((0, 1),), size=(32, 16), prompt="a 猫") -> SweptJob:

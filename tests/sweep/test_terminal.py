@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from tests.faults.session import FaultySession
+from zimage_runner.cli.sweep.launcher import COMPLAINTS_TOLD, LONGEST_VALUE, job_labels
 from zimage_runner.outputs.summary import brief
-from zimage_runner.sweep.launcher import COMPLAINTS_TOLD, LONGEST_VALUE, job_labels
 
 Cli = Callable[..., tuple[int, str, str]]
 FAST = ("output.fsync=never", "hydra.callbacks.sweep_report.tile=16")

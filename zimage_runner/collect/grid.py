@@ -14,10 +14,10 @@ import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from zimage_runner.cli.sweep.report import SweptJob, inert
 from zimage_runner.collect.sheet import Page, clean, draw, drawable
 from zimage_runner.outputs.ledger import IMAGE, RECORD, RECORDS
 from zimage_runner.plan import slug
-from zimage_runner.sweep.report import SweptJob, inert
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zimage_runner.cli.resume.command_line import LATEST, find_latest
 from zimage_runner.errors import UserError
 from zimage_runner.outputs.ledger import IMAGE, RECORD, RECORDS, Ledger
-from zimage_runner.resume.command_line import LATEST, find_latest
 
 _ITEM = re.compile(r"items/[0-9]{5,12}_[^/\\]+/seed_[0-9]+")
 """A ledger is a file that anybody may have written: nothing outside of its run is read."""

@@ -8,14 +8,15 @@ from functools import cache
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
+from zimage_runner.cli.help import CONFIG_DIR
 from zimage_runner.compile import Full, NoCompile, Regional
+from zimage_runner.config.launcher import WarmLauncherConfig
 from zimage_runner.config.schema import RunConfig, folder_name
 from zimage_runner.engines.auto import AutoEngine
 from zimage_runner.engines.diffusers.engine import DiffusersEngine
 from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.executors.inline import InlineExecutorConfig
 from zimage_runner.executors.process import ProcessExecutorConfig
-from zimage_runner.help import CONFIG_DIR
 from zimage_runner.memory.policies import GroupOffload, ModelOffload, Resident, SequentialOffload, Staged
 from zimage_runner.model import Model
 from zimage_runner.outputs.config import Output
@@ -28,7 +29,6 @@ from zimage_runner.prompts.parquet import Parquet
 from zimage_runner.prompts.stdin import Stdin
 from zimage_runner.prompts.text_file import TextFile
 from zimage_runner.sampling import Sampling
-from zimage_runner.sweep.config import WarmLauncherConfig
 from zimage_runner.warmup import Article, Generate, Hardware, NoWarmup
 
 SCHEMAS: dict[str, dict[str, type]] = {

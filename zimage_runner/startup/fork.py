@@ -303,7 +303,7 @@ def _compose(argv: Sequence[str], results: int, answer: int) -> NoReturn:
         os._exit(1)
 
     try:
-        from zimage_runner.cli import main as run
+        from zimage_runner.cli.main import main as run
 
         code = run(argv, take=hand_over)
     except SystemExit as end:
@@ -318,7 +318,7 @@ def _compose(argv: Sequence[str], results: int, answer: int) -> NoReturn:
 
 def _stop_composing(number: int, _frame: FrameType | None) -> None:
     """Silently: the parent has said so, or will say how the child ended."""
-    remove = getattr(sys.modules.get("zimage_runner.cli"), "remove_unused_directory", None)
+    remove = getattr(sys.modules.get("zimage_runner.cli.main"), "remove_unused_directory", None)
     if remove is not None:
         remove()
     signal.signal(number, signal.SIG_DFL)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from omegaconf import DictConfig
 
-from zimage_runner.config.fields import closest, groups_with, known_fields
+from zimage_runner.cli.fields import closest, groups_with, known_fields
 from zimage_runner.errors import UserError
 
 SWITCHES = ("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m")

@@ -7,11 +7,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from zimage_runner.config.free_text import hydra_quote, is_multirun
+from zimage_runner.cli.quoting import hydra_quote, is_multirun
+from zimage_runner.cli.resume.saved import SETTINGS, config_dirs, override_key, saved_overrides, saved_runtime
+from zimage_runner.cli.resume.sweep import check_resumable, is_sweep, settings_file, sweep_command_line
 from zimage_runner.errors import UserError
 from zimage_runner.logs import say
-from zimage_runner.resume.saved import SETTINGS, config_dirs, override_key, saved_overrides, saved_runtime
-from zimage_runner.resume.sweep import check_resumable, is_sweep, settings_file, sweep_command_line
 
 _RESUME = re.compile(r"\+{0,2}resume=(?P<value>.*)", re.S)
 LATEST = "latest"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from zimage_runner.config.free_lists import field_of, quote_entries
+from zimage_runner.cli.free_lists import field_of, quote_entries
 
 FREE_TEXT_FIELDS = frozenset(
     {

@@ -21,16 +21,16 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from zimage_runner.cli.hydra_patches import compose_quickly
+from zimage_runner.cli.resume.sweep import job_to_resume, keep_first_settings
+from zimage_runner.cli.sweep.report import SweptJob, exit_codes, split_overrides, varying_fields
+from zimage_runner.config.launcher import PLUGIN_MODULE
 from zimage_runner.errors import error_text, one_line
 from zimage_runner.exit_codes import EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, when_known
 from zimage_runner.logs import say
 from zimage_runner.outputs.summary import resume_command
 from zimage_runner.outputs.survey import Retry
-from zimage_runner.resume.sweep import job_to_resume, keep_first_settings
 from zimage_runner.signals import graceful_stop
-from zimage_runner.sweep.compose import compose_quickly
-from zimage_runner.sweep.config import PLUGIN_MODULE
-from zimage_runner.sweep.report import SweptJob, exit_codes, split_overrides, varying_fields
 
 if TYPE_CHECKING:
     from zimage_runner.runner.pool import Executors
@@ -89,7 +89,7 @@ class WarmLauncher(Launcher):
         return [returns.get(n) or _not_run(EXIT_ITEMS_FAILED) for n in range(len(configs))]
 
     def _tell_complaints(self, configs: Sequence[DictConfig]) -> None:
-        from zimage_runner.sweep.foresee import complaints
+        from zimage_runner.cli.sweep.check import complaints
 
         found = list(complaints(configs))
         for number, why in found[:COMPLAINTS_TOLD]:

@@ -19,21 +19,21 @@ from hydra._internal.hydra import Hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from zimage_runner.config.command_line import command_line_wins, readable
-from zimage_runner.config.free_text import quote_free_text
-from zimage_runner.config.messages import CONFIG_ERRORS, explain, typed
+from zimage_runner.cli.help import CONFIG_DIR
+from zimage_runner.cli.messages import CONFIG_ERRORS, explain, typed
+from zimage_runner.cli.quoting import quote_free_text
+from zimage_runner.cli.resume.command_line import resume_command_line
+from zimage_runner.cli.resume.settings import restore
+from zimage_runner.cli.sweep.launcher import register_launcher
+from zimage_runner.cli.sweep.report import exit_codes
+from zimage_runner.cli.words import command_line_wins, readable
+from zimage_runner.cli.yaml_text import to_yaml
 from zimage_runner.config.registry import register
 from zimage_runner.config.schema import RunConfig
-from zimage_runner.config.yaml_text import to_yaml
 from zimage_runner.errors import UserError
 from zimage_runner.exit_codes import EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK, Later, refuse, when_known
-from zimage_runner.help import CONFIG_DIR
 from zimage_runner.logs import log_to_terminal
-from zimage_runner.resume.command_line import resume_command_line
-from zimage_runner.resume.settings import restore
 from zimage_runner.runner.composed import Composed, remove_if_empty, remove_with_name
-from zimage_runner.sweep.launcher import register_launcher
-from zimage_runner.sweep.report import exit_codes
 
 _exit_codes: list[int] = []
 """One per job of this process, added when it starts to run: Hydra returns nothing from main."""

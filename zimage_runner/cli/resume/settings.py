@@ -10,8 +10,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from zimage_runner.cli.resume.saved import override_key, saved_overrides
 from zimage_runner.errors import UserError
-from zimage_runner.resume.saved import override_key, saved_overrides
 
 HARMLESS = (
     "name",

@@ -12,16 +12,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
-from zimage_runner.config.fields import (
-    closest,
-    field_names,
-    groups_with,
-    kind_of,
-    known_fields,
-    option_of,
-    options_with,
-)
-from zimage_runner.config.file_mistakes import (
+from zimage_runner.cli.fields import closest, field_names, groups_with, kind_of, known_fields, option_of, options_with
+from zimage_runner.cli.file_mistakes import (
     experiment_file,
     explain_bytes,
     explain_file,
@@ -29,8 +21,8 @@ from zimage_runner.config.file_mistakes import (
     misplaced,
     missing_package,
 )
+from zimage_runner.cli.help import CONFIG_DIR
 from zimage_runner.errors import UserError
-from zimage_runner.help import CONFIG_DIR
 
 CONFIG_ERRORS = (HydraException, ConfigCompositionException, OmegaConfBaseException, YAMLError)
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from omegaconf import Container, DictConfig
 
-from zimage_runner.config.command_line import command_line_wins
-from zimage_runner.config.messages import CONFIG_ERRORS, explain, typed
+from zimage_runner.cli.messages import CONFIG_ERRORS, explain, typed
+from zimage_runner.cli.words import command_line_wins
 from zimage_runner.config.schema import RunConfig
 from zimage_runner.errors import UserError
 from zimage_runner.runner.job import check

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parent.parent
 # conf/ lies inside the package in a wheel and beside it in a checkout or an editable install.
 CONFIG_DIR = next(d for d in (PACKAGE / "conf", PACKAGE.parent / "conf") if d.is_dir())
 
@@ -41,7 +41,7 @@ def help_text(argv: Sequence[str]) -> str:
     """
     words = [word for word in argv if word.partition("=")[0].isidentifier()]
     if words:
-        from zimage_runner.help_fields import fields_text, is_group
+        from zimage_runner.cli.help_fields import fields_text, is_group
 
         if groups := [word for word in words if is_group(word)]:
             return fields_text(groups) + "\n"

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from zimage_runner.config.free_text import hydra_quote
+from zimage_runner.cli.quoting import hydra_quote
+from zimage_runner.cli.resume.saved import SETTINGS, config_dirs, override_key, read_yaml, with_choices
 from zimage_runner.errors import UserError
 from zimage_runner.outputs import atomic
-from zimage_runner.resume.saved import SETTINGS, config_dirs, override_key, read_yaml, with_choices
 
 SWEEP = "multirun.yaml"
 FIRST = ".hydra/multirun.yaml"

@@ -1,0 +1,1 @@
+"""The command line: words, composition, messages, help, resuming, sweeps. Uses Hydra; draws nothing."""

@@ -1,0 +1,1 @@
+"""Finishing an earlier run: which run, and with which settings."""

@@ -1,1 +1,0 @@
-"""Multiruns: jobs composed quickly, run warm in the order that reloads least, and reported as a table and a grid."""
