@@ -10,15 +10,35 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from benchmarks.nvml import Gpu, NvmlError, visible_gpu
+from benchmarks import machine
 
 INTERVAL_SECONDS = 0.05
 LEAST_SECONDS = 2.0
 """The driver's reading of how busy the GPU is lags by up to a second: shorter spans say nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One GPU, read through pynvml (package nvidia-ml-py)."""
+
+    library: Any
+    """The module."""
+    index: int
+    handle: Any
+    uuid: str
+
+    def used_bytes(self) -> int:
+        """Memory in use by everyone, CUDA contexts included."""
+        return int(self.library.nvmlDeviceGetMemoryInfo(self.handle).used)
+
+    def busy_percent(self) -> int:
+        """Share of the driver's last sample period in which any kernel ran."""
+        return self.library.nvmlDeviceGetUtilizationRates(self.handle).gpu
 
 
 class DeviceUse:
@@ -66,16 +86,45 @@ class DeviceUse:
                 self._peak = max(self._peak, self._gpu.used_bytes())
                 if tells_busy:
                     self._busy.append((time.time(), self._gpu.busy_percent()))
-            except NvmlError:
+            except self._gpu.library.NVMLError:
                 tells_busy = False  # some virtual machines keep it to themselves
 
 
 def open_gpu(environment: Mapping[str, str]) -> Gpu | None:
-    """The GPU that a process with this environment computes on, if any."""
-    return visible_gpu(environment.get("CUDA_VISIBLE_DEVICES"))
+    """The GPU that a process with this environment computes on; None without any, or without NVIDIA's driver.
+
+    Exits where there is a GPU and no package to read it with.
+    """
+    try:
+        import pynvml
+    except ImportError:
+        if machine.is_cuda():
+            raise SystemExit("the GPU is read with nvidia-ml-py: pip install zimage_runner[bench]") from None
+        return None
+    try:
+        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        gpus = [Gpu(pynvml, index, handle, pynvml.nvmlDeviceGetUUID(handle)) for index, handle in enumerate(handles)]
+    except pynvml.NVMLError:
+        return None
+    return first_of(gpus, environment.get("CUDA_VISIBLE_DEVICES"))
+
+
+def first_of(gpus: Sequence[Gpu], visible: str | None) -> Gpu | None:
+    """The GPU that CUDA numbers 0 under ``visible``: unset is all of them, empty or -1 none."""
+    if visible is None:
+        return gpus[0] if gpus else None
+    first = visible.split(",")[0].strip()
+    if first.isdigit():
+        return gpus[int(first)] if int(first) < len(gpus) else None
+    # CUDA takes any beginning of a UUID that only one GPU has.
+    found = [gpu for gpu in gpus if first and gpu.uuid.startswith(first)]
+    return found[0] if len(found) == 1 else None
 
 
 def describe_gpu(environment: Mapping[str, str] = os.environ) -> dict[str, Any] | None:
     """Which GPU that is: number on the machine, UUID and name."""
     gpu = open_gpu(environment)
-    return None if gpu is None else {"index": gpu.index, "uuid": gpu.uuid, "name": gpu.name}
+    if gpu is None:
+        return None
+    return {"index": gpu.index, "uuid": gpu.uuid, "name": gpu.library.nvmlDeviceGetName(gpu.handle)}

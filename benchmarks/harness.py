@@ -24,7 +24,6 @@ from typing import IO, Any
 from benchmarks import machine
 from benchmarks.device_memory import DeviceUse, describe_gpu
 from benchmarks.readings import pictures, readings
-from benchmarks.schedule import process_seconds
 from benchmarks.variants import Variant, Work
 
 LOG_TAIL = 1500
@@ -134,9 +133,9 @@ class Budget:
     def left(self) -> float:
         return self._end - time.monotonic()
 
-    def allows(self, key: str, expected: float = 0.0) -> bool:
-        """True when a process like the last of this kind would still end in time; the first counts as ``expected``."""
-        return self.left > self._longest.get(key, expected) * 1.05
+    def allows(self, key: str) -> bool:
+        """True when a process like the longest of this kind would still end in time, or none ran yet."""
+        return self.left > self._longest.get(key, 0.0) * 1.05
 
     def took(self, key: str, seconds: float) -> None:
         self._longest[key] = max(seconds, self._longest.get(key, 0.0))
@@ -165,7 +164,7 @@ def _turn(
     """One contestant's process of one round, if there is time for it."""
     key = f"{cache} {variant.name}"
     priming = variant.primed and not all(_is_filled(path) for path in variant.folders(kept))
-    if not budget.allows(key, process_seconds(variant, scenario.work, cache) * (1 + priming)):
+    if not budget.allows(key):
         results.skip(variant.name, cache, number)
         print(f"{cache:8}{number} {variant.name:45} no time left", flush=True)
         return

@@ -1,7 +1,6 @@
 """Run measurements:
 
     python -m benchmarks.run main_job throughput --model /data/turbo --seconds 300
-    python -m benchmarks.run ablation --plan       # how many seconds it will take on one H200
     python -m benchmarks.run all --tiny            # the embedded model on the CPU: does the harness work?
 
 Two scenarios may run at a time, each on a GPU of its own (CUDA_VISIBLE_DEVICES=0 and 1), with one --model and one
@@ -25,7 +24,6 @@ from pathlib import Path
 from benchmarks import machine
 from benchmarks.harness import Results, Scenario, measure
 from benchmarks.scenarios import IMAGES, PACKED, SCENARIOS, TINY
-from benchmarks.schedule import describe
 from benchmarks.variants import HERE, Variant, Work, ours
 
 TINY_IMAGES = 3
@@ -34,9 +32,6 @@ TINY_IMAGES = 3
 def main() -> None:
     args = _arguments()
     scenarios = [_scenario(name, args) for name in (SCENARIOS if args.scenario == ["all"] else args.scenario)]
-    if args.plan:
-        print("\n".join(describe(scenario) for scenario in scenarios))
-        return
     if args.tiny:
         # Digests of an earlier version's embedded model may lie in the user's cache.
         os.environ.setdefault("ZIMAGE_RUNNER_CACHE", tempfile.mkdtemp(prefix="bench_cache_"))
@@ -54,11 +49,11 @@ def main() -> None:
 def _scenario(name: str, args: argparse.Namespace) -> Scenario:
     """The scenario with what the command line changes of it."""
     work = Work(
-        model=TINY if args.tiny else args.model or Path("MODEL"),
+        model=TINY if args.tiny else args.model,
         images=args.images or (TINY_IMAGES if args.tiny else IMAGES.get(name, 8)),
         size=args.size or (128 if args.tiny else 1024),
         steps=args.steps,
-        device=args.device or ("cuda" if args.plan or machine.is_cuda() else "cpu"),
+        device=args.device or ("cuda" if machine.is_cuda() else "cpu"),
     )
     scenario = SCENARIOS[name](work)
     extra = [ours(label, *shlex.split(text)) for label, _, text in (e.partition(":") for e in args.ours)]
@@ -96,7 +91,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="diffusers-format directory (benchmarks/synthetic_checkpoint.py)")
     parser.add_argument("--tiny", action="store_true", help="the embedded model at 128x128: tries the harness")
     parser.add_argument("--seconds", type=float, default=600, help="budget of each scenario")
-    parser.add_argument("--plan", action="store_true", help="print the expected seconds on one H200 and stop")
     parser.add_argument("--images", type=int, help="pictures of each process (default: the scenario's)")
     parser.add_argument("--size", type=int, help="width and height in pixels")
     parser.add_argument("--steps", type=int, default=8)
@@ -110,7 +104,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--note", default="", help="shown under the table: what else ran on the machine")
     parser.add_argument("--suffix", default="", help="added to the results' file names")
     args = parser.parse_args()
-    if not (args.tiny or args.plan) and args.model is None:
+    if not args.tiny and args.model is None:
         parser.error("give --model DIRECTORY, or --tiny")
     return args
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
+import sys
 import time
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
-from benchmarks import device_memory, nvml
-from benchmarks.nvml import first_of
+from benchmarks import device_memory
+from benchmarks.device_memory import Gpu, first_of
 
-GPUS = [SimpleNamespace(uuid=uuid) for uuid in ("GPU-aa11", "GPU-aa22", "GPU-bb33")]
+GPUS = [Gpu(None, index, None, uuid) for index, uuid in enumerate(("GPU-aa11", "GPU-aa22", "GPU-bb33"))]
 
 
 @pytest.mark.parametrize(
@@ -30,61 +30,66 @@ def test_no_gpus_at_all() -> None:
     assert first_of([], None) is None
 
 
-class Driver:
-    """The driver's library with two GPUs; the second has more in use."""
+class Nvml(ModuleType):
+    """pynvml on a machine with two GPUs; the second has more in use."""
 
-    def nvmlInit_v2(self) -> int:
-        return 0
+    class NVMLError(Exception):
+        pass
 
-    def nvmlDeviceGetCount_v2(self, count: Any) -> int:
-        count._obj.value = 2
-        return 0
+    def nvmlInit(self) -> None:
+        pass
 
-    def nvmlDeviceGetHandleByIndex_v2(self, index: ctypes.c_uint, handle: Any) -> int:
-        handle._obj.value = index.value + 100
-        return 0
+    def nvmlDeviceGetCount(self) -> int:
+        return 2
 
-    def nvmlDeviceGetUUID(self, handle: ctypes.c_void_p, text: Any, size: ctypes.c_uint) -> int:
-        text.value = f"GPU-{handle.value}".encode()
-        return 0
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+        return index + 100
 
-    def nvmlDeviceGetName(self, handle: ctypes.c_void_p, text: Any, size: ctypes.c_uint) -> int:
-        text.value = b"NVIDIA H200"
-        return 0
+    def nvmlDeviceGetUUID(self, handle: int) -> str:
+        return f"GPU-{handle}"
 
-    def nvmlDeviceGetMemoryInfo(self, handle: ctypes.c_void_p, memory: Any) -> int:
-        assert handle.value is not None
-        memory._obj.used = handle.value * 10**9
-        return 0
+    def nvmlDeviceGetName(self, handle: int) -> str:
+        return "NVIDIA H200"
 
-    def nvmlDeviceGetUtilizationRates(self, handle: ctypes.c_void_p, rates: Any) -> int:
-        rates._obj.gpu = 97
-        return 0
+    def nvmlDeviceGetMemoryInfo(self, handle: int) -> Any:
+        return SimpleNamespace(used=handle * 10**9)
+
+    def nvmlDeviceGetUtilizationRates(self, handle: int) -> Any:
+        return SimpleNamespace(gpu=97)
 
 
 def test_readings_come_from_the_visible_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nvml.ctypes, "CDLL", lambda name: Driver())
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml("pynvml"))
     gpu = device_memory.open_gpu({"CUDA_VISIBLE_DEVICES": "1"})
     assert gpu is not None
-    assert (gpu.index, gpu.uuid, gpu.name, gpu.used_bytes(), gpu.busy_percent()) == (
-        1, "GPU-101", "NVIDIA H200", 101 * 10**9, 97,
-    )  # fmt: skip
+    assert (gpu.index, gpu.uuid, gpu.used_bytes(), gpu.busy_percent()) == (1, "GPU-101", 101 * 10**9, 97)
     described = device_memory.describe_gpu({"CUDA_VISIBLE_DEVICES": "GPU-100"})
     assert described == {"index": 0, "uuid": "GPU-100", "name": "NVIDIA H200"}
 
 
-def test_a_refused_call_or_no_driver_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Driver, "nvmlDeviceGetUUID", lambda *args: 3)
-    monkeypatch.setattr(nvml.ctypes, "CDLL", lambda name: Driver())
+@pytest.mark.parametrize("call", ["nvmlInit", "nvmlDeviceGetUUID"])
+def test_a_refused_call_or_no_driver_is_no_gpu(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> None:
+        raise Nvml.NVMLError
+
+    monkeypatch.setattr(Nvml, call, refuse)
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml("pynvml"))
     assert device_memory.open_gpu({}) is None
-    monkeypatch.setattr(nvml, "LIBRARY", "libno-such-library.so.1")
-    monkeypatch.undo()
-    monkeypatch.setattr(nvml, "LIBRARY", "libno-such-library.so.1")
+
+
+def test_a_gpu_that_no_package_reads_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    monkeypatch.setattr(device_memory.machine, "is_cuda", lambda: False)
     assert device_memory.open_gpu({}) is None
+    monkeypatch.setattr(device_memory.machine, "is_cuda", lambda: True)
+    with pytest.raises(SystemExit, match=r"nvidia-ml-py: pip install zimage_runner\[bench\]"):
+        device_memory.open_gpu({})
 
 
 class FakeGpu:
     """20 GB were in use before, then 21, then 20.5; busy half of the time."""
+
+    library = Nvml
 
     def __init__(self, *, tells_busy: bool = True) -> None:
         self.values = iter([20.0, 21.0, 20.5])
@@ -97,7 +102,7 @@ class FakeGpu:
 
     def busy_percent(self) -> int:
         if not self.tells_busy:
-            raise nvml.NvmlError("not supported")
+            raise Nvml.NVMLError("not supported")
         return 50
 
 

@@ -31,7 +31,7 @@ def made(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> list[list[s
 def test_plain_and_packed_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = ["model=local", "model.path=m"]
     assert made("cold_start", "cuda", monkeypatch) == [plain, [*plain, "model.packed=true"]]
-    assert made("main_job", "cuda", monkeypatch) == [plain]
+    assert made("throughput", "cuda", monkeypatch) == [plain]
 
 
 @pytest.mark.parametrize(("name", "device"), [("cold_start", "cpu"), ("attention", "cuda")])

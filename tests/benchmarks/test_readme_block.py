@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.report import page
-from benchmarks.summary import BATCHED, BEGIN, CACHED, END, OURS, replaced, summary
+from benchmarks.report import BATCHED, BEGIN, CACHED, END, OURS, page, replaced, summary
 from benchmarks.variants import HERE, NAIVE, TUNED
 from tests.benchmarks.test_report import results, run
 
@@ -28,6 +28,12 @@ def test_the_page_is_that_of_the_results(tmp_path: Path) -> None:
     written = (HERE / "README.md").read_text(encoding="utf-8")
     made = page(HERE / "results", tmp_path)
     assert without_plots(made) == without_plots(written), "run python -m benchmarks.report"
+
+
+def test_the_pages_links_begin_where_the_page_is() -> None:
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]*)\)", text)]
+    assert [link for link in links if not (HERE / link).exists()] == []
 
 
 def named(path: Path, name: str, *, size: int = 1024) -> None:
