@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from zimage_runner.errors import one_line
+from zimage_runner.outputs.beneath import open_file
 
 NOBODY_READS = (errno.EIO, errno.EPIPE)
 """What writing to a closed terminal or pipe fails with."""
@@ -77,6 +78,15 @@ def _silence(stream: TextIO) -> None:
 
 class _RunLog(logging.FileHandler):
     """A full disk or a vanished directory is met and reported by the writer of the pictures, not here."""
+
+    def _open(self) -> TextIO:
+        folder, name = os.path.split(self.baseFilename)
+        root = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fd = open_file(root, name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        finally:
+            os.close(root)
+        return open(fd, "a", encoding=self.encoding, errors=self.errors)  # pyright: ignore[reportReturnType]
 
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(OSError):  # the file is opened at the first line

@@ -29,6 +29,7 @@ from zimage_runner.errors import UserError
 from zimage_runner.executors.base import Batch
 from zimage_runner.exit_codes import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK, refuse
 from zimage_runner.logs import log_to_terminal
+from zimage_runner.outputs import atomic
 from zimage_runner.outputs.encoders import encode_png
 from zimage_runner.outputs.ledger import IMAGE
 from zimage_runner.outputs.metadata import read_metadata
@@ -149,7 +150,7 @@ def _draw(job: Job) -> tuple[np.ndarray, dict[str, Any]]:
 def _save(target: Path, pixels: np.ndarray, job: Job, report: dict[str, Any]) -> None:
     item = job.plan.items[0]
     try:
-        target.write_bytes(encode_png(pixels, job.recipe(item, report), job.config.output))
+        atomic.replace_file(target, encode_png(pixels, job.recipe(item, report), job.config.output))
     except OSError as error:
         raise UserError(f"output_file={target} cannot be written: {error.strerror}") from None
 

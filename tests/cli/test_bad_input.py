@@ -93,6 +93,10 @@ TABLE: list[tuple[list[str], str]] = [
     (["output=cat.png"], "output=cat.png: write output_file=cat.png for a single picture"),
     (["prompts=cats.csv"], "prompts=cats.csv: write prompts=csv prompts.path=cats.csv$"),
     (["output_file=."], "output_file=. is a directory: name the picture, e.g. output_file=picture.png"),
+    (["output_file=/dev/null"], "output_file=/dev/null is a device: only plain files are replaced: name another file$"),
+    (["output_file=/dev/full"], "output_file=/dev/full is a device: only plain files are replaced"),
+    (["output_file=/dev/stdout"], "output_file=/dev/stdout is a link: only plain files are replaced"),
+    (["output_file=/dev/null/cat.png"], "output_file=/dev/null/cat.png: /dev/null is no folder: name another file$"),
     (["output_file=new/"], "output_file=new/ is a directory: name the picture"),
     (["output_file=cat.jpg"], "output_file=cat.jpg: pictures are written as PNG: use output_file=cat.png$"),
 ]

@@ -253,3 +253,55 @@ def test_a_copy_that_was_begun_is_no_picture(run: Path, monkeypatch: pytest.Monk
     for row in (cat, dog):
         assert Path(row["source"]).read_bytes() == Path("all", row["file_name"]).read_bytes()
         assert not os.path.samefile(row["source"], Path("all", row["file_name"]))
+
+
+ITEM = "items/00000_a_cat/seed_12"
+
+
+@pytest.mark.parametrize("link", ["items", "items/00000_a_cat", ITEM, f"{ITEM}/image.png", f"{ITEM}/record.json"])
+@pytest.mark.parametrize("into", ["into=all", "sheet=all.png", "into=all format=webp"])
+def test_a_link_in_a_run_is_refused_not_collected(
+    run: Path, tmp_path: Path, link: str, into: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A private key was hard-linked into the data set."""
+    (run / link).rename(tmp_path / "key")
+    (run / link).symlink_to(tmp_path / "key")
+    assert main([str(run), *into.split()]) == 2
+    error = capsys.readouterr().err
+    assert f"{link} is a link" in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.glob("all*/*.png")) + list(tmp_path.glob("all.png"))
+
+
+def test_a_linked_ledger_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "records.jsonl").rename(tmp_path / "ledger")
+    (run / "records.jsonl").symlink_to(tmp_path / "ledger")
+    assert main([str(run), "into=all"]) == 2
+    assert "records.jsonl is a link" in capsys.readouterr().err
+
+
+def test_only_plain_files_are_replaced(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("all").mkdir()
+    precious = tmp_path / "precious"
+    precious.write_bytes(b"x")
+    for name, words in {
+        "all/00000_a_cat_seed_12.png": ["into=all", "overwrite=true"],
+        "all/00000_a_cat_seed_12.webp": ["into=all", "overwrite=true", "format=webp"],
+        "all/metadata.jsonl": ["into=all", "overwrite=true"],
+        "sheet.png": ["sheet=sheet.png"],
+    }.items():
+        for kind, make in {"a link": lambda path: path.symlink_to(precious), "a FIFO": os.mkfifo}.items():
+            make(Path(name))
+            assert main([str(run), *words]) == 2
+            assert f"{name} is {kind}" in capsys.readouterr().err
+            os.unlink(name)
+    assert precious.read_bytes() == b"x"
+
+
+def test_files_of_the_users_are_not_taken_for_leftovers(run: Path) -> None:
+    Path("all").mkdir()
+    Path("all/00000_a_cat_seed_12.png.tmp").write_bytes(b"x")
+    Path("all/metadata.jsonl.tmp").write_bytes(b"x")
+    assert main([str(run), "into=all"]) == 0
+    assert Path("all/00000_a_cat_seed_12.png.tmp").read_bytes() == b"x"
+    assert Path("all/metadata.jsonl.tmp").read_bytes() == b"x"

@@ -24,6 +24,7 @@ from zimage_runner.collect import fonts
 from zimage_runner.collect.fonts import can_show, default_font, font_for
 from zimage_runner.collect.grid import MAX_PAGES, layout, write_grids
 from zimage_runner.collect.sheet import COLUMN_LINES, ELLIPSIS, LINE, Page, clean, draw, drawable, wrapped
+from zimage_runner.outputs.beneath import Inside
 
 
 def job(root: Path, number: int, overrides: dict[str, str], items=((0, 1),), size=(32, 16), prompt="a 猫") -> SweptJob:
@@ -87,7 +88,7 @@ def test_two_fields_are_rows_and_columns(tmp_path):
     jobs = [job(tmp_path, n, {"s": str(n // 2), "g": str(n % 2)}) for n in range(4)]
     (page,) = layout(jobs, ["s", "g"])
     assert (page.rows, page.columns) == (["s=0", "s=1"], ["g=0", "g=1"])
-    assert {place: path.parts[-5] for place, path in page.pictures.items()} == {
+    assert {place: file.path.parts[-5] for place, file in page.pictures.items()} == {
         (0, 0): "0", (0, 1): "1", (1, 0): "2", (1, 1): "3",
     }  # fmt: skip
 
@@ -136,7 +137,7 @@ def test_pages_are_capped(tmp_path):
 @given(st.text(max_size=60))
 def test_any_label_can_be_drawn(text):
     page = Page(title=text, name="x", rows=[text], columns=[text])
-    page.pictures[0, 0] = PICTURE
+    page.pictures[0, 0] = Inside(PICTURE.parent, PICTURE.name)
     draw(page, 32)
 
 

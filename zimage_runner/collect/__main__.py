@@ -27,6 +27,7 @@ from zimage_runner.collect.folder import NAME, collect_into
 from zimage_runner.collect.pictures import find_runs, pictures_of
 from zimage_runner.errors import UserError
 from zimage_runner.exit_codes import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, refuse
+from zimage_runner.outputs.beneath import NotPlain
 
 FIELDS = ("into", "name", "format", "quality", "overwrite", "sheet", "tile", "columns", "rows")
 OF_INTO, OF_SHEET = ("name", "format", "quality", "overwrite"), ("tile", "columns", "rows")
@@ -41,6 +42,8 @@ def main(argv: Sequence[str]) -> int:
         return _collect(*_parse(argv))
     except UserError as error:
         return refuse(str(error))
+    except NotPlain as error:
+        return refuse(f"{error.strerror}")
     except OSError as error:
         return refuse(f"{error.filename or 'a file'}: {error.strerror}")
     except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from zimage_runner.collect.fonts import Font, font_for
 from zimage_runner.collect.pictures import Picture
 from zimage_runner.collect.sheet import ELLIPSIS, GAP, LINE, drawable, wrapped
 from zimage_runner.errors import UserError
+from zimage_runner.outputs import atomic
+from zimage_runner.outputs.beneath import unfit_target
 
 CAPTION_LINES = 2
 """Of the prompt; the seed has one of its own."""
@@ -31,14 +34,17 @@ def draw_sheets(file: Path, pictures: Sequence[Picture], layout: Layout) -> Iter
     """Write page after page and yield their paths: ``file`` itself, then FILE_2.png, FILE_3.png ..."""
     if file.suffix.lower() != ".png":
         raise UserError(f"sheet={file}: contact sheets are PNG: use sheet={file.with_suffix('.png')}")
-    if file.is_dir():
-        raise UserError(f"sheet={file} is a folder: name a file in it")
+    if (kind := unfit_target(file)) is not None:
+        what = "name a file in it" if kind == "a folder" else "only plain files are replaced: name another file"
+        raise UserError(f"sheet={file} is {kind}: {what}")
     file.parent.mkdir(parents=True, exist_ok=True)
     per_page = layout.columns * layout.rows
     for start in range(0, len(pictures), per_page):
         number = start // per_page + 1
         path = file if number == 1 else file.with_stem(f"{file.stem}_{number}")
-        _page(pictures[start : start + per_page], layout).save(path)
+        page = io.BytesIO()
+        _page(pictures[start : start + per_page], layout).save(page, "PNG")
+        atomic.replace_file(path, page.getvalue())
         yield path
 
 
@@ -52,7 +58,7 @@ def _page(pictures: Sequence[Picture], layout: Layout) -> Image.Image:
     pen = ImageDraw.Draw(sheet)
     for n, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
         left, top = GAP + n % columns * pitch_x, GAP + n // columns * pitch_y
-        with Image.open(picture.path) as image:
+        with picture.image.open() as source, Image.open(source) as image:
             image.thumbnail((tile, tile), Image.Resampling.LANCZOS)
             sheet.paste(image.convert("RGB"), (left + (tile - image.width) // 2, top + (tile - image.height) // 2))
         _write(pen, (left, top + tile), caption, tile, font)
@@ -62,7 +68,7 @@ def _page(pictures: Sequence[Picture], layout: Layout) -> Image.Image:
 def _longest_side(pictures: Sequence[Picture]) -> int:
     sides = []
     for picture in pictures:
-        with Image.open(picture.path) as image:  # reads the header alone
+        with picture.image.open() as file, Image.open(file) as image:  # reads the header alone
             sides.append(max(image.size))
     return max(sides)
 

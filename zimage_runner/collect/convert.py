@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image
 
 from zimage_runner.errors import UserError
+from zimage_runner.outputs import atomic
 from zimage_runner.outputs.metadata import read_metadata
 
 SUFFIXES = {"png": ".png", "jpeg": ".jpg", "jpg": ".jpg", "webp": ".webp"}
@@ -58,24 +60,23 @@ def parse_format(name: str, quality: str | None) -> Format:
     return Format(name, int(quality))
 
 
-def convert(source: Path, target: Path, format: Format) -> None:
-    """Write ``source`` (PNG) as ``target``, whole or not at all.
+def convert(source: BinaryIO, target: Path, format: Format) -> None:
+    """Write ``source`` (an open PNG file) as ``target``, whole or not at all.
 
     It takes over the time of the last change, by which it is known again.
     """
-    unfinished = target.with_name(f".{target.name}.tmp")
     exif = _exif(source)
     how: dict[str, Any] = {"lossless": True} if format.quality is None else {"quality": format.quality}
     if format.suffix == ".jpg":
         how["subsampling"] = "4:4:4"  # half the colour's resolution would blur red edges
+    converted = io.BytesIO()
+    source.seek(0)
     with Image.open(source) as image:
-        image.convert("RGB").save(unfinished, "JPEG" if format.suffix == ".jpg" else "WEBP", exif=exif, **how)
-    changed = source.stat().st_mtime_ns
-    os.utime(unfinished, ns=(changed, changed))
-    unfinished.replace(target)
+        image.convert("RGB").save(converted, "JPEG" if format.suffix == ".jpg" else "WEBP", exif=exif, **how)
+    atomic.replace_file(target, converted.getvalue(), changed_ns=os.fstat(source.fileno()).st_mtime_ns)
 
 
-def _exif(source: Path) -> Image.Exif:
+def _exif(source: BinaryIO) -> Image.Exif:
     """The picture's parameters as EXIF's user comment."""
     exif = Image.Exif()
     text = read_metadata(source).parameters

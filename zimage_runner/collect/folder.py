@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import filecmp
 import os
 import string
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
 
 from zimage_runner.collect.convert import Format, convert
 from zimage_runner.collect.pictures import Picture
 from zimage_runner.errors import UserError
 from zimage_runner.outputs import atomic
+from zimage_runner.outputs.beneath import Inside, unfit_target
 from zimage_runner.outputs.json_text import compact_json
 from zimage_runner.plan.items import slug
 
@@ -23,6 +23,7 @@ TABLE = "metadata.jsonl"
 PNG = Format()
 LONGEST = 200
 """Bytes of a name; file systems allow 255 at most."""
+_BLOCK = 1 << 20
 
 
 def collect_into(
@@ -39,7 +40,7 @@ def collect_into(
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         tasks = [
-            pool.submit(_put, format, picture.path, folder / row["file_name"], overwrite=overwrite)
+            pool.submit(_put, format, picture.image, folder / row["file_name"], overwrite=overwrite)
             for picture, row in zip(pictures, rows, strict=True)
         ]
         try:
@@ -48,8 +49,7 @@ def collect_into(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    with atomic.directory(folder) as place:
-        atomic.write_file(place, TABLE, "".join(compact_json(row) + "\n" for row in rows).encode())
+    atomic.replace_file(folder / TABLE, "".join(compact_json(row) + "\n" for row in rows).encode())
     return folder / TABLE
 
 
@@ -110,22 +110,40 @@ def _check_unique(pictures: Sequence[Picture], names: Sequence[str], name: str) 
             )
 
 
-def _put(format: Format, source: Path, target: Path, *, overwrite: bool) -> None:
-    if target.exists():
-        same = _is_there(format, source, target)
-        if same and not (overwrite and format.converts):  # converted anew, perhaps to another quality
+def _put(format: Format, source: Inside, target: Path, *, overwrite: bool) -> None:
+    if (kind := unfit_target(target)) is not None:
+        raise UserError(f"{target} is {kind}, which is left alone: remove it, or use another folder")
+    with source.open() as picture:
+        if target.exists():
+            same = _is_there(format, picture, target)
+            if same and not (overwrite and format.converts):  # converted anew, perhaps to another quality
+                return
+            if not same and not overwrite:
+                raise UserError(
+                    f"{target} is there already, and another picture: use another folder, or overwrite=true"
+                )
+        if format.converts:
+            convert(picture, target, format)
             return
-        if not same and not overwrite:
-            raise UserError(f"{target} is there already, and another picture: use another folder, or overwrite=true")
-    if format.converts:
-        convert(source, target, format)
-    else:
-        with atomic.directory(target.parent) as folder:
-            atomic.link_or_copy(source, folder, target.name)
+    with (
+        atomic.directory(source.root) as run,
+        atomic.directory(str(PurePosixPath(source.relative).parent), run) as item,
+        atomic.directory(target.parent) as folder,
+    ):
+        atomic.link_or_copy(item, source.path.name, folder, target.name, tmp=atomic.own_temporary(target.name))
 
 
-def _is_there(format: Format, source: Path, target: Path) -> bool:
+def _is_there(format: Format, picture: BinaryIO, target: Path) -> bool:
     """Whether ``target`` is this picture already."""
+    source, there = os.fstat(picture.fileno()), target.stat()
     if format.converts:
-        return target.stat().st_mtime_ns == source.stat().st_mtime_ns
-    return os.path.samefile(source, target) or filecmp.cmp(source, target, shallow=False)
+        return there.st_mtime_ns == source.st_mtime_ns
+    if os.path.samestat(source, there):
+        return True
+    if source.st_size != there.st_size:
+        return False
+    with open(target, "rb") as other:
+        while block := picture.read(_BLOCK):
+            if block != other.read(_BLOCK):
+                return False
+    return True

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from zimage_runner.cli.sweep.report import SweptJob, inert
 from zimage_runner.collect.sheet import Page, clean, draw, drawable
+from zimage_runner.outputs import atomic, beneath
+from zimage_runner.outputs.beneath import Inside
 from zimage_runner.outputs.ledger import IMAGE, RECORD, RECORDS
 from zimage_runner.plan import slug
 
@@ -37,19 +39,21 @@ def write_grids(root: Path, jobs: Sequence[SweptJob], fields: Sequence[str], *, 
     hidden = [entry for page in pages[:MAX_PAGES] for entry in number_hidden_labels(page)]
     if hidden:
         path = root / "grid_labels.csv"
-        path.write_text(_labels_table(hidden), encoding="utf-8")
+        with atomic.directory(root) as folder:
+            atomic.write_file(folder, path.name, _labels_table(hidden).encode())
         log.warning(
             "no font here shows every letter of the grid's labels: %s tells what each of them says; install one that "
             "does (Noto Sans CJK, WenQuanYi ...) and resume the multirun to have the grid drawn again",
             path,
         )
     for page in pages[:MAX_PAGES]:
-        path = root / "grid.png" if len(pages) == 1 else root / "grid" / f"{page.name}.png"
-        path.parent.mkdir(exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        draw(page, tile).save(temporary, format="PNG", compress_level=1, compress_type=zlib.Z_RLE)
-        temporary.rename(path)
-        written.append(path)
+        name, png = "grid.png" if len(pages) == 1 else f"grid/{page.name}.png", io.BytesIO()
+        draw(page, tile).save(png, format="PNG", compress_level=1, compress_type=zlib.Z_RLE)
+        with atomic.directory(root) as folder:
+            if len(pages) > 1:
+                beneath.make_dirs(folder, "grid")
+            atomic.write_file(folder, name, png.getvalue())
+        written.append(root / name)
     return written
 
 
@@ -126,32 +130,33 @@ def _item_label(item: Item, texts: dict[Item, str]) -> str:
     return f"{item[0]}: {texts[item]} (seed {item[1]})" if texts[item] else f"{item[0]}: seed {item[1]}"
 
 
-def _texts(pictures: Iterable[dict[Item, Path]]) -> dict[Item, str]:
+def _texts(pictures: Iterable[dict[Item, Inside]]) -> dict[Item, str]:
     """Prompt of each item; empty where the jobs differ in it, as when prompts are swept."""
     found: dict[Item, set[str]] = {}
     for job in pictures:
-        for item, path in job.items():
-            found.setdefault(item, set()).add(_prompt_of(path))
+        for item, file in job.items():
+            found.setdefault(item, set()).add(_prompt_of(file))
     return {item: next(iter(texts)) if len(texts) == 1 else "" for item, texts in found.items()}
 
 
-def _pictures(job: SweptJob) -> dict[Item, Path]:
+def _pictures(job: SweptJob) -> dict[Item, Inside]:
     """Finished pictures of a job."""
-    found: dict[Item, Path] = {}
+    found: dict[Item, Inside] = {}
     try:
-        with open(job.directory / RECORDS, encoding="utf-8") as lines:
+        with Inside(job.directory, RECORDS).open() as lines:
             for line in lines:
                 record = json.loads(line)
-                path = job.directory / record["item"] / IMAGE
-                if record["status"] == "ok" and path.is_file():
-                    found[record["index"], record["seed"]] = path
+                file = Inside(job.directory, f"{record['item']}/{IMAGE}")
+                if record["status"] == "ok" and file.is_file():
+                    found[record["index"], record["seed"]] = file
     except (OSError, ValueError, KeyError, TypeError):
         log.debug("records of job %s cannot be read to their end", job.number, exc_info=True)
     return found
 
 
-def _prompt_of(picture: Path) -> str:
+def _prompt_of(picture: Inside) -> str:
     try:
-        return str(json.loads((picture.parent / RECORD).read_bytes())["prompt"])
+        record = Inside(picture.root, picture.relative.removesuffix(IMAGE) + RECORD)
+        return str(json.loads(record.read_bytes())["prompt"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""

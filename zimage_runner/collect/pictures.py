@@ -11,6 +11,8 @@ from typing import Any
 
 from zimage_runner.cli.resume.command_line import LATEST, find_latest
 from zimage_runner.errors import UserError
+from zimage_runner.outputs import atomic
+from zimage_runner.outputs.beneath import Inside, NotPlain, Statuses
 from zimage_runner.outputs.ledger import IMAGE, RECORD, RECORDS, Ledger
 
 _ITEM = re.compile(r"items/[0-9]{5,12}_[^/\\]+/seed_[0-9]+")
@@ -43,11 +45,16 @@ class Picture:
     def _folder(self) -> str:
         return self.item.split("/")[-2]
 
+    @property
+    def image(self) -> Inside:
+        """Its file, to be read."""
+        return Inside(self.run, f"{self.item}/{IMAGE}")
+
     def record(self) -> dict[str, Any]:
         """Its record.json."""
         file = self.run / self.item / RECORD
         try:
-            record = json.loads(file.read_bytes())
+            record = json.loads(Inside(self.run, f"{self.item}/{RECORD}").read_bytes())
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{file} cannot be read ({error}): draw it again with resume={self.run} verify=true"
@@ -77,4 +84,16 @@ def pictures_of(runs: Iterable[Path]) -> Iterator[Picture]:
             item for item, entry in Ledger.load(run / RECORDS).entries.items() if entry.ok and _ITEM.fullmatch(item)
         ]
         pictures = [Picture(run=run, item=item) for item in done]
-        yield from (p for p in sorted(pictures, key=lambda picture: picture.index) if p.path.is_file())
+        with atomic.directory(run) as dir_fd:
+            status = Statuses(dir_fd)
+            yield from (p for p in sorted(pictures, key=lambda picture: picture.index) if _is_there(status, p))
+
+
+def _is_there(status: Statuses, picture: Picture) -> bool:
+    try:
+        status(picture.image.relative)
+    except NotPlain as error:
+        raise UserError(f"{picture.run}: {error.strerror}") from None
+    except OSError:
+        return False
+    return True

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from PIL import Image, ImageDraw
 
 from zimage_runner.collect.fonts import Font, can_show, font_for
+from zimage_runner.outputs.beneath import Inside
 
 MAX_TILES = 2500
 LINE = 20
@@ -35,7 +35,7 @@ class Page:
     name: str
     rows: list[str]
     columns: list[str]
-    pictures: dict[tuple[int, int], Path] = field(default_factory=dict)
+    pictures: dict[tuple[int, int], Inside] = field(default_factory=dict)
 
     @property
     def font(self) -> Font:
@@ -63,9 +63,9 @@ def draw(page: Page, tile: int) -> Image.Image:
     for n, text in enumerate(rows):
         lines = wrapped(text, LABEL_WIDTH - 2 * GAP, max(1, side_y // LINE), font)
         _write(pen, (GAP, top + n * pitch_y), lines, font)
-    for (row, column), path in page.pictures.items():
+    for (row, column), file in page.pictures.items():
         if row < len(rows) and column < len(columns):
-            with Image.open(path) as picture:
+            with file.open() as stream, Image.open(stream) as picture:
                 picture.thumbnail((side_x, side_y), Image.Resampling.LANCZOS)
                 sheet.paste(picture.convert("RGB"), (LABEL_WIDTH + column * pitch_x, top + row * pitch_y))
     return sheet
@@ -74,8 +74,8 @@ def draw(page: Page, tile: int) -> Image.Image:
 def _tile_size(page: Page, tile: int) -> tuple[int, int]:
     """The largest picture's size, scaled down to the tile."""
     sizes = []
-    for path in page.pictures.values():
-        with Image.open(path) as picture:
+    for file in page.pictures.values():
+        with file.open() as stream, Image.open(stream) as picture:
             sizes.append(picture.size)
     width, height = max(w for w, _ in sizes), max(h for _, h in sizes)
     scale = min(1.0, tile / max(width, height))

@@ -16,6 +16,7 @@ from zimage_runner.errors import UserError
 from zimage_runner.executors.base import ExecutorConfig
 from zimage_runner.memory.policies import Memory
 from zimage_runner.model import Model
+from zimage_runner.outputs.beneath import unfit_target
 from zimage_runner.outputs.config import Output
 from zimage_runner.outputs.survey import Retry
 from zimage_runner.prompts.base import PromptSource
@@ -92,6 +93,12 @@ def picture_file(name: str) -> str:
         raise UserError("output_file='' is empty: name the picture, e.g. output_file=cat.png")
     if path.is_dir() or name.endswith(("/", os.sep)):
         raise UserError(f"output_file={name} is a directory: name the picture, e.g. output_file={path / 'picture.png'}")
+    if (kind := unfit_target(path)) is not None:
+        raise UserError(f"output_file={name} is {kind}: only plain files are replaced: name another file")
+    if (
+        there := next((above for above in path.absolute().parents if os.path.exists(above)), None)
+    ) and not there.is_dir():
+        raise UserError(f"output_file={name}: {there} is no folder: name another file")
     if path.suffix.lower() in OTHER_PICTURES:
         raise UserError(f"output_file={name}: pictures are written as PNG: use output_file={path.with_suffix('.png')}")
     return str(path)

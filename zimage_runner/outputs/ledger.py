@@ -14,7 +14,9 @@ import threading
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from zimage_runner.errors import UserError
 from zimage_runner.outputs import atomic
+from zimage_runner.outputs.beneath import Inside, open_file
 from zimage_runner.outputs.json_text import compact_json
 
 RECORDS, RECORD, IMAGE = "records.jsonl", "record.json", "image.png"
@@ -50,25 +52,32 @@ class Ledger:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read a ledger without changing it; a missing file is an empty ledger."""
+        """Read a ledger without changing it; a missing file is an empty ledger. Raises UserError."""
         entries: dict[str, Entry] = {}
         damaged = 0
-        with contextlib.suppress(FileNotFoundError), open(path, "rb", buffering=1 << 20) as file:
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break  # torn: its item is not done
-                try:
-                    item, entry = _parse(line)
-                    entries[item] = entry
-                except (ValueError, KeyError, TypeError):
-                    damaged += line != b"\n"
+        try:
+            with contextlib.suppress(FileNotFoundError), _file(Path(path)).open(buffering=1 << 20) as file:
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break  # torn: its item is not done
+                    try:
+                        item, entry = _parse(line)
+                        entries[item] = entry
+                    except (ValueError, KeyError, TypeError):
+                        damaged += line != b"\n"
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from None
         return cls(path, entries, damaged)
 
     def open(self, dir_fd: int | None = None) -> Self:
         """Open for appending, cutting off a torn last line. Raises DiskError."""
-        name = self.path if dir_fd is None else self.path.name
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
         try:
-            self._fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666, dir_fd=dir_fd)
+            if dir_fd is not None:
+                self._fd = open_file(dir_fd, self.path.name, flags)
+            else:
+                with atomic.directory(self.path.parent) as folder:
+                    self._fd = open_file(folder, self.path.name, flags)
             _cut_torn_tail(self._fd)
         except OSError as error:
             raise atomic.disk_error(error, str(self.path)) from error
@@ -101,6 +110,10 @@ class Ledger:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def _file(path: Path) -> Inside:
+    return Inside(path.parent, path.name)
 
 
 # The head of a finished item's line as the writer puts it: three times faster than parsing a million whole lines.

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from zimage_runner.errors import UserError
-from zimage_runner.outputs.atomic import write_all
+from zimage_runner.outputs import beneath
+from zimage_runner.outputs.atomic import remove, write_all
 
 LOCK_NAME = ".lock"
 _NO_FLOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
@@ -25,17 +26,19 @@ _NO_FLOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 class RunLock:
     """Held from ``acquire`` to ``release`` or to the end of the process, however it ends."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, dir_fd: int) -> None:
+        """``dir_fd``: the directory's descriptor, which must stay open; its path is for messages."""
         self.path = directory / LOCK_NAME
+        self._dir_fd = dir_fd
         self._fd: int | None = None
 
     def acquire(self) -> None:
         """Take the lock, over a dead owner's if need be. Raises UserError if a living process has it."""
         while self._fd is None:
-            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            fd = beneath.open_file(self._dir_fd, LOCK_NAME, os.O_RDWR | os.O_CREAT)
             try:
                 self._lock(fd)
-                if _is_current(fd, self.path):
+                if self._is_current(fd):
                     os.ftruncate(fd, 0)
                     write_all(fd, json.dumps(_this_process()).encode())
                     self._fd, fd = fd, -1
@@ -47,10 +50,18 @@ class RunLock:
         """Give the lock back and remove its file. Harmless if it is not held."""
         if self._fd is None:
             return
-        if _is_current(self._fd, self.path):
-            self.path.unlink(missing_ok=True)
+        if self._is_current(self._fd):
+            remove(self._dir_fd, LOCK_NAME)
         os.close(self._fd)
         self._fd = None
+
+    def _is_current(self, fd: int) -> bool:
+        """Whether the open lock file is still the one under its name (a releasing owner removes it)."""
+        try:
+            named = os.stat(LOCK_NAME, dir_fd=self._dir_fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(os.fstat(fd), named)
 
     def _lock(self, fd: int) -> None:
         owner = _read_owner(fd)
@@ -70,14 +81,6 @@ class RunLock:
             f"{self.path.parent} is in use by {who}: wait for it to end, or start a run of its own "
             f"(if that process is dead, remove {self.path})"
         )
-
-
-def _is_current(fd: int, path: Path) -> bool:
-    """Whether the open lock file is still the one under its name (a releasing owner removes it)."""
-    try:
-        return os.path.samestat(os.fstat(fd), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _read_owner(fd: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -63,14 +63,15 @@ def _quoted(value: Any) -> str:
     return json.dumps(text, ensure_ascii=False) if any(c in text for c in ',:\n"') else text
 
 
-def read_metadata(path: str | os.PathLike[str]) -> Metadata:
-    """The metadata of a PNG. Raises UserError if the file is missing or no PNG."""
+def read_metadata(path: str | os.PathLike[str] | BinaryIO) -> Metadata:
+    """The metadata of a PNG file, named or open. Raises UserError if the file is missing or no PNG."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
             image.load()  # text chunks may follow the pixels
             text: dict[str, str] = dict(getattr(image, "text", {}))
     except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as a PNG picture ({error})") from None
+        name = path if isinstance(path, str | os.PathLike) else path.name
+        raise UserError(f"{name} cannot be read as a PNG picture ({error})") from None
     try:
         recipe = json.loads(text[JSON_KEY]) if JSON_KEY in text else None
     except ValueError:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Self
 
 from zimage_runner.errors import UserError
-from zimage_runner.outputs import atomic
+from zimage_runner.outputs import atomic, beneath
 from zimage_runner.outputs.atomic import DiskError
 from zimage_runner.outputs.config import Output
 from zimage_runner.outputs.ledger import RECORDS
-from zimage_runner.outputs.lock import RunLock
+from zimage_runner.outputs.lock import LOCK_NAME, RunLock
 
 GB = 1e9
+OWN_FILES = (LOCK_NAME, RECORDS, "summary.json", "run.log", "prompts.jsonl")
+OWN_FOLDERS = ("items", ".hydra")
 RECORD_BYTES = 16_384
 """Room for a picture's record, its ledger line and the blocks of its two folders."""
 
@@ -37,7 +40,7 @@ class RunDirectory:
     def create(cls, path: str | os.PathLike[str]) -> Self:
         """A new run. Raises UserError if it cannot be written, is in use, or already holds a run's ledger."""
         directory = cls._open(Path(path), make=True)
-        if directory.records_path.exists():
+        if any(entry == RECORDS for entry in os.listdir(directory.dir_fd)):
             directory.close()
             raise UserError(f"{path} already holds a run: continue it with resume={path}, or choose another directory")
         return directory
@@ -51,12 +54,20 @@ class RunDirectory:
 
     @classmethod
     def _open(cls, path: Path, *, make: bool) -> Self:
-        lock = RunLock(path)
         try:
             if make:
                 path.mkdir(parents=True, exist_ok=True)
-            lock.acquire()  # creates a file, so it also proves that the directory is writable
-            return cls(path, atomic.open_dir(path), lock)
+            dir_fd = atomic.open_dir(path)
+            try:
+                check_plain(dir_fd)
+                lock = RunLock(path, dir_fd)
+                lock.acquire()  # creates a file, so it also proves that the directory is writable
+                return cls(path, dir_fd, lock)
+            except BaseException:
+                os.close(dir_fd)
+                raise
+        except beneath.NotPlain as error:
+            raise UserError(f"{path}: {error.strerror}") from None
         except OSError as error:
             raise UserError(
                 f"cannot write to {path} ({error.strerror}): set output.root to a directory you can write to"
@@ -107,7 +118,7 @@ class RunDirectory:
         try:
             parent = str(PurePosixPath(name).parent)
             if parent != ".":
-                atomic.make_dirs(self.dir_fd, parent, sync=sync)
+                beneath.make_dirs(self.dir_fd, parent, sync=sync)
             atomic.write_file(self.dir_fd, name, data, sync=sync)
         except OSError as error:
             raise atomic.disk_error(error, str(self.path / name)) from error
@@ -126,6 +137,19 @@ class RunDirectory:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def check_plain(dir_fd: int) -> None:
+    """Raise NotPlain, before anything is done in a run directory, for a link or the like where the runner has a file.
+
+    What it finds later is judged again when it is opened.
+    """
+    for names, fits in ((OWN_FILES, stat.S_ISREG), (OWN_FOLDERS, stat.S_ISDIR)):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                mode = os.stat(name, dir_fd=dir_fd, follow_symlinks=False).st_mode
+                if not fits(mode):
+                    raise beneath.NotPlain(name, beneath.kind_of(mode))
 
 
 def checked_item_dir(item_dir: str) -> str:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from zimage_runner.errors import UserError
+from zimage_runner.outputs import atomic
+from zimage_runner.outputs.beneath import Inside, NotPlain, Statuses, open_file
 from zimage_runner.outputs.ledger import IMAGE, RECORD, Entry, Ledger
 from zimage_runner.plan import WorkItem
 
@@ -63,39 +65,54 @@ def survey(
 ) -> Progress:
     """Compare ledger and files. Every picture's size is looked at; with ``verify`` its bytes are read too."""
     progress = Progress()
-    for item in items:  # a million of them: nothing here twice
-        name = item.item_dir
-        entry = ledger.entries.get(name)
-        if entry is not None and not entry.ok:
-            progress.failed.add(name)
-        elif entry is not None and (reason := damage(f"{directory}/{name}/{IMAGE}", entry, verify)) is not None:
-            progress.damaged[name] = reason
-        elif entry is not None:
-            progress.done.add(name)
-            continue
-        elif retry is Retry.failed:
-            progress.skipped.add(name)
-            continue
-        progress.todo.append(item)
+    if not ledger.entries:
+        directory = Path(os.curdir)  # nothing of it is looked at, and a dry run's may not be there
+    with atomic.directory(directory) as dir_fd:
+        pictures = Pictures(dir_fd)
+        for item in items:  # a million of them: nothing here twice
+            name = item.item_dir
+            entry = ledger.entries.get(name)
+            if entry is not None and not entry.ok:
+                progress.failed.add(name)
+            elif entry is not None and (reason := pictures.damage(name, entry, verify)) is not None:
+                progress.damaged[name] = reason
+            elif entry is not None:
+                progress.done.add(name)
+                continue
+            elif retry is Retry.failed:
+                progress.skipped.add(name)
+                continue
+            progress.todo.append(item)
     return progress
 
 
-def damage(path: str, entry: Entry, verify: bool) -> str | None:
-    """Why the file is not the picture that was written; None if it is."""
-    try:
-        size = os.stat(path).st_size
-    except FileNotFoundError:
-        return "deleted"
-    if size != entry.size:
-        return f"{size:,} bytes instead of {entry.size:,}"
-    if verify and _sha256(path) != entry.sha256:
-        return "its bytes changed"
-    return None
+class Pictures:
+    """The finished pictures below an open run directory, compared with its ledger."""
+
+    def __init__(self, dir_fd: int) -> None:
+        self._dir_fd = dir_fd
+        self._status = Statuses(dir_fd)
+
+    def damage(self, item_dir: str, entry: Entry, verify: bool) -> str | None:
+        """Why the file is not the picture that was written; None if it is. A link is none, wherever it leads."""
+        path = f"{item_dir}/{IMAGE}"
+        try:
+            size = self._status(path).st_size
+            if size != entry.size:
+                return f"{size:,} bytes instead of {entry.size:,}"
+            if verify and _sha256(open_file(self._dir_fd, path)) != entry.sha256:
+                return "its bytes changed"
+        except FileNotFoundError:
+            return "deleted"
+        except NotPlain as error:
+            return f"{error.name} is {error.kind}"
+        return None
 
 
-def _sha256(path: str) -> str:
+def _sha256(fd: int) -> str:
+    """Hex digest of an open file, which is closed."""
     total = hashlib.sha256()
-    with open(path, "rb") as file:
+    with os.fdopen(fd, "rb") as file:
         while block := file.read(_BLOCK):
             total.update(block)
     return total.hexdigest()
@@ -113,17 +130,17 @@ def check_same_pictures(
         entry = ledger.entries.get(item.item_dir)
         if entry is None or not entry.ok or entry.fingerprint == fingerprint(item):
             continue
-        changes = _changes(directory / item.item_dir / RECORD, item, numerics)
+        changes = _changes(Inside(directory, f"{item.item_dir}/{RECORD}"), item, numerics)
         raise UserError(
             f"resume={directory}: {item.item_dir} was drawn in another way, so the run would hold mixed pictures"
             f"{': ' + '; '.join(changes) if changes else ''}: resume it where it began, or start a new run"
         )
 
 
-def _changes(record_path: Path, item: WorkItem, numerics: dict[str, Any]) -> list[str]:
+def _changes(file: Inside, item: WorkItem, numerics: dict[str, Any]) -> list[str]:
     """What differs between a picture's record and now, as far as the record can be read."""
     try:
-        record = json.loads(record_path.read_bytes())
+        record = json.loads(file.read_bytes())
         was = {"prompt": record["prompt"], **record["params"], **record["numerics"]}
     except (OSError, ValueError, KeyError, TypeError):
         return []

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zimage_runner.errors import BadPictureError, error_text
-from zimage_runner.outputs import atomic
+from zimage_runner.outputs import atomic, beneath
 from zimage_runner.outputs.config import Fsync, Output
 from zimage_runner.outputs.encoders import check_pixels, encode_png
 from zimage_runner.outputs.json_text import readable_json
@@ -222,7 +222,7 @@ class Writer:
             **result,
         }
         written = {"written": datetime.now(UTC).isoformat(timespec="milliseconds")}
-        atomic.make_dirs(self._run_dir.dir_fd, job.item_dir, sync=self._sync)
+        beneath.make_dirs(self._run_dir.dir_fd, job.item_dir, sync=self._sync)
         with atomic.directory(job.item_dir, self._run_dir.dir_fd) as folder:
             if png is None:
                 for name in (IMAGE, IMAGE + atomic.TMP_SUFFIX):  # of an earlier attempt
@@ -240,5 +240,4 @@ class Writer:
 def _copy_to(path: Path, png: bytes, sync: bool) -> None:
     """The one-shot job's extra file, replaced as a whole; its folder is made if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic.directory(path.parent) as folder:
-        atomic.write_file(folder, path.name, png, sync=sync)
+    atomic.replace_file(path, png, sync=sync)

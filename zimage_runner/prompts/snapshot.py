@@ -6,12 +6,32 @@ It is what ``prompts=jsonl`` reads, so that it can also start another run.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from zimage_runner.errors import UserError
+from zimage_runner.outputs.beneath import Inside
+from zimage_runner.prompts.jsonl import Jsonl, prompts_of_json_lines
 from zimage_runner.prompts.prompt import Prompt
+from zimage_runner.prompts.text import read_lines
 
 SNAPSHOT_NAME = "prompts.jsonl"
+
+
+@dataclass(kw_only=True, slots=True)
+class Snapshot(Jsonl):
+    """The prompts of a run that is resumed. Another source's file may be a link; a run's own may not."""
+
+    def read(self) -> Iterator[Prompt]:
+        assert self.path is not None
+        file = Inside(Path(self.path).parent, Path(self.path).name)
+        try:
+            with file.open() as stream:
+                yield from prompts_of_json_lines(read_lines(stream, self.path), self.path, self)
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read: {error.strerror}") from None
 
 
 def snapshot(prompts: Iterable[Prompt]) -> bytes:

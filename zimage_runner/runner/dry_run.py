@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zimage_runner.outputs.beneath import Inside
 from zimage_runner.outputs.run_dir import GB, RECORD_BYTES
 from zimage_runner.outputs.summary import one_line
 from zimage_runner.plan import Bucket, WorkItem
@@ -153,7 +154,7 @@ def _last_comparable(job: Job) -> _EarlierRun | None:
 def _read(path: Path, job: Job) -> _EarlierRun | None:
     """The run if it used the same weights and engine and drew at least two pictures."""
     try:
-        summary = json.loads(path.read_bytes())
+        summary = json.loads(Inside(path.parent, path.name).read_bytes())
         comparable = summary["comparable"]
         if comparable["digest"] != job.checkpoint.digest or comparable["engine"] != _engine_name(job):
             return None

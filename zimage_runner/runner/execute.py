@@ -14,6 +14,7 @@ from zimage_runner.config.schema import RunConfig
 from zimage_runner.errors import RunStopped, UserError, error_text
 from zimage_runner.exit_codes import EXIT_ITEMS_FAILED, EXIT_OK, Later, refuse
 from zimage_runner.logs import run_log, say
+from zimage_runner.outputs.beneath import Inside
 from zimage_runner.outputs.json_text import readable_json
 from zimage_runner.outputs.ledger import RECORDS, Ledger
 from zimage_runner.outputs.run_dir import RunDirectory
@@ -90,17 +91,17 @@ def _end(this: Run, held: contextlib.ExitStack) -> int:
 def _nothing_to_draw(job: Job, run_dir: RunDirectory, progress: Progress) -> int:
     """Say so. A process that was killed before its run's end has left no summary, or the one of an earlier end."""
     summary = Summary(run_dir.path, planned=len(job.plan), already_done=len(progress.done)).to_dict({})
-    if not progress.skipped and _status(run_dir.summary_path) != summary["status"]:
+    if not progress.skipped and _status(Inside(run_dir.path, run_dir.summary_path.name)) != summary["status"]:
         run_dir.write_file(run_dir.summary_path.name, readable_json(summary))
     say(f"nothing to draw: {progress}")
     say(str(run_dir.path), sys.stdout)
     return EXIT_OK
 
 
-def _status(path: Path) -> str | None:
+def _status(file: Inside) -> str | None:
     """What a summary.json says of its run; None where it cannot be read."""
     try:
-        return json.loads(path.read_bytes())["status"]
+        return json.loads(file.read_bytes())["status"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

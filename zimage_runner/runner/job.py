@@ -16,9 +16,8 @@ from zimage_runner.plan import CountTokens, Plan, WorkItem, build_plan
 from zimage_runner.prompts import read_prompts
 from zimage_runner.prompts.base import PromptSource
 from zimage_runner.prompts.inline import Inline
-from zimage_runner.prompts.jsonl import Jsonl
 from zimage_runner.prompts.seeds import Seeds, parse_seeds
-from zimage_runner.prompts.snapshot import SNAPSHOT_NAME
+from zimage_runner.prompts.snapshot import SNAPSHOT_NAME, Snapshot
 from zimage_runner.sampling import SamplingParams, resolve_sampling
 from zimage_runner.session import SessionConfig
 from zimage_runner.warmup import WarmupShape
@@ -168,8 +167,8 @@ def prompt_source(config: RunConfig) -> PromptSource:
 
     A resumed run has its prompts beside its pictures.
     """
-    if config.resume is not None and (saved := Path(config.resume) / SNAPSHOT_NAME).is_file():
-        return Jsonl(path=str(saved))
+    if config.resume is not None and os.path.lexists(saved := Path(config.resume) / SNAPSHOT_NAME):
+        return Snapshot(path=str(saved))
     if config.prompt is None:
         return config.prompts
     if isinstance(config.prompts, Inline) and not config.prompts.texts:

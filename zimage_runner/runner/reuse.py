@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from zimage_runner.errors import UserError
-from zimage_runner.outputs import atomic
+from zimage_runner.outputs import atomic, beneath
+from zimage_runner.outputs.beneath import Inside
 from zimage_runner.outputs.config import Fsync
 from zimage_runner.outputs.json_text import readable_json
 from zimage_runner.outputs.ledger import IMAGE, RECORD, RECORDS, Entry, Ledger
 from zimage_runner.outputs.run_dir import RunDirectory
-from zimage_runner.outputs.survey import damage
+from zimage_runner.outputs.survey import Pictures
 from zimage_runner.plan import Fingerprints, Plan, WorkItem
 from zimage_runner.runner.job import Job
 
@@ -25,7 +26,9 @@ from zimage_runner.runner.job import Job
 class Existing:
     """A finished picture."""
 
-    folder: Path
+    run: Path
+    item_dir: str
+    """Its folder below the run directory."""
     entry: Entry
 
 
@@ -67,7 +70,7 @@ class Reuse:
             entry = self._ledger.entries.get(first) if first is not None else None
             if first is None or entry is None or not entry.ok or settled(item):
                 continue
-            self._adopt(item, entry.fingerprint, Existing(self._run_dir.path / first, entry))
+            self._adopt(item, entry.fingerprint, Existing(self._run_dir.path, first, entry))
             linked.append(item.item_dir)
         return linked
 
@@ -89,12 +92,15 @@ def earlier_pictures(pattern: str, wanted: set[str], *, but: Path) -> dict[str, 
             f"skip_existing={pattern} holds no earlier run (no {RECORDS}): name a run or the folder of runs"
         )
     for run in runs:
-        for item, entry in Ledger.load(run / RECORDS).entries.items():
-            if entry.ok and entry.fingerprint in wanted and entry.fingerprint not in found:
-                existing = Existing(run / item, entry)
+        entries = Ledger.load(run / RECORDS).entries
+        with atomic.directory(run) as dir_fd:
+            pictures = Pictures(dir_fd)
+            for item, entry in entries.items():
+                if not entry.ok or entry.fingerprint not in wanted or entry.fingerprint in found:
+                    continue
                 # Read whole: linking a damaged picture would spread it.
-                if damage(str(existing.folder / IMAGE), entry, verify=True) is None:
-                    found[entry.fingerprint] = existing
+                if pictures.damage(item, entry, verify=True) is None:
+                    found[entry.fingerprint] = Existing(run, item, entry)
     return found
 
 
@@ -140,12 +146,19 @@ def adopt(
         "sha256": existing.entry.sha256,
         "bytes": existing.entry.size,
     }
-    tail = {"reused_from": str(existing.folder), "written": datetime.now(UTC).isoformat(timespec="milliseconds")}
-    kept = _kept_fields(existing.folder / RECORD)
+    tail = {
+        "reused_from": str(existing.run / existing.item_dir),
+        "written": datetime.now(UTC).isoformat(timespec="milliseconds"),
+    }
+    kept = _kept_fields(Inside(existing.run, f"{existing.item_dir}/{RECORD}"))
     try:
-        atomic.make_dirs(run_dir.dir_fd, item.item_dir, sync=sync)
-        with atomic.directory(item.item_dir, run_dir.dir_fd) as folder:
-            atomic.link_or_copy(existing.folder / IMAGE, folder, IMAGE)
+        beneath.make_dirs(run_dir.dir_fd, item.item_dir, sync=sync)
+        with (
+            atomic.directory(item.item_dir, run_dir.dir_fd) as folder,
+            atomic.directory(existing.run) as other_run,
+            atomic.directory(existing.item_dir, other_run) as source,
+        ):
+            atomic.link_or_copy(source, IMAGE, folder, IMAGE)
             atomic.write_file(folder, RECORD, readable_json({**head, **kept, **recipe, **tail}), sync=sync)
             if sync:
                 atomic.sync_dir(folder, ".")
@@ -154,7 +167,7 @@ def adopt(
     ledger.append({**head, **tail}, sync=sync)
 
 
-def _kept_fields(record: Path) -> dict[str, Any]:
+def _kept_fields(record: Inside) -> dict[str, Any]:
     """What the earlier record says about the picture itself."""
     try:
         value = json.loads(record.read_bytes())

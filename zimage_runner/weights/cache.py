@@ -10,6 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from zimage_runner.outputs.beneath import NotPlain, unfit_target
+
 log = logging.getLogger(__name__)
 
 
@@ -63,6 +65,8 @@ def write_json(path: Path, value: Any) -> None:
             json.dump(value, file, indent=1, ensure_ascii=False)
             file.flush()
             os.fsync(file.fileno())
+        if (kind := unfit_target(path)) is not None:
+            raise NotPlain(str(path), kind)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

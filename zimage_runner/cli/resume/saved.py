@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from zimage_runner.errors import UserError
+from zimage_runner.outputs.beneath import Inside, NotPlain
 
 SETTINGS = ".hydra/overrides.yaml"
 OF_THIS_PROCESS = ("resume", "retry", "verify", "dry_run")
@@ -59,12 +60,14 @@ def config_dirs(runtime: Any, others: Sequence[str]) -> list[str]:
 def read_yaml(directory: Path, name: str) -> Any:
     """A file of the run. Raises UserError saying what the directory is instead of a run."""
     try:
-        return yaml.safe_load((directory / name).read_text(encoding="utf-8"))
+        return yaml.safe_load(Inside(directory, name).read_bytes().decode())
     except (FileNotFoundError, NotADirectoryError):
         what = "is not a directory" if not directory.is_dir() else f"holds no run (no {name} in it)"
         newest = max(directory.glob(f"*/{SETTINGS}"), key=lambda path: path.stat().st_mtime, default=None)
         hint = "" if newest is None else f"; the newest below it is {newest.parents[1]}"
         raise UserError(f"resume={directory} {what}: give the run directory that the first run printed{hint}") from None
+    except NotPlain as error:
+        raise UserError(f"resume={directory}: {error.strerror}") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"resume={directory}: {name} cannot be read: {error}") from None
 

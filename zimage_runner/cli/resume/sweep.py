@@ -5,14 +5,16 @@ The sweep's overrides give the same jobs with the same numbers, so that a number
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from zimage_runner.cli.quoting import hydra_quote
 from zimage_runner.cli.resume.saved import SETTINGS, config_dirs, override_key, read_yaml, with_choices
 from zimage_runner.errors import UserError
-from zimage_runner.outputs import atomic
+from zimage_runner.outputs import atomic, beneath
+from zimage_runner.outputs.beneath import Inside
 
 SWEEP = "multirun.yaml"
 FIRST = ".hydra/multirun.yaml"
@@ -23,7 +25,7 @@ OWN_HYDRA = ("hydra.mode", "hydra.sweep.dir", "hydra/launcher", "hydra.launcher"
 
 def is_sweep(directory: Path) -> bool:
     """True for the directory of a multirun, not for one of its jobs."""
-    return (directory / SWEEP).is_file() and not (directory / SETTINGS).exists()
+    return Inside(directory, SWEEP).is_file() and not os.path.lexists(directory / SETTINGS)
 
 
 def settings_file(directory: Path) -> Path | None:
@@ -60,6 +62,9 @@ def _settings(directory: Path) -> Any:
 
 def sweep_command_line(directory: Path, others: Sequence[str]) -> list[str]:
     """The multirun's command line with ``others`` in place of what they change. Raises UserError."""
+    for entry in os.scandir(directory):
+        if entry.name.isdigit() and entry.is_symlink():
+            raise UserError(f"resume={directory}: {entry.name} is a link: put the job's own folder there, or remove it")
     settings = _settings(directory)
     runtime, overrides = _entry(directory, settings, "runtime"), _entry(directory, settings, "overrides")
     saved = with_choices(directory, SWEEP, overrides["task"], runtime)
@@ -76,14 +81,14 @@ def sweep_command_line(directory: Path, others: Sequence[str]) -> list[str]:
 def keep_first_settings(directory: Path) -> None:
     """Called when a multirun begins; of a sweeper that comes with several batches, the first one's are kept."""
     if (directory / SWEEP).is_file() and not (directory / FIRST).exists():
-        (directory / FIRST).parent.mkdir(exist_ok=True)
         with atomic.directory(directory) as folder:
-            atomic.write_file(folder, FIRST, (directory / SWEEP).read_bytes())
+            beneath.make_dirs(folder, str(PurePosixPath(FIRST).parent))
+            atomic.write_file(folder, FIRST, Inside(directory, SWEEP).read_bytes())
 
 
 def job_to_resume(job_directory: Path) -> str | None:
     """What ``resume`` is for a job of a multirun that is resumed; None for one that was never begun."""
-    return str(job_directory) if (job_directory / SETTINGS).is_file() else None
+    return str(job_directory) if os.path.lexists(job_directory / SETTINGS) else None
 
 
 def _entry(directory: Path, settings: Any, *names: str) -> Any:

@@ -22,6 +22,7 @@ from omegaconf import DictConfig
 from zimage_runner.exit_codes import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK, Later, when_known
 from zimage_runner.logs import say
 from zimage_runner.outputs.atomic import directory, write_file
+from zimage_runner.outputs.beneath import Inside
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ class SweepReport(Callback):
         say(str(root.absolute()), sys.stdout)
 
     def _jobs(self, root: Path, expected: list[dict[str, str]]) -> list[SweptJob]:
-        found = {int(path.name): read_job(path) for path in root.iterdir() if path.name.isdigit() and path.is_dir()}
+        found = {int(path.name): read_job(path) for path in root.iterdir() if _is_job(path)}
         for number, code in self._exit_codes.items():
             job = found.setdefault(number, SweptJob(number=number, directory=root / str(number)))
             job.exit_code = code
@@ -132,14 +133,18 @@ def expected_jobs(config: DictConfig) -> list[dict[str, str]]:
     return [split_overrides(job) for batch in BasicSweeper.split_arguments(overrides, None) for job in batch]
 
 
+def _is_job(path: Path) -> bool:
+    return path.name.isdigit() and path.is_dir() and not path.is_symlink()
+
+
 def read_job(path: Path) -> SweptJob:
     """A job from its directory; what is missing or unreadable stays empty."""
     try:
-        overrides = split_overrides(yaml.safe_load((path / ".hydra" / "overrides.yaml").read_text(encoding="utf-8")))
+        overrides = split_overrides(yaml.safe_load(Inside(path, ".hydra/overrides.yaml").read_bytes().decode()))
     except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError):
         overrides = {}
     try:
-        summary = json.loads((path / "summary.json").read_bytes())
+        summary = json.loads(Inside(path, "summary.json").read_bytes())
     except (OSError, ValueError):
         summary = {}
     return SweptJob(number=int(path.name), directory=path, overrides=overrides, summary=summary)
