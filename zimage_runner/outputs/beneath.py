@@ -91,9 +91,9 @@ def open_file(dir_fd: int, relative: str, flags: int = os.O_RDONLY, mode: int = 
 @contextlib.contextmanager
 def parent(dir_fd: int, relative: str) -> Iterator[tuple[int, str]]:
     """The folder that ``relative`` is in, open while the block runs, and the name in it."""
+    _parts(relative)
     folder, _, name = relative.rpartition("/")
     if not folder:
-        _parts(name)
         yield dir_fd, name
         return
     fd = open_dir(dir_fd, folder)
@@ -132,11 +132,19 @@ class Statuses:
     def __call__(self, relative: str) -> os.stat_result:
         """Status of a plain file. Raises NotPlain, OSError."""
         folder = relative.rpartition("/")[0]
-        if not folder or folder not in self._folders:
-            _parts(relative)
-        if folder not in self._folders:
-            self._check(folder)
-        status = os.stat(relative, dir_fd=self._dir_fd, follow_symlinks=False)
+        try:
+            if not folder or "/." in relative or "//" in relative:
+                _parts(relative)
+            if folder not in self._folders:
+                above = folder.rpartition("/")[0]
+                if not above or above not in self._folders:
+                    _parts(relative)
+                    self._check(folder)
+                elif not stat.S_ISDIR(os.stat(folder, dir_fd=self._dir_fd, follow_symlinks=False).st_mode):
+                    _check_folder(self._dir_fd, folder, folder)
+            status = os.stat(relative, dir_fd=self._dir_fd, follow_symlinks=False)
+        except ValueError:  # what no path can hold
+            raise NotPlain(repr(relative), "no path below the directory") from None
         if not stat.S_ISREG(status.st_mode):
             raise NotPlain(relative, kind_of(status.st_mode))
         return status
