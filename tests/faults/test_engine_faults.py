@@ -68,7 +68,7 @@ def test_a_lost_gpu_only_costs_the_worker_process(tmp_path):
 
 def test_the_parent_of_a_worker_never_imports_torch(tmp_path):
     code = (
-        "import sys; from tests.faults.session import FaultySession; from zimage_runner import warm; "
+        "import sys; from tests.faults.session import FaultySession; from zimage_runner.runner import pool as warm; "
         "warm.Session = FaultySession; from zimage_runner.cli.main import main; code = main(sys.argv[1:]); "
         "assert code == 0; assert 'torch' not in sys.modules, 'torch was imported'"
     )

@@ -81,16 +81,16 @@ def test_download(monkeypatch, tmp_path, main: str, argv: list[str], number: sig
 @pytest.mark.parametrize(
     ("number", "module", "packed"),
     [
-        (signal.SIGTERM, "prepare", "false"),
-        (signal.SIGINT, "prepare", "false"),
-        (signal.SIGINT, "packed_writer", "true"),
+        (signal.SIGTERM, "prepared.prepare", "false"),
+        (signal.SIGINT, "prepared.prepare", "false"),
+        (signal.SIGINT, "packed.writer", "true"),
     ],
 )
 def test_preparing_removes_what_is_half_made(
     nano: Path, runner_cache: Path, tmp_path: Path, number: signal.Signals, module: str, packed: str
 ) -> None:
     slow = (
-        f"from zimage_runner.weights import {module} as module\nread = module.read_bfloat16\n"
+        f"import zimage_runner.weights.{module} as module\nread = module.read_bfloat16\n"
         "module.read_bfloat16 = lambda piece: (time.sleep(0.5), read(piece))[1]"
     )
     half_made = runner_cache / "prepared"
@@ -113,7 +113,7 @@ def test_preparing_removes_what_is_half_made(
 def test_checking_digests(nano: Path, runner_cache: Path, tmp_path: Path, main: str, argv: list[str]) -> None:
     begun = tmp_path / "begun"
     slow = (
-        "from pathlib import Path\nfrom zimage_runner.weights import verify\nverify.PIECE = 64\n"
+        "from pathlib import Path\nfrom zimage_runner.weights.find import verify\nverify.PIECE = 64\n"
         "check = verify.Threads.check\n"
         f"verify.Threads.check = lambda pool: (Path({str(begun)!r}).touch(), time.sleep(0.01), check(pool))"
     )

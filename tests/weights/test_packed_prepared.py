@@ -250,7 +250,8 @@ def test_without_room_the_plain_copy_serves(
 
 def test_killed_preparation_leaves_nothing_that_is_used(sharded: Path, runner_cache: Path) -> None:
     code = (
-        "import os, signal; from zimage_runner.weights import packed, prepare\n"
+        "import os, signal; from zimage_runner.weights.packed import format as packed\n"
+        "from zimage_runner.weights.prepared import prepare\n"
         "from zimage_runner.weights.find.resolve import resolve\n"
         "from zimage_runner.model import *; write = os.pwrite; count = 0; packed.FRAME_VALUES = 65536\n"
         "def pwrite(*args):\n"
@@ -393,7 +394,9 @@ def test_preloading_needs_neither_torch_nor_numpy(nano: Path, driver: CudaDriver
     found = build(nano)
     library = str(tmp_path / "libcuda_fake.so")
     code = (
-        "import sys; from pathlib import Path; from zimage_runner.weights import packed, prepared, preload\n"
+        "import sys; from pathlib import Path; from zimage_runner.weights.preload import preload\n"
+        "from zimage_runner.weights.packed import format as packed\n"
+        "from zimage_runner.weights.prepared import prepared\n"
         "from zimage_runner.weights.preload.cuda_driver import CudaDriver\n"
         f"found = prepared.open_prepared(Path({str(found.path)!r})); packing = found.packings['vae']\n"
         "path = packing.unpacked.path\n"

@@ -207,7 +207,7 @@ def test_auto_prepares_large_ones(sharded: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_killed_preparation_leaves_nothing_that_is_used(sharded: Path, runner_cache: Path) -> None:
     code = (
-        "import os, signal; from zimage_runner.weights import prepare\n"
+        "import os, signal; from zimage_runner.weights.prepared import prepare\n"
         "from zimage_runner.weights.find.resolve import resolve\n"
         "from zimage_runner.model import *; write = os.pwrite; count = 0\n"
         "def pwrite(*args):\n"
