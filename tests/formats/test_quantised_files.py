@@ -199,6 +199,7 @@ BAD: dict[str, tuple[Weights, str]] = {
     "bitsandbytes": ({f"{OUT}.weight.absmax": ONES}, "is quantised by bitsandbytes (layers.0.attention.out.weight.abs"),
     "nf4 state": ({f"{OUT}.weight.quant_state.bitsandbytes__nf4": ONES}, "is quantised by bitsandbytes"),
     "sdnq": ({f"{OUT}.zero_point": ONES}, "is quantised by SDNQ"),
+    "sdnq, symmetric": ({f"{OUT}.weight": ONES.char(), f"{OUT}.scale": torch.ones(768, 1)}, "is quantised by SDNQ"),
     "quanto": ({f"{OUT}.weight._data": ONES.char()}, "is quantised by quanto"),
     "asym": ({f"{OUT}.weight_codebook": torch.ones(16)}, "is quantised by ComfyUI's asym_w4a8_int8"),
     "rare format": (

@@ -38,7 +38,7 @@ _OTHERS = (
     (r"\.(qweight|qzeros|g_idx)$", "GPTQ, AWQ or AutoRound"),
     (r"\.(wscales|wcscales|wtscale|smooth_factor|smooth_factor_orig|proj_down|proj_up)$", "nunchaku (SVDQuant)"),
     (r"\.(absmax|quant_map|nested_absmax|nested_quant_map)$|\.quant_state\.|\.SCB$", "bitsandbytes"),
-    (r"\.(svd_up|svd_down|zero_point)$", "SDNQ"),
+    (r"\.(svd_up|svd_down|zero_point|scale)$", "SDNQ"),
     (r"\._(data|scale|shift)$", "quanto"),
     (r"\.(weight_s_rel|weight_s_channel|weight_codebook)$", "ComfyUI's asym_w4a8_int8"),
 )
