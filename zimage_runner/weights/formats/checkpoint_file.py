@@ -94,7 +94,7 @@ class ComponentTensors(Mapping[str, "torch.Tensor"]):
         self.dtype = dtype
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self.component.tensors[name].read(self.dtype).to(self.device)
+        return self.component.tensors[name].read(self.dtype, self.device)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.component.tensors)

@@ -60,20 +60,20 @@ class StoredTensor:
         """Whether its bytes are the numbers, so that a stretch of the file is a stretch of rows."""
         return self.encoding == "plain" and self.info.dtype in FLOATS
 
-    def read(self, first: int = 0, last: int | None = None) -> torch.Tensor:
+    def read(self, first: int = 0, last: int | None = None, device: str = "cpu") -> torch.Tensor:
         """Rows ``first`` to ``last``, decoded: float32, or the stored dtype where it is a plain float.
 
-        Raises UserError for scales that are no numbers, and OSError.
+        Decoded on the device (GGUF's blocks: on the CPU, then moved), so that it is fast and few bytes travel. Raises UserError for scales that are no numbers, and OSError.
         """
         last = self.rows if last is None else last
         if self.encoding == "gguf":
-            return _gguf_rows(self, first, last)
-        raw = _raw_rows(self.path, self.info, first, last)
+            return _gguf_rows(self, first, last).to(device)
+        raw = _raw_rows(self.path, self.info, first, last).to(device)
         if self.encoding == "plain":
             return raw if self.info.dtype in FLOATS else raw.float()
         return _DECODERS[self.encoding](self, raw, first, last)
 
-    def scale(self, name: str) -> torch.Tensor:
+    def scale(self, name: str, device: torch.device) -> torch.Tensor:
         """One of its scales, as stored. Raises UserError where it is not finite."""
         import torch
 
@@ -81,7 +81,7 @@ class StoredTensor:
         values = _raw_rows(self.path, info, 0, info.shape[0] if info.shape else 1).reshape(info.shape)
         if values.is_floating_point() and not bool(torch.isfinite(values.float()).all()):
             raise UserError(f"{self.path}: {name} of {self.name} is not finite: the file is damaged")
-        return values
+        return values.to(device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,16 +103,16 @@ class PublishedTensor:
         start, nbytes = self.stored.info.start + self.first * row, (self.last - self.first) * row
         return TensorInfo(self.stored.info.dtype, self.shape, start, nbytes)
 
-    def read(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def read(self, dtype: torch.dtype | None = None, device: str = "cpu") -> torch.Tensor:
         """Its numbers in ``dtype``; None: as stored for plain floats, else float32."""
         import torch
 
-        parts = self.pieces()
+        parts = self.pieces(device)
         head = next(parts)
         dtype = dtype or head.dtype
         if head.numel() == math.prod(self.shape):
             return head.to(dtype).reshape(self.shape)
-        whole = torch.empty(math.prod(self.shape), dtype=dtype)
+        whole = torch.empty(math.prod(self.shape), dtype=dtype, device=device)
         done = 0
         while True:
             whole[done : done + head.numel()] = head.flatten()
@@ -121,14 +121,14 @@ class PublishedTensor:
             if head is None:
                 return whole.reshape(self.shape)
 
-    def pieces(self) -> Iterator[torch.Tensor]:
+    def pieces(self, device: str = "cpu") -> Iterator[torch.Tensor]:
         """Its rows in turn, some 16 million numbers at a time; together they are its numbers in order."""
         width = math.prod(self.stored.shape[1:])
         step = max(1, CHUNK // max(width, 1))
         if self.first >= self.last:
-            yield self.stored.read(self.first, self.last)
+            yield self.stored.read(self.first, self.last, device)
         for first in range(self.first, self.last, step):
-            yield self.stored.read(first, min(first + step, self.last))
+            yield self.stored.read(first, min(first + step, self.last), device)
 
 
 def read_tensor(path: Path, info: TensorInfo) -> torch.Tensor:
@@ -182,12 +182,12 @@ def _scaled(tensor: StoredTensor, raw: torch.Tensor, first: int, last: int) -> t
     """Number times its tensor's or its row's scale, then out of the rotation."""
     import torch
 
-    scale = tensor.scale("weight_scale").float().flatten()
+    scale = tensor.scale("weight_scale", raw.device).float().flatten()
     rows = scale[first:last].reshape(-1, *[1] * (raw.ndim - 1)) if scale.numel() > 1 else scale
     values = raw.float() * rows
     if tensor.rotation:
         groups = values.unflatten(1, (-1, tensor.rotation))
-        values = torch.matmul(groups, _hadamard(tensor.rotation)).flatten(1)
+        values = torch.matmul(groups, _hadamard(tensor.rotation).to(raw.device)).flatten(1)
     return values
 
 
@@ -200,15 +200,15 @@ def _nvfp4(tensor: StoredTensor, raw: torch.Tensor, first: int, last: int) -> to
     """Two 4-bit floats a byte, the even column in the high half, times block scale and tensor scale (CK)."""
     import torch
 
-    table = torch.tensor(FP4_VALUES + tuple(-value for value in FP4_VALUES))
+    table = torch.tensor(FP4_VALUES + tuple(-value for value in FP4_VALUES), device=raw.device)
     codes = torch.stack([raw >> 4, raw & 15], dim=-1).flatten(1)
     columns = codes.shape[1]
-    block = untile(tensor.scale("weight_scale"), tensor.rows, columns // NVFP4_BLOCK)[first:last]
-    block = block.float() * tensor.scale("weight_scale_2").float().flatten()
+    block = untile(tensor.scale("weight_scale", raw.device), tensor.rows, columns // NVFP4_BLOCK)[first:last]
+    block = block.float() * tensor.scale("weight_scale_2", raw.device).float().flatten()
     values = (table[codes.long()].unflatten(1, (-1, NVFP4_BLOCK)) * block[..., None]).flatten(1)
     if "pre_quant_scale" in tensor.scales:
         # The activations are multiplied by it before the product, which is the same as the weight's columns.
-        values = values * tensor.scale("pre_quant_scale").float().flatten()
+        values = values * tensor.scale("pre_quant_scale", raw.device).float().flatten()
     return values
 
 
@@ -216,7 +216,7 @@ def _mxfp8(tensor: StoredTensor, raw: torch.Tensor, first: int, last: int) -> to
     """fp8 times 2^(e - 127) of each 32 columns (OCP Microscaling Formats)."""
     import torch
 
-    exponents = tensor.scale("weight_scale").view(torch.float8_e8m0fnu)
+    exponents = tensor.scale("weight_scale", raw.device).view(torch.float8_e8m0fnu)
     block = untile(exponents.float(), tensor.rows, raw.shape[1] // MXFP8_BLOCK)[first:last]
     return (raw.float().unflatten(1, (-1, MXFP8_BLOCK)) * block[..., None]).flatten(1)
 
