@@ -56,6 +56,8 @@ def transformer_shapes(dim: int, heads: int) -> dict[str, tuple[int, ...]]:
 
 MINIATURE = transformer_shapes(768, 6)
 """Keeps every rule of the full size: heads of 128 channels, rows that divide by 256."""
+NARROW = transformer_shapes(256, 2)
+"""Heads of 128 channels; for layouts that do not quantise."""
 SMALL = transformer_shapes(96, 6)
 """For adapters, which have no such rules."""
 

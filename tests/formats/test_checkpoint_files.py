@@ -20,7 +20,7 @@ Weights = support.Weights
 
 @functools.cache
 def transformer() -> Weights:
-    return support.transformer()
+    return support.transformer(support.NARROW)
 
 
 def qwen() -> Weights:
@@ -61,7 +61,7 @@ def test_transformer_files_hold_the_known_weights(layout: str, tmp_path: Path) -
     assert file.missing == ["text_encoder", "vae"]
     component = file.components["transformer"]
     assert (component.layout, component.precision) == (layout.split(",")[0], "bf16")
-    expected = {"dim": 768, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 6, "cap_feat_dim": 256, "in_channels": 16}
+    expected = {"dim": 256, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "cap_feat_dim": 256, "in_channels": 16}
     assert component.config.items() >= expected.items()
 
 
@@ -110,7 +110,7 @@ def test_transformer_config_builds_diffusers_model(tmp_path: Path) -> None:
     with torch.device("meta"):
         model = ZImageTransformer2DModel.from_config(file.components["transformer"].config)
     assert isinstance(model, ZImageTransformer2DModel)
-    assert {n: tuple(t.shape) for n, t in model.state_dict().items()} == dict(support.MINIATURE)
+    assert {n: tuple(t.shape) for n, t in model.state_dict().items()} == dict(support.NARROW)
 
 
 def test_the_base_fills_in_what_shapes_do_not_tell(nano_configs: Mapping[str, dict], tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_description_says_in_a_few_lines_what_a_file_is(tmp_path: Path) -> None:
     lines = open_checkpoint_file(path).description()
     assert lines[0] == f"file: {path}"
     assert "transformer: ComfyUI layout, prefix model.diffusion_model., bf16" in lines
-    assert "  dim 768, 2 layers, 1 + 1 refiner layers, 6 heads, caption features 256: 73 tensors" in lines
+    assert "  dim 256, 2 layers, 1 + 1 refiner layers, 2 heads, caption features 256: 73 tensors" in lines
     assert lines[-1] == "not in the file: text_encoder, vae, tokenizer, scheduler"
     assert len(lines) <= 10
 

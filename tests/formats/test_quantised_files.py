@@ -192,14 +192,14 @@ def test_the_rotation_is_its_own_inverse() -> None:
 
 
 OUT = "layers.0.attention.out"
-ONES = torch.ones(768, 768)
+ONES = torch.ones(256, 256)
 BAD: dict[str, tuple[Weights, str]] = {
     "nunchaku": ({f"{OUT}.qweight": ONES.char()}, "is quantised by GPTQ, AWQ or AutoRound (layers.0.attention.out.qw"),
     "svdquant": ({f"{OUT}.wscales": ONES}, "is quantised by nunchaku (SVDQuant)"),
     "bitsandbytes": ({f"{OUT}.weight.absmax": ONES}, "is quantised by bitsandbytes (layers.0.attention.out.weight.abs"),
     "nf4 state": ({f"{OUT}.weight.quant_state.bitsandbytes__nf4": ONES}, "is quantised by bitsandbytes"),
     "sdnq": ({f"{OUT}.zero_point": ONES}, "is quantised by SDNQ"),
-    "sdnq, symmetric": ({f"{OUT}.weight": ONES.char(), f"{OUT}.scale": torch.ones(768, 1)}, "is quantised by SDNQ"),
+    "sdnq, symmetric": ({f"{OUT}.weight": ONES.char(), f"{OUT}.scale": torch.ones(256, 1)}, "is quantised by SDNQ"),
     "quanto": ({f"{OUT}.weight._data": ONES.char()}, "is quantised by quanto"),
     "asym": ({f"{OUT}.weight_codebook": torch.ones(16)}, "is quantised by ComfyUI's asym_w4a8_int8"),
     "rare format": (
@@ -219,14 +219,14 @@ BAD: dict[str, tuple[Weights, str]] = {
     ),
     "packed": ({f"{OUT}.weight": ONES.byte()}, "is packed (U8) in a way that is not known"),
     "nvfp4 tiles": (
-        {f"{OUT}.weight": torch.ones(768, 384, dtype=torch.uint8), f"{OUT}.weight_scale_2": torch.ones(()),
-         f"{OUT}.weight_scale": torch.ones(768, 24).to(torch.float8_e4m3fn)},
-        "is nvfp4 [768, 768] and its weight_scale F8_E4M3 [768, 24]: need F8_E4M3 for every 16 columns, in tiles",
+        {f"{OUT}.weight": torch.ones(256, 128, dtype=torch.uint8), f"{OUT}.weight_scale_2": torch.ones(()),
+         f"{OUT}.weight_scale": torch.ones(256, 8).to(torch.float8_e4m3fn)},
+        "is nvfp4 [256, 256] and its weight_scale F8_E4M3 [256, 8]: need F8_E4M3 for every 16 columns, in tiles",
     ),
     "group": (
-        {f"{OUT}.weight": ONES.char(), f"{OUT}.weight_scale": torch.ones(768, 1),
+        {f"{OUT}.weight": ONES.char(), f"{OUT}.weight_scale": torch.ones(256, 1),
          f"{OUT}.comfy_quant": support.marker(format="int8_tensorwise", convrot=True, convrot_groupsize=100)},
-        "convrot_groupsize=100 must be a power of 4 that divides its 768 columns",
+        "convrot_groupsize=100 must be a power of 4 that divides its 256 columns",
     ),
     "two scales": (
         {f"{OUT}.weight_scale": torch.ones(()), f"{OUT}.scale_weight": torch.ones(())}, "attention.out has both"
@@ -239,7 +239,7 @@ BAD: dict[str, tuple[Weights, str]] = {
 @pytest.mark.parametrize("case", BAD)
 def test_other_and_broken_quantisations_are_refused_by_name(case: str, tmp_path: Path) -> None:
     tensors, text = BAD[case]
-    path = support.write(tmp_path / "q.safetensors", support.comfyui(original()) | tensors)
+    path = support.write(tmp_path / "q.safetensors", support.comfyui(support.transformer(support.NARROW)) | tensors)
     with pytest.raises(UserError) as caught:
         open_checkpoint_file(path)
     assert text in str(caught.value)
@@ -248,7 +248,7 @@ def test_other_and_broken_quantisations_are_refused_by_name(case: str, tmp_path:
 
 
 def test_a_scale_that_is_no_number_is_refused_when_it_is_read(tmp_path: Path) -> None:
-    tensors = support.comfyui(original()) | {f"{OUT}.weight_scale": torch.tensor(torch.nan)}
+    tensors = support.comfyui(support.transformer(support.NARROW)) | {f"{OUT}.weight_scale": torch.tensor(torch.nan)}
     file = open_checkpoint_file(support.write(tmp_path / "q.safetensors", tensors))
     with pytest.raises(UserError, match=r"weight_scale of layers\.0\.attention\.out\.weight is not finite"):
         file.components["transformer"].tensors["layers.0.attention.to_out.0.weight"].read()

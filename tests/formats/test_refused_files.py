@@ -23,7 +23,7 @@ from zimage_runner.weights.formats.checkpoint_file import open_checkpoint_file
 
 @functools.cache
 def comfyui() -> support.Weights:
-    return support.comfyui(support.transformer(support.transformer_shapes(256, 2)))
+    return support.comfyui(support.transformer(support.NARROW))
 
 
 def refused(path: Path) -> str:

@@ -63,7 +63,8 @@ class StoredTensor:
     def read(self, first: int = 0, last: int | None = None, device: str = "cpu") -> torch.Tensor:
         """Rows ``first`` to ``last``, decoded: float32, or the stored dtype where it is a plain float.
 
-        Decoded on the device (GGUF's blocks: on the CPU, then moved), so that it is fast and few bytes travel. Raises UserError for scales that are no numbers, and OSError.
+        Decoded on the device (GGUF's blocks: on the CPU, then moved), so that it is fast and few bytes travel.
+        Raises UserError for scales that are no numbers, and OSError.
         """
         last = self.rows if last is None else last
         if self.encoding == "gguf":
