@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
+_COMMANDS = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What a terminal or an editor obeys instead of showing: controls, separators, bidi marks, halves of a pair."""
+
 
 class UserError(Exception):
     """Bad configuration or input: shown as one line on stderr, exit code 2, nothing started.
@@ -21,6 +26,11 @@ class BadPictureError(RuntimeError):
 def error_text(error: BaseException) -> str:
     """Exception type and message on one line's worth of text, for records."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def visible(text: str) -> str:
+    """Text of any origin for a terminal or log: control and bidi characters as ``\\x1b``, line breaks and tabs kept."""
+    return _COMMANDS.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode("ascii"), text)
 
 
 def one_line(text: str, limit: int | None = None) -> str:

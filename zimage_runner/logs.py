@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from zimage_runner.errors import one_line
+from zimage_runner.errors import one_line, visible
 from zimage_runner.outputs.beneath import open_file
 
 NOBODY_READS = (errno.EIO, errno.EPIPE)
@@ -24,7 +24,7 @@ def run_log(path: Path) -> Iterator[None]:
     """Append this package's log lines from INFO to ``path``, and to no other run's log, while the block runs."""
     others = [other for other in LOGGER.handlers if isinstance(other, _RunLog)]
     handler = _RunLog(path, encoding="utf-8", delay=True)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_Visible("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     level = LOGGER.level
     LOGGER.addHandler(handler)
     LOGGER.setLevel(logging.INFO)
@@ -54,6 +54,7 @@ def say(text: str, file: TextIO | None = None) -> None:
     If anyone can still read it: a closed terminal or pipe ends no run.
     """
     stream: TextIO = file or sys.stderr
+    text = visible(text)
     bars = sys.modules.get("tqdm")  # without it there is no bar
     try:
         if bars is None:
@@ -74,6 +75,13 @@ def _silence(stream: TextIO) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
+
+
+class _Visible(logging.Formatter):
+    """A log is read on a terminal too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
 
 
 class _RunLog(logging.FileHandler):

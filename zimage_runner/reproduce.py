@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from zimage_runner.cli.help import CONFIG_DIR
+from zimage_runner.cli.interpolation import literal
 from zimage_runner.cli.messages import CONFIG_ERRORS, explain, typed
 from zimage_runner.cli.quoting import quote_free_text
 from zimage_runner.cli.resume.saved import override_key
@@ -28,7 +29,7 @@ from zimage_runner.config.schema import RunConfig
 from zimage_runner.errors import UserError
 from zimage_runner.executors.base import Batch
 from zimage_runner.exit_codes import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK, refuse
-from zimage_runner.logs import log_to_terminal
+from zimage_runner.logs import log_to_terminal, say
 from zimage_runner.outputs import atomic
 from zimage_runner.outputs.encoders import encode_png
 from zimage_runner.outputs.ledger import IMAGE
@@ -74,9 +75,9 @@ def reproduce(path: Path, overrides: Sequence[str]) -> int:
     if config.output_file is not None:
         _save(Path(config.output_file), pixels, job, report)
     for line in _changes(recipe, job, report):
-        print(f"  {line}")
+        say(f"  {line}", sys.stdout)
     comparison = compare(path, pixels)
-    print(f"{path}: {comparison}")
+    say(f"{path}: {comparison}", sys.stdout)
     return EXIT_SAME if comparison.is_same else EXIT_DIFFERENT
 
 
@@ -109,7 +110,7 @@ def recipe_config(recipe: Mapping[str, Any], overrides: Sequence[str]) -> RunCon
         composed = compose("config", overrides=[*chosen, "warmup=none", *quote_free_text(overrides)])
     config = typed(composed)
     assert isinstance(config, RunConfig)
-    params = {name: value for name, value in recipe["params"].items() if name in SAMPLING_FIELDS}
+    params = {name: literal(value) for name, value in recipe["params"].items() if name in SAMPLING_FIELDS}
     sampling = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Sampling), params))
     assert isinstance(sampling, Sampling)
     for name in SAMPLING_FIELDS:  # what the user sets wins

@@ -27,6 +27,7 @@ Every field can be set on the command line, such as sampling.height=512 or seeds
   The composed config:     --cfg job
   The plan, no drawing:    dry_run=true
   Your own experiments:    --config-dir my_conf +experiment=mine
+  Experiments of others:   are data; those that name code need --trust-code as well
   Finish a run:            resume=latest           (or resume=RUN_DIRECTORY)
   Draw a picture again:    python -m zimage_runner.reproduce IMAGE.png
   Pictures in one folder:  python -m zimage_runner.collect RUN into=FOLDER    (or sheet=FILE.png)

@@ -19,14 +19,16 @@ from hydra._internal.hydra import Hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from zimage_runner.cli.foreign import TRUST, files_are_data
 from zimage_runner.cli.help import CONFIG_DIR
+from zimage_runner.cli.interpolation import literal
 from zimage_runner.cli.messages import CONFIG_ERRORS, explain, typed
 from zimage_runner.cli.quoting import quote_free_text
 from zimage_runner.cli.resume.command_line import resume_command_line
 from zimage_runner.cli.resume.settings import restore
 from zimage_runner.cli.sweep.launcher import register_launcher
 from zimage_runner.cli.sweep.report import exit_codes
-from zimage_runner.cli.words import command_line_wins, readable
+from zimage_runner.cli.words import command_line_wins, names_config_dir, readable
 from zimage_runner.cli.yaml_text import to_yaml
 from zimage_runner.config.registry import register
 from zimage_runner.config.schema import RunConfig
@@ -63,8 +65,11 @@ def main(argv: Sequence[str], take: Callable[[Composed], int | Later] = _run_her
     register_launcher()
     log_to_terminal()
     try:
-        sys.argv = [sys.argv[0], *quote_free_text(resume_command_line(readable(argv)))]
-        with _composed_once(sys.argv[1:]):
+        typed_words = readable([word for word in argv if word != TRUST])
+        words = quote_free_text(readable(resume_command_line(typed_words)))
+        sys.argv = [sys.argv[0], *words]
+        own = names_config_dir(typed_words) or not names_config_dir(words)
+        with files_are_data(trusted=TRUST in argv, own=own), _composed_once(words):
             job()
     except UserError as error:
         return refuse(str(error))
@@ -131,10 +136,13 @@ def _validated(cfg: DictConfig) -> RunConfig:
 
 
 def composed_files(cfg: DictConfig) -> dict[str, str]:
-    """What Hydra leaves in ``.hydra/``: the config, its own settings and the overrides, as YAML texts."""
+    """What Hydra leaves in ``.hydra/``: the config, its own settings and the overrides, as YAML texts.
+
+    The config's interpolations are resolved: whoever resumes the run looks nothing up for it.
+    """
     hydra_cfg = HydraConfig.get()
     return {
-        "config.yaml": to_yaml(cfg),
+        "config.yaml": to_yaml(literal(OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))),
         "hydra.yaml": to_yaml(OmegaConf.create({"hydra": hydra_cfg})),
         "overrides.yaml": to_yaml(hydra_cfg.overrides.task),
     }

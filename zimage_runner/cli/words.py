@@ -40,6 +40,11 @@ def readable(argv: Sequence[str]) -> list[str]:
     return [*options, *overrides]
 
 
+def names_config_dir(words: Sequence[str]) -> bool:
+    """Whether the command line says where config files of the user's own are."""
+    return any(word == "-cd" or word.startswith("--config-d") for word in words)
+
+
 def command_line_wins(config: DictConfig, overrides: Sequence[str]) -> None:
     """``prompt=TEXT`` on the command line stands for an experiment's texts, and prompts there for its ``prompt``."""
     given = {name.lstrip("+"): value for name, _, value in (override.partition("=") for override in overrides)}

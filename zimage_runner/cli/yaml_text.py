@@ -26,5 +26,7 @@ _Dumper.add_representer(str, _represent_str)
 
 def to_yaml(config: Any) -> str:
     """``OmegaConf.load`` of the text gives the config back; interpolations are kept as they are."""
-    container = OmegaConf.to_container(config, resolve=False, enum_to_str=True)
+    container = (
+        OmegaConf.to_container(config, resolve=False, enum_to_str=True) if OmegaConf.is_config(config) else config
+    )
     return yaml.dump(container, default_flow_style=False, allow_unicode=True, sort_keys=False, Dumper=_Dumper)

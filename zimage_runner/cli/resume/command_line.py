@@ -8,7 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from zimage_runner.cli.quoting import hydra_quote, is_multirun
-from zimage_runner.cli.resume.saved import SETTINGS, config_dirs, override_key, saved_overrides, saved_runtime
+from zimage_runner.cli.resume.saved import (
+    SETTINGS,
+    choices_of_others,
+    config_dirs,
+    is_own,
+    override_key,
+    read_yaml,
+    saved_overrides,
+    saved_runtime,
+    tell_what_is_left_out,
+)
 from zimage_runner.cli.resume.sweep import check_resumable, is_sweep, settings_file, sweep_command_line
 from zimage_runner.errors import UserError
 from zimage_runner.logs import say
@@ -34,11 +44,12 @@ def resume_command_line(argv: Sequence[str]) -> list[str]:
             "resume cannot be combined with --multirun: give one run's directory without it, or a whole multirun's"
         )
     saved = saved_overrides(directory)
+    tell_what_is_left_out(directory, [entry for entry in read_yaml(directory, SETTINGS) if not is_own(entry)])
     mine = {override_key(arg) for arg in others}
     kept = [override for override in saved if override_key(override) not in mine]
     quoted = hydra_quote(str(directory))
     return [
-        *config_dirs(saved_runtime(directory), others),
+        *(config_dirs(saved_runtime(directory), others) if choices_of_others(kept) else ()),
         *kept,
         *others,
         f"resume={quoted}",

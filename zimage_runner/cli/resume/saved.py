@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from zimage_runner.errors import UserError
+from zimage_runner.errors import UserError, one_line
 from zimage_runner.outputs.beneath import Inside, NotPlain
+from zimage_runner.cli.foreign import names_own_field
+from zimage_runner.cli.help import CONFIG_DIR
+from zimage_runner.cli.interpolation import looks_up
+from zimage_runner.cli.words import names_config_dir
+from zimage_runner.logs import say
 
 SETTINGS = ".hydra/overrides.yaml"
 OF_THIS_PROCESS = ("resume", "retry", "verify", "dry_run")
 """Fields that belong to one process, not to the run."""
+_OPTION = re.compile(r"\w[\w+-]*(?:\.\w[\w+-]*)*(?:/\w[\w+-]*)*")
+"""An option's name, without dots that lead out of its group's folder."""
 
 
 def override_key(override: str) -> str:
@@ -24,23 +33,71 @@ def override_key(override: str) -> str:
 def saved_overrides(directory: Path) -> list[str]:
     """What the run was started with, and the option of every other group, in case the defaults have changed since.
 
-    Raises UserError if the directory holds no run.
+    Experiments are left out: ``.hydra/config.yaml`` holds what they said. So is what the environment would be asked
+    for. Raises UserError if the directory holds no run.
     """
-    overrides = read_yaml(directory, SETTINGS)
-    return with_choices(directory, SETTINGS, overrides, saved_runtime(directory))
+    overrides = with_choices(directory, SETTINGS, read_yaml(directory, SETTINGS), saved_runtime(directory))
+    return [entry for entry in overrides if root_of(entry) != "experiment" and not looks_up(entry)]
 
 
 def with_choices(directory: Path, name: str, overrides: Any, runtime: Any) -> list[str]:
-    """Overrides as read from the file ``name``, with the other groups' options of ``hydra.runtime``."""
-    if not isinstance(overrides, list) or not all(isinstance(entry, str) for entry in overrides):
-        raise UserError(f"resume={directory}: {name} holds no list of overrides")
+    """Overrides of our own fields as read from the file ``name``, with the other groups' options of ``hydra.runtime``.
+
+    A saved run is data: of its overrides those that set a field or choose a group of the run are taken, no others.
+    """
+    overrides = [entry for entry in texts(directory, name, overrides) if is_own(entry)]
     given = {override_key(entry) for entry in overrides}
+    chosen = _entry(runtime, "choices", {})
     choices = [
         f"{group}={option}"
-        for group, option in _entry(runtime, "choices", {}).items()
-        if group.isidentifier() and group not in given and group != "experiment" and isinstance(option, str)
+        for group, option in (chosen.items() if isinstance(chosen, dict) else ())
+        if group in _groups() and group not in given and isinstance(option, str) and _OPTION.fullmatch(option)
     ]
     return [*choices, *(entry for entry in overrides if override_key(entry) not in OF_THIS_PROCESS)]
+
+
+def texts(directory: Path, name: str, overrides: Any) -> list[str]:
+    """The list of overrides that the file ``name`` holds. Raises UserError if it is none."""
+    if not isinstance(overrides, list) or not all(isinstance(entry, str) for entry in overrides):
+        raise UserError(f"resume={directory}: {name} holds no list of overrides")
+    return overrides
+
+
+def root_of(override: str) -> str:
+    """Field or group that an override is about: ``model`` of ``++model.dtype=float32``."""
+    return re.split(r"[./@:]", override_key(override), maxsplit=1)[0]
+
+
+def is_own(override: str) -> bool:
+    """Whether an override sets one of the run's own fields or chooses one of its groups, or an experiment."""
+    return names_own_field(override.partition("=")[0]) and root_of(override) in _fields()
+
+
+def tell_what_is_left_out(directory: Path, overrides: list[str]) -> None:
+    """Say which saved overrides are not taken, because they could make Hydra run code or are no fields of a run."""
+    if overrides:
+        names = ", ".join(dict.fromkeys(entry.partition("=")[0] for entry in overrides))
+        say(f"resume={directory}: left out of its saved settings: {one_line(names, 1000)} (give them again if wanted)")
+
+
+def choices_of_others(choices: Sequence[str]) -> bool:
+    """Whether a ``group=option`` among the overrides is not in the package's own ``conf/``."""
+    pairs = [entry.partition("=") for entry in choices]
+    return any(
+        group in _groups() and not (CONFIG_DIR / group / f"{option}.yaml").is_file() for group, _, option in pairs
+    )
+
+
+def _groups() -> Collection[str]:
+    from zimage_runner.config.registry import SCHEMAS
+
+    return SCHEMAS
+
+
+def _fields() -> set[str]:
+    from zimage_runner.config.schema import RunConfig
+
+    return {"experiment", *(field.name for field in dataclasses.fields(RunConfig))}
 
 
 def saved_runtime(directory: Path) -> Any:
@@ -50,11 +107,12 @@ def saved_runtime(directory: Path) -> Any:
 
 def config_dirs(runtime: Any, others: Sequence[str]) -> list[str]:
     """--config-dir of the first run, unless given again: experiments of the user's own live there."""
-    if any(arg == "-cd" or arg.startswith("--config-dir") for arg in others):
+    if names_config_dir(others):
         return []
     sources = _entry(runtime, "config_sources", [])
-    paths = [source["path"] for source in sources if source.get("provider") == "command-line"]
-    return ["--config-dir", paths[0]] if paths else []
+    sources = sources if isinstance(sources, list) else []
+    paths = [str(_entry(source, "path", "")) for source in sources if _entry(source, "provider") == "command-line"]
+    return [f"--config-dir={paths[0]}"] if paths else []
 
 
 def read_yaml(directory: Path, name: str) -> Any:

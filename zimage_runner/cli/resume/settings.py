@@ -10,6 +10,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from zimage_runner.cli.interpolation import lookups
 from zimage_runner.cli.resume.saved import override_key, saved_overrides
 from zimage_runner.errors import UserError
 
@@ -78,6 +79,11 @@ def _load(directory: Path) -> DictConfig:
         raise UserError(f"resume={directory}: .hydra/config.yaml cannot be read: {error}") from None
     if not isinstance(saved, DictConfig):
         raise UserError(f"resume={directory}: .hydra/config.yaml is not a config")
+    for field, text in lookups(OmegaConf.to_container(saved, resolve=False)):
+        raise UserError(
+            f"resume={directory}: .hydra/config.yaml: {field}={text} would be looked up, and a saved run is not asked "
+            "to: write the value there that it had"
+        )
     return saved
 
 

@@ -10,8 +10,19 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from zimage_runner.cli.foreign import is_data
+from zimage_runner.cli.interpolation import looks_up
 from zimage_runner.cli.quoting import hydra_quote
-from zimage_runner.cli.resume.saved import SETTINGS, config_dirs, override_key, read_yaml, with_choices
+from zimage_runner.cli.resume.saved import (
+    SETTINGS,
+    config_dirs,
+    is_own,
+    override_key,
+    read_yaml,
+    tell_what_is_left_out,
+    texts,
+    with_choices,
+)
 from zimage_runner.errors import UserError
 from zimage_runner.outputs import atomic, beneath
 from zimage_runner.outputs.beneath import Inside
@@ -66,16 +77,33 @@ def sweep_command_line(directory: Path, others: Sequence[str]) -> list[str]:
         if entry.name.isdigit() and entry.is_symlink():
             raise UserError(f"resume={directory}: {entry.name} is a link: put the job's own folder there, or remove it")
     settings = _settings(directory)
-    runtime, overrides = _entry(directory, settings, "runtime"), _entry(directory, settings, "overrides")
-    saved = with_choices(directory, SWEEP, overrides["task"], runtime)
-    hydra = [text for text in overrides["hydra"] if not override_key(text).startswith(OWN_HYDRA)]
+    runtime = _entry(directory, settings, "runtime")
+    task = texts(directory, SWEEP, _entry(directory, settings, "overrides", "task"))
+    hydra = texts(directory, SWEEP, _entry(directory, settings, "overrides", "hydra"))
+    hydra = [text for text in hydra if not override_key(text).startswith(OWN_HYDRA)]
+    taken = [text for text in hydra if _is_data(text)]
+    left_out = [text for text in task if not is_own(text)] + [text for text in hydra if text not in taken]
+    tell_what_is_left_out(directory, left_out)
     mine = {override_key(text) for text in others}
-    kept = [text for text in [*saved, *hydra] if override_key(text) not in mine]
+    saved = with_choices(directory, SWEEP, task, runtime)
+    kept = [text for text in [*saved, *taken] if override_key(text) not in mine]
+    if asked := next((text for text in kept if looks_up(text)), None):
+        raise UserError(
+            f"resume={directory}: its {asked} would be looked up again, and a saved run is not asked to: "
+            f"give {override_key(asked)}=... on the command line"
+        )
     quoted = hydra_quote(str(directory))
     return [
         "-m", *config_dirs(runtime, others), *kept, *(text for text in others if text not in ("-m", "--multirun")),
         "hydra/launcher=warm", f"hydra.sweep.dir={quoted}", f"resume={quoted}",
     ]  # fmt: skip
+
+
+def _is_data(override: str) -> bool:
+    """Whether a saved override of Hydra's settings is a mere value, and leads no job out of the multirun's folder."""
+    key, value = override_key(override), override.partition("=")[2].strip("\"'")
+    leads_out = key == "hydra.sweep.subdir" and (value.startswith("/") or ".." in value.split("/"))
+    return is_data(key, value) and not leads_out
 
 
 def keep_first_settings(directory: Path) -> None:
