@@ -10,13 +10,13 @@ from typing import Any
 
 import yaml
 
-from zimage_runner.errors import UserError, one_line
-from zimage_runner.outputs.beneath import Inside, NotPlain
 from zimage_runner.cli.foreign import names_own_field
 from zimage_runner.cli.help import CONFIG_DIR
 from zimage_runner.cli.interpolation import looks_up
 from zimage_runner.cli.words import names_config_dir
+from zimage_runner.errors import UserError, one_line
 from zimage_runner.logs import say
+from zimage_runner.outputs.beneath import Inside, NotPlain
 
 SETTINGS = ".hydra/overrides.yaml"
 OF_THIS_PROCESS = ("resume", "retry", "verify", "dry_run")
