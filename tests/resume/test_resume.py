@@ -440,3 +440,32 @@ class TestNeverTwice:
         assert_whole(run, 4)
         summary = json.loads((run / "summary.json").read_text())
         assert (summary["items"]["ok"], summary["items"]["linked"]) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    "name", [".hydra", ".hydra/overrides.yaml", ".hydra/hydra.yaml", "prompts.jsonl", "records.jsonl"]
+)
+@pytest.mark.parametrize("more", [["dry_run=true"], []])
+def test_a_link_in_the_run_is_not_followed(cli: Cli, run: Path, tmp_path: Path, name: str, more: list[str]) -> None:
+    (run / name).rename(tmp_path / "elsewhere")
+    (run / name).symlink_to(tmp_path / "elsewhere")
+    code, _, err = cli(f"resume={run}", *more)
+    assert code == 2
+    assert f"{name} is a link: put a plain file or folder there, or remove it" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("link", "expected"), [("0", "0 is a link: put the job's own folder there"), ("multirun.yaml", "holds no run")]
+)
+def test_a_link_in_a_multirun_is_not_followed(cli: Cli, tmp_path: Path, link: str, expected: str) -> None:
+    """Hydra writes multirun.yaml anew when a multirun is resumed, and jobs draw into their folders."""
+    sweep = tmp_path / "sweep"
+    (sweep / "0").mkdir(parents=True)
+    (sweep / "multirun.yaml").write_text("hydra: {}\n")
+    (sweep / link).rename(tmp_path / "elsewhere")
+    (sweep / link).symlink_to(tmp_path / "elsewhere")
+    code, _, err = cli(f"resume={sweep}")
+    assert code == 2
+    assert expected in err
+    assert not (tmp_path / "elsewhere").is_file() or (tmp_path / "elsewhere").read_text() == "hydra: {}\n"

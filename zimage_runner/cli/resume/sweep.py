@@ -73,9 +73,9 @@ def _settings(directory: Path) -> Any:
 
 def sweep_command_line(directory: Path, others: Sequence[str]) -> list[str]:
     """The multirun's command line with ``others`` in place of what they change. Raises UserError."""
-    for entry in os.scandir(directory):
-        if entry.name.isdigit() and entry.is_symlink():
-            raise UserError(f"resume={directory}: {entry.name} is a link: put the job's own folder there, or remove it")
+    for name in os.listdir(directory):
+        if name.isdigit() and os.path.islink(directory / name):
+            raise UserError(f"resume={directory}: {name} is a link: put the job's own folder there, or remove it")
     settings = _settings(directory)
     runtime = _entry(directory, settings, "runtime")
     task = texts(directory, SWEEP, _entry(directory, settings, "overrides", "task"))
