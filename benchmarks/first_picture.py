@@ -112,7 +112,6 @@ def watchers(mark: Marks, profile: Path | None) -> dict[str, Callable[[Any], Non
 def watch_head_start(mark: Marks, module: Any) -> None:
     """Mark what the main thread waits for."""
     mark.around(module.Child, "receive", "wait for the config")
-    mark.around(module, "import_torch", "wait for torch")
 
 
 def mark_told(mark: Marks, owner: Any, name: str, label: str) -> None:

@@ -20,7 +20,7 @@ from benchmarks.executor_overhead import compose_job
 from zimage_runner.engines.base import DenoiseRequest, Engine
 from zimage_runner.runner.job import Job
 from zimage_runner.session import Session
-from zimage_runner.startup.fork import wait_without_spinning
+from zimage_runner.startup.process import wait_without_spinning
 
 PHASES = ("encode", "denoise", "decode")
 PREDICTION = (

@@ -18,6 +18,7 @@ EXIT_INTERRUPTED = 130
 def entry_point() -> None:
     """Run the command line and exit with its code. --help is answered without importing Hydra."""
     listen()
+    _replace_closed_streams()
     code = _run(sys.argv[1:])
     leave = getattr(sys.modules.get("zimage_runner.startup.fork"), "leave", sys.exit)
     leave(code)
@@ -28,6 +29,18 @@ def listen() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, _stop)
+
+
+def _replace_closed_streams() -> None:
+    """Let what goes to a closed standard stream (``2>&-``) go nowhere: else the next file opened would get it."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            mode = "w" if number else "r"
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+            setattr(sys, name, open(number, mode, encoding="utf-8"))  # noqa: SIM115 - as long as the process
 
 
 def _stop(number: int, _frame: FrameType | None) -> None:
@@ -52,13 +65,14 @@ def _run(argv: list[str]) -> int:
 
         print(f"zimage_runner {__version__}")
         return 0
-    gc.disable()  # the command line's imports leave no garbage; a job switches it on again
-    from zimage_runner.startup import fork as head_start
-    from zimage_runner.startup.bytecode import keep_bytecode
+    from zimage_runner.startup.process import begin
 
-    keep_bytecode()
-    if head_start.pays(argv):
-        return head_start.main(argv)
+    if begin():
+        gc.disable()  # the command line's imports leave no garbage; a job switches it on again
+        from zimage_runner.startup import fork
+
+        if fork.pays(argv):
+            return fork.main(argv)
     from zimage_runner.cli.main import main
 
     return main(argv)

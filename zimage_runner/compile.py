@@ -6,11 +6,18 @@ runner's cache, so that only the first run on a machine waits for the compiler.
 
 from __future__ import annotations
 
+import atexit
 import enum
+import logging
 import os
+import shutil
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 from zimage_runner.errors import UserError
+
+log = logging.getLogger(__name__)
 
 CompileMode = enum.Enum(
     "CompileMode", {"default": "default", "reduce-overhead": "reduce-overhead", "max-autotune": "max-autotune"}
@@ -116,9 +123,24 @@ def describe(kind: str, mode: CompileMode, vae: bool) -> str:
 
 
 def export_cache(cache_dir: str | None) -> None:
-    """Set the compiler's cache variables that the user has not set."""
-    from zimage_runner.weights.cache import cache_root
+    """Set the compiler's cache variables that the user has not set.
 
-    root = cache_root() / "compiled" if cache_dir is None else os.path.abspath(os.path.expanduser(cache_dir))
-    for variable, folder in CACHE_VARIABLES.items():
-        os.environ.setdefault(variable, os.path.join(root, folder))
+    What lies there is executed. Where others could have put it there, or nothing can be written, a temporary folder
+    takes the place and a warning says so.
+    """
+    from zimage_runner.weights.cache import code_folder, make_trusted_folder
+
+    missing = [variable for variable in CACHE_VARIABLES if variable not in os.environ]
+    if not missing:
+        return
+    root = code_folder("compiled") if cache_dir is None else Path(os.path.abspath(os.path.expanduser(cache_dir)))
+    if not make_trusted_folder(root):
+        log.warning(
+            "compiled code is not kept in %s, which cannot be written, or other users can write to it or to a folder "
+            "above it: set compile.cache_dir to a folder that only you can write to",
+            root,
+        )
+        root = Path(tempfile.mkdtemp(prefix="zimage_runner-compiled-"))
+        atexit.register(shutil.rmtree, root, ignore_errors=True)
+    for variable in missing:
+        os.environ[variable] = str(root / CACHE_VARIABLES[variable])

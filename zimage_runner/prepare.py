@@ -164,4 +164,7 @@ ACTIONS: dict[str, Callable[[Model, StopRequest], int]] = {
 
 
 if __name__ == "__main__":
+    from zimage_runner.startup.process import begin
+
+    begin()
     sys.exit(main(sys.argv[1:]))

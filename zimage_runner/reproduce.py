@@ -197,4 +197,7 @@ def compare(path: Path, pixels: np.ndarray) -> Comparison:
 
 
 if __name__ == "__main__":
+    from zimage_runner.startup.process import begin
+
+    begin()
     sys.exit(main(sys.argv[1:]))

@@ -18,8 +18,6 @@ from zimage_runner.executors.base import GeneratedBatch
 from zimage_runner.memory import readings as monitor
 from zimage_runner.memory.policies import HealthCheck, Memory
 from zimage_runner.model import Model
-from zimage_runner.startup.bytecode import keep_bytecode
-from zimage_runner.startup.fork import wait_without_spinning
 from zimage_runner.warmup import WARMUP_PROMPT, Warmup, WarmupShape
 from zimage_runner.weights.find.checkpoint import Checkpoint
 
@@ -212,8 +210,6 @@ class Session:
 
     def _load(self) -> None:
         config = self.config
-        wait_without_spinning()
-        keep_bytecode()
         config.memory.apply_environment()
         config.compile.apply_environment()
         started = time.perf_counter()

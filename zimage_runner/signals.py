@@ -6,10 +6,13 @@ main thread is inside a long call of the model's libraries.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
@@ -18,6 +21,9 @@ from zimage_runner.exit_codes import EXIT_INTERRUPTED
 PATIENCE = 3.0
 """Seconds. Hub clients finish the files that are under way, which may be gigabytes, before they let an exception out;
 what they have of a file is kept and the next download goes on from there."""
+
+POSTPONED = 0.02
+"""Seconds after which a signal that arrived inside an import is looked at again."""
 
 
 class StopRequest:
@@ -29,6 +35,10 @@ class StopRequest:
         self._event = threading.Event()
         self._interruptible = False
         self._interrupted = False
+        self._imports = 0
+        """Imports that were under way when an interruptible phase began."""
+        self._postponed = threading.Semaphore(0)
+        """Counts calls that ``on_signal`` has asked for itself: no signals of the user's."""
         self._deadline: tuple[threading.Event, float] | None = None
         """Of an interruptible phase: set when it is left, and how long it may take to be left after a signal."""
 
@@ -59,6 +69,7 @@ class StopRequest:
             raise KeyboardInterrupt
         left = threading.Event()
         self._deadline = None if patience is None else (left, patience)
+        self._imports = _imports_under_way(sys._getframe())
         self._interruptible = True
         try:
             yield
@@ -72,12 +83,30 @@ class StopRequest:
         if self._deadline is not None:
             threading.Thread(target=_exit_unless, args=self._deadline, name="deadline", daemon=True).start()
 
-    def on_signal(self, number: int, _frame: FrameType | None) -> None:
-        """Python-level handler, in the main thread."""
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Python-level handler, in the main thread.
+
+        An exception raised inside an import may be swallowed, or leave half a module behind, or abort the process: some
+        of torch's modules run Python from C++. It is raised once the import is done.
+        """
         self.set(signal.Signals(number).name)
+        if not self._interruptible:
+            return
+        if _imports_under_way(frame) > self._imports:
+            threading.Thread(target=self._call_again, args=(number,), name="postponed signal", daemon=True).start()
+            return
+        self._interruptible, self._interrupted = False, True
+        raise KeyboardInterrupt
+
+    def _call_again(self, number: int) -> None:
+        time.sleep(POSTPONED)
         if self._interruptible:
-            self._interruptible, self._interrupted = False, True
-            raise KeyboardInterrupt
+            self._postponed.release()
+            _thread.interrupt_main(signal.Signals(number))
+
+    def is_postponed(self) -> bool:
+        """Whether the signal just counted is one that ``on_signal`` repeats. Ask once for each."""
+        return self._postponed.acquire(blocking=False)
 
 
 @contextlib.contextmanager
@@ -114,6 +143,8 @@ def _count(reader: int, numbers: frozenset[int], request: StopRequest) -> None:
         for number in received:
             if number not in numbers:
                 continue
+            if request.is_postponed():
+                continue
             count += 1
             if count == 1:
                 what = "stopping" if request.is_interruptible else "finishing the pictures in flight"
@@ -124,6 +155,15 @@ def _count(reader: int, numbers: frozenset[int], request: StopRequest) -> None:
                 _say("exiting at once; finished pictures are kept")
                 os._exit(EXIT_INTERRUPTED)
     os.close(reader)
+
+
+def _imports_under_way(frame: FrameType | None) -> int:
+    """How many import statements a frame is inside of."""
+    count = 0
+    while frame is not None:
+        count += frame.f_code.co_name == "_find_and_load"
+        frame = frame.f_back
+    return count
 
 
 def _exit_unless(left: threading.Event, seconds: float) -> None:

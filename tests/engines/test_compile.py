@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from drawing import draw, largest_difference
@@ -13,6 +14,7 @@ from zimage_runner.engines.diffusers.engine import DiffusersEngine
 from zimage_runner.errors import UserError
 from zimage_runner.memory.policies import GroupOffload, ModelOffload, Resident, SequentialOffload, Staged
 from zimage_runner.model import Model, Source
+from zimage_runner.weights.cache import code_folder, trusted_folder
 
 MODEL = Model(name="nano", source=Source.embedded)
 
@@ -53,10 +55,27 @@ def test_cache_lies_in_the_runners_cache_unless_the_user_says_otherwise(monkeypa
     NoCompile().apply_environment()
     assert not any(variable in os.environ for variable in CACHE_VARIABLES)
     Regional().apply_environment()
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "compiled" / "inductor")
-    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "compiled" / "triton")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(code_folder("compiled") / "inductor")
+    assert os.environ["TRITON_CACHE_DIR"] == str(code_folder("compiled") / "triton")
     Full(cache_dir="/elsewhere").apply_environment()  # exported already: the first one stays
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "compiled" / "inductor")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(code_folder("compiled") / "inductor")
+
+
+@pytest.mark.parametrize("whose", ["cache", "cache_dir"])
+def test_a_cache_that_others_may_write_to_is_not_used(whose, monkeypatch, tmp_path, caplog):
+    for variable in CACHE_VARIABLES:
+        monkeypatch.setenv(variable, "")  # so that it is put back afterwards
+        monkeypatch.delenv(variable)
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    monkeypatch.setenv("ZIMAGE_RUNNER_CACHE", str(shared))
+    for _ in range(2):
+        Regional(cache_dir=str(shared / "code") if whose == "cache_dir" else None).apply_environment()
+    assert caplog.text.count("compiled code is not kept in") == 1
+    for variable in CACHE_VARIABLES:
+        assert trusted_folder(Path(os.environ[variable]).parent)
+        assert not Path(os.environ[variable]).is_relative_to(shared)
 
 
 @pytest.mark.slow

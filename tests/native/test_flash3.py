@@ -35,8 +35,9 @@ SCHEMA = (
 
 LEAN = """
 import sys
-from zimage_runner.startup.lean_torch import import_torch_lean
-torch = import_torch_lean()
+from zimage_runner.startup.process import import_torch_lean
+import_torch_lean()
+import torch
 from zimage_runner.engines.native import flash3
 library = torch._C._dispatch_library("DEF", "fa3_fwd", "")
 library.define(sys.argv[1])

@@ -11,7 +11,6 @@ from zimage_runner.engines.device import choose_device
 from zimage_runner.engines.diffusers.engine import DiffusersEngine
 from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.errors import UserError
-from zimage_runner.startup.fork import import_torch
 
 if TYPE_CHECKING:
     from zimage_runner.compile import Compile
@@ -50,9 +49,8 @@ class AutoEngine(EngineConfig):
                 return NativeEngine(**self._fields()).create(request)
             except UserError as error:
                 reason = str(error)
-        # Not before the native engine, whose weights are on their way before torch is imported; and not while another
-        # thread imports torch still. Where the GPU that was asked for is absent, no engine helps: one refusal, not two.
-        import_torch()
+        # Not before the native engine, whose weights are on their way before torch is imported. Where the GPU that was
+        # asked for is absent, no engine helps: one refusal, not two.
         choose_device(self.device)
         log.warning("engine=auto takes diffusers: %s", reason)
         return DiffusersEngine(**self._fields()).create(request)

@@ -19,8 +19,10 @@ from zimage_runner.executors.messages import Broken, Drawn, LogLine, Ready, Refu
 
 _BOOT = (
     "import json, sys; fd, parent, sys.path[:] = json.loads(sys.argv[1]); "
+    "from zimage_runner.startup.process import begin; begin(warns=False); "
     "from zimage_runner.executors.worker import main; main(fd, parent)"
 )
+"""What a worker process executes: a process entry, like ``__main__``."""
 CLOSE_SECONDS = 5.0
 
 

@@ -14,26 +14,28 @@ import sys
 import zlib
 from pathlib import Path
 
-SWITCH = "ZIMAGE_RUNNER_BYTECODE"
-"""Environment variable: 0 keeps none."""
 
+def keep_bytecode(*, warns: bool = True) -> Path | None:
+    """Use a bytecode folder from here on, for the whole process. Returns it; None where none is needed or possible.
 
-def keep_bytecode() -> Path | None:
-    """Use a bytecode folder from here on, for the whole process. Its path; None where none is needed or possible."""
-    if os.environ.get(SWITCH, "") == "0" or sys.pycache_prefix is not None:
+    ``warns``: say in a line that the folder is not used because others could write to it.
+    """
+    if sys.pycache_prefix is not None or not hasattr(os, "getuid"):
         return None
     package = _package_without_bytecode()
     if package is None:
         return None
-    from zimage_runner.weights.cache import cache_root
+    from zimage_runner.weights.cache import code_folder, make_trusted_folder
 
     try:
-        folder = cache_root() / "bytecode" / _installation(package.parent)
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not _is_ours_alone(folder):
-            return None
-    except (OSError, RuntimeError):  # no such home, a read-only disk
+        folder = code_folder("bytecode") / _installation(package.parent)
+    except (OSError, RuntimeError):  # no such home
         return None
+    if not make_trusted_folder(folder):
+        if warns and folder.is_dir():
+            _warn(folder)
+        return None
+    # Python will look for this path by its name. It may: see trusted_folder.
     sys.pycache_prefix = str(folder)
     sys.dont_write_bytecode = False
     return folder
@@ -54,9 +56,10 @@ def _installation(site_packages: Path) -> str:
     return f"{zlib.crc32('/'.join([sys.version, str(site_packages), *installed]).encode()):08x}"
 
 
-def _is_ours_alone(folder: Path) -> bool:
-    """What is read there is run: nobody else may write it."""
-    if not hasattr(os, "getuid"):
-        return os.access(folder, os.W_OK)
-    status = folder.stat()
-    return status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(folder, os.W_OK)
+def _warn(folder: Path) -> None:
+    from zimage_runner.logs import say
+
+    say(
+        f"zimage_runner: no bytecode is kept in {folder}, so this starts slower: other users can write to it or to a "
+        "folder above it; set ZIMAGE_RUNNER_CACHE to a folder that only you can write to"
+    )

@@ -2,7 +2,7 @@
 
 Composing (Hydra, OmegaConf, the grammar) takes a third of a second, importing torch a second, and in one process they
 come one after the other: both hold the interpreter's lock. So the process forks before anything else. The child goes
-through the command line as ever (cli.py) and sends the composed job through a pipe; a command line that ends without
+through the command line as ever (cli/) and sends the composed job through a pipe; a command line that ends without
 one (a typo, a refusal) ends both with the child's code and the child's words. Meanwhile a thread of the parent imports
 the runner and torch, and another creates the CUDA context.
 
@@ -12,27 +12,23 @@ Only where torch and the GPU are likely wanted (``pays``). All else goes through
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import signal
 import sys
 import threading
 import time
 
+from zimage_runner.startup.imports import Imports, sees_gpu
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # nothing is imported before the fork that can come after it
     from collections.abc import Sequence
-    from types import FrameType, ModuleType
+    from types import FrameType
     from typing import NoReturn
 
     from zimage_runner.config.schema import RunConfig
     from zimage_runner.runner.composed import Composed
-    from zimage_runner.weights.preload.page_cache import CudaContext
 
-HEAD_START = "ZIMAGE_RUNNER_HEAD_START"
-"""Environment variable: 0 composes in this process, before torch is imported; 1 forks wherever the command line allows
-it, even without a GPU or a second CPU."""
-DEVICE_NODES = ("/dev/nvidiactl", "/dev/dxg")
 TAKEN = b"taken"
 """What the parent answers when it has the job, and with it the run directory."""
 LENGTH_BYTES = 8
@@ -47,12 +43,14 @@ _imports: Imports | None = None
 
 def pays(argv: Sequence[str]) -> bool:
     """Whether to fork: torch and a GPU are likely wanted, and there is a CPU to spare."""
-    switch = os.environ.get(HEAD_START, "")
-    if switch == "0" or not hasattr(os, "fork") or not sys.platform.startswith("linux"):
+    if not sys.platform.startswith("linux") or threading.active_count() > 1 or not all(map(_is_plain, argv)):
         return False
-    if threading.active_count() > 1 or not all(map(_is_plain, argv)):
-        return False
-    return switch == "1" or (_sees_gpu() and len(os.sched_getaffinity(0)) > 1)
+    return pays_here()
+
+
+def pays_here() -> bool:
+    """Whether this machine has a GPU to get ready and a second CPU to do it. Tests put True in its place."""
+    return sees_gpu() and len(os.sched_getaffinity(0)) > 1
 
 
 def _is_plain(word: str) -> bool:
@@ -74,16 +72,10 @@ def _is_plain(word: str) -> bool:
     )
 
 
-def _sees_gpu() -> bool:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip()
-    return visible not in ("", "-1") and any(map(os.path.exists, DEVICE_NODES))
-
-
 def main(argv: Sequence[str]) -> int:
     """Run one command line and return its exit code, as cli.main does."""
     global _child, _composed, _imports
     _child = Child(argv)
-    wait_without_spinning()
     _imports = Imports()
     message = _child.receive()
     if message is None:
@@ -93,6 +85,7 @@ def main(argv: Sequence[str]) -> int:
     from zimage_runner.exit_codes import EXIT_INTERRUPTED, refuse
     from zimage_runner.logs import log_to_terminal
     from zimage_runner.runner.execute import execute
+    from zimage_runner.startup.process import PLAIN_START
 
     _composed = composed = pickle.loads(message)
     _child.let_go()
@@ -102,7 +95,7 @@ def main(argv: Sequence[str]) -> int:
             composed.remove_unused_directory()
             return refuse(
                 "memory.alloc.backend=cudaMallocAsync has to be known when torch is imported: give it on the command "
-                f"line, or set {HEAD_START}=0 in the environment"
+                f"line, or set {PLAIN_START}=1 in the environment"
             )
         _imports.suit(composed.config)
         code = execute(composed)
@@ -117,25 +110,6 @@ def needs_backend_early(config: RunConfig) -> bool:
     text = f"{config.memory.alloc_conf} {config.memory.alloc.backend}"
     known = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", os.environ.get("PYTORCH_ALLOC_CONF", ""))
     return not config.dry_run and "cudaMallocAsync" in text and "cudaMallocAsync" not in known
-
-
-def wait_without_spinning() -> None:
-    """Before torch is imported: threads that wait for work must not spin for long, unless the user set it otherwise.
-
-    On a machine that is busy with anything else, OpenMP's default made the embedded model twenty times slower. This
-    little keeps the speed of an idle one.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
-
-def import_torch() -> ModuleType:
-    """torch, imported lean; where that began with the process, once it is done."""
-    if _imports is not None:
-        _imports.wait()
-    from zimage_runner.startup.lean_torch import import_torch_lean
-
-    return import_torch_lean()
 
 
 def stop() -> None:
@@ -156,65 +130,6 @@ def leave(code: int) -> NoReturn:
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
-
-
-class Imports:
-    """The runner, then torch, in a thread; the CUDA context in another."""
-
-    def __init__(self) -> None:
-        self._error: BaseException | None = None
-        self._context: CudaContext | None = None
-        self._thread = threading.Thread(target=self._import, name="import", daemon=True)
-        self._thread.start()
-
-    @property
-    def are_done(self) -> bool:
-        return not self._thread.is_alive()
-
-    def wait(self) -> None:
-        """Until torch is there; raises what went wrong."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-
-    def suit(self, config: RunConfig) -> None:
-        """Give back what turned out not to be wanted; engines that import torch their own way wait for it here."""
-        if config.dry_run or _is_native_here(config):
-            return
-        self.wait()
-        if self._context is not None:
-            self._context.release()
-
-    def _import(self) -> None:
-        from zimage_runner.startup.gil import switch_as_usual, switch_quickly
-
-        switch_quickly()
-        try:
-            from zimage_runner.weights.preload.source import torch_is_cpu_only
-
-            if _sees_gpu() and not torch_is_cpu_only():
-                from zimage_runner.weights.preload.page_cache import CudaContext
-
-                self._context = CudaContext(pin=True)
-            import zimage_runner.runner.execute  # noqa: F401 - what the main thread needs as soon as it has the config
-            from zimage_runner.startup.lean_torch import import_torch_lean
-
-            import_torch_lean()
-        except BaseException as error:
-            self._error = error
-        finally:
-            gc.enable()  # switched off when the process began
-            switch_as_usual()
-
-
-def _is_native_here(config: RunConfig) -> bool:
-    """Whether the native engine will draw on the GPU, in this process."""
-    if type(config.executor).__name__ != "InlineExecutorConfig" or config.engine.device.value == "cpu":
-        return False
-    takes_native = getattr(config.engine, "takes_native", None)
-    if takes_native is not None:  # engine=auto
-        return takes_native(config.model, config.memory, config.compile)
-    return type(config.engine).__name__ == "NativeEngine"
 
 
 class Child:

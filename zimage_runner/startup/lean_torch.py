@@ -15,20 +15,16 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import logging
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
-
-from zimage_runner.startup.torch_modules import ALONE, DEFERRED, NEEDS_ALL, TAKEN_FROM
-
-PLAIN_IMPORT = "ZIMAGE_RUNNER_PLAIN_IMPORT"
-"""Environment variable: 1 makes every import of torch a plain one."""
 
 VERIFIED = ("2.11.", "2.13.")
 """Versions of torch whose import was read, line by line. Any other is imported plainly."""
@@ -37,20 +33,74 @@ BACKEND_AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 LATER: Any = object()
 """What a name of TAKEN_FROM is bound to while torch is imported; not visible afterwards."""
 
+DEFERRED = (
+    "torchgen.model",
+    "torch.utils.data",
+    "torch.distributions",
+    "torch.optim",
+    "torch.profiler",
+    "torch.ao",
+    "torch.nn.intrinsic",
+    "torch.nn.qat",
+    "torch.nn.quantizable",
+    "torch.nn.quantized",
+    "torch.quantization",
+    "torch.masked",
+    "torch.export",
+    "torch.func",
+    "torch._higher_order_ops",
+    "torch.distributed._meta_registrations",
+    "torch._meta_registrations",
+    "torch.compiler",
+)
+"""Modules that torch imports and nothing here uses, in torch's order."""
 
-def import_torch_lean() -> ModuleType:
-    """torch, imported lean where that is known to work and not switched off, else plainly.
+ALONE = ("unittest.mock", "pynvml")
+"""Modules of other packages, pynvml if it is installed, that torch imports for functions hardly ever called. They are
+deferred too, but each for itself: using one imports it and nothing else."""
 
-    Any thread may import it. Others may import anything but torch meanwhile.
+TAKEN_FROM = {"torch.func": {"vmap"}, "torch._higher_order_ops": {"cond", "while_loop"}}
+"""Names that torch's own ``__init__`` takes from them."""
+
+NEEDS_ALL = (
+    "functorch",
+    "torch._decomp",
+    "torch._dynamo",
+    "torch._export",
+    "torch._functorch.aot_autograd",
+    "torch._inductor",
+    "torch._prims",
+    "torch._refs",
+    "torch._subclasses",
+    "torch.distributed.tensor",
+    "torch.fx.experimental.proxy_tensor",
+    "torch.fx.experimental.symbolic_shapes",
+    "torch.onnx",
+    "accelerate",
+    "diffusers",
+    "transformers",
+)
+"""Modules that rely on what the deferred ones register; importing one of these imports those first."""
+
+
+log = logging.getLogger(__name__)
+
+
+def execute(module: ModuleType, load: Callable[[ModuleType], None]) -> None:
+    """Import torch into its new, empty ``module``: lean where that is known to work, else plainly.
+
+    ``load`` is the import system's own way of doing it. Others may import anything meanwhile; Python has them wait for
+    torch.
     """
-    if "torch" in sys.modules or os.environ.get(PLAIN_IMPORT, "") not in ("", "0") or not _is_verified():
-        return importlib.import_module("torch")
+    if not _is_verified():
+        log.debug("torch is imported whole, with no gain: how this version is imported is not known here")
+        load(module)
+        return
     with _paused_collection():
-        torch = Deferral().import_torch()
+        Deferral().execute(module, load)
     # Modules live as long as the process. Looking through them for garbage, over and over while the model is built and
     # once more at the end, took a fifth of a short run.
     gc.freeze()
-    return torch
 
 
 def _is_verified() -> bool:
@@ -98,13 +148,13 @@ class Deferral(MetaPathFinder):
         self._importer = threading.get_ident()
         self.importing = True
 
-    def import_torch(self) -> ModuleType:
+    def execute(self, torch: ModuleType, load: Callable[[ModuleType], None]) -> None:
         """Import torch; afterwards no stand-in is left where another module's import would find it."""
         self._importer = threading.get_ident()
         sys.meta_path.insert(0, self)
         os.environ[BACKEND_AUTOLOAD] = "0"
         try:
-            torch = importlib.import_module("torch")
+            load(torch)
         except BaseException:
             sys.meta_path.remove(self)
             raise
@@ -121,7 +171,6 @@ class Deferral(MetaPathFinder):
         _prepare_generators(torch)
         if any(name in sys.modules for name in NEEDS_ALL):
             self.complete()
-        return torch
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
         """A stand-in's spec while torch is imported; afterwards the real modules, first, for whoever needs them."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
+import stat
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,13 @@ from typing import Any
 from zimage_runner.outputs.beneath import NotPlain, unfit_target
 
 log = logging.getLogger(__name__)
+
+ROOT_USER = 0
+OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
+"""An access control list that lets others write shows in the group's bits too."""
+OPEN_STEP = getattr(os, "O_PATH", os.O_RDONLY) | os.O_NOFOLLOW | os.O_CLOEXEC
+MOST_LINKS = 40
+"""On one path: as many as Linux follows."""
 
 
 def cache_root() -> Path:
@@ -22,6 +31,55 @@ def cache_root() -> Path:
         return Path(own).expanduser()
     xdg = os.environ.get("XDG_CACHE_HOME")
     return (Path(xdg).expanduser() if xdg else Path.home() / ".cache") / "zimage_runner"
+
+
+def code_folder(kind: str) -> Path:
+    """This user's own folder, in the cache, for what is executed when it is read back; see ``trusted_folder``."""
+    return Path(os.path.abspath(cache_root() / f"{kind}-{os.getuid()}"))
+
+
+def make_trusted_folder(path: Path) -> bool:
+    """Make a folder, readable for this user alone, where there is none. Returns whether it is a ``trusted_folder``."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return trusted_folder(path) and os.access(path, os.W_OK)
+
+
+def trusted_folder(path: Path) -> bool:
+    """Whether nobody but this user and root can have put a file into a folder, or can put another one in its place.
+
+    Code is executed only from such folders. ``path`` may be used by its name afterwards: every folder and link on the
+    way belongs to this user or root, and nobody else may write to a folder on the way, so nobody else can rename a part
+    of the path or link it elsewhere. A folder that all may write to but with the sticky bit (/tmp) will do on the way:
+    there, only the owner of what is inside may rename it. Each step is opened from the one before, without following
+    links, and judged as it was opened. Returns False for a folder that does not exist.
+    """
+    steps = list(reversed(Path(os.path.abspath(path)).parts))
+    links = 0
+    with contextlib.ExitStack() as opened:
+        folder: int | None = None
+        while steps:
+            step = steps.pop()
+            try:
+                here = os.open(step, OPEN_STEP, dir_fd=folder)
+                opened.callback(os.close, here)
+                status = os.fstat(here)
+                if stat.S_ISLNK(status.st_mode):
+                    links += 1
+                    steps += reversed(Path(os.readlink("", dir_fd=here)).parts)
+            except OSError:
+                return False
+            if status.st_uid not in (os.geteuid(), ROOT_USER) or links > MOST_LINKS:
+                return False
+            if stat.S_ISLNK(status.st_mode):
+                continue
+            is_safe_on_the_way = bool(status.st_mode & stat.S_ISVTX and steps)
+            if not stat.S_ISDIR(status.st_mode) or (status.st_mode & OTHERS_MAY_WRITE and not is_safe_on_the_way):
+                return False
+            folder = here
+    return True
 
 
 def is_writable() -> bool:

@@ -58,10 +58,7 @@ class NativeEngine(EngineConfig):
             )
 
     def create(self, request: LoadRequest) -> Engine:
-        from zimage_runner.startup.fork import import_torch
-
         weights = self._weights(request)  # on its way while torch is imported below
-        import_torch()
         from zimage_runner.engines.native.engine import NativeEngineAdapter
 
         return NativeEngineAdapter.load(self, weights, request)

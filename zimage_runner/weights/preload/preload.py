@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zimage_runner.startup.gil import switch_as_usual, switch_quickly
 from zimage_runner.weights.packed.format import Packing
 from zimage_runner.weights.packed.kernel import UnpackKernel
 from zimage_runner.weights.preload import lanes
 from zimage_runner.weights.preload.cuda_driver import CudaDriver, CudaUnavailable
+from zimage_runner.weights.preload.gil import switch_as_usual, switch_quickly
 from zimage_runner.weights.preload.lanes import Chunk, Lanes
 
 log = logging.getLogger(__name__)

@@ -35,12 +35,17 @@ def write(site: Path, answer: str) -> None:
     os.utime(source, (0, 0))  # as images do whose builds can be reproduced
 
 
+def environment_of(site: Path) -> dict[str, str]:
+    """Of a process that finds this torch, and whose Python keeps no bytecode itself."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPYCACHEPREFIX"}
+    paths = [str(site), str(Path(__file__).parents[2])]
+    env |= {"PYTHONPATH": os.pathsep.join(paths), "ZIMAGE_RUNNER_CACHE": str(site.parent / "cache")}
+    return env | {"PYTHONDONTWRITEBYTECODE": "1"}
+
+
 def run(site: Path, **environment: str) -> tuple[str, str]:
     """The folder of a fresh process, and what its torch answers."""
-    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPYCACHEPREFIX",)}
-    paths = [str(site), str(Path(__file__).parents[1])]
-    env |= {"PYTHONPATH": os.pathsep.join(paths), "ZIMAGE_RUNNER_CACHE": str(site.parent / "cache")}
-    env |= {"PYTHONDONTWRITEBYTECODE": "1", **environment}
+    env = environment_of(site) | environment
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, timeout=60, env=env)
     assert done.returncode == 0, done.stderr
     folder, answer = done.stdout.split()
@@ -72,9 +77,8 @@ def test_a_change_of_the_source_or_of_the_installed_versions_is_noticed(site: Pa
     assert answer == "33"
 
 
-@pytest.mark.parametrize("environment", [{"ZIMAGE_RUNNER_BYTECODE": "0"}, {"PYTHONDONTWRITEBYTECODE": ""}])
-def test_not_where_it_is_switched_off_or_python_does_it_itself(environment: dict[str, str], site: Path):
-    assert run(site, **environment) == ("None", "1")
+def test_not_where_python_does_it_itself(site: Path):
+    assert run(site, PYTHONDONTWRITEBYTECODE="") == ("None", "1")
     assert kept(site) == []
 
 
@@ -83,10 +87,22 @@ def test_not_where_there_is_some(site: Path):
     assert run(site) == ("None", "1")
 
 
-def test_not_in_a_folder_that_others_may_write(site: Path):
-    folder, _ = run(site)
-    Path(folder).chmod(0o777)
+@pytest.mark.parametrize("levels", range(3))
+def test_not_below_a_folder_that_others_may_write_to(levels: int, site: Path):
+    folder = Path(run(site)[0])
+    [folder, *folder.parents][levels].chmod(0o777)
     assert run(site) == ("None", "1")
+    command = [sys.executable, "-m", "zimage_runner", "no_such_field=1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment_of(site), cwd=site)
+    told = [line for line in done.stderr.splitlines() if "no bytecode is kept in" in line]
+    assert [str(folder) in line for line in told] == [True], done.stderr
+
+
+def test_each_user_of_a_shared_cache_has_one(site: Path):
+    cache = site.parent / "cache"
+    cache.mkdir()
+    cache.chmod(0o1777)
+    assert run(site) == (str(next(cache.glob("bytecode-*/*"))), "1")
 
 
 def test_not_where_the_cache_cannot_be_made(site: Path):
@@ -96,12 +112,10 @@ def test_not_where_the_cache_cannot_be_made(site: Path):
 
 def test_the_command_line_keeps_it(site: Path):
     """Everything that it imports, Hydra first of all, is compiled once."""
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(site), str(Path(__file__).parents[1])])}
-    env |= {"ZIMAGE_RUNNER_CACHE": str(site.parent / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
-    env.pop("PYTHONPYCACHEPREFIX", None)
+    env = environment_of(site)
     command = [sys.executable, "-m", "zimage_runner", "no_such_field=1"]
     for _ in range(2):
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env, cwd=site)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     made = {path.name.split(".")[0] for path in (site.parent / "cache").rglob("*.pyc")}
-    assert {"cli", "schema", "hydra"} <= made
+    assert {"words", "schema", "hydra"} <= made

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from zimage_runner.startup.lean_torch import DEFERRED, NEEDS_ALL, PLAIN_IMPORT, VERIFIED
+from zimage_runner.startup.lean_torch import DEFERRED, NEEDS_ALL, VERIFIED
+from zimage_runner.startup.process import PLAIN_START
 
 pytestmark = pytest.mark.skipif(
     not metadata.version("torch").startswith(VERIFIED), reason="this version of torch is imported plainly"
@@ -20,17 +21,21 @@ pytestmark = pytest.mark.skipif(
 
 LEAN = """
 import gc, sys
-from zimage_runner.startup import lean_torch as torch_import
+from zimage_runner.startup import lean_torch
 from zimage_runner.startup.lean_torch import DEFERRED, LATER, NEEDS_ALL, StandIn
-torch = torch_import.import_torch_lean()
+from zimage_runner.startup.process import FirstImport, import_torch_lean
+import_torch_lean()
+import torch
+assert torch.__loader__ is torch.__spec__.loader and "Source" in type(torch.__loader__).__name__
+assert not any(isinstance(finder, FirstImport) for finder in sys.meta_path)
 assert gc.isenabled() and gc.get_freeze_count() > 10_000
 
 def bound(kind):
     places = [(vars(m).get("__name__"), n, v) for m in list(sys.modules.values()) for n, v in list(vars(m).items())]
-    return [(m, n) for m, n, v in places if kind(v) and m not in ("__main__", torch_import.__name__)]
+    return [(m, n) for m, n, v in places if kind(v) and m not in ("__main__", lean_torch.__name__)]
 
 def complete():
-    assert not any(isinstance(finder, torch_import.Deferral) for finder in sys.meta_path)
+    assert not any(isinstance(finder, lean_torch.Deferral) for finder in sys.meta_path)
     assert not bound(lambda value: type(value) is StandIn), bound(lambda value: type(value) is StandIn)
     assert all(name in sys.modules for name in DEFERRED)
     assert "torch_getattr" not in torch.__getattr__.__code__.co_freevars
@@ -171,6 +176,8 @@ def test_afterwards_the_same_modules_as_after_a_plain_import(lean):
 
 RUN = """
 import sys
+from zimage_runner.startup.process import begin
+begin()
 from zimage_runner.cli.main import main
 from zimage_runner.startup.lean_torch import DEFERRED, NEEDS_ALL
 code = main(sys.argv[1:])
@@ -181,7 +188,7 @@ sys.exit(code)
 
 def test_a_native_run_touches_none_of_it_and_draws_the_same(tmp_path: Path):
     options = ["model=zimage_nano", "prompt=a fox", f"output.root={tmp_path / 'out'}"]
-    plain = python(RUN, *options, f"output_file={tmp_path / 'plain.png'}", **{PLAIN_IMPORT: "1"})
+    plain = python(RUN, *options, f"output_file={tmp_path / 'plain.png'}", **{PLAIN_START: "1"})
     assert "torch._meta_registrations" in plain.splitlines()[-1]
     for engine in ("auto", "native"):
         picture = tmp_path / f"{engine}.png"
@@ -218,27 +225,33 @@ assert loaded == {[] if value == "0" else [1]}
 @pytest.mark.parametrize(
     ("setup", "environment"),
     [
-        ("torch_import.VERIFIED = ('0.1.',)", {}),
-        ("", {PLAIN_IMPORT: "1"}),
+        ("lean_torch.VERIFIED = ('0.1.',)", {}),
+        ("", {PLAIN_START: "1"}),
         ("", {"KINETO_USE_DAEMON": "1"}),
         ("import torch", {}),
     ],
     ids=["unknown version", "switched off", "profiling daemon", "imported already"],
 )
 def test_plain_where_lean_is_not_known_to_work(setup, environment):
-    python(
+    out = python(
         f"""
-import sys
-from zimage_runner.startup import lean_torch as torch_import
+import logging, sys
+from zimage_runner.startup import lean_torch
+from zimage_runner.startup.process import FirstImport, begin
+logging.basicConfig(level=logging.DEBUG, stream=sys.stdout, format="%(message)s")
 {setup}
-torch = torch_import.import_torch_lean()
+begin()
+import torch
 assert "torch._meta_registrations" in sys.modules
-assert not any(isinstance(finder, torch_import.Deferral) for finder in sys.meta_path)
+assert not any(isinstance(finder, (FirstImport, lean_torch.Deferral)) for finder in sys.meta_path)
+assert torch.export.export
+sys.stdout.flush()
 import os
 os._exit(0)  # the profiler's client waits ten seconds for its daemon when the process ends
 """,
         **environment,
     )
+    assert out.count("no gain") == ("VERIFIED" in setup or "KINETO_USE_DAEMON" in environment)
 
 
 def test_other_packages_modules_come_alone(tmp_path: Path):
@@ -279,8 +292,8 @@ def test_another_threads_imports_meanwhile_are_real(moment, tmp_path: Path):
         f"""
 import importlib, sys, threading
 from importlib.machinery import PathFinder
-from zimage_runner.startup import lean_torch as torch_import
-from zimage_runner.startup.lean_torch import ALONE, Deferral, StandIn
+from zimage_runner.startup.lean_torch import ALONE, DEFERRED, StandIn
+from zimage_runner.startup.process import import_torch_lean
 
 class Meanwhile:
     done = []
@@ -300,25 +313,36 @@ class Meanwhile:
         return spec
 
 sys.meta_path.insert(0, Meanwhile())
-torch_import.import_torch_lean()
+import_torch_lean()
+import torch
 assert Meanwhile.done
 other = sys.modules["other"]
 assert other.pynvml is sys.modules["pynvml"] and other.mock is sys.modules["unittest.mock"]
 assert other.unittest.mock is other.mock and type(other.mock) is not StandIn and type(other.pynvml) is not StandIn
 assert other.pynvml.nvmlInit() == "real" and other.mock.patch
-assert not [name for name in torch_import.DEFERRED if name in sys.modules]
+assert not [name for name in DEFERRED if name in sys.modules]
 """,
         PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]),
     )
 
 
+START = """
+def start(deferral):
+    from importlib.util import module_from_spec, find_spec
+    spec = find_spec("torch")
+    sys.modules["torch"] = torch = module_from_spec(spec)
+    deferral.execute(torch, spec.loader.exec_module)
+"""
+
+
 def test_another_thread_gets_no_stand_in_from_the_finder():
     python(
-        """
+        START
+        + """
 import sys, threading
-from zimage_runner.startup.lean_torch import ALONE, Deferral
+from zimage_runner.startup.lean_torch import Deferral
 deferral, found = Deferral(), []
-deferral.import_torch()
+start(deferral)
 deferral.importing = True
 for name in ("unittest.mock", "torch.optim"):
     deferral._names.add(name)
@@ -335,13 +359,15 @@ for name in ("unittest.mock", "torch.optim"):
 def test_a_stand_in_touched_while_torch_is_imported_gives_way():
     """A device backend, or another version of torch, may use anything early."""
     python(
-        """
+        START
+        + """
 import sys
-from zimage_runner.startup import lean_torch as torch_import
-early = torch_import.Deferral((*torch_import.DEFERRED, "torch.hub", "torch.jit", "torch.fx.experimental.sym_node"))
-torch = early.import_torch()
+from zimage_runner.startup.lean_torch import DEFERRED, Deferral, StandIn
+early = Deferral((*DEFERRED, "torch.hub", "torch.jit", "torch.fx.experimental.sym_node"))
+start(early)
+import torch
 assert torch.jit.script(torch.nn.ReLU())(torch.ones(1)) == 1
-assert type(sys.modules["torch.jit"]) is not torch_import.StandIn
+assert type(sys.modules["torch.jit"]) is not StandIn
 assert "torch._meta_registrations" not in sys.modules or early not in sys.meta_path
 """
     )
