@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import subprocess
@@ -58,3 +59,62 @@ def test_ignored_signals_stay_ignored():
         process.stdout.readline()
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
+
+
+IMPORTING = """
+import sys, time
+from importlib.abc import MetaPathFinder
+
+class Slow(MetaPathFinder):
+    \"\"\"torch's import, which says when it has begun and when it is done, in one of its modules.\"\"\"
+    def find_spec(self, name, path, target=None):
+        if name == "torch.nn":
+            print("importing", flush=True)
+            time.sleep(0.3)
+        return None
+
+sys.meta_path.insert(0, Slow())
+from zimage_runner.__main__ import entry_point
+entry_point()
+"""
+
+
+@pytest.mark.parametrize("plain", ["", "1"], ids=["lean", "plain"])
+@pytest.mark.parametrize("signals", [1, 2])
+def test_while_torch_is_imported(plain, signals, tmp_path: Path):
+    """The first ends the run once the import is done, the second at once; neither shows a traceback or aborts."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", IMPORTING, "model=zimage_nano", "prompt=a fox", f"output.root={tmp_path / 'out'}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"ZIMAGE_RUNNER_PLAIN_START": plain},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "importing\n"
+    for _ in range(signals):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (130, ""), err
+    assert "Traceback" not in err
+    assert "ignored" not in err
+    said = ["SIGINT: stopping; once more to exit at once", "exiting at once; finished pictures are kept"]
+    assert [line for line in err.splitlines() if line in said] == said[:signals]
+    if signals == 1:
+        assert not list(tmp_path.glob("out/run/*"))
+
+
+def test_a_refusal_needs_no_open_stream(tmp_path: Path):
+    command = f"{sys.executable} -m zimage_runner no.such=1 <&- >&- 2>&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
+
+
+def test_a_run_with_closed_stderr_draws(tmp_path: Path):
+    size = "sampling.height=128 sampling.width=128"
+    command = f"{sys.executable} -m zimage_runner model=zimage_nano prompt=fox {size} 2>&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0
+    assert len(list(tmp_path.rglob("image.png"))) == 1
+    assert done.stdout.count("\n") == 1  # the run directory

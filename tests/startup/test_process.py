@@ -105,6 +105,6 @@ def test_only_process_entries_know_of_this_room() -> None:
         nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
         names = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
         names |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-        if any(name.startswith("zimage_runner.startup") for name in names) and "startup" not in path.parts:
+        if any(name.startswith("zimage_runner.startup") for name in names) and path.parent.name != "startup":
             users.add(path.relative_to(PACKAGE).as_posix())
     assert users == ENTRIES
