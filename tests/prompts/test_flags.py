@@ -27,7 +27,7 @@ def test_all_short_flags():
 
 def test_long_flags_of_other_tools():
     parsed = parse_flags("a cat --steps 9 --seed 3 --no red hats --cfg_scale 2", "f:1")
-    assert parsed.overrides == {"num_inference_steps": 9, "negative_prompt": "red hats", "guidance_scale": 2.0}
+    assert parsed.overrides == {"num_inference_steps": 9, "negative_prompt": "red hats", "guidance_scale": 1.0}
     assert parsed.seeds == (3,)
 
 
@@ -74,3 +74,64 @@ def test_flags_round_trip(text, width, seeds, order):
     parsed = parse_flags(line, "f:1")
     assert (parsed.text, parsed.seeds) == (text, tuple(seeds))
     assert parsed.overrides == {"width": width, "negative_prompt": "ugly cat"}
+
+
+@pytest.mark.parametrize(
+    ("line", "text", "overrides", "seeds"),
+    [
+        ('"a photo of ladybird" --s 4', "a photo of ladybird", {"num_inference_steps": 4}, None),
+        ("'it' and 'that' --s 4", "'it' and 'that'", {"num_inference_steps": 4}, None),
+        ('a "red" cat --s 4', 'a "red" cat', {"num_inference_steps": 4}, None),
+        ("a cat --seed=7 --w=128", "a cat", {"width": 128}, (7,)),
+        ('--prompt "a cat" --negative_prompt "a dog" --steps 5', "a cat",
+         {"negative_prompt": "a dog", "num_inference_steps": 5}, None),
+        ("a cat --negative-prompt=x y --num-inference-steps 3", "a cat",
+         {"negative_prompt": "x y", "num_inference_steps": 3}, None),
+        ("a cat --d 1.0,3", "a cat", {}, (1, 3)),
+        ("a cat --l 3 --H 64", "a cat", {"guidance_scale": 3.0, "height": 64}, None),
+        ('"a cat"', '"a cat"', {}, None),
+    ],
+)  # fmt: skip
+def test_lines_as_other_tools_take_them(line, text, overrides, seeds):
+    parsed = parse_flags(line, "f:1")
+    assert (parsed.text, parsed.overrides, parsed.seeds) == (text, overrides, seeds)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("a cat \u2014seed 42", "\u2014seed looks like a flag: write --seed with two hyphens"),
+        ("a cat -seed 12", "-seed looks like a flag: write --seed with two hyphens"),
+        ("a cat -n blurry", "-n looks like a flag: write --n with two hyphens"),
+        ("a cat -w=128", "-w looks like a flag: write --w with two hyphens"),
+        ("a cat \u2013steps 3", "\u2013steps looks like a flag: write --steps with two hyphens"),
+        ("a cat -negative_prompt blurry", "-negative_prompt looks like a flag: write --negative_prompt with two"),
+        ("a cat--w 128", "--w looks like a flag: write a blank before it"),
+        ("a cat --h 64--seed=3", "--seed looks like a flag: write a blank before it"),
+        ("a cat, 8k--n blurry", "--n looks like a flag: write a blank before it"),
+        ("--prompt x --prompt y", "--prompt sets text a second time: keep one"),
+        ("a cat --prompt x", "--prompt sets text a second time: keep one"),
+        ("a cat --sampler_name Euler", "unknown flag --sampler_name: Euler is the model's own sampler, leave it out."),
+        ("a cat --strength 0.5", "unknown flag --strength: there is no picture to start from, leave it out."),
+        ("a cat --batch_size 4", "unknown flag --batch_size: for several pictures give several seeds, --d 1-4 or"),
+    ],
+)
+def test_lines_that_would_be_drawn_wrong(tmp_path, line, told):
+    file = tmp_path / "p.txt"
+    file.write_text(f"{line}\n", encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        read_prompts(TextFile(path=str(file)))
+    assert str(caught.value).startswith(f"{file}:1: {told}")
+    if "looks like" in told:
+        assert str(caught.value).endswith("; if it is part of the text, set prompts.flags=false")
+    assert read_prompts(TextFile(path=str(file), flags=False))[0].text == line
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["a yes--no sign", "a cat--seed of doubt", "well--width unknown", "a -nice cat", "rock -n- roll", "a\u2014width"],
+)
+def test_more_dashes_of_prose(tmp_path, line):
+    file = tmp_path / "p.txt"
+    file.write_text(f"{line}\n", encoding="utf-8")
+    assert read_prompts(TextFile(path=str(file)))[0].text == line

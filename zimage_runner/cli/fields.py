@@ -7,34 +7,10 @@ import difflib
 import types
 import typing
 
-ALIASES = {
-    "steps": "num_inference_steps",
-    "num_steps": "num_inference_steps",
-    "inference_steps": "num_inference_steps",
-    "cfg": "guidance_scale",
-    "cfg_scale": "guidance_scale",
-    "guidance": "guidance_scale",
-    "negative": "negative_prompt",
-    "neg_prompt": "negative_prompt",
-    "w": "width",
-    "h": "height",
-    "file": "path",
-    "folder": "glob",
-    "negative_prompts": "negative_prompt",
-    "filename": "path",
-    "outdir": "root",
-    "output_dir": "root",
-}
-"""What other tools call them."""
-TOP_ALIASES = {
-    "o": "output_file",
-    "out": "output_file",
-    "output_path": "output_file",
-    "p": "prompt",
-    "text": "prompt",
-    "experiments": "experiment",
-    "exp": "experiment",
-}
+from zimage_runner.prompts.vocabulary import CONFIG_NAMES, LETTERS, NAMES, TOP_NAMES
+
+ALIASES = {name: field for field, names in NAMES.items() for name in names} | LETTERS | CONFIG_NAMES
+"""What other tools call the fields of groups."""
 
 
 def known_fields(parent: str) -> list[str]:
@@ -66,7 +42,7 @@ def kind_of(key: str) -> str:
 def closest(name: str, parent: str) -> str | None:
     """The field of ``parent`` that ``name`` was probably meant to be."""
     known = known_fields(parent)
-    meant = (ALIASES if parent else TOP_ALIASES).get(name)
+    meant = (ALIASES if parent else TOP_NAMES).get(name)
     if meant in known:
         return meant
     return next(iter(difflib.get_close_matches(name, known, 1)), None)

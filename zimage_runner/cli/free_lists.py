@@ -21,8 +21,8 @@ EXAMPLES = {
 """Fields whose entries are free text, each with a form that works in any shell."""
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
 _QUOTED = re.compile(r'(?s)"(?:[^"\\]|\\.)*"|\'(?:[^\'\\]|\\.)*\'')
-_PLAIN = re.compile(r"[A-Za-z0-9_.+-]+")
-"""Words and numbers that mean the same to Hydra without quotes."""
+_PLAIN = re.compile(r"(?!(?:true|false|null|nan|inf)$)[A-Za-z][A-Za-z0-9_.+-]*|0|[1-9][0-9]{0,17}", re.IGNORECASE)
+"""What means the same to Hydra without quotes. Of other numbers it would lose what was typed (3.10, 007, 1_000)."""
 _ESCAPED = re.compile(r"\\([\\()\[\]{}:=, \t])")
 """Hydra's escapes outside of quotes."""
 _KEY = re.compile(r"[A-Za-z_][\w.-]*", re.ASCII)
@@ -83,7 +83,10 @@ def _entry(text: str, key: str, quote: Callable[[str], str], refusal: _Refusal) 
 
 
 def _pair(text: str, key: str, quote: Callable[[str], str], refusal: _Refusal) -> str:
+    quoted = _QUOTED.match(text)
     name, colon, value = text.partition(":")
+    if quoted and text[quoted.end() :].lstrip().startswith(":"):  # a mapping as JSON writes it
+        name, colon, value = quoted[0][1:-1], ":", text[quoted.end() :].lstrip()[1:]
     if not colon:
         refusal(f"{text} has no name and colon before it")
     if not _KEY.fullmatch(name.strip()):

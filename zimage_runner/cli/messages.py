@@ -23,6 +23,7 @@ from zimage_runner.cli.file_mistakes import (
 )
 from zimage_runner.cli.help import CONFIG_DIR
 from zimage_runner.errors import UserError
+from zimage_runner.prompts.vocabulary import cfg_hint
 
 CONFIG_ERRORS = (HydraException, ConfigCompositionException, OmegaConfBaseException, YAMLError)
 
@@ -203,9 +204,13 @@ def _unknown_field(text: str) -> str | None:
         return missing_package(text)
     known = known_fields(parent)
     if not parent and (groups := groups_with(match["key"])):
-        return f"{where}{full}: no such field; did you mean {' or '.join(groups)}?"
+        return f"{where}{full}: no such field; did you mean {' or '.join(groups)}?{cfg_hint(match['key'])}"
     close = closest(match["key"], parent)
-    hint = f"; did you mean {close}?" if close else (f"; fields here: {', '.join(known)}" if known else "")
+    hint = (
+        f"; did you mean {close}?{cfg_hint(match['key'])}"
+        if close
+        else (f"; fields here: {', '.join(known)}" if known else "")
+    )
     return f"{where}{full}: no such field{hint}"
 
 

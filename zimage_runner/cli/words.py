@@ -9,6 +9,8 @@ from omegaconf import DictConfig
 
 from zimage_runner.cli.fields import closest, groups_with, known_fields
 from zimage_runner.errors import UserError
+from zimage_runner.prompts.text import shown
+from zimage_runner.prompts.vocabulary import in_our_words
 
 SWITCHES = ("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m")
 SWITCHES = (*SWITCHES, "--shell-completion", "-sc")
@@ -33,6 +35,11 @@ def readable(argv: Sequence[str]) -> list[str]:
     for word in words:
         if not word.strip():
             raise UserError("an empty word is on the command line: is a variable of the shell not set? Quote its value")
+        if any("\ud800" <= c <= "\udfff" for c in word):
+            raise UserError(
+                f"{shown(word)}: not UTF-8: write it in UTF-8; a prompt file with such a name is read by its folder, "
+                "prompts=files prompts.glob='*.txt'"
+            )
         if not word.startswith("-") or word == "-":
             overrides.append(_override(word))
         else:
@@ -54,6 +61,9 @@ def command_line_wins(config: DictConfig, overrides: Sequence[str]) -> None:
         config.prompts.texts = []
     if prompts_given and "prompt" not in given:
         config.prompt = None
+    if "typed" in config.prompts:
+        fields = [name.removeprefix("sampling.") for name in given if name.startswith("sampling.")]
+        config.prompts.typed = [*fields, *(["seeds"] if "seeds" in given else [])]
 
 
 def _option(word: str, words: Iterator[str], argv: Sequence[str]) -> list[str]:
@@ -95,7 +105,7 @@ def _no_such_option(name: str, value: str) -> str:
         return f"{name}: no such option; fields are set as field=value, without dashes: see --help"
     plus = "+" if field == "experiment" else ""
     unknown = not value or value.startswith(("-", "+")) or "=" in value
-    shown = "true" if field in ("dry_run", "verify") else "..." if unknown else value
+    shown = "true" if field in ("dry_run", "verify") else "..." if unknown else in_our_words(word, value)
     shown = shown if re.fullmatch(r"[\w.,/+-]+", shown) else f"'{shown}'"
     return f"{name}: no such option; fields are set as field=value, without dashes: {plus}{field}={shown}"
 

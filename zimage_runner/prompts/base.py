@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import abc
+import enum
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from zimage_runner.prompts.prompt import NOTHING, Prompt
 from zimage_runner.prompts.template import Template
 
-__all__ = ["NOTHING", "Prompt", "PromptSource"]
+__all__ = ["NOTHING", "Prompt", "PromptSource", "RowSource", "Wins"]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -32,3 +33,20 @@ class PromptSource(abc.ABC):
     @abc.abstractmethod
     def read(self) -> Iterator[Prompt]:
         """Yield the prompts in order. Raises UserError with field or file:line on bad input."""
+
+
+class Wins(enum.Enum):
+    """Whose word holds where a row and the command line both set a field."""
+
+    row = "row"
+    command_line = "command_line"
+
+
+@dataclass(kw_only=True, slots=True)
+class RowSource(PromptSource):
+    """A source whose prompts may bring sampling fields and seeds of their own, as columns or flags."""
+
+    wins: Wins = Wins.row
+    """Where a row and the command line both set a sampling field or the seeds: row, or command_line."""
+    typed: list[str] = field(default_factory=list)
+    """Names of the sampling fields (and seeds) that stand on the command line; filled in by the program."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import csv
+import itertools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from zimage_runner.errors import UserError
 from zimage_runner.prompts.base import Prompt
 from zimage_runner.prompts.rows import RowReader, TableSource
-from zimage_runner.prompts.text import MAX_LINE_BYTES, file_lines, input_path
+from zimage_runner.prompts.text import MAX_LINE_BYTES, file_lines, input_path, shown
 
 DELIMITERS = (",", ";", "|", "\t")
 """Usual ones."""
@@ -30,12 +31,15 @@ class Csv(TableSource):
 
     def read(self) -> Iterator[Prompt]:
         file = input_path(self.path, "csv")
-        delimiter = self.delimiter or ("\t" if file.suffix.lower() in (".tsv", ".tab") else ",")
+        lines, told = _separator_line(file_lines(file), shown(file))
+        delimiter = self.delimiter or told or ("\t" if file.suffix.lower() in (".tsv", ".tab") else ",")
         if len(delimiter) != 1 or delimiter in '\r\n"':
             raise UserError(f"prompts.delimiter={delimiter!r} is not one character, such as ',' or ';'")
         reader = RowReader(self)
-        rows = _rows(file, delimiter, quotes=delimiter != "\t" if self.quotes is None else self.quotes)
-        where, names = next(rows)
+        rows = _rows(lines, shown(file), delimiter, quotes=delimiter != "\t" if self.quotes is None else self.quotes)
+        where, names = next(rows, (shown(file), []))
+        if not names:
+            raise UserError(f"{where} holds no header: the first line names the columns")
         _check_names(names, where)
         _check_delimiter(names, where, delimiter)
         reader.check_header(tuple(names), where)
@@ -43,22 +47,49 @@ class Csv(TableSource):
             yield reader.prompt(_row(names, cells, where), where)
 
 
-def _rows(file: Path, delimiter: str, *, quotes: bool) -> Iterator[tuple[str, list[str]]]:
+def _separator_line(lines: Iterator[tuple[int, str]], name: str) -> tuple[Iterator[tuple[int, str]], str | None]:
+    """The lines without Excel's ``sep=;`` before the header, and the character that it names."""
+    first = next(lines, None)
+    if first is None:  # cannot be: an empty file was refused
+        raise UserError(f"{name} is empty: put at least one prompt in it")
+    match = re.fullmatch(r'"?sep=(\t|[^\w\s"])"?[,;\t]*', first[1], re.IGNORECASE)
+    return (lines, match[1]) if match else (itertools.chain([first], lines), None)
+
+
+def _rows(
+    lines: Iterator[tuple[int, str]], name: str, delimiter: str, *, quotes: bool
+) -> Iterator[tuple[str, list[str]]]:
     """``file:line`` of each row's first line, and its cells; blank lines are skipped."""
     csv.field_size_limit(MAX_LINE_BYTES)
-    lines = (line + "\n" for _, line in file_lines(file))
     quoting = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
-    reader = csv.reader(lines, delimiter=delimiter, strict=True, quoting=quoting)
+    last = 0
+
+    def numbered() -> Iterator[str]:
+        nonlocal last
+        for number, line in lines:
+            last = number
+            yield line + "\n"
+
+    reader = csv.reader(numbered(), delimiter=delimiter, strict=True, quoting=quoting)
     while True:
-        where = f"{file}:{reader.line_num + 1}"
+        before = last
         try:
             cells = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            raise UserError(f"{where}: broken CSV: {error}") from None
+            raise UserError(f"{name}:{before + 1}: {_broken(error)}") from None
         if cells:
-            yield where, cells
+            yield f"{name}:{before + 1}", cells
+
+
+def _broken(error: csv.Error) -> str:
+    if "unexpected end of data" in str(error) or "field limit" in str(error):
+        return (
+            'broken CSV: a quotation mark is opened in this row and not closed: close it, write "" for one within a '
+            "cell, or set prompts.quotes=false if they are text"
+        )
+    return f"broken CSV: {error}"
 
 
 def _check_names(names: list[str], where: str) -> None:

@@ -13,7 +13,7 @@ from zimage_runner.prompts.csv_file import Csv
 from zimage_runner.prompts.jsonl import Jsonl
 from zimage_runner.prompts.parquet import Parquet
 from zimage_runner.prompts.rows import TableSource
-from zimage_runner.prompts.text import check_text, decode_whole
+from zimage_runner.prompts.text import check_text, decode_whole, shown
 from zimage_runner.prompts.text_file import TextFile
 
 _TABLES = {".jsonl": Jsonl, ".csv": Csv, ".tsv": Csv, ".parquet": Parquet}
@@ -36,7 +36,7 @@ class FileGlob(TableSource):
             if table:
                 yield from table(path=str(file), columns=self.columns, metadata=self.metadata).read()
             elif self.whole:
-                yield Prompt(text=check_text(decode_whole(file), str(file)), source=str(file), id=self._id(file))
+                yield Prompt(text=check_text(decode_whole(file), shown(file)), source=shown(file), id=self._id(file))
             else:
                 yield from TextFile(path=str(file), flags=self.flags).read()
 
@@ -56,7 +56,7 @@ class FileGlob(TableSource):
     def _id(self, file: Path) -> str:
         """Path below the pattern's fixed part, without the extension: unique among the matches of one extension."""
         fixed = _fixed_part(str(Path(self.glob or "").expanduser()))
-        return str(file.relative_to(fixed).with_suffix("")) if file.is_relative_to(fixed) else file.stem
+        return shown(file.relative_to(fixed).with_suffix("") if file.is_relative_to(fixed) else file.stem)
 
 
 def _fixed_part(pattern: str) -> Path:

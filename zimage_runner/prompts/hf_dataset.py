@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zimage_runner.errors import UserError
+from zimage_runner.prompts.arrow import import_pyarrow, rows, text_columns
 from zimage_runner.prompts.base import Prompt
-from zimage_runner.prompts.parquet import import_pyarrow
 from zimage_runner.prompts.rows import RowReader, TableSource
+from zimage_runner.prompts.text import shown
 
 
 @dataclass(kw_only=True, slots=True)
@@ -30,18 +31,22 @@ class HfDataset(TableSource):
         directory = self._split_directory(self._directory())
         files = _data_files(directory)
         pyarrow = import_pyarrow("hf_dataset")
-        reader = RowReader(self)
+        reader, name = RowReader(self), shown(directory)
         number = 0
         for file in files:
+            if not file.is_file():  # a named pipe would be waited for
+                raise UserError(f"prompts.path={shown(file)} cannot be read: there is no such file")
             try:
                 with pyarrow.memory_map(str(file)) as source, pyarrow.ipc.open_stream(source) as stream:
-                    reader.check_header(tuple(stream.schema.names), str(directory))
+                    columns = text_columns(stream.schema, name)
+                    reader.check_header(tuple(columns), name)
                     for batch in stream:
-                        for row in batch.to_pylist():
+                        for row in rows(batch.select(columns), name, number):
                             number += 1
-                            yield reader.prompt(row, f"{directory}:{number}")
+                            yield reader.prompt(row, f"{name}:{number}")
             except (pyarrow.ArrowException, OSError) as error:
-                raise UserError(f"prompts.path={file} cannot be read: {str(error).splitlines()[0]}") from None
+                problem = (str(error).splitlines() or [type(error).__name__])[0]
+                raise UserError(f"prompts.path={shown(file)} cannot be read: {problem}") from None
 
     def _directory(self) -> Path:
         if not self.path:

@@ -10,7 +10,10 @@ from typing import Any
 from zimage_runner.errors import UserError
 from zimage_runner.prompts.base import Prompt
 from zimage_runner.prompts.rows import RowReader, TableSource
-from zimage_runner.prompts.text import file_lines, input_path
+from zimage_runner.prompts.text import bare, file_lines, input_path, shown
+
+MAX_OBJECT_BYTES = 64 * 2**20
+"""Of a line. A run's own prompts.jsonl may have a million seeds in one."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -22,7 +25,7 @@ class Jsonl(TableSource):
 
     def read(self) -> Iterator[Prompt]:
         file = input_path(self.path, "jsonl")
-        yield from prompts_of_json_lines(file_lines(file), str(file), self)
+        yield from prompts_of_json_lines(file_lines(file, limit=MAX_OBJECT_BYTES), shown(file), self)
 
 
 def prompts_of_json_lines(lines: Iterable[tuple[int, str]], name: str, source: TableSource) -> Iterator[Prompt]:
@@ -30,7 +33,7 @@ def prompts_of_json_lines(lines: Iterable[tuple[int, str]], name: str, source: T
     reader = RowReader(source)
     first = True
     for number, line in lines:
-        if line.strip():
+        if bare(line):
             where = f"{name}:{number}"
             if first:
                 _check_layout(line.strip(), where)

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from zimage_runner.errors import UserError
+from zimage_runner.prompts.arrow import import_pyarrow, rows, text_columns
 from zimage_runner.prompts.base import Prompt
+from zimage_runner.prompts.carried import tell_binary
 from zimage_runner.prompts.rows import RowReader, TableSource
-from zimage_runner.prompts.text import input_path, open_input
+from zimage_runner.prompts.text import input_path, open_input, shown
 
 _ROWS_AT_ONCE = 4096
 
@@ -26,25 +28,32 @@ class Parquet(TableSource):
         with open_input(file):
             pass  # a missing file is told before a missing library
         pyarrow = import_pyarrow("parquet")
-        reader = RowReader(self)
+        reader, name = RowReader(self), shown(file)
         try:
-            with pyarrow.parquet.ParquetFile(file) as table:
-                names = table.schema_arrow.names
-                reader.check_header(tuple(names), str(file))
-                number = 0
-                for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE):
-                    for row in batch.to_pylist():
+            with open_input(file) as stream, pyarrow.parquet.ParquetFile(stream) as table:
+                columns = text_columns(table.schema_arrow, name)
+                reader.check_header(tuple(columns), name)
+                leaves, number = _leaves(table.schema, columns, name), 0
+                for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE, columns=leaves):
+                    for row in rows(batch, name, number):
                         number += 1
-                        yield reader.prompt(row, f"{file}:{number}")
-        except pyarrow.ArrowException as error:
-            raise UserError(f"prompts.path={file} is not a Parquet file: {str(error).splitlines()[0]}") from None
+                        yield reader.prompt(row, f"{name}:{number}")
+        except (pyarrow.ArrowException, OSError) as error:
+            problem = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"prompts.path={name} is not a Parquet file: {problem}") from None
 
 
-def import_pyarrow(option: str) -> Any:
-    """The pyarrow package, or a UserError that says how to get it."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"prompts={option} needs pyarrow: pip install 'zimage-runner[parquet]'") from None
-    return pyarrow
+def _leaves(schema: Any, columns: list[str], name: str) -> list[str]:
+    """Paths of what is read of these columns: not the pictures within them (a data set's ``image.bytes``)."""
+    paths, binaries = [], []
+    for column in (schema.column(n) for n in range(len(schema))):
+        binary = (
+            column.physical_type in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY")
+            and column.logical_type.type == "NONE"
+            and column.converted_type == "NONE"
+        )
+        of_columns = any(column.path == one or column.path.startswith(f"{one}.") for one in columns)
+        if of_columns:
+            (binaries if binary and column.path not in columns else paths).append(column.path)
+    tell_binary(binaries, name)
+    return paths

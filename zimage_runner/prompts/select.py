@@ -5,16 +5,30 @@ from __future__ import annotations
 import itertools
 import random
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from zimage_runner.errors import UserError
-from zimage_runner.prompts.base import Prompt, PromptSource
+from zimage_runner.prompts.base import NOTHING, Prompt, PromptSource, RowSource, Wins
+from zimage_runner.prompts.foreign import tell_foreign
+from zimage_runner.prompts.notes import once_a_run, tell
 from zimage_runner.prompts.template import expand
+from zimage_runner.prompts.text import shown
 
 
 def read_prompts(source: PromptSource) -> list[Prompt]:
     """All prompts of a run, in order. Raises UserError for bad input and when nothing is left to draw."""
+    with once_a_run():
+        prompts = _select(source)
+        if isinstance(source, RowSource):
+            prompts = settle(prompts, source)
+        tell_foreign(prompts)
+    return prompts
+
+
+def _select(source: PromptSource) -> list[Prompt]:
+    _check_names(source)
     _check_selection(source)
     shard = None if source.shard is None else _parse_shard(source.shard)
     stop = None if source.limit is None else source.offset + source.limit
@@ -31,6 +45,42 @@ def read_prompts(source: PromptSource) -> list[Prompt]:
     _check_ids(prompts)
     _check_indices(prompts)
     return prompts
+
+
+def settle(prompts: list[Prompt], source: RowSource) -> list[Prompt]:
+    """The prompts, with or without what they say of fields that the command line sets as well; one line tells which.
+
+    ``source.typed`` names those fields, ``source.wins`` whose word holds.
+    """
+    lose = source.wins is Wins.command_line
+    found: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    settled = []
+    for prompt in prompts:
+        both = [name for name in source.typed if name in prompt.overrides or (name == "seeds" and prompt.seeds)]
+        for name in both:
+            first.setdefault(name, prompt.source)
+        found.update(both)
+        settled.append(_without(prompt, both) if lose and both else prompt)
+    for name, count in found.items():
+        where = f"{first[name]} sets" if count == 1 else f"{first[name]} and {count - 1:,} more set"
+        said = "the command line wins" if lose else "this wins over the command line; prompts.wins=command_line if not"
+        tell(f"wins {name}", f"{where} {name}: {said}")
+    return settled
+
+
+def _without(prompt: Prompt, names: Sequence[str]) -> Prompt:
+    overrides = {name: value for name, value in prompt.overrides.items() if name not in names}
+    return replace(prompt, overrides=overrides or NOTHING, seeds=None if "seeds" in names else prompt.seeds)
+
+
+def _check_names(source: PromptSource) -> None:
+    """A name that is not UTF-8 cannot be kept in the run's settings."""
+    for name in ("path", "glob", "split"):
+        value = getattr(source, name, None)
+        if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
+            remedy = "rename the file, or read it with prompts=files prompts.glob='*.txt'"
+            raise UserError(f"prompts.{name}={shown(value)}: the name is not UTF-8: {remedy}")
 
 
 def _check_selection(source: PromptSource) -> None:

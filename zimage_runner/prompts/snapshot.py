@@ -6,16 +6,16 @@ It is what ``prompts=jsonl`` reads, so that it can also start another run.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from zimage_runner.errors import UserError
 from zimage_runner.outputs.beneath import Inside
-from zimage_runner.prompts.jsonl import Jsonl, prompts_of_json_lines
+from zimage_runner.prompts.jsonl import MAX_OBJECT_BYTES, Jsonl, prompts_of_json_lines
 from zimage_runner.prompts.prompt import Prompt
-from zimage_runner.prompts.text import read_lines
+from zimage_runner.prompts.text import read_lines, shown
 
 SNAPSHOT_NAME = "prompts.jsonl"
 
@@ -26,12 +26,12 @@ class Snapshot(Jsonl):
 
     def read(self) -> Iterator[Prompt]:
         assert self.path is not None
-        file = Inside(Path(self.path).parent, Path(self.path).name)
+        file, name = Inside(Path(self.path).parent, Path(self.path).name), shown(self.path)
         try:
             with file.open() as stream:
-                yield from prompts_of_json_lines(read_lines(stream, self.path), self.path, self)
+                yield from prompts_of_json_lines(read_lines(stream, name, MAX_OBJECT_BYTES), name, self)
         except OSError as error:
-            raise UserError(f"{self.path} cannot be read: {error.strerror}") from None
+            raise UserError(f"{name} cannot be read: {error.strerror}") from None
 
 
 def snapshot(prompts: Iterable[Prompt]) -> bytes:
@@ -48,7 +48,19 @@ def _row(place: int, prompt: Prompt) -> dict[str, Any]:
         row["id"] = prompt.id
     row |= prompt.overrides
     if prompt.seeds is not None:
-        row["seeds"] = list(prompt.seeds)
+        row["seeds"] = _runs(prompt.seeds)
     if prompt.metadata:
         row["metadata"] = dict(prompt.metadata)
     return row | {"source": prompt.source}
+
+
+def _runs(seeds: Sequence[int]) -> list[int | str]:
+    """Seeds with each run of five or more as "first-last": a million of them stay one short line."""
+    written: list[int | str] = []
+    start = 0
+    for end in range(1, len(seeds) + 1):
+        if end < len(seeds) and seeds[end] == seeds[end - 1] + 1:
+            continue
+        written += [f"{seeds[start]}-{seeds[end - 1]}"] if end - start >= 5 else seeds[start:end]
+        start = end
+    return written

@@ -6,19 +6,18 @@ import difflib
 import enum
 import hashlib
 import itertools
-import logging
 import math
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from zimage_runner.errors import UserError
+from zimage_runner.prompts.notes import tell
 from zimage_runner.prompts.prompt import Prompt
-from zimage_runner.prompts.text import check_text, file_lines, input_path
-
-log = logging.getLogger(__name__)
+from zimage_runner.prompts.text import bare, check_text, file_lines
 
 MAX_EXPANSIONS = 1_000_000
 
@@ -64,7 +63,7 @@ def expand(prompts: Iterable[Prompt], template: Template) -> Iterator[Prompt]:
     """Each prompt's expansions in its place; what was filled in goes to its metadata."""
     _check(template)
     if not template.is_used:
-        yield from _as_they_are(prompts)
+        yield from prompts
         return
     steps = _steps(template)
     made = 0
@@ -72,6 +71,8 @@ def expand(prompts: Iterable[Prompt], template: Template) -> Iterator[Prompt]:
         texts: list[tuple[str, dict[str, str]]] = [(prompt.text, {})]
         for step in steps:
             texts = [(new, values | more) for text, values in texts for new, more in step(text, prompt.source)]
+        if template.combine is Combine.random:
+            texts = _drawn(texts, template, prompt)
         made += len(texts)
         if made > MAX_EXPANSIONS:
             raise UserError(
@@ -96,18 +97,21 @@ def _check(template: Template) -> None:
         raise UserError("prompts.template.wildcards is set, but prompts.template.dynamic is false: set it to true")
 
 
-def _as_they_are(prompts: Iterable[Prompt]) -> Iterator[Prompt]:
-    """The prompts; the first that looks like variants of other tools is told of."""
-    prompts = iter(prompts)
-    for prompt in prompts:
-        if ("|" in prompt.text or "__" in prompt.text) and (found := _VARIANTS.search(prompt.text)):
-            log.warning(
-                "%s: %s is drawn as it is: prompts.template.dynamic=true makes variants of it", prompt.source, found[0]
-            )
-            yield prompt
-            break
-        yield prompt
-    yield from prompts
+def _drawn(
+    texts: list[tuple[str, dict[str, str]]], template: Template, prompt: Prompt
+) -> list[tuple[str, dict[str, str]]]:
+    """``count`` of what blanks and variants made together; that there are fewer is told."""
+    if len(texts) < template.count and texts != [(prompt.text, {})]:
+        many = "1 combination" if len(texts) == 1 else f"{len(texts):,} combinations"
+        tell(
+            "count",
+            f"{prompt.source}: there {'is' if len(texts) == 1 else 'are'} only {many} for "
+            f"prompts.template.count={template.count}: each is made once",
+        )
+    if len(texts) <= template.count:
+        return texts
+    places = text_random(template.seed, prompt.text).sample(range(len(texts)), template.count)
+    return [texts[place] for place in sorted(places)]
 
 
 def _expanded(prompt: Prompt, text: str, values: dict[str, str], number: int | None) -> Prompt:
@@ -132,7 +136,6 @@ def _steps(template: Template) -> list[Expand]:
     return steps
 
 
-_VARIANTS = re.compile(r"\{[^{}|]*\|[^{}]*\}|(?<!\w)__[A-Za-z][\w/-]*__(?!\w)")
 _BLANK = re.compile(r"\{\{|\}\}|\{([A-Za-z_]\w*)\}")
 
 
@@ -177,15 +180,20 @@ class Blanks:
 
 def _values(name: str, given: Any) -> list[str]:
     """Values of a blank: the list itself, or the lines of a text file."""
-    if isinstance(given, str):
-        lines = (line.strip() for _, line in file_lines(input_path(given, "template")))
+    field = f"prompts.template.fill.{name}"
+    if isinstance(given, str) and given:
+        lines = (bare(line) for _, line in file_lines(Path(given).expanduser(), field))
         given = [line for line in lines if line and not line.startswith("#")]
     if not isinstance(given, list) or not given:
-        raise UserError(f"prompts.template.fill.{name}={given!r}: give a list [cat, dog] or a text file with values")
+        raise UserError(f"{field}={given!r}: give a list [cat, dog] or a text file with values")
+    for value in given:
+        # Of these YAML has changed what was written: 3.10 is 3.1 by now, and yes is True.
+        if value is None or isinstance(value, bool | float) or not isinstance(value, str | int):
+            raise UserError(f"{field}: {value!r} is no text: put it in quotation marks as you want it in the prompt")
     values = [str(value).strip() for value in given]
     if len(set(values)) < len(values):
         twice = max(values, key=values.count)
-        raise UserError(f"prompts.template.fill.{name} holds {twice!r} twice: the same prompt would be made twice")
+        raise UserError(f"{field} holds {twice!r} twice: the same prompt would be made twice")
     return values
 
 

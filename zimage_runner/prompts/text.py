@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
+import re
+import stat
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,18 +17,46 @@ from zimage_runner.errors import UserError
 MAX_PROMPT_CHARACTERS = 32_768
 """The model reads at most 1024 tokens; anything near this length is a file pasted by mistake."""
 MAX_LINE_BYTES = 8 * 2**20
-_BOM = b"\xef\xbb\xbf"
+MARK = "\ufeff"
+"""The byte order mark, and by its other name the zero-width no-break space."""
+INVISIBLE = f"{MARK}\u200b\u2060"
+"""What editors and web pages leave at the ends of a text, and nobody sees."""
+_BOM = MARK.encode()
+_LINE_END = re.compile(rb"\r\n|\n|\r")
+_READ_AT_ONCE = 2**20
+_OTHER_FILES = {
+    b"\x1f\x8b": "is a gzip file: unpack it first, gunzip FILE",
+    b"PK\x03\x04": "is a zip file or an Excel workbook: unpack it, or save the sheet as CSV (UTF-8)",
+    b"\xd0\xcf\x11\xe0": "is an old Excel or Word file: save it as CSV (UTF-8) or plain text",
+    b"PAR1": "is a Parquet table: use prompts=parquet",
+    b"BZh": "is a bzip2 file: unpack it first, bunzip2 FILE",
+    b"\xfd7zXZ": "is an xz file: unpack it first, unxz FILE",
+    b"(\xb5/\xfd": "is a zstd file: unpack it first, unzstd FILE",
+    b"%PDF-": "is a PDF: save its text as UTF-8",
+    b"\x89PNG": "is a picture, no list of prompts",
+    b"\xff\xd8\xff": "is a picture, no list of prompts",
+}
+"""First bytes of files that are often given instead."""
 
 
 def check_text(text: str, where: str) -> str:
     """The prompt's text without surrounding white space; UserError when it cannot be one."""
     if not isinstance(text, str):
         raise UserError(f"{where}: {text!r} is no text: put a prompt that holds a colon in quotation marks")
-    text = text.strip()
+    text = bare(text)
     if not text:
         raise UserError(f"{where}: the prompt is empty: write what the picture should show, or remove it")
     check_characters(text, where)
     return text
+
+
+def bare(text: str) -> str:
+    """``text`` without white space and invisible marks around it; empty when nothing of it can be seen."""
+    kept = text.strip()
+    while kept and (kept[0] in INVISIBLE or kept[-1] in INVISIBLE):
+        kept = kept.strip(INVISIBLE).strip()
+    seen = kept[:1].isascii() or any(not c.isspace() and unicodedata.category(c) != "Cf" for c in kept)
+    return kept if seen else ""
 
 
 def check_characters(text: str, where: str) -> None:
@@ -45,6 +77,11 @@ def check_characters(text: str, where: str) -> None:
         ) from None
 
 
+def shown(path: str | os.PathLike[str]) -> str:
+    r"""A file's name as text that can be written anywhere: bytes that are not UTF-8 appear as ``\xe9``."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def input_path(path: str | None, option: str) -> Path:
     """``prompts.path`` as a readable file; relative paths start where the program was started."""
     if not path:
@@ -56,54 +93,90 @@ def input_path(path: str | None, option: str) -> Path:
 
 
 @contextmanager
-def open_input(file: Path) -> Iterator[BinaryIO]:
-    """Open for reading; a missing or unreadable file becomes a UserError."""
+def open_input(file: Path, field: str = "prompts.path") -> Iterator[BinaryIO]:
+    """Open for reading; a missing or unreadable file, or one that is none, becomes a UserError naming ``field``."""
     try:
+        _check_is_file(file, field)
         stream = file.open("rb")
     except FileNotFoundError:
-        raise UserError(f"prompts.path={file} does not exist (looked for {file.absolute()})") from None
-    except OSError as error:
-        raise UserError(f"prompts.path={file} cannot be read: {error.strerror}") from None
+        raise UserError(f"{field}={shown(file)} does not exist (looked for {shown(file.absolute())})") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        problem = getattr(error, "strerror", None) or error
+        raise UserError(f"{field}={shown(file)} cannot be read: {problem}") from None
     with stream:
         yield stream
 
 
-def read_lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, str]]:
-    """Number (from 1) and text of each line, without its ending; UTF-8, a byte order mark and CRLF are fine."""
-    number, start = 0, 0
-    while raw := stream.readline(MAX_LINE_BYTES + 1):
-        number += 1
-        if len(raw) > MAX_LINE_BYTES:
-            raise UserError(
-                f"{name}:{number}: the line is longer than {MAX_LINE_BYTES:,} bytes: is this a prompt file?"
-            )
-        yield number, _decode(raw, name, number, start).rstrip("\r\n")
+def _check_is_file(file: Path, field: str) -> None:
+    """Opening a named pipe waits for ever for its writer. A pipe of the shell's, ``<(command)``, has one."""
+    mode = file.stat().st_mode
+    if stat.S_ISREG(mode) or (stat.S_ISFIFO(mode) and not os.path.exists(os.path.realpath(file))):
+        return
+    if stat.S_ISFIFO(mode):
+        raise UserError(f"{field}={shown(file)} is a named pipe: read it with prompts=stdin < {shown(file)}")
+    raise UserError(f"{field}={shown(file)} is no file, but a device or socket: name a file")
+
+
+def read_lines(stream: BinaryIO, name: str, limit: int = MAX_LINE_BYTES) -> Iterator[tuple[int, str]]:
+    """Number (from 1) and text of each line, without its ending (LF, CRLF or CR) and a byte order mark before it.
+
+    UTF-8. Files that ``cat`` joined have such marks further down.
+    """
+    start = 0
+    for number, raw in enumerate(_raw_lines(stream, limit), start=1):
+        if len(raw) > limit:
+            raise UserError(f"{name}:{number}: the line is longer than {limit:,} bytes: is this a prompt file?")
+        yield number, _decode(raw, name, number, start).removeprefix(MARK).rstrip("\r\n")
         start += len(raw)
+
+
+def _raw_lines(stream: BinaryIO, limit: int) -> Iterator[bytes]:
+    """Each line with its ending; the last, if longer than ``limit``, in part."""
+    rest = b""
+    while chunk := stream.read(_READ_AT_ONCE):
+        rest += chunk
+        start = 0
+        for end in _LINE_END.finditer(rest):
+            if end[0] == b"\r" and end.end() == len(rest):
+                break  # the LF that belongs to it may come next
+            yield rest[start : end.end()]
+            start = end.end()
+        rest = rest[start:]
+        if len(rest) > limit:
+            break
+    if rest:
+        yield rest
 
 
 def _decode(raw: bytes, name: str, number: int, start: int) -> str:
     if start == 0:
-        if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-            raise UserError(f"{name}:1: byte 0 starts UTF-16 text: save the file as UTF-8")
-        raw = raw.removeprefix(_BOM)
+        _check_first_bytes(raw, name)
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
-        at = start + error.start + (len(_BOM) if start == 0 and raw is not error.object else 0)
         raise UserError(
-            f"{name}:{number}: byte {at} (0x{raw[error.start]:02x}) is not UTF-8: save the file as UTF-8"
+            f"{name}:{number}: byte {start + error.start} (0x{raw[error.start]:02x}) is not UTF-8: "
+            "save the file as UTF-8"
         ) from None
 
 
-def file_lines(file: Path) -> Iterator[tuple[int, str]]:
+def _check_first_bytes(raw: bytes, name: str) -> None:
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in (raw[:1], raw[1:2]):
+        raise UserError(f"{name}:1: byte 0 starts UTF-16 text: save the file as UTF-8")
+    for first, told in _OTHER_FILES.items():
+        if raw.startswith(first):
+            raise UserError(f"{name} {told}")
+
+
+def file_lines(file: Path, field: str = "prompts.path", limit: int = MAX_LINE_BYTES) -> Iterator[tuple[int, str]]:
     """``read_lines`` of a file, which must not be empty."""
-    with open_input(file) as stream:
+    with open_input(file, field) as stream:
         empty = True
-        for number, line in read_lines(stream, str(file)):
+        for number, line in read_lines(stream, shown(file), limit):
             empty = False
             yield number, line
     if empty:
-        raise UserError(f"prompts.path={file} is empty: put at least one prompt in it")
+        raise UserError(f"{field}={shown(file)} is empty: put at least one prompt in it")
 
 
 def decode_whole(file: Path) -> str:
@@ -111,5 +184,5 @@ def decode_whole(file: Path) -> str:
     with open_input(file) as stream:
         raw = stream.read(MAX_LINE_BYTES + 1)
     if len(raw) > MAX_LINE_BYTES:
-        raise UserError(f"{file}: larger than {MAX_LINE_BYTES:,} bytes: is this a prompt?")
-    return "\n".join(line for _, line in read_lines(io.BytesIO(raw), str(file)))
+        raise UserError(f"{shown(file)}: larger than {MAX_LINE_BYTES:,} bytes: is this a prompt?")
+    return "\n".join(line for _, line in read_lines(io.BytesIO(raw), shown(file)))

@@ -6,16 +6,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from zimage_runner.errors import UserError
-from zimage_runner.prompts.base import NOTHING, Prompt, PromptSource
+from zimage_runner.prompts.base import NOTHING, Prompt, RowSource
 from zimage_runner.prompts.flags import ALMOST, parse_flags
-from zimage_runner.prompts.text import check_text, file_lines, input_path
+from zimage_runner.prompts.text import MARK, bare, check_text, file_lines, input_path, shown
 
 TABLES = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 """Which option of ``prompts`` reads files of this name."""
 
 
 @dataclass(kw_only=True, slots=True)
-class TextFile(PromptSource):
+class TextFile(RowSource):
     """``prompts=text_file prompts.path=FILE``: UTF-8; blank lines and lines starting with # are skipped."""
 
     path: str | None = None
@@ -30,16 +30,21 @@ class TextFile(PromptSource):
                 f"prompts.path={self.path} is a table, and prompts=text_file takes every line as a prompt: "
                 f"use prompts={option} (or give the file a name that ends in .txt)"
             )
-        yield from prompts_of_lines(file_lines(file), str(file), flags=self.flags)
+        yield from prompts_of_lines(file_lines(file), shown(file), flags=self.flags)
 
 
 def prompts_of_lines(lines: Iterable[tuple[int, str]], name: str, *, flags: bool) -> Iterator[Prompt]:
     """Prompts of numbered lines. A prompt that starts with # is written with a backslash before it."""
     for number, line in lines:
-        line = line.strip()
+        line = bare(line)
         if not line or line.startswith("#"):
             continue
         where = f"{name}:{number}"
+        if MARK in line:
+            raise UserError(
+                f"{where}: a byte order mark (U+FEFF) is at position {line.index(MARK) + 1}, where two files seem to "
+                "be joined without a line end: put one there, or remove the mark"
+            )
         text = line[1:] if line.startswith("\\#") else line
         if not flags or not ("--" in text or ALMOST.search(text)):
             yield Prompt(text=check_text(text, where), source=where)

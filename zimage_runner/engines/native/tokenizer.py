@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from zimage_runner.engines.native.chat_template import render
 from zimage_runner.errors import UserError
 
 USER_TURN = ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
@@ -74,22 +75,10 @@ def user_turn(template: str, where: str) -> tuple[str, str]:
     if known is not None:
         return known
     try:
-        probes = [(message, _render(template, message)) for message in ("a probe", "<other>  probe\n2 ")]
+        probes = [(message, render(template, message)) for message in ("a probe", "<other>  probe\n2 ")]
     except Exception as error:  # a template is a program; whatever it raises, the user is told what to do
         raise UserError(f"{where}: chat template cannot be rendered ({error}): use engine=diffusers") from None
     before, found, after = probes[0][1].partition(probes[0][0])
     if not found or any(rendered != before + message + after for message, rendered in probes):
         raise UserError(f"{where}: chat template changes the message it wraps: use engine=diffusers")
     return before, after
-
-
-def _render(template: str, message: str) -> str:
-    """As transformers' apply_chat_template renders it, in its sandbox settings."""
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
-    return environment.from_string(template).render(
-        messages=[{"role": "user", "content": message}], add_generation_prompt=True, enable_thinking=True
-    )
