@@ -150,6 +150,14 @@ def test_an_unknown_template_is_rendered_once(tmp_path: Path) -> None:
         ("{{ messages[0].content | trim }}", "changes the message it wraps"),
         ("{{ messages[0].content", "cannot be rendered"),
         ("{{ raise_exception('no') }}", "cannot be rendered"),
+        ("{% for a in range(900) %}{% for b in range(900) %}{% endfor %}{% endfor %}", "takes more than 10,000 steps"),
+        ("{% for a in range(100000) %}{% endfor %}", "counts over more than 1,000 numbers"),
+        ("{% macro m(n) %}{% if n %}{{ m(n-1) }}{{ m(n-1) }}{% endif %}{% endmacro %}{{ m(40) }}", "10,000 steps"),
+        ("{% macro m(n) %}{{ m(n) }}{% endmacro %}{{ m(1) }}", "maximum recursion depth"),
+        ("{{ 'a' * 1000000000 }}", "out of all bounds"),
+        ("{{ 10 ** 10 ** 10 }}", "out of all bounds"),
+        ("{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}", "out of all"),
+        ("{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "out of all"),
     ],
 )
 def test_templates_that_are_refused(tmp_path: Path, template: str | None, text: str) -> None:

@@ -131,7 +131,7 @@ class _Library:
             def tree(self) -> Any:
                 if self._tree is None:
                     lists = find_lists(directory) if directory else {}
-                    found = {name: Collection(entries=(), source=values) for name, values in lists.items()}
+                    found: dict[str, Any] = {n: Collection(entries=(), source=listed) for n, listed in lists.items()}
                     self._tree = WildcardTree.from_map(found)
                 return self._tree
 
