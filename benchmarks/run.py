@@ -23,7 +23,7 @@ from pathlib import Path
 
 from benchmarks import machine
 from benchmarks.harness import Results, Scenario, measure
-from benchmarks.scenarios import IMAGES, PACKED, SCENARIOS, TINY
+from benchmarks.scenarios import IMAGES, SCENARIOS, TINY
 from benchmarks.variants import HERE, Variant, Work, ours
 
 TINY_IMAGES = 3
@@ -71,14 +71,14 @@ def _scenario(name: str, args: argparse.Namespace) -> Scenario:
 
 
 def _prepare(scenario: Scenario) -> None:
-    """Make the prepared copies, plain and packed, that its contestants begin with; those that are there are kept."""
+    """Make the prepared copy that its contestants begin with, unless it is there."""
     if scenario.work.device != "cuda":
         return
     native = [v for v in scenario.variants if v.overrides is not None and "engine=diffusers" not in v.overrides]
     command = [sys.executable, "-m", "zimage_runner.prepare", "build", "model=local"]
     command.append(f"model.path={scenario.work.model}")
-    for is_packed in sorted({PACKED in (variant.overrides or ()) for variant in native}):
-        subprocess.run([*command, *[PACKED] * is_packed], check=True, env=native[0].environment())
+    if native:
+        subprocess.run(command, check=True, env=native[0].environment())
 
 
 def _at_most(variant: Variant, images: int) -> Variant:

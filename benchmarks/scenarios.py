@@ -18,8 +18,6 @@ STEP_1 = (
 STEP_2 = ("memory.device_map=cpu", "memory.low_cpu_mem_usage=true")
 STEP_4 = ("warmup=hardware",)
 GENERATE = ("warmup=generate",)
-PACKED = "model.packed=true"
-"""The prepared copy is a packed one, made beside the plain one."""
 SMALL = 512
 """Pixels a side up to which batches are measured too."""
 
@@ -53,14 +51,11 @@ def cold_start(work: Work) -> Scenario:
             "Naive 18 to 25 s with the files in the page cache, 57 s without; device_map a little less. This runner's "
             "default: 5 to 7 s and 15 s (disk-bound), because it neither imports diffusers nor casts 24.6 GB on the "
             "CPU. Prompt embeddings cached by an earlier run: 0.5 s less, or more where the text encoder need not be "
-            "read. engine=diffusers 23 s, as it imports what the naive script imports. Packed, 13.6 GB are read "
-            "instead of 20.3: from the disk, at 1.6 GB/s, 8.5 s instead of 12.7, so 10.2 s instead of 14.4 with the "
-            "page cache dropped; warm 0 to 0.2 s less, as fewer bytes are copied and cross the bus."
+            "read. engine=diffusers 23 s, as it imports what the naive script imports."
         ),
         variants=[
             NAIVE,
             ours("ours default"),
-            ours("ours, packed", PACKED),
             ours("ours, prompt embeddings cached", keeps={"embedding_cache.path": "embeddings"}, primed=True),
             ours("ours engine=diffusers", "engine=diffusers", rounds=2, caches=("warm",)),
             dataclasses.replace(DEVICE_MAP, rounds=2, caches=("warm",)),

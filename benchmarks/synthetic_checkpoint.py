@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from zimage_runner.weights.find.resolve import EMBEDDED
-from zimage_runner.weights.safetensors_writer import create
+from zimage_runner.weights.safetensors_file import create
 
 if TYPE_CHECKING:
     import torch

@@ -69,8 +69,6 @@ class Model:
     """Checks of the weights before loading: headers, first_use or always."""
     prepare: Prepare = Prepare.auto
     """Whether a faster-loading copy of the weights is made in the runner's cache: auto, always or never."""
-    packed: bool = False
-    """Keep that copy losslessly packed, in two thirds of the bytes, which the GPU unpacks: faster from slow disks."""
     native_sizes: list[int] = field(default_factory=list)
     """Sides in pixels the model can draw; empty means any multiple of 16."""
     recommended: dict[str, Any] = field(default_factory=dict)
@@ -81,11 +79,6 @@ class Model:
             raise UserError(
                 "model.dtype=float16 overflows with Z-Image and gives black or broken pictures: "
                 "use bfloat16 (same size) or float32"
-            )
-        if self.packed and self.prepare is Prepare.never:
-            raise UserError(
-                "model.packed=true is about the prepared copy, which model.prepare=never does without: "
-                "use model.prepare=auto, or leave out model.packed"
             )
         if self.path is None and self.source is Source.local:
             raise UserError("model.path is not set: model=local needs model.path=DIRECTORY (diffusers format)")

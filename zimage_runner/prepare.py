@@ -2,7 +2,7 @@
 
     python -m zimage_runner.prepare [build|verify|download|accept|info] model=zimage_turbo [model.field=value ...]
 
-build     make the prepared checkpoint: bf16, one file a component, in use order (default); model.packed=true: packed
+build     make the prepared checkpoint: bf16, one file a component, in use order (default)
 verify    full sha256 of the published files; proof that the prepared checkpoint, if there is one, equals them
 download  bring the hub's snapshot up to date; damaged files are fetched again
 accept    take the files as they are now for the undamaged ones (after changing them on purpose)

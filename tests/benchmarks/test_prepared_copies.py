@@ -28,10 +28,9 @@ def made(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> list[list[s
     return commands
 
 
-def test_plain_and_packed_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = ["model=local", "model.path=m"]
-    assert made("cold_start", "cuda", monkeypatch) == [plain, [*plain, "model.packed=true"]]
-    assert made("throughput", "cuda", monkeypatch) == [plain]
+@pytest.mark.parametrize("name", ["cold_start", "throughput"])
+def test_one_for_all_contestants(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert made(name, "cuda", monkeypatch) == [["model=local", "model.path=m"]]
 
 
 @pytest.mark.parametrize(("name", "device"), [("cold_start", "cpu"), ("attention", "cuda")])

@@ -12,8 +12,8 @@ import pytest
 import torch
 from adapter_layouts import ADALN, ATTENTION, FEED_FORWARD, Known, known, layouts
 
-from zimage_runner.adapters.adapter import Adapter, auto_v2, lora_hash, merged, rows_in, tensors_sha256
-from zimage_runner.adapters.reader import describe_adapter, read_adapter
+from zimage_runner.weights.adapters.adapter import Adapter, auto_v2, lora_hash, merged, rows_in, tensors_sha256
+from zimage_runner.weights.adapters.reader import describe_adapter, read_adapter
 from zimage_runner.errors import UserError
 
 Weights = support.Weights
@@ -179,7 +179,7 @@ def test_text_encoder_keys(module: str, tmp_path: Path) -> None:
 
 
 def test_strength_zero_changes_nothing_and_several_add_up() -> None:
-    from zimage_runner.adapters.changes import LowRank
+    from zimage_runner.weights.adapters.changes import LowRank
 
     part = change().only("attention.to_q", blocks=("layers.0", "layers.1"))
     first, second = (LowRank(part.down[m], part.up[m], 0.5) for m in part.up)

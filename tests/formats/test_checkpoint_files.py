@@ -187,7 +187,7 @@ def test_opening_and_describing_needs_no_torch(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path\n"
         "from zimage_runner.weights.formats.checkpoint_file import open_checkpoint_file\n"
-        "import zimage_runner.adapters.reader\n"
+        "import zimage_runner.weights.adapters.reader\n"
         f"open_checkpoint_file(Path({str(path)!r})).description()\n"
         "assert not {'torch', 'numpy', 'gguf', 'safetensors', 'hydra'} & set(sys.modules), sys.modules.keys()"
     )

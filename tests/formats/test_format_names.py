@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zimage_runner.adapters.keys import split_key, target_of
+from zimage_runner.weights.adapters.keys import split_key, target_of
 from zimage_runner.weights.formats.configs import config_of, expected_shapes
 from zimage_runner.weights.formats.names import component_of, ldm_levels, published
 

@@ -17,7 +17,7 @@ from modelscope_server import ModelScopeServer, files_of
 
 from zimage_runner.model import Model, Source
 from zimage_runner.weights.find.resolve import EMBEDDED, resolve
-from zimage_runner.weights.threads import Threads
+from zimage_runner.weights.io import Threads
 
 REPO = "some-maker/Z-Image-0.1"
 SHARD = "transformer/diffusion_pytorch_model.safetensors"
@@ -81,20 +81,21 @@ def test_download(monkeypatch, tmp_path, main: str, argv: list[str], number: sig
 @pytest.mark.parametrize(
     ("number", "module", "packed"),
     [
-        (signal.SIGTERM, "prepared.prepare", "false"),
-        (signal.SIGINT, "prepared.prepare", "false"),
-        (signal.SIGINT, "packed.writer", "true"),
+        (signal.SIGTERM, "prepared.prepare", False),
+        (signal.SIGINT, "prepared.prepare", False),
+        (signal.SIGINT, "packed.writer", True),
     ],
 )
 def test_preparing_removes_what_is_half_made(
-    nano: Path, runner_cache: Path, tmp_path: Path, number: signal.Signals, module: str, packed: str
+    nano: Path, runner_cache: Path, tmp_path: Path, number: signal.Signals, module: str, packed: bool
 ) -> None:
     slow = (
         f"import zimage_runner.weights.{module} as module\nread = module.read_bfloat16\n"
+        f"from zimage_runner.weights.prepared import prepared\nprepared.reads_packed = lambda: {packed}\n"
         "module.read_bfloat16 = lambda piece: (time.sleep(0.5), read(piece))[1]"
     )
     half_made = runner_cache / "prepared"
-    argv = ["build", "model=local", f"model.path={nano}", "model.verify=headers", f"model.packed={packed}"]
+    argv = ["build", "model=local", f"model.path={nano}", "model.verify=headers"]
     code, err = signalled(
         script(PREPARE, slow), argv, number, lambda: list(half_made.glob(".*.tmp/*/*.safetensors")), tmp_path
     )

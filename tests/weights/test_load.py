@@ -106,7 +106,7 @@ class FakeEvent:
 @pytest.fixture
 def staged(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The staged loader with CUDA's streams replaced, so that its bookkeeping runs on the CPU."""
-    from zimage_runner.weights import staged as module
+    from zimage_runner.weights import load as module
 
     empty = torch.empty
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)

@@ -52,16 +52,17 @@ PARTS = ("text_encoder", "transformer", "vae")
 @pytest.fixture(autouse=True)
 def small_frames(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the embedded model has many, most of them with several tensors."""
+    monkeypatch.setattr(prepared, "reads_packed", lambda: True)  # as with a GPU
     monkeypatch.setattr(packed, "FRAME_VALUES", 64 * BLOCK)
     monkeypatch.setattr(lanes, "CHUNK_BYTES", 2 * 64 * BLOCK)
 
 
-def local(path: Path, *, packed: bool = True, **options: Any) -> Model:
-    return Model(name="my model", source=Source.local, path=str(path), packed=packed, **options)
+def local(path: Path, **options: Any) -> Model:
+    return Model(name="my model", source=Source.local, path=str(path), **options)
 
 
-def build(path: Path, **options: Any) -> Prepared:
-    return prepare.build(resolve(local(path, **options)), local(path, **options))
+def build(path: Path, *, packed: bool = True, **options: Any) -> Prepared:
+    return prepare.build(resolve(local(path, **options)), local(path, **options), packed)
 
 
 def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
@@ -113,9 +114,10 @@ def test_both_exist_and_neither_deletes_the_other(nano: Path) -> None:
     plain = build(nano, packed=False)
     ours = build(nano)
     assert ours.path != plain.path
-    for model, expected in ((local(nano, packed=False), plain), (local(nano), ours)):
-        assert prepared.find(resolve(model), model) == expected
-        assert prepare.build(resolve(model), model) == expected
+    model = local(nano)
+    for form, expected in ((False, plain), (True, ours), (None, ours)):
+        assert prepared.find(resolve(model), model, form) == expected
+        assert prepare.build(resolve(model), model, form) == expected
     config = nano / "scheduler/scheduler_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"shift": 6.0}))
     build(nano)
@@ -225,27 +227,43 @@ def test_a_frame_that_contradicts_itself_is_told_in_one_line(nano: Path) -> None
 
 
 def test_verify_command(capsys: pytest.CaptureFixture[str], sharded: Path) -> None:
-    options = ("model=local", f"model.path={sharded}", "model.packed=true")
+    options = ("model=local", f"model.path={sharded}", )
     assert main(["build", *options]) == 0
     assert main(["verify", *options]) == 0
     assert re.search(r"-packed equals the source rounded to bfloat16 \(240 tensors", capsys.readouterr().out)
-    assert main(["verify", *options[:2]]) == 0
-    assert "prepared: none of these weights" in capsys.readouterr().out
 
 
-def test_never_prepared_and_packed_is_a_contradiction() -> None:
-    with pytest.raises(UserError, match=r"^model\.packed=true is about the prepared copy"):
-        Model(name="m", source=Source.embedded, prepare=Prepare.never, packed=True)
-
-
-def test_without_room_the_plain_copy_serves(
-    nano: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_plain_copy_that_is_there_goes_on_being_used(nano: Path) -> None:
     model = local(nano, prepare=Prepare.always)
     plain = build(nano, packed=False)
-    monkeypatch.setattr(prepared, "free_bytes", lambda path: 10**8)
     assert prepare.ensure_prepared(resolve(model), model, "bfloat16") == plain
-    assert "loading the copy that is not packed: cannot prepare my model" in caplog.text
+    assert prepare.build(resolve(model), model) == plain
+
+
+def test_a_copy_without_room_is_told_once_and_tried_again_when_there_is_more(
+    nano: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, free = local(nano, prepare=Prepare.always), 10**8
+    monkeypatch.setattr(prepared, "free_bytes", lambda path: free)
+    assert prepare.ensure_prepared(resolve(model), model, "bfloat16") is None
+    assert caplog.text.count("loading the published files, which is slower: cannot prepare my model") == 1
+    monkeypatch.setattr(prepare, "build", lambda *args: pytest.fail("tried again"))
+    assert prepare.ensure_prepared(resolve(model), model, "bfloat16") is None
+    monkeypatch.undo()
+    monkeypatch.setenv("ZIMAGE_RUNNER_CACHE", str(nano.parent / "cache"))
+    assert caplog.text.count("loading the published files") == 1
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_the_form_that_this_machine_reads_sooner_is_made_and_found(
+    nano: Path, monkeypatch: pytest.MonkeyPatch, reads: bool
+) -> None:
+    monkeypatch.setattr(prepared, "reads_packed", lambda: reads)
+    model = local(nano)
+    made = prepare.build(resolve(model), model)
+    assert bool(made.packings) == reads
+    other = build(nano, packed=not reads)
+    assert prepared.find(resolve(model), model) == made != other
 
 
 def test_killed_preparation_leaves_nothing_that_is_used(sharded: Path, runner_cache: Path) -> None:
@@ -258,8 +276,8 @@ def test_killed_preparation_leaves_nothing_that_is_used(sharded: Path, runner_ca
         "    global count; count += 1\n"
         "    if count == 20: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return write(*args)\n"
-        f"os.pwrite = pwrite; m = Model(name='m', source=Source.local, path={str(sharded)!r}, packed=True)\n"
-        "prepare.build(resolve(m), m)"
+        f"os.pwrite = pwrite; m = Model(name='m', source=Source.local, path={str(sharded)!r})\n"
+        "prepare.build(resolve(m), m, True)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
     assert list(runner_cache.rglob("*.safetensors"))

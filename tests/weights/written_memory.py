@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def megabytes_to_write(folder: Path, *options: str) -> int:
-    """To write 0.6 GB of fp32 as ``model.packed`` or not, in a fresh process."""
+    """To write 0.6 GB of fp32 packed or not, in a fresh process."""
     command = [sys.executable, __file__, str(folder), *options]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
@@ -25,7 +25,7 @@ def main(folder: Path, packed: bool) -> None:
     from zimage_runner.weights.prepared.pieces import plan_component
     from zimage_runner.weights.prepared.prepare import _write_component
     from zimage_runner.weights.safetensors_file import read_header
-    from zimage_runner.weights.safetensors_writer import create
+    from zimage_runner.weights.safetensors_file import create
 
     source = folder / "big.safetensors"
     create(source, {f"layers.{i}.feed_forward.w2.weight": ("F32", (5000, 5000)) for i in range(6)}, {})

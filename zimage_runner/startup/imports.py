@@ -49,7 +49,7 @@ class Imports:
 
         switch_quickly()
         try:
-            from zimage_runner.weights.preload.source import torch_is_cpu_only
+            from zimage_runner.weights.preload.cuda_driver import torch_is_cpu_only
 
             if sees_gpu() and not torch_is_cpu_only():
                 from zimage_runner.weights.preload.page_cache import CudaContext

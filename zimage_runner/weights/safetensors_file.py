@@ -1,13 +1,17 @@
-"""Reading safetensors headers: names, dtypes, shapes and places, without any tensor's bytes and without torch.
+"""Safetensors files: reading headers, and writing a file piece by piece. Without torch.
 
 Format: 8 bytes little-endian header length, a JSON header, then the tensors' bytes without gaps
-(https://huggingface.co/docs/safetensors/index#format).
+(https://huggingface.co/docs/safetensors/index#format). The library's own writer wants every tensor at once. In files
+written here the tensors' bytes begin at a multiple of 4096 (the format allows spaces after the header's JSON), so that
+reads straight from the disk are aligned.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +20,8 @@ from typing import Any
 
 MAX_HEADER = 100_000_000
 """The format's own bound on the header, in bytes."""
+ALIGNMENT = 4096
+"""Of the first tensor's bytes, in files written here."""
 ITEM_BITS = {
     "F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
     "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I8": 8, "U8": 8, "BOOL": 8, "F4": 4,
@@ -107,3 +113,41 @@ def _tensor(entry: dict, data_start: int) -> TensorInfo:
     if (end - begin) * 8 != math.prod(shape) * ITEM_BITS[dtype]:
         raise ValueError(f"{dtype} of shape {list(shape)} does not take {end - begin} bytes")
     return TensorInfo(dtype, shape, data_start + begin, end - begin)
+
+
+Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
+"""name -> (safetensors dtype, shape), in the order in which their bytes are stored."""
+
+
+def header_bytes(tensors: Tensors, metadata: dict[str, str], size: int | None = None) -> bytes:
+    """A file's bytes up to the first tensor's: ``size`` of them, which must be enough, or a multiple of ALIGNMENT."""
+    header: dict[str, object] = {"__metadata__": metadata}
+    place = 0
+    for name, (dtype, shape) in tensors.items():
+        nbytes = _nbytes(dtype, shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [place, place + nbytes]}
+        place += nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    room = -(8 + len(text)) % ALIGNMENT if size is None else size - 8 - len(text)
+    assert room >= 0, (size, len(text))
+    text += b" " * room
+    return struct.pack("<Q", len(text)) + text
+
+
+def create(path: Path, tensors: Tensors, metadata: dict[str, str]) -> dict[str, int]:
+    """Create a file with a header for ``tensors`` and room for their bytes. Returns the file offset of each one's.
+
+    The space is reserved at once, so a full disk shows here: OSError.
+    """
+    header = header_bytes(tensors, metadata)
+    sizes = [_nbytes(dtype, shape) for dtype, shape in tensors.values()]
+    with path.open("xb") as file:
+        file.write(header)
+        file.flush()
+        if any(sizes):
+            os.posix_fallocate(file.fileno(), len(header), sum(sizes))
+    return dict(zip(tensors, itertools.accumulate(sizes, initial=len(header))))
+
+
+def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * ITEM_BITS[dtype] // 8

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from zimage_runner.weights.cache import read_entry, write_entry
-from zimage_runner.weights.threads import Threads
+from zimage_runner.weights.io import Threads
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zimage_runner.errors import UserError
-from zimage_runner.weights.read import read_exactly
+from zimage_runner.weights.io import read_exactly
 from zimage_runner.weights.safetensors_file import TensorInfo
 
 if TYPE_CHECKING:

@@ -17,10 +17,10 @@ import torch
 from zimage_runner.weights.packed.format import BLOCK, Frame, Packing
 from zimage_runner.weights.packed.kernel import UnpackKernel
 from zimage_runner.weights.preload.cuda_driver import CudaDriver, CudaUnavailable
-from zimage_runner.weights.read import read_exactly
+from zimage_runner.weights.io import read_exactly
 from zimage_runner.weights.safetensors_file import BadWeightsFile
-from zimage_runner.weights.staged import tensor_views
-from zimage_runner.weights.threads import run_threads
+from zimage_runner.weights.load import tensor_views
+from zimage_runner.weights.io import run_threads
 
 log = logging.getLogger(__name__)
 

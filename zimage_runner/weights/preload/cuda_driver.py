@@ -11,6 +11,7 @@ import ctypes
 import threading
 from collections.abc import Iterator, Sequence
 from ctypes import byref, c_int, c_size_t, c_uint, c_uint64, c_void_p
+from importlib import metadata
 from typing import Any
 
 LIBRARY = "libcuda.so.1"
@@ -31,6 +32,14 @@ def _count(nbytes: int) -> None:
     global _allocated
     with _lock:
         _allocated += nbytes
+
+
+def torch_is_cpu_only() -> bool:
+    """Whether the installed torch says so in its version, without importing it."""
+    try:
+        return "+cpu" in metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        return False
 
 
 class CudaUnavailable(Exception):

@@ -8,7 +8,6 @@ cache's and the CUDA context's. ``settle``, once torch is there, makes the prepa
 from __future__ import annotations
 
 import logging
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,7 @@ from zimage_runner.engines.base import Device
 from zimage_runner.errors import UserError
 from zimage_runner.model import Dtype, Model, Prepare
 from zimage_runner.weights.find.checkpoint import Checkpoint
-from zimage_runner.weights.preload.cuda_driver import CudaUnavailable
+from zimage_runner.weights.preload.cuda_driver import CudaUnavailable, torch_is_cpu_only
 from zimage_runner.weights.preload.lanes import pinned_ahead
 from zimage_runner.weights.preload.page_cache import CudaContext, read_ahead
 from zimage_runner.weights.preload.preload import Preload
@@ -79,7 +78,7 @@ class WeightsSource:
         if self.device != "cuda" and packing is None:  # mapped, and read when they are touched
             return None
         if self._preload is not None and file.path in self._preload:
-            from zimage_runner.weights.staged import tensor_views
+            from zimage_runner.weights.load import tensor_views
 
             try:
                 unpacked = file if packing is None else packing.unpacked
@@ -118,11 +117,3 @@ def _wrap(preload: Preload, path: Path) -> torch.Tensor:
     import torch
 
     return torch.as_tensor(preload.take(path), device="cuda")
-
-
-def torch_is_cpu_only() -> bool:
-    """Whether the installed torch says so in its version, without importing it."""
-    try:
-        return "+cpu" in metadata.version("torch")
-    except metadata.PackageNotFoundError:
-        return False

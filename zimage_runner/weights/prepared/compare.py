@@ -14,9 +14,9 @@ from zimage_runner.weights.prepared.names import COMPONENTS
 from zimage_runner.weights.prepared.pieces import Piece, cut, pieces, plan_component, read_bfloat16
 from zimage_runner.weights.prepared.prepare import THREADS
 from zimage_runner.weights.prepared.prepared import Prepared
-from zimage_runner.weights.read import read_exactly
+from zimage_runner.weights.io import read_exactly
 from zimage_runner.weights.safetensors_file import BadWeightsFile
-from zimage_runner.weights.threads import Threads
+from zimage_runner.weights.io import Threads
 
 if TYPE_CHECKING:
     import torch

@@ -1,14 +1,14 @@
 """Making a prepared checkpoint: bf16, one file a component, in use order, fused, without what inference never reads.
 
-Streams: no more than a few pieces of 32 MB are in memory at a time, whatever the checkpoint's size. ``model.packed``
-makes one whose files are packed (packed.py).
+Streams: no more than a few pieces of 32 MB are in memory at a time, whatever the checkpoint's size. Where a CUDA GPU will
+read the copy its files are packed (weights/packed/).
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
+import json
 import logging
 import os
 import shutil
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from zimage_runner.errors import UserError
 from zimage_runner.model import Model, Prepare
-from zimage_runner.weights.cache import write_json
+from zimage_runner.weights.cache import cache_root, write_json
 from zimage_runner.weights.find.checkpoint import Checkpoint
 from zimage_runner.weights.find.layout import Layout, inspect
 from zimage_runner.weights.find.verify import remember, sha256_of
@@ -28,9 +28,9 @@ from zimage_runner.weights.prepared.manifest import describe, is_bfloat16
 from zimage_runner.weights.prepared.names import COMPONENTS
 from zimage_runner.weights.prepared.pieces import Piece, PlannedTensor, pieces, plan_component, read_bfloat16
 from zimage_runner.weights.prepared.prepared import Prepared, UnusablePrepared
-from zimage_runner.weights.read import write_exactly
-from zimage_runner.weights.safetensors_writer import create
-from zimage_runner.weights.threads import Threads
+from zimage_runner.weights.io import write_exactly
+from zimage_runner.weights.safetensors_file import create
+from zimage_runner.weights.io import Threads
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,8 @@ SPARE_BYTES = 512 * 1024 * 1024
 AUTO_BYTES = 1_000_000_000
 """``model.prepare=auto`` leaves smaller checkpoints as they are: they load in no time."""
 
+ROOM_TO_TRY_AGAIN = 1_000_000_000
+"""Bytes that must have become free before a copy that failed is tried again."""
 REMEDY = "free some space, set ZIMAGE_RUNNER_CACHE to a larger disk, or set model.prepare=never"
 
 
@@ -58,29 +60,56 @@ def ensure_prepared(checkpoint: Checkpoint, model: Model, dtype: str) -> Prepare
             return None
         if dtype != "bfloat16" and not is_bfloat16(layout):
             return None
+        if _has_failed_before(checkpoint, model):
+            return None
         try:
             found = build(checkpoint, model)
         except (UserError, OSError) as error:
-            found = prepared.find(checkpoint, dataclasses.replace(model, packed=False)) if model.packed else None
-            instead = "the published files, which is slower" if found is None else "the copy that is not packed"
-            log.warning("loading %s: %s", instead, error)
-            if found is None:
-                return None
+            log.warning("loading the published files, which is slower: %s", error)
+            _remember_failure(checkpoint, model)
+            return None
     return found if dtype == "bfloat16" or found.is_lossless else None
 
 
-def build(checkpoint: Checkpoint, model: Model) -> Prepared:
+def _failure_file(checkpoint: Checkpoint) -> Path:
+    return cache_root() / "prepared" / f".{checkpoint.digest[:16]}.failed.json"
+
+
+def _remember_failure(checkpoint: Checkpoint, model: Model) -> None:
+    """A copy that found no room would find none at the next start either, and trying takes as long as loading."""
+    with contextlib.suppress(OSError, UserError):
+        write_json(_failure_file(checkpoint), {"free_bytes": _most_free(model)})
+
+
+def _has_failed_before(checkpoint: Checkpoint, model: Model) -> bool:
+    """Whether making the copy failed, and the disks have no more room now than they had then."""
+    try:
+        known = json.loads(_failure_file(checkpoint).read_bytes())["free_bytes"]
+        return _most_free(model) < known + ROOM_TO_TRY_AGAIN
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _most_free(model: Model) -> int:
+    return max((prepared.free_bytes(root) for root in prepared.roots(model) if root.is_dir()), default=0)
+
+
+def build(checkpoint: Checkpoint, model: Model, packed: bool | None = None) -> Prepared:
     """Find or make the prepared form. Raises UserError when no place has room or the checkpoint cannot be prepared.
+
+    ``packed``: that form alone; None makes the one that suits this machine, and takes any that is there.
 
     Appears under its name only when complete; a second process making the same one waits and takes the first's.
     """
-    found = prepared.find(checkpoint, model)
+    found = prepared.find(checkpoint, model, packed)
     if found is not None:
         return found
+    if packed is None:
+        packed = prepared.reads_packed()
     layout = inspect(checkpoint.path)
     plan = {component: plan_component(layout, component) for component in COMPONENTS}
     root = _root_with_room(model, sum(tensor.nbytes for tensors in plan.values() for tensor in tensors))
-    target = root / prepared.folder_name(model, checkpoint.digest)
+    target = root / prepared.folder_name(model, checkpoint.digest, packed)
     with _lock(root / f".{target.name}.lock"):
         try:
             found = prepared.open_prepared(target, checkpoint.digest)
@@ -88,7 +117,7 @@ def build(checkpoint: Checkpoint, model: Model) -> Prepared:
             return found
         except UnusablePrepared:
             try:
-                _make(checkpoint, layout, plan, target, model.packed)
+                _make(checkpoint, layout, plan, target, packed)
             except OSError as error:  # a disk that another process has filled meanwhile, a file that cannot be read
                 raise UserError(f"cannot prepare {model.name} in {target}: {error}: {REMEDY}") from error
         _remove_superseded(checkpoint, target)

@@ -3,7 +3,8 @@
 Layout, beside nothing that was downloaded:
 ``<root>/<model name>-<source digest>/`` with ``manifest.json``, ``tokenizer/``, ``scheduler/scheduler_config.json``
 and, for each of text_encoder, transformer and vae, ``config.json`` and one safetensors file under its published name.
-A packed one (packed.py) is another folder, ``...-packed``, and both may exist.
+A packed one (weights/packed/) is another folder, ``...-packed``. New copies are packed where a CUDA GPU reads them; of
+two copies either will do, and an older plain one goes on being used.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from zimage_runner.weights.find.digest import sampled_digests
 from zimage_runner.weights.find.layout import WEIGHT_STEMS
 from zimage_runner.weights.find.verify import file_digests
 from zimage_runner.weights.packed.format import Packing, packing_of
+from zimage_runner.weights.preload.cuda_driver import torch_is_cpu_only
 from zimage_runner.weights.prepared.names import COMPONENTS
 from zimage_runner.weights.safetensors_file import BadWeightsFile, WeightsFile, read_header
 
@@ -63,18 +65,28 @@ def roots(model: Model) -> list[Path]:
     return [Path(model.cache_dir).expanduser().absolute() / "zimage_runner" / "prepared", own]
 
 
-def folder_name(model: Model, digest: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", model.name) + _suffix(digest, model.packed)
+def folder_name(model: Model, digest: str, packed: bool) -> str:
+    """Name of the folder that holds the plain or the packed copy of the weights with this digest."""
+    return re.sub(r"[^\w.-]+", "_", model.name) + _suffix(digest, packed)
 
 
 def _suffix(digest: str, packed: bool) -> str:
     return f"-{digest[:16]}" + ("-packed" if packed else "")
 
 
-def find(checkpoint: Checkpoint, model: Model) -> Prepared | None:
-    """The prepared form of exactly this checkpoint, packed or plain as the model asks, if there is one, and whole."""
-    suffix = _suffix(checkpoint.digest, model.packed)
-    candidates = [path for root in roots(model) for path in sorted(root.glob(f"[!.]*{suffix}"))]
+def reads_packed() -> bool:
+    """Whether a copy made here is to be packed: a GPU unpacks it on the fly, which a CPU does not."""
+    return not torch_is_cpu_only()
+
+
+def find(checkpoint: Checkpoint, model: Model, packed: bool | None = None) -> Prepared | None:
+    """The prepared copy of exactly this checkpoint, if there is one, and whole.
+
+    ``packed``: the packed or the plain one alone; None takes either, first the form that this machine reads sooner.
+    """
+    forms = [reads_packed(), not reads_packed()] if packed is None else [packed]
+    suffixes = [_suffix(checkpoint.digest, form) for form in forms]
+    candidates = [path for suffix in suffixes for root in roots(model) for path in sorted(root.glob(f"[!.]*{suffix}"))]
     for path in candidates:
         try:
             found = open_prepared(path, checkpoint.digest)

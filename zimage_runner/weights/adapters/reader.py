@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zimage_runner.adapters.adapter import Adapter, Delta
-from zimage_runner.adapters.changes import (
+from zimage_runner.weights.adapters.adapter import Adapter, Delta
+from zimage_runner.weights.adapters.changes import (
     Additive,
     Change,
     Decomposed,
@@ -22,7 +22,7 @@ from zimage_runner.adapters.changes import (
     LowRank,
     Replacement,
 )
-from zimage_runner.adapters.keys import Target, split_key, target_of
+from zimage_runner.weights.adapters.keys import Target, split_key, target_of
 from zimage_runner.errors import UserError, one_line
 from zimage_runner.weights.formats.decode import TORCH_DTYPES, read_tensor
 from zimage_runner.weights.formats.files import open_stored
