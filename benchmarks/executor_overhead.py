@@ -23,7 +23,7 @@ from zimage_runner.cli.sweep.launcher import register_launcher
 from zimage_runner.config.registry import register
 from zimage_runner.config.schema import RunConfig
 from zimage_runner.executors.base import Batch, Executor
-from zimage_runner.runner.job import Job, prepare
+from zimage_runner.runner.spec import RunSpec, plan_run
 from zimage_runner.session import Session
 
 LIMIT = 0.03
@@ -36,13 +36,13 @@ def main() -> int:
     parser.add_argument("--pictures", type=int, default=8, help="pictures in a block")
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()
-    jobs = {kind: compose_job([f"executor={kind}", *args.overrides]) for kind in ("inline", "process")}
-    executors = {kind: start(job) for kind, job in jobs.items()}
+    specs = {kind: compose_job([f"executor={kind}", *args.overrides]) for kind in ("inline", "process")}
+    executors = {kind: start(spec) for kind, spec in specs.items()}
     seconds: dict[str, list[float]] = {kind: [] for kind in executors}
     try:
         for block in range(args.blocks + 1):
             for kind in sorted(executors, reverse=block % 2 == 1):
-                took = draw(executors[kind], jobs[kind], args.pictures)
+                took = draw(executors[kind], specs[kind], args.pictures)
                 if block:  # the first one warms up
                     seconds[kind].append(took)
     finally:
@@ -53,24 +53,24 @@ def main() -> int:
     return 0 if result["overhead"] <= LIMIT else 1
 
 
-def compose_job(overrides: list[str]) -> Job:
+def compose_job(overrides: list[str]) -> RunSpec:
     register()
     register_launcher()
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
         config = OmegaConf.to_object(compose("config", ["+experiment=quickstart", *overrides]))
     assert isinstance(config, RunConfig)
-    return prepare(config)
+    return plan_run(config)
 
 
-def start(job: Job) -> Executor:
-    executor = job.config.executor.create(functools.partial(Session, job.session, job.shapes, job.texts))
+def start(spec: RunSpec) -> Executor:
+    executor = spec.config.executor.create(functools.partial(Session, spec.session, spec.shapes, spec.texts))
     executor.start()
     return executor
 
 
-def draw(executor: Executor, job: Job, pictures: int) -> float:
+def draw(executor: Executor, spec: RunSpec, pictures: int) -> float:
     """Seconds per picture, pixels on the host."""
-    items = [job.plan.items[n % len(job.plan.items)] for n in range(pictures)]
+    items = [spec.plan.items[n % len(spec.plan.items)] for n in range(pictures)]
     started = time.perf_counter()
     for result in executor.run(Batch(items=[item]) for item in items):
         assert result.images is not None, result.error

@@ -99,8 +99,8 @@ def watchers(mark: Marks, profile: Path | None) -> dict[str, Callable[[Any], Non
     """What puts marks around the stages of a run, by the module it is done to."""
     return {
         "zimage_runner.startup.fork": lambda module: watch_head_start(mark, module),
-        "zimage_runner.runner.composed": lambda module: mark.around(module, "execute", "run"),
-        "zimage_runner.runner.job": lambda module: mark.around(module, "prepare", "plan"),
+        "zimage_runner.runner.execute": lambda module: mark.around(module, "execute", "run"),
+        "zimage_runner.runner.spec": lambda module: mark.around(module, "plan_run", "plan"),
         "zimage_runner.weights.preload.source": lambda module: mark.around(module, "begin", "weights begin"),
         "zimage_runner.weights.preload.preload": lambda module: mark_told(mark, module.Preload, "_tell", "preload"),
         "zimage_runner.engines.native.engine": lambda module: watch_engine(mark, module.NativeEngineAdapter),

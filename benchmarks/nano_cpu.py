@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.executor_overhead import compose_job
 from zimage_runner.engines.base import DenoiseRequest, Engine
-from zimage_runner.runner.job import Job
+from zimage_runner.runner.spec import RunSpec
 from zimage_runner.session import Session
 from zimage_runner.startup.process import wait_without_spinning
 
@@ -43,8 +43,8 @@ def main() -> int:
     sessions = {name: start(name) for name in ("diffusers", "native")}
     rows: dict[str, list[list[float]]] = {name: [] for name in sessions}
     for seed in range(-2, args.pictures):  # the first two warm up
-        for name, (session, job) in sessions.items():
-            row = draw(session.engine, job, max(seed, 0))
+        for name, (session, spec) in sessions.items():
+            row = draw(session.engine, spec, max(seed, 0))
             if seed >= 0:
                 rows[name].append(row)
     result = {"prediction": PREDICTION, "threads": args.threads, "pictures": args.pictures, **compare(rows)}
@@ -55,18 +55,18 @@ def main() -> int:
     return 0
 
 
-def start(engine: str) -> tuple[Session, Job]:
-    job = compose_job([f"engine={engine}", "engine.device=cpu", "warmup=none"])
-    session = Session(job.session, job.shapes, job.texts)
+def start(engine: str) -> tuple[Session, RunSpec]:
+    spec = compose_job([f"engine={engine}", "engine.device=cpu", "warmup=none"])
+    session = Session(spec.session, spec.shapes, spec.texts)
     session.start()
-    return session, job
+    return session, spec
 
 
-def draw(engine: Engine, job: Job, seed: int) -> list[float]:
+def draw(engine: Engine, spec: RunSpec, seed: int) -> list[float]:
     """Seconds of each phase of one picture, pixels on the host."""
     from zimage_runner.engines.noise import draw_noise  # imports torch
 
-    params = job.plan.items[0].params
+    params = spec.plan.items[0].params
     scale = engine.vae_scale_factor
     times = [time.perf_counter()]
     embeds = engine.encode([f"a red apple {seed}"], params.max_sequence_length)

@@ -1,8 +1,16 @@
-"""Errors that a user can act on."""
+"""Errors that a user can act on, and what the exit codes of the process mean."""
 
 from __future__ import annotations
 
 import re
+
+EXIT_OK = 0
+EXIT_ITEMS_FAILED = 1
+"""Some items failed, which are listed; of a command that compares: there is a difference."""
+EXIT_BAD_INPUT = 2
+"""Bad config or input, nothing started."""
+EXIT_INTERRUPTED = 130
+"""Ended early, resumable."""
 
 _COMMANDS = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """What a terminal or an editor obeys instead of showing: controls, separators, bidi marks, halves of a pair."""

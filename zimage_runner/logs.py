@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from zimage_runner.errors import one_line, visible
+from zimage_runner.errors import EXIT_BAD_INPUT, one_line, visible
 from zimage_runner.outputs.beneath import open_file
 
 NOBODY_READS = (errno.EIO, errno.EPIPE)
@@ -67,6 +67,19 @@ def say(text: str, file: TextIO | None = None) -> None:
             _silence(stream)
     except ValueError:
         pass  # it is closed
+
+
+def refuse(message: str) -> int:
+    """Say in one line why nothing was done. Return the exit code for it."""
+    say(f"zimage_runner: {one_line(' '.join(message.split()))}")
+    return EXIT_BAD_INPUT
+
+
+def duration(seconds: float) -> str:
+    """Return a duration as a person would say it: 47 s, 12 min, 21.1 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _silence(stream: TextIO) -> None:

@@ -25,9 +25,8 @@ from zimage_runner.cli.messages import CONFIG_ERRORS, explain, typed
 from zimage_runner.cli.quoting import quote_free_text
 from zimage_runner.cli.sweep.launcher import register_launcher
 from zimage_runner.config.registry import register
-from zimage_runner.errors import UserError
-from zimage_runner.exit_codes import EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK, refuse
-from zimage_runner.logs import log_to_terminal
+from zimage_runner.errors import EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK, UserError
+from zimage_runner.logs import log_to_terminal, refuse
 from zimage_runner.model import Model
 from zimage_runner.signals import PATIENCE, StopRequest, graceful_stop
 from zimage_runner.weights.find.checkpoint import Checkpoint

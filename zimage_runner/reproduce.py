@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,20 +25,18 @@ from zimage_runner.cli.quoting import quote_free_text
 from zimage_runner.cli.resume.saved import override_key
 from zimage_runner.config.registry import register
 from zimage_runner.config.schema import RunConfig
-from zimage_runner.errors import UserError
+from zimage_runner.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK, UserError
 from zimage_runner.executors.base import Batch
-from zimage_runner.exit_codes import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK, refuse
-from zimage_runner.logs import log_to_terminal, say
+from zimage_runner.logs import log_to_terminal, refuse, say
 from zimage_runner.outputs import atomic
 from zimage_runner.outputs.encoders import encode_png
 from zimage_runner.outputs.ledger import IMAGE
 from zimage_runner.outputs.metadata import read_metadata
 from zimage_runner.prompts.inline import Inline
 from zimage_runner.prompts.seeds import parse_seeds
-from zimage_runner.runner.job import Job, prepare
-from zimage_runner.runner.pool import Executors
+from zimage_runner.runner.pool import executor_of_run
+from zimage_runner.runner.spec import RunSpec, plan_run
 from zimage_runner.sampling import SAMPLING_FIELDS, Sampling
-from zimage_runner.signals import graceful_stop
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,11 +67,11 @@ def reproduce(path: Path, overrides: Sequence[str]) -> int:
     """Draw the picture again, say how it compares, and return the exit code."""
     recipe = read_recipe(path)
     config = recipe_config(recipe, overrides)
-    job = prepare(config)
-    pixels, report = _draw(job)
+    spec = plan_run(config)
+    pixels, report = _draw(spec)
     if config.output_file is not None:
-        _save(Path(config.output_file), pixels, job, report)
-    for line in _changes(recipe, job, report):
+        _save(Path(config.output_file), pixels, spec, report)
+    for line in _changes(recipe, spec, report):
         say(f"  {line}", sys.stdout)
     comparison = compare(path, pixels)
     say(f"{path}: {comparison}", sys.stdout)
@@ -139,29 +136,29 @@ def _options(recipe: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _draw(job: Job) -> tuple[np.ndarray, dict[str, Any]]:
-    with graceful_stop() as stop, closing(Executors(stop)) as executors, executors.lease(job) as executor:
-        for result in executor.run([Batch(items=job.plan.items[:1])]):
+def _draw(spec: RunSpec) -> tuple[np.ndarray, dict[str, Any]]:
+    with executor_of_run() as executor, executor.lease(spec) as lease:
+        for result in lease.run([Batch(items=spec.plan.items[:1])]):
             if result.images is None:
                 raise UserError(f"the picture cannot be drawn: {result.error}")
-            return result.images.wait()[0], executor.report()
+            return result.images.wait()[0], lease.report()
     raise UserError("interrupted before the picture was drawn")
 
 
-def _save(target: Path, pixels: np.ndarray, job: Job, report: dict[str, Any]) -> None:
-    item = job.plan.items[0]
+def _save(target: Path, pixels: np.ndarray, spec: RunSpec, report: dict[str, Any]) -> None:
+    item = spec.plan.items[0]
     try:
-        atomic.replace_file(target, encode_png(pixels, job.recipe(item, report), job.config.output))
+        atomic.replace_file(target, encode_png(pixels, spec.recipe(item, report), spec.config.output))
     except OSError as error:
         raise UserError(f"output_file={target} cannot be written: {error.strerror}") from None
 
 
-def _changes(recipe: Mapping[str, Any], job: Job, report: Mapping[str, Any]) -> list[str]:
+def _changes(recipe: Mapping[str, Any], spec: RunSpec, report: Mapping[str, Any]) -> list[str]:
     """What is not as it was, for a person who wonders why pixels differ."""
     was = {"seed": recipe["seed"], **recipe["params"], "weights": recipe["model"].get("digest")}
     was |= {**recipe["numerics"], **recipe.get("versions", {})}
-    item = job.plan.items[0]
-    now = {"seed": item.seed, **item.params.to_dict(), "weights": job.checkpoint.digest}
+    item = spec.plan.items[0]
+    now = {"seed": item.seed, **item.params.to_dict(), "weights": spec.checkpoint.digest}
     now |= {**report["numerics"], **report["versions"]}
     return [f"{k} was {was[k]}, now {now.get(k)}" for k in was if str(was[k]) != str(now.get(k))]
 

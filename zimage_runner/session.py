@@ -5,16 +5,15 @@ from __future__ import annotations
 import logging
 import platform
 import time
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from zimage_runner.compile import Compile
-from zimage_runner.engines.base import DenoiseRequest, Engine, EngineConfig, LoadRequest
+from zimage_runner.engines.base import DenoiseRequest, Engine, EngineConfig, GeneratedBatch, LoadRequest
+from zimage_runner.engines.caption_features import Caption, CaptionFeatures
 from zimage_runner.engines.embedding_cache import EmbeddingCache, EmbeddingCacheConfig, foresees
 from zimage_runner.engines.faults import is_out_of_memory
-from zimage_runner.executors.base import GeneratedBatch
 from zimage_runner.memory import readings as monitor
 from zimage_runner.memory.policies import HealthCheck, Memory
 from zimage_runner.model import Model
@@ -27,11 +26,6 @@ if TYPE_CHECKING:
     from zimage_runner.plan import WorkItem
 
 log = logging.getLogger(__name__)
-
-WORTH_FREEING = 64e6
-"""Bytes of caption features whose loss may let a batch fit that did not."""
-EMBEDS_IN_MEMORY = 4096
-"""Caption features kept in memory: 512 x 2560 bf16 is 2.6 MB at worst, a usual caption a tenth of that."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,9 +41,12 @@ class SessionConfig:
     embedding_cache: EmbeddingCacheConfig = field(default_factory=EmbeddingCacheConfig)
 
     def key(self) -> str:
-        """Equal keys mean that one session serves both. Batch size is per call, so it is left out."""
+        """Return a key that is equal for jobs which one session serves: the one place that says so.
+
+        A batch size is per call and left out; measuring it (auto) is not.
+        """
         parts = asdict(self)
-        parts["engine"].pop("batch_size", None)
+        parts["engine"]["batch_size"] = self.engine.auto_batch
         kinds = [type(part).__name__ for part in (self.engine, self.memory, self.warmup, self.compile)]
         return repr((kinds, parts))
 
@@ -57,9 +54,7 @@ class SessionConfig:
 class Session:
     """Owns the engine. Loading happens in ``start``; ``generate`` may then be called any number of times."""
 
-    def __init__(
-        self, config: SessionConfig, shapes: Sequence[WarmupShape], texts: Sequence[tuple[str, int]] = ()
-    ) -> None:
+    def __init__(self, config: SessionConfig, shapes: Sequence[WarmupShape], texts: Sequence[Caption] = ()) -> None:
         """``shapes``: each shape that the plan contains; warm-up draws each.
 
         ``texts``: every (text, max_sequence_length) of the plan. ``memory=staged`` encodes them all before the denoiser
@@ -71,8 +66,7 @@ class Session:
         self._health = HealthCheck(config.memory.health)
         self._report: dict[str, Any] = {}
         self._engine: Engine | None = None
-        self._disk: EmbeddingCache | None = None
-        self._embeds: OrderedDict[tuple[str, int], torch.Tensor] = OrderedDict()
+        self.captions = CaptionFeatures(lambda: self.engine, ahead=config.memory.staged)
 
     @property
     def engine(self) -> Engine:
@@ -82,18 +76,16 @@ class Session:
     def start(self) -> None:
         """Environment, load, memory, compile, warm-up, in that order."""
         self._load()
-        if self.config.memory.staged:
-            self._encode_ahead(self._texts)
+        self._encode_ahead(self._texts)
         self.warm_up(self._shapes)
 
-    def extend(self, shapes: Sequence[WarmupShape], texts: Sequence[tuple[str, int]]) -> None:
+    def extend(self, shapes: Sequence[WarmupShape], texts: Sequence[Caption]) -> None:
         """Get ready for another job: encode ahead and warm up what is new. The phases then tell of this job alone."""
         warm = {_shape_key(shape) for shape in self._shapes}
         new = [shape for shape in shapes if _shape_key(shape) not in warm]
         self._shapes += new
         self._report["phases"] = {"load": 0.0}
-        if self.config.memory.staged:
-            self._encode_ahead(texts)
+        self._encode_ahead(texts)
         self.warm_up(new)
 
     def warm_up(self, shapes: Sequence[WarmupShape]) -> None:
@@ -136,13 +128,9 @@ class Session:
         return GeneratedBatch(images=images, details={"timings": clock.laps} | health)
 
     def free_memory(self) -> bool:
-        """Make room after running out of memory; whether the same call may fit now."""
-        freed = self.engine.free_memory()
-        if self.config.memory.staged:  # encoding again would take the denoiser's place
-            return freed
-        kept = sum(embed.nbytes for embed in self._embeds.values() if embed.is_cuda)
-        self._embeds.clear()
-        return freed or kept > WORTH_FREEING
+        """Make room after running out of memory. Return whether the same call may fit now."""
+        freed = [self.engine.free_memory(), self.captions.free_memory()]
+        return any(freed)
 
     @property
     def tiles(self) -> bool:
@@ -150,41 +138,8 @@ class Session:
         return self.engine.tiles
 
     def encode(self, texts: Sequence[str], max_sequence_length: int) -> list[torch.Tensor]:
-        """Caption features of each text; each unique text is encoded once and kept while memory allows."""
-        missing = list(dict.fromkeys(t for t in texts if (t, max_sequence_length) not in self._embeds))
-        if missing and self._disk is not None:
-            missing = [text for text in missing if not self._read_back(text, max_sequence_length)]
-        if missing:
-            for text, embed in zip(missing, self.engine.encode(missing, max_sequence_length), strict=True):
-                self._embeds[text, max_sequence_length] = embed
-                if self._disk is not None:
-                    self._disk.put(text, max_sequence_length, embed)
-        result = [self._embeds[text, max_sequence_length] for text in texts]
-        for text in texts:
-            self._embeds.move_to_end((text, max_sequence_length))
-        # memory=staged keeps all: encoding one again would unload the denoiser.
-        while len(self._embeds) > EMBEDS_IN_MEMORY and not self.config.memory.staged:
-            self._embeds.popitem(last=False)
-        return result
-
-    def _read_back(self, text: str, max_sequence_length: int) -> bool:
-        """Take the features from the disk's cache; False if they are not there."""
-        assert self._disk is not None
-        embed = self._disk.get(text, max_sequence_length, self.engine.device)
-        if embed is None:
-            return False
-        self._embeds[text, max_sequence_length] = embed
-        return True
-
-    def _encode_ahead(self, texts: Sequence[tuple[str, int]]) -> None:
-        """Encode every text of the plan and of the warm-up while the text encoder is loaded."""
-        started = time.perf_counter()
-        by_length: dict[int, list[str]] = {}
-        for text, length in dict.fromkeys([*((WARMUP_PROMPT, length) for length in self._warmup_lengths()), *texts]):
-            by_length.setdefault(length, []).append(text)
-        for length, same_length in by_length.items():
-            self.encode(same_length, length)
-        self._report["phases"]["encode"] = time.perf_counter() - started
+        """Return the caption features of each text."""
+        return self.captions.encode(texts, max_sequence_length)
 
     def _check_health(self) -> dict[str, Any]:
         """Read the GPU's memory when it is due; rebuild the session when the policy says so. For the record."""
@@ -203,7 +158,7 @@ class Session:
 
     def close(self) -> None:
         """Free the model. Safe to call twice."""
-        self._embeds.clear()
+        self.captions.clear()
         if self._engine is not None:
             self._engine.close()
             self._engine = None
@@ -236,16 +191,22 @@ class Session:
         if config.embedding_cache.path is not None:
             identity = {name: self._report[name] for name in ("numerics", "versions")}
             weights = {"weights": config.checkpoint.digest}
-            self._disk = EmbeddingCache(config.embedding_cache, weights | identity, config.key())
+            self.captions.disk = EmbeddingCache(config.embedding_cache, weights | identity, config.key())
+
+    def _encode_ahead(self, texts: Sequence[Caption]) -> None:
+        self._report["phases"] |= self.captions.encode_ahead(self._with_warmup(texts))
 
     def _foresees_all(self) -> bool:
-        """Whether the embedding cache will have every caption of the plan and of the warm-up."""
-        captions = [*self._texts, *((WARMUP_PROMPT, length) for length in self._warmup_lengths())]
+        """Return whether the embedding cache will have every caption of the plan and of the warm-up."""
+        captions = self._with_warmup(self._texts)
         return bool(self._texts) and foresees(self.config.embedding_cache, self.config.key(), captions)
 
-    def _warmup_lengths(self) -> set[int]:
-        """max_sequence_length of each shape that the warm-up draws."""
-        return {shape.params.max_sequence_length for shape in self._shapes} if self.config.warmup.generates else set()
+    def _with_warmup(self, texts: Sequence[Caption]) -> list[Caption]:
+        """Return the captions that the warm-up of all shapes needs, then ``texts``."""
+        lengths = (
+            {shape.params.max_sequence_length for shape in self._shapes} if self.config.warmup.generates else set()
+        )
+        return [*((WARMUP_PROMPT, length) for length in lengths), *texts]
 
     def numerics(self) -> dict[str, Any]:
         """What decides the last bits of a picture besides its item; part of every fingerprint."""

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-from zimage_runner.exit_codes import EXIT_INTERRUPTED
+from zimage_runner.errors import EXIT_INTERRUPTED
 
 PATIENCE = 3.0
 """Seconds. Hub clients finish the files that are under way, which may be gigabytes, before they let an exception out;

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from zimage_runner.engines.base import ReadyImages
+from zimage_runner.engines.base import GeneratedBatch, ReadyImages
 from zimage_runner.errors import UserError
-from zimage_runner.executors.base import BrokenImages, GeneratedBatch
+from zimage_runner.executors.base import BrokenImages
 from zimage_runner.plan import Bucket, WorkItem
 from zimage_runner.prompts.base import Prompt
 from zimage_runner.sampling import SamplingParams

@@ -18,8 +18,8 @@ from zimage_runner.engines.diffusers.engine import DiffusersEngine
 from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.engines.native.engine import NativeEngineAdapter
 from zimage_runner.engines.native.transformer import Transformer
+from zimage_runner.executors.backoff import MemoryBackoff
 from zimage_runner.executors.base import Batch, BatchResult
-from zimage_runner.executors.ladder import Ladder
 from zimage_runner.memory.policies import Resident
 from zimage_runner.memory.readings import free_gpu_bytes
 from zimage_runner.memory.release import release_unused
@@ -119,10 +119,10 @@ def test_the_batch_is_halved_until_it_fits(session):
     all_of_them, reference = peak_of(session, batch)
     start_afresh(session)
     limit_to(share_of(one, all_of_them, 0.3))
-    ladder = Ladder(session)
-    pictures, results = collect(ladder.run(Batch(items=batch)))
+    backoff = MemoryBackoff(session)
+    pictures, results = collect(backoff.run(Batch(items=batch)))
     assert pictures.keys() == set(range(BATCH))
-    assert "recovery" in ladder.report()
+    assert "recovery" in backoff.report()
     assert 1 <= max(len(r.items) for r in results) <= BATCH // 2
     assert furthest(pictures, reference) <= MEAN_ROUNDING
 
@@ -134,12 +134,12 @@ def test_what_worked_is_remembered(session):
     all_of_them, _ = peak_of(session, batch)
     start_afresh(session)
     limit_to(one.reserved + 0.3 * (all_of_them.reserved - one.reserved))
-    ladder = Ladder(session)
-    collect(ladder.run(Batch(items=batch)))
-    steps = len(ladder.steps)
-    pictures, _ = collect(ladder.run(Batch(items=batch)))
+    backoff = MemoryBackoff(session)
+    collect(backoff.run(Batch(items=batch)))
+    steps = len(backoff.steps)
+    pictures, _ = collect(backoff.run(Batch(items=batch)))
     assert len(pictures) == BATCH
-    assert len(ladder.steps) == steps
+    assert len(backoff.steps) == steps
 
 
 def native(session: Session) -> NativeEngineAdapter:
@@ -198,11 +198,11 @@ def test_graphs_go_before_the_batch_is_halved(session, monkeypatch):
         limit_to(torch.cuda.memory_reserved() if len(graphs) else 2**62)
         return forward(self, *inputs)
 
-    ladder = Ladder(session)
+    backoff = MemoryBackoff(session)
     with monkeypatch.context() as patch:
         patch.setattr(Transformer, "forward", starving)
-        pictures, results = collect(ladder.run(Batch(items=batch)))
-    assert ladder.steps == ["out of memory with 64 pictures of 128x128: CUDA graphs and caches are given up"]
+        pictures, results = collect(backoff.run(Batch(items=batch)))
+    assert backoff.steps == ["out of memory with 64 pictures of 128x128: CUDA graphs and caches are given up"]
     assert [len(result.items) for result in results] == [BATCH]
     assert len(graphs) == 0
     assert reserved[True] - reserved[False] > held * 0.8, "the graph's memory was not given back"
@@ -220,14 +220,14 @@ def test_then_the_picture_is_decoded_in_tiles(session):
     for share in (0.8, 0.6, 0.4, 0.2, 0.1):
         start_afresh(session)
         limit_to(tiled.reserved + share * (whole.reserved - tiled.reserved))
-        ladder = Ladder(session)
-        pictures, results = collect(ladder.run(Batch(items=batch)))
-        if ladder.steps:
+        backoff = MemoryBackoff(session)
+        pictures, results = collect(backoff.run(Batch(items=batch)))
+        if backoff.steps:
             break
     else:
         pytest.fail(f"decoding the whole picture took no more than in tiles: {tiled}, {whole}")
     assert results[0].details["recovery"] == ["VAE decoded in tiles"]
-    assert ladder.steps == ["out of memory with one picture of 1024x1024: decoding in tiles from now on"]
+    assert backoff.steps == ["out of memory with one picture of 1024x1024: decoding in tiles from now on"]
     assert np.abs(pictures[0].astype(int) - reference[0]).mean() < 8
 
 
@@ -237,18 +237,18 @@ def test_a_picture_that_cannot_fit_is_an_error_and_not_the_end(session):
     need, _ = peak_of(session, small)
     start_afresh(session)
     limit_to(need.reserved * 1.02)
-    ladder = Ladder(session)
-    results = list(ladder.run(Batch(items=large)))
+    backoff = MemoryBackoff(session)
+    results = list(backoff.run(Batch(items=large)))
     assert [r.error is not None and "OutOfMemoryError" in r.error for r in results] == [True]
-    pictures, _ = collect(ladder.run(Batch(items=small)))
+    pictures, _ = collect(backoff.run(Batch(items=small)))
     assert len(pictures) == 1
 
 
 def test_auto_finds_a_batch_that_fits(session):
     batch = items(48)
     session.generate(batch[:1]).images.wait()
-    ladder = Ladder(session, auto_batch=True)
-    pictures, results = collect(ladder.run(Batch(items=batch)))
+    backoff = MemoryBackoff(session, auto_batch=True)
+    pictures, results = collect(backoff.run(Batch(items=batch)))
     assert len(pictures) == 48
     assert [len(r.items) for r in results] == [1, 16, 16, 15]
     assert free_gpu_bytes() > 0
@@ -256,7 +256,7 @@ def test_auto_finds_a_batch_that_fits(session):
     sixteen, _ = peak_of(session, batch[:16])
     start_afresh(session)
     limit_to(one.reserved + (sixteen.reserved - one.reserved) * 0.5)
-    limited = Ladder(session, auto_batch=True)
+    limited = MemoryBackoff(session, auto_batch=True)
     pictures, results = collect(limited.run(Batch(items=batch)))
     assert len(pictures) == 48
     assert max(len(r.items) for r in results) < 16

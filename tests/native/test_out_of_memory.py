@@ -24,9 +24,9 @@ from zimage_runner.engines.native.engine import NativeEngineAdapter
 from zimage_runner.engines.native.graphs import Function, GraphCache
 from zimage_runner.engines.native.transformer import Transformer
 from zimage_runner.engines.native.vae_decoder import VaeDecoder
-from zimage_runner.executors import ladder as ladder_module
+from zimage_runner.executors import backoff as ladder_module
+from zimage_runner.executors.backoff import MemoryBackoff
 from zimage_runner.executors.base import Batch
-from zimage_runner.executors.ladder import Ladder
 from zimage_runner.memory.policies import Resident
 from zimage_runner.session import Session
 
@@ -115,11 +115,11 @@ def session(loaded: Session, room: Room) -> Session:
     return recording(loaded, room)
 
 
-def draw(ladder: Ladder, *counts: int) -> list[int]:
+def draw(backoff: MemoryBackoff, *counts: int) -> list[int]:
     """Draw batches of so many pictures; the sizes in which they came out."""
     sizes, seed = [], 0
     for count in counts:
-        for result in ladder.run(Batch(items=items(count, SMALL, seed))):
+        for result in backoff.run(Batch(items=items(count, SMALL, seed))):
             assert result.images is not None, result.error
             pixels = result.images.wait()
             assert len(pixels) == len(result.items)
@@ -131,43 +131,43 @@ def draw(ladder: Ladder, *counts: int) -> list[int]:
 
 def test_recordings_go_before_the_batch_is_halved(session: Session, room: Room) -> None:
     room.size = 6
-    ladder = Ladder(session)
-    assert draw(ladder, 2, 2) == [2, 2]
+    backoff = MemoryBackoff(session)
+    assert draw(backoff, 2, 2) == [2, 2]
     assert room.recordings == [2]
-    assert draw(ladder, 6) == [6]
-    assert ladder.steps == ["out of memory with 6 pictures of 32x32: CUDA graphs and caches are given up"]
+    assert draw(backoff, 6) == [6]
+    assert backoff.steps == ["out of memory with 6 pictures of 32x32: CUDA graphs and caches are given up"]
     assert room.recordings == []
-    assert draw(ladder, 2, 2, 2) == [2, 2, 2]
+    assert draw(backoff, 2, 2, 2) == [2, 2, 2]
     assert room.recordings == [], "what had to be given up is not recorded again"
-    assert draw(ladder, 3, 3, 3) == [3, 3, 3]
+    assert draw(backoff, 3, 3, 3) == [3, 3, 3]
     assert room.recordings == [3], "what fits is"
-    assert len(ladder.steps) == 1
-    assert "batch_sizes" not in ladder.report()
+    assert len(backoff.steps) == 1
+    assert "batch_sizes" not in backoff.report()
 
 
 def test_a_recording_that_does_not_fit_takes_no_picture_with_it(session: Session, room: Room) -> None:
     room.size = 4
-    ladder = Ladder(session)
-    assert draw(ladder, 8, 8, 8) == [4] * 6
-    assert ladder.steps == ["out of memory with 8 pictures of 32x32: 4 at a time from now on"]
+    backoff = MemoryBackoff(session)
+    assert draw(backoff, 8, 8, 8) == [4] * 6
+    assert backoff.steps == ["out of memory with 8 pictures of 32x32: 4 at a time from now on"]
     assert room.recordings == []
 
 
 def test_recordings_that_leave_no_room_for_decoding_go(session: Session, room: Room) -> None:
     room.size, room.for_decoding = 8, 6
-    ladder = Ladder(session)
-    assert draw(ladder, 4, 4, 4) == [4, 4, 4]
-    assert ladder.steps == ["out of memory with 4 pictures of 32x32: CUDA graphs and caches are given up"]
+    backoff = MemoryBackoff(session)
+    assert draw(backoff, 4, 4, 4) == [4, 4, 4]
+    assert backoff.steps == ["out of memory with 4 pictures of 32x32: CUDA graphs and caches are given up"]
 
 
 def test_one_picture_that_does_not_fit_fails_and_the_next_is_tried(session: Session, room: Room) -> None:
     room.size = 0
-    ladder = Ladder(session)
-    results = [result for _ in range(2) for result in ladder.run(Batch(items=items(1, SMALL)))]
+    backoff = MemoryBackoff(session)
+    results = [result for _ in range(2) for result in backoff.run(Batch(items=items(1, SMALL)))]
     assert [str(result.error).split(":")[0] for result in results] == ["OutOfMemoryError"] * 2
-    assert ladder.steps == [], "tiles are no step for an engine that decodes one by one"
+    assert backoff.steps == [], "tiles are no step for an engine that decodes one by one"
     room.size = 1
-    assert draw(ladder, 2) == [1, 1]
+    assert draw(backoff, 2) == [1, 1]
 
 
 @settings(max_examples=30, deadline=None)
@@ -175,8 +175,8 @@ def test_one_picture_that_does_not_fit_fails_and_the_next_is_tried(session: Sess
 def test_every_picture_comes_out(loaded: Session, room: Room, size: int, decoding: int, counts: list[int]) -> None:
     session = recording(loaded, room)
     room.size, room.for_decoding, room.computes = size, min(decoding, size), False
-    ladder = Ladder(session)
-    sizes = draw(ladder, *counts)
+    backoff = MemoryBackoff(session)
+    sizes = draw(backoff, *counts)
     assert sum(sizes) == sum(counts)
     assert max(sizes) <= size
     assert sum(room.recordings) <= size
@@ -209,7 +209,7 @@ def test_pictures_are_copied_to_pageable_memory_where_there_is_no_other(monkeypa
 
 def test_many_captions_on_the_gpu_are_worth_another_try(session: Session, monkeypatch) -> None:
     kept = {(str(n), 512): SimpleNamespace(is_cuda=True, nbytes=2e6) for n in range(33)}
-    monkeypatch.setattr(session, "_embeds", kept)
+    monkeypatch.setattr(session.captions, "_kept", kept)
     assert session.free_memory()
     assert not kept
     assert not session.free_memory()

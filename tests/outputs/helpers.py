@@ -1,4 +1,4 @@
-"""Pictures, jobs and an open run directory for the output tests."""
+"""Pictures, requests and an open run directory for the output tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from zimage_runner.outputs.config import Output
 from zimage_runner.outputs.ledger import Ledger
 from zimage_runner.outputs.run_dir import RunDirectory
-from zimage_runner.outputs.writer import Outcome, PictureJob, Writer
+from zimage_runner.outputs.writer import Outcome, Writer, WriteRequest
 
 PARAMS = {
     "height": 32,
@@ -31,10 +31,10 @@ def noise_pictures(count: int = 1, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, 32, 48, 3), dtype=np.uint8)
 
 
-def job(seed: int = 1, *, index: int = 0, prompt: str = "a cat", **fields: Any) -> PictureJob:
-    """A job of item items/000<index>_a/seed_<seed>."""
+def request(seed: int = 1, *, index: int = 0, prompt: str = "a cat", **fields: Any) -> WriteRequest:
+    """A request for item items/000<index>_a/seed_<seed>."""
     recipe = {"prompt": prompt, "params": PARAMS, "model": {"name": "nano", "digest": "0123456789abcdef"}}
-    return PictureJob(
+    return WriteRequest(
         item_dir=f"items/{index:04d}_a/seed_{seed}",
         index=index,
         seed=seed,

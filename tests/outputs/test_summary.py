@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.outputs.helpers import job
+from tests.outputs.helpers import request
 from zimage_runner.errors import one_line
 from zimage_runner.outputs.summary import Summary, resume_command, table
 from zimage_runner.outputs.writer import Outcome
@@ -23,9 +23,9 @@ def summary_of(seconds: list[float], *, failed: int = 0, planned: int | None = N
     now = summary._clock
     for n, share in enumerate(seconds):
         now += share
-        summary.add(Outcome(job=job(n), status="ok", seconds=share, arrived=now))
+        summary.add(Outcome(request=request(n), status="ok", seconds=share, arrived=now))
     for n in range(failed):
-        summary.add(Outcome(job=job(n, index=9), status="failed", error="ValueError: a\nb\x1b[31m"))
+        summary.add(Outcome(request=request(n, index=9), status="failed", error="ValueError: a\nb\x1b[31m"))
     return summary
 
 

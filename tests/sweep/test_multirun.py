@@ -113,14 +113,14 @@ def test_keep_going_can_be_switched_off(cli: Cli) -> None:
 def test_a_crash_is_one_jobs_affair(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     from zimage_runner.runner import execute as runner
 
-    real = runner.prepare
+    real = runner.plan_run
 
     def prepare(config, memo):
         if config.seeds == 2:
             raise ZeroDivisionError("a bug")
         return real(config, memo)
 
-    monkeypatch.setattr(runner, "prepare", prepare)
+    monkeypatch.setattr(runner, "plan_run", prepare)
     code, out, err = cli("-m", "prompt=a", "seeds=1,2,3", *FAST)
     assert code == 1
     lines = err.splitlines()

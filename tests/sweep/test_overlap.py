@@ -9,6 +9,7 @@ import pickle
 import signal
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,17 +18,16 @@ import numpy as np
 import pytest
 
 from tests.faults.session import FaultySession
-from zimage_runner.engines.base import PendingImages
+from zimage_runner.engines.base import GeneratedBatch, PendingImages
 from zimage_runner.errors import BadPictureError, UserError
-from zimage_runner.executors.base import Executor, GeneratedBatch
-from zimage_runner.exit_codes import Later, when_known
+from zimage_runner.executors.base import Executor
 from zimage_runner.outputs.atomic import DiskError
 from zimage_runner.outputs.summary import Summary
-from zimage_runner.outputs.writer import Outcome, PictureJob, Writer
+from zimage_runner.outputs.writer import Outcome, Writer, WriteRequest
 from zimage_runner.plan import WorkItem
 from zimage_runner.runner import execute as runner
-from zimage_runner.runner.loop import Drawing
-from zimage_runner.runner.pool import Executors
+from zimage_runner.runner.loop import GenerationLoop
+from zimage_runner.runner.pool import Lease, SharedExecutor
 from zimage_runner.runner.run import Run
 from zimage_runner.signals import StopRequest
 
@@ -111,30 +111,22 @@ def test_the_next_job_begins_before_the_last_pictures_are_there(cli: Cli, gpu: C
 def test_a_picture_takes_from_the_one_before_it(cli: Cli, gpu: Callable[[int], Gpu]) -> None:
     """And not from when it was queued behind that one."""
     queue = gpu(2)
-    real, arrivals = Writer._write_picture, []
+    real, arrivals, first_arrived = Writer._write_picture, [], threading.Event()
 
-    def write(self: Writer, job: Any, pixels: Any, seconds: float, arrived: float) -> None:
+    def write(self: Writer, job: Any, pixels: Any, seconds: float, since: float, arrived: float) -> None:
         arrivals.append(arrived)
-        real(self, job, pixels, seconds, arrived)
-
-    first_job_ended = threading.Event()
-    not_before = Writer.not_before
-
-    def hear(self: Writer, instant: float) -> None:
-        not_before(self, instant)
-        if instant > 0:
-            first_job_ended.set()
+        first_arrived.set()
+        real(self, job, pixels, seconds, since, arrived)
 
     class OneAfterAnother(OnGpu):
         def wait(self) -> np.ndarray:
             pixels = super().wait()
             if self._number == 1:
-                assert first_job_ended.wait(PATIENCE)
+                assert first_arrived.wait(PATIENCE)
             return pixels
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Writer, "_write_picture", write)
-        patch.setattr(Writer, "not_before", hear)
         patch.setitem(globals(), "OnGpu", OneAfterAnother)
         _, out, _ = cli(*SWEEP, "seeds=1,2")
     assert queue.gave_up == []
@@ -234,8 +226,8 @@ def test_waiting_for_the_next_job_counts_for_neither(tmp_path: Path, monkeypatch
         summary = Summary(tmp_path, planned=planned)
         summary.start_clock()
         now = 103.0
-        picture = PictureJob(item_dir="items/a/seed_1", index=0, seed=1, fingerprint="", recipe={})
-        summary.add(Outcome(job=picture, status="ok", arrived=103.0))
+        picture = WriteRequest(item_dir="items/a/seed_1", index=0, seed=1, fingerprint="", recipe={})
+        summary.add(Outcome(request=picture, status="ok", arrived=103.0))
         now = 160.0  # the next job was warmed up; the second picture, where there is one, is waited for
         summary.leave_out_wait()
         now = 161.0
@@ -263,13 +255,12 @@ class Idle(Executor):
 def test_without_overlap_a_job_ends_at_once(overlaps: bool, able: bool) -> None:
     executor = Idle()
     executor.overlaps = able
-    executors = Executors(StopRequest(), overlaps=overlaps)
-    assert executors.conclude(executor, lambda: 7) == 7
-    assert not executors.is_behind
+    shared = SharedExecutor(StopRequest(), overlaps=overlaps)
+    assert shared.finish(Lease(shared, executor), lambda: 7) == 7
 
 
 def test_a_late_end_comes_once_and_in_order() -> None:
-    executors, told = Executors(StopRequest(), overlaps=True), []
+    shared, told = SharedExecutor(StopRequest(), overlaps=True), []
     ends = []
 
     def end(number: int, code: int) -> int:
@@ -277,16 +268,29 @@ def test_a_late_end_comes_once_and_in_order() -> None:
         return code
 
     for number, code in ((1, 0), (2, 130)):
-        late = executors.conclude(Idle(), lambda number=number, code=code: end(number, code))
-        assert isinstance(late, Later)
-        when_known(late, told.append)
-        assert executors.is_behind
+        late = shared.finish(Lease(shared, Idle()), lambda number=number, code=code: end(number, code))
+        assert isinstance(late, Future)
+        late.add_done_callback(lambda done: told.append(done.result()))
+        assert not late.done()
     assert (ends, told) == ([1], [0])
-    executors.close()
-    executors.catch_up()
+    shared.close()
+    shared.finish_previous()
     assert (ends, told) == ([1, 2], [0, 130])
-    when_known(late, told.append)  # it is known by now
-    assert told[-1] == 130
+    assert late.result() == 130  # it is known by now
+
+
+def test_a_late_end_that_is_interrupted_leaves_nobody_waiting() -> None:
+    shared = SharedExecutor(StopRequest(), overlaps=True)
+
+    def end() -> int:
+        raise KeyboardInterrupt
+
+    late = shared.finish(Lease(shared, Idle()), end)
+    assert isinstance(late, Future)
+    with pytest.raises(KeyboardInterrupt):
+        shared.finish_previous()
+    assert isinstance(late.exception(timeout=0), KeyboardInterrupt)
+    shared.close()
 
 
 @pytest.mark.parametrize(("error", "code"), [(UserError("no"), 2), (ZeroDivisionError("a bug"), 1)])
@@ -294,14 +298,14 @@ def test_what_goes_wrong_late_is_its_own(
     cli: Cli, gpu: Callable[[int], Gpu], monkeypatch: pytest.MonkeyPatch, error: Exception, code: int
 ) -> None:
     gpu(3)
-    real = Drawing.finish
+    real = GenerationLoop.finish
 
-    def finish(self: Drawing) -> None:
-        if self._job.plan.items[0].seed == 2:
+    def finish(self: GenerationLoop) -> None:
+        if self._spec.plan.items[0].seed == 2:
             raise error
         real(self)
 
-    monkeypatch.setattr(Drawing, "finish", finish)
+    monkeypatch.setattr(GenerationLoop, "finish", finish)
     found, out, err = cli(*SWEEP, "seeds=1,2,3")
     assert found == code
     sweep = sweep_of(out)
@@ -310,7 +314,7 @@ def test_what_goes_wrong_late_is_its_own(
     logs = ["a bug" in (sweep / str(job) / "run.log").read_text() for job in range(3)]
     assert logs == [False, code == 1, False]
     gpu(3)
-    monkeypatch.setattr(Drawing, "finish", real)
+    monkeypatch.setattr(GenerationLoop, "finish", real)
     found, _, err = cli(f"resume={sweep}")
     assert found == 0, err
     assert [row["status"] for row in rows(sweep)] == ["complete"] * 3  # a summary that was never written is, now
@@ -365,7 +369,7 @@ def test_two_jobs_write_one_output_file_one_after_the_other(
     assert (tmp_path / "here.png").read_bytes() == last.read_bytes()
 
 
-@pytest.mark.parametrize("place", ["prepare", "end"])
+@pytest.mark.parametrize("place", ["plan_run", "report"])
 @pytest.mark.parametrize("batches", [[], ["hydra.sweeper.max_batch_size=1"]])
 def test_a_signal_ends_what_is_left_of_the_multirun(
     cli: Cli, gpu: Callable[[int], Gpu], monkeypatch: pytest.MonkeyPatch, place: str, batches: list[str]
@@ -374,12 +378,12 @@ def test_a_signal_ends_what_is_left_of_the_multirun(
     queue = gpu(4)
     for submitted in queue.submitted:
         submitted.set()
-    owner: Any = runner if place == "prepare" else Run
+    owner: Any = runner if place == "plan_run" else Run
     real, visits = getattr(owner, place), []
 
     def visit(*args: Any) -> Any:
         visits.append(place)
-        if len(visits) == (2 if place == "prepare" else 1):
+        if len(visits) == (2 if place == "plan_run" else 1):
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*args)
 

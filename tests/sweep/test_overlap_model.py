@@ -14,6 +14,7 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,16 +28,13 @@ from hypothesis import strategies as st
 
 from tests.faults.session import FakeOutOfMemory, FaultySession, picture
 from zimage_runner.cli.main import main
-from zimage_runner.config.schema import RunConfig
-from zimage_runner.engines.base import PendingImages
+from zimage_runner.config.schema import Composed, RunConfig
+from zimage_runner.engines.base import GeneratedBatch, PendingImages
 from zimage_runner.errors import BadPictureError
-from zimage_runner.executors.base import GeneratedBatch
-from zimage_runner.exit_codes import Later
 from zimage_runner.model import Dtype
 from zimage_runner.outputs.ledger import Ledger
 from zimage_runner.outputs.writer import Writer
 from zimage_runner.plan import WorkItem
-from zimage_runner.runner.composed import Composed
 from zimage_runner.runner.execute import execute
 from zimage_runner.runner.run import Run
 
@@ -45,7 +43,7 @@ ARRIVAL = 0.01
 """Seconds after which a picture comes though no further batch was submitted."""
 EARLIER = range(900, 906)
 """Seeds that an earlier run drew."""
-PLACES = ("compose", "prepare", "lease", "submit", "write", "end")
+PLACES = ("compose", "plan", "lease", "submit", "write", "report")
 """Where a signal comes."""
 PERMANENT = ("bad", "raise", "oom")
 """Trouble that fails an item; it is gone when the multirun is resumed."""
@@ -191,8 +189,8 @@ def inhabited(world: World) -> Iterator[None]:
         for patch in (
             mock.patch("zimage_runner.runner.pool.Session", type("Session", (Session,), {"world": world})),
             mock.patch.object(launcher, "run_job", visiting("compose", launcher.run_job)),
-            mock.patch.object(runner, "prepare", visiting("prepare", runner.prepare)),
-            mock.patch.object(Run, "end", visiting("end", Run.end)),
+            mock.patch.object(runner, "plan_run", visiting("plan", runner.plan_run)),
+            mock.patch.object(Run, "report", visiting("report", Run.report)),
             mock.patch.object(Writer, "_write_item", write_item),
         ):
             patches.enter_context(patch)
@@ -210,7 +208,7 @@ def earlier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def command(folder: Path, *argv: str, take: Callable[[Composed], int | Later] = execute) -> tuple[int, str, str]:
+def command(folder: Path, *argv: str, take: Callable[[Composed], int | Future[int]] = execute) -> tuple[int, str, str]:
     """Run one command line in that folder: (exit code, stdout, stderr)."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -314,7 +312,7 @@ def check(jobs: list[Swept], keep_going: bool, stop_at: tuple[str, int] | None, 
         check_order(jobs, out, sweep)
 
 
-def settled(jobs: list[Swept], earlier: Path, composed: Composed) -> int | Later:
+def settled(jobs: list[Swept], earlier: Path, composed: Composed) -> int | Future[int]:
     number = int(composed.config.name.removeprefix("job"))
     jobs[number].settle(composed.config, number, earlier)
     return execute(composed)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from zimage_runner.cli.sweep.report import (
-    SweptJob,
+    JobResult,
     csv_table,
     markdown_table,
     read_job,
@@ -27,7 +27,7 @@ from zimage_runner.collect.sheet import COLUMN_LINES, ELLIPSIS, LINE, Page, clea
 from zimage_runner.outputs.beneath import Inside
 
 
-def job(root: Path, number: int, overrides: dict[str, str], items=((0, 1),), size=(32, 16), prompt="a 猫") -> SweptJob:
+def job(root: Path, number: int, overrides: dict[str, str], items=((0, 1),), size=(32, 16), prompt="a 猫") -> JobResult:
     directory = root / str(number)
     lines = []
     for index, seed in items:
@@ -37,13 +37,13 @@ def job(root: Path, number: int, overrides: dict[str, str], items=((0, 1),), siz
         (directory / item / "record.json").write_text(json.dumps({"prompt": prompt}))
         lines.append(json.dumps({"item": item, "status": "ok", "index": index, "seed": seed}) + "\n")
     (directory / "records.jsonl").write_text("".join(lines))
-    return SweptJob(number=number, directory=directory, overrides=overrides, summary={"status": "complete"})
+    return JobResult(number=number, directory=directory, overrides=overrides, summary={"status": "complete"})
 
 
 def test_overrides_and_what_varies():
     assert split_overrides(["+experiment=q", 'prompt="a, b"', "x="]) == {"experiment": "q", "prompt": "a, b", "x": ""}
     jobs = [
-        SweptJob(number=n, directory=Path(str(n)), overrides=o)
+        JobResult(number=n, directory=Path(str(n)), overrides=o)
         for n, o in enumerate([{"a": "1", "b": "2"}, {"a": "1"}])
     ]
     assert varying_fields(jobs) == ["b"]
@@ -53,7 +53,7 @@ def test_what_only_a_resumed_job_names_was_not_swept():
     """Resuming an interrupted multirun writes the groups and resume= into the jobs that it draws anew."""
     resumed = {"steps": "6", "engine": "auto", "resume": "outputs/multirun/x"}
     jobs = [
-        SweptJob(number=n, directory=Path(str(n)), overrides=o) for n, o in enumerate([{"steps": "4"}, resumed, {}])
+        JobResult(number=n, directory=Path(str(n)), overrides=o) for n, o in enumerate([{"steps": "4"}, resumed, {}])
     ]
     assert varying_fields(jobs) == ["steps"]
     assert varying_fields([]) == []
@@ -61,7 +61,7 @@ def test_what_only_a_resumed_job_names_was_not_swept():
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
 def test_csv_cells_are_never_formulas(text):
-    jobs = [SweptJob(number=0, directory=Path("0"), overrides={"f": text})]
+    jobs = [JobResult(number=0, directory=Path("0"), overrides={"f": text})]
     (_, row) = csv.reader(io.StringIO(csv_table(jobs, ["f"]), newline=""))
     plain = text.replace("\r", " ")
     assert row[1] in (plain, f"'{plain}")
@@ -71,7 +71,7 @@ def test_csv_cells_are_never_formulas(text):
 
 @given(st.text(max_size=30))
 def test_markdown_keeps_one_line_a_job(text):
-    jobs = [SweptJob(number=0, directory=Path("0"), overrides={"f": text})]
+    jobs = [JobResult(number=0, directory=Path("0"), overrides={"f": text})]
     table = markdown_table(jobs, ["f"])
     assert table.count("\n") == 3
     assert "\n" not in text or "\n" not in table.split("\n")[2]

@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -27,31 +27,30 @@ from zimage_runner.cli.quoting import quote_free_text
 from zimage_runner.cli.resume.command_line import resume_command_line
 from zimage_runner.cli.resume.settings import restore
 from zimage_runner.cli.sweep.launcher import register_launcher
-from zimage_runner.cli.sweep.report import exit_codes
+from zimage_runner.cli.sweep.report import exit_codes, known_code
 from zimage_runner.cli.words import command_line_wins, names_config_dir, readable
 from zimage_runner.cli.yaml_text import to_yaml
 from zimage_runner.config.registry import register
-from zimage_runner.config.schema import RunConfig
-from zimage_runner.errors import UserError
-from zimage_runner.exit_codes import EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK, Later, refuse, when_known
-from zimage_runner.logs import log_to_terminal
-from zimage_runner.runner.composed import Composed, remove_if_empty, remove_with_name
+from zimage_runner.config.schema import Composed, RunConfig
+from zimage_runner.errors import EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK, UserError
+from zimage_runner.logs import log_to_terminal, refuse
+from zimage_runner.outputs.run_dir import remove_if_empty, remove_with_name
 
-_exit_codes: list[int] = []
+_exit_codes: list[int | Future[int]] = []
 """One per job of this process, added when it starts to run: Hydra returns nothing from main."""
 
 
-def _run_here(composed: Composed) -> int | Later:
+def _run_here(composed: Composed) -> int | Future[int]:
     from zimage_runner.runner.execute import execute
 
     return execute(composed)
 
 
-_take: Callable[[Composed], int | Later] = _run_here
+_take: Callable[[Composed], int | Future[int]] = _run_here
 """What is done with a composed job."""
 
 
-def main(argv: Sequence[str], take: Callable[[Composed], int | Later] = _run_here) -> int:
+def main(argv: Sequence[str], take: Callable[[Composed], int | Future[int]] = _run_here) -> int:
     """Run one command line and return its exit code. Messages go to stderr, results to stdout.
 
     ``take`` gets each composed job: it runs it, or hands it to the process that will (head_start.py).
@@ -83,7 +82,7 @@ def main(argv: Sequence[str], take: Callable[[Composed], int | Later] = _run_her
         return refuse(f"cannot make the run directory ({error}): set output.root to a directory you can write to")
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    return max([*_exit_codes, *exit_codes], default=EXIT_OK)
+    return max([*map(known_code, _exit_codes), *exit_codes], default=EXIT_OK)
 
 
 @contextlib.contextmanager
@@ -108,12 +107,12 @@ def _mode_not_configured(*_: Any, **__: Any) -> None:
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")
-def job(cfg: DictConfig) -> int | Later:
-    """One job: a single run, or one of a multirun's. Returns its exit code, for launchers."""
+def job(cfg: DictConfig) -> int | Future[int]:
+    """Do one job: a single run, or one of a multirun's. Return its exit code, or the future of it, for launchers."""
     directory = Path(HydraConfig.get().runtime.output_dir)
     number = len(_exit_codes)
     _exit_codes.append(EXIT_ITEMS_FAILED)  # unless it gets further
-    code: int | Later = EXIT_ITEMS_FAILED
+    code: int | Future[int] = EXIT_ITEMS_FAILED
     try:
         command_line_wins(cfg, HydraConfig.get().overrides.task)
         if cfg.resume is not None:
@@ -125,7 +124,7 @@ def job(cfg: DictConfig) -> int | Later:
         code = refuse(explain(error))
     finally:
         remove_if_empty(directory, Path(str(cfg.output.root)).expanduser())
-    when_known(code, functools.partial(_exit_codes.__setitem__, number))
+    _exit_codes[number] = code
     return code
 
 

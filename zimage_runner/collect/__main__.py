@@ -25,8 +25,8 @@ from zimage_runner.collect.contact_sheet import Layout, draw_sheets
 from zimage_runner.collect.convert import parse_format
 from zimage_runner.collect.folder import NAME, collect_into
 from zimage_runner.collect.pictures import find_runs, pictures_of
-from zimage_runner.errors import UserError
-from zimage_runner.exit_codes import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, refuse
+from zimage_runner.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, UserError
+from zimage_runner.logs import refuse
 from zimage_runner.outputs.beneath import NotPlain
 
 FIELDS = ("into", "name", "format", "quality", "overwrite", "sheet", "tile", "columns", "rows")

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from zimage_runner.cli.sweep.report import SweptJob, inert
+from zimage_runner.cli.sweep.report import JobResult, inert
 from zimage_runner.collect.sheet import Page, clean, draw, drawable
 from zimage_runner.outputs import atomic, beneath
 from zimage_runner.outputs.beneath import Inside
@@ -30,7 +30,7 @@ Item = tuple[int, int]
 """Prompt number and seed."""
 
 
-def write_grids(root: Path, jobs: Sequence[SweptJob], fields: Sequence[str], *, tile: int) -> list[Path]:
+def write_grids(root: Path, jobs: Sequence[JobResult], fields: Sequence[str], *, tile: int) -> list[Path]:
     """Draw every page: grid.png when there is one, else grid/*.png. Returns the files."""
     pages = [page for page in layout(jobs, fields) if page.pictures]
     if len(pages) > MAX_PAGES:
@@ -78,7 +78,7 @@ def _labels_table(entries: Iterable[tuple[str, str, str]]) -> str:
     return out.getvalue()
 
 
-def layout(jobs: Sequence[SweptJob], fields: Sequence[str]) -> list[Page]:
+def layout(jobs: Sequence[JobResult], fields: Sequence[str]) -> list[Page]:
     """Which picture goes where."""
     items = {job.number: _pictures(job) for job in jobs}
     texts = _texts(items.values())
@@ -116,7 +116,7 @@ def layout(jobs: Sequence[SweptJob], fields: Sequence[str]) -> list[Page]:
     return list(pages.values())
 
 
-def _values(jobs: Iterable[SweptJob], name: str) -> list[str]:
+def _values(jobs: Iterable[JobResult], name: str) -> list[str]:
     return list(dict.fromkeys(job.overrides.get(name, "") for job in jobs))
 
 
@@ -139,7 +139,7 @@ def _texts(pictures: Iterable[dict[Item, Inside]]) -> dict[Item, str]:
     return {item: next(iter(texts)) if len(texts) == 1 else "" for item, texts in found.items()}
 
 
-def _pictures(job: SweptJob) -> dict[Item, Inside]:
+def _pictures(job: JobResult) -> dict[Item, Inside]:
     """Finished pictures of a job."""
     found: dict[Item, Inside] = {}
     try:

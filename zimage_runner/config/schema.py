@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,14 +19,23 @@ from zimage_runner.memory.policies import Memory
 from zimage_runner.model import Model
 from zimage_runner.outputs.beneath import unfit_target
 from zimage_runner.outputs.config import Output
+from zimage_runner.outputs.run_dir import remove_if_empty, remove_with_name
 from zimage_runner.outputs.survey import Retry
 from zimage_runner.prompts.base import PromptSource
-from zimage_runner.runner.article import Report
 from zimage_runner.sampling import Sampling
 from zimage_runner.warmup import Warmup
 
 OTHER_PICTURES = (".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jxl")
 """Names that would lie about what is in the file."""
+
+
+class Report(enum.Enum):
+    """Which figures are printed when a run ends."""
+
+    standard = "standard"
+    """Phases, seconds per image, memory."""
+    article = "article"
+    """The same, then the article's own figures in its words."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -77,6 +87,25 @@ class RunConfig:
         if self.resume is None and (self.verify or self.retry is not Retry.unfinished):
             field = "verify=true" if self.verify else f"retry={self.retry.name}"
             raise UserError(f"{field} needs resume=RUN_DIRECTORY (or resume=latest): say which run")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composed:
+    """A composed and validated config on its way into a run: all that a run needs of Hydra, as plain data."""
+
+    config: RunConfig
+    directory: Path
+    """The run directory, which Hydra has made."""
+    files: dict[str, str]
+    """Name and text of each file of the run's ``.hydra`` folder."""
+
+    def remove_unused_directory(self) -> None:
+        """Leave no run directory behind when nothing was written into it."""
+        remove_if_empty(self.directory, Path(self.config.output.root))
+
+    def remove_unused_directory_at_once(self) -> None:
+        """As above, in the least time: for a signal that ends the process."""
+        remove_with_name(self.directory)
 
 
 def folder_name(name: str) -> str:

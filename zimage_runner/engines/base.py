@@ -8,7 +8,7 @@ from __future__ import annotations
 import abc
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from zimage_runner.sampling import SamplingParams
@@ -114,6 +114,15 @@ class ReadyImages(PendingImages):
 
     def wait(self) -> np.ndarray:
         return self._images
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GeneratedBatch:
+    """What a session returns for one batch."""
+
+    images: PendingImages
+    details: dict[str, Any] = field(default_factory=dict)
+    """For the record: timings (seconds of encode, denoise, decode), gpu_memory, recovery (steps, as text)."""
 
 
 class Engine(abc.ABC):

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from zimage_runner.engines.base import PendingImages
+from zimage_runner.engines.base import GeneratedBatch, PendingImages
 from zimage_runner.errors import BadPictureError
 from zimage_runner.memory.policies import Health
 from zimage_runner.signals import StopRequest
@@ -52,15 +52,6 @@ class BatchResult:
     details: dict[str, Any] = field(default_factory=dict)
     """For the record: timings (seconds of encode, denoise, decode), gpu_memory, recovery (steps, as text)."""
     attempt: int = 1
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GeneratedBatch:
-    """What a session returns for one batch."""
-
-    images: PendingImages
-    details: dict[str, Any] = field(default_factory=dict)
-    """As in BatchResult."""
 
 
 class BrokenImages(PendingImages):

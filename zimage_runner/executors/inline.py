@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from zimage_runner.executors.backoff import MemoryBackoff
 from zimage_runner.executors.base import Batch, BatchResult, Executor, ExecutorConfig, SessionFactory, SessionLike
-from zimage_runner.executors.ladder import Ladder
 from zimage_runner.memory.policies import Health
 from zimage_runner.signals import StopRequest
 from zimage_runner.warmup import WarmupShape
@@ -37,12 +37,12 @@ class InlineExecutor(Executor):
         self._make_session = make_session
         self._auto_batch = auto_batch
         self._session: SessionLike | None = None
-        self._ladder: Ladder | None = None
+        self._backoff: MemoryBackoff | None = None
 
     def start(self) -> dict[str, Any]:
         self._session = self._make_session()
         self._session.start()
-        self._ladder = Ladder(self._session, auto_batch=self._auto_batch)
+        self._backoff = MemoryBackoff(self._session, auto_batch=self._auto_batch)
         return self.report()
 
     def extend(self, shapes: Sequence[WarmupShape], texts: Sequence[tuple[str, int]]) -> bool:
@@ -52,17 +52,17 @@ class InlineExecutor(Executor):
         return True
 
     def run(self, batches: Iterable[Batch]) -> Iterator[BatchResult]:
-        if self._ladder is None:
+        if self._backoff is None:
             raise RuntimeError("the executor was not started")
         for batch in batches:
-            yield from self._ladder.run(batch)
+            yield from self._backoff.run(batch)
 
     def report(self) -> dict[str, Any]:
-        if self._session is None or self._ladder is None:
+        if self._session is None or self._backoff is None:
             raise RuntimeError("the executor was not started")
-        return {**self._session.report(), **self._ladder.report(), "executor": {"kind": "inline"}}
+        return {**self._session.report(), **self._backoff.report(), "executor": {"kind": "inline"}}
 
     def close(self) -> None:
-        session, self._session, self._ladder = self._session, None, None
+        session, self._session, self._backoff = self._session, None, None
         if session is not None:
             session.close()

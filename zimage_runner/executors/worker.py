@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 
 from zimage_runner.engines.faults import DeviceLost
 from zimage_runner.errors import BadPictureError, UserError, error_text
+from zimage_runner.executors.backoff import MemoryBackoff
 from zimage_runner.executors.base import BatchResult, SessionLike
-from zimage_runner.executors.ladder import Ladder
 from zimage_runner.executors.messages import (
     Broken,
     Drawn,
@@ -70,16 +70,16 @@ class Worker:
         logging.getLogger("zimage_runner").setLevel(logging.INFO)
         threading.Thread(target=self._read, name="reader", daemon=True).start()
         session = self._start(start)
-        ladder = Ladder(session, auto_batch=start.auto_batch, on_step=lambda step: self.send(SteppedDown(step)))
-        self.send(Ready({**session.report(), **ladder.report()}))
+        backoff = MemoryBackoff(session, auto_batch=start.auto_batch, on_step=lambda step: self.send(SteppedDown(step)))
+        self.send(Ready({**session.report(), **backoff.report()}))
         threading.Thread(target=self._send_results, name="sender", daemon=True).start()
         while True:
             match self._work.get():
                 case Extend(shapes, texts):
                     self._extend(session, shapes, texts)
-                    self.send(Ready({**session.report(), **ladder.report()}))
+                    self.send(Ready({**session.report(), **backoff.report()}))
                 case Work() as work:
-                    self._draw(work, session, ladder)
+                    self._draw(work, session, backoff)
 
     def _extend(self, session: SessionLike, shapes: Any, texts: Any) -> None:
         try:
@@ -87,14 +87,14 @@ class Worker:
         except Exception as error:  # told to the parent, which decides
             self._end(error_text(error))
 
-    def _draw(self, work: Work, session: SessionLike, ladder: Ladder) -> None:
+    def _draw(self, work: Work, session: SessionLike, backoff: MemoryBackoff) -> None:
         self.send(Started(work.ticket))
         try:
-            for result in ladder.run(work.batch):
+            for result in backoff.run(work.batch):
                 self._results.put((work, result))
         except (DeviceLost, UserError) as error:
             self._end(str(error))
-        self._results.put((work, {**session.report(), **ladder.report()}))
+        self._results.put((work, {**session.report(), **backoff.report()}))
 
     def send(self, message: Any, pixels: memoryview | None = None) -> None:
         """Send a message, and the bytes that belong to it. From any thread."""

@@ -28,7 +28,7 @@ class Metadata:
 
 
 def png_info(recipe: dict[str, Any]) -> PngInfo:
-    """Text chunks for a picture; text outside Latin-1 becomes an iTXt chunk. ``recipe`` is writer.PictureJob's."""
+    """Text chunks for a picture; text outside Latin-1 becomes an iTXt chunk. ``recipe`` is writer.WriteRequest's."""
     info = PngInfo()
     # A PNG text chunk may hold neither NUL nor text that is not valid Unicode; the JSON chunk keeps both, escaped.
     text = parameters_text(recipe).replace("\0", "").encode("utf-8", "replace").decode("utf-8")

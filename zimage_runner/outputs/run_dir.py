@@ -152,6 +152,27 @@ def check_plain(dir_fd: int) -> None:
                     raise beneath.NotPlain(name, beneath.kind_of(mode))
 
 
+def remove_if_empty(directory: Path, root: Path) -> None:
+    """Remove a run directory, and what is empty above it below ``root``, when nothing was written into it.
+
+    Hydra makes the run directory before the config is validated.
+    """
+    for folder in (directory, *directory.parents):
+        if not folder.is_relative_to(root.absolute()) or (folder == root and root.is_absolute()):
+            return
+        try:
+            folder.rmdir()
+        except OSError:
+            return
+
+
+def remove_with_name(directory: Path) -> None:
+    """Remove a run directory and the folder of the run's name, where empty. For a signal that ends the process."""
+    with contextlib.suppress(OSError):
+        directory.rmdir()
+        directory.parent.rmdir()
+
+
 def checked_item_dir(item_dir: str) -> str:
     """``item_dir`` if it is a plain relative path below the run directory; ValueError otherwise.
 

@@ -65,8 +65,8 @@ class Summary:
         self._clock = self._started
         self._last_settled = self._started
         self._waited = 0.0
-        self._busy_until = 0.0
-        self._arrivals: list[tuple[float, float]] = []
+        self._arrivals: list[tuple[float, float, float]] = []
+        """Of each image: when it was on the host, its seconds, and when the device began with it."""
 
     def start_clock(self) -> None:
         """The session is ready: the first image counts from here."""
@@ -77,19 +77,10 @@ class Summary:
         if self.settled == self.planned:
             self._waited = time.perf_counter() - self._last_settled
 
-    def not_before(self, instant: float) -> None:
-        """The device was busy with another run until then (time.perf_counter()): the first image counts from there."""
-        self._busy_until = instant
-
     @property
     def settled(self) -> int:
         """Items that are done or failed, those of earlier processes included."""
         return self.already_done + self.linked + self.ok + len(self.failed)
-
-    @property
-    def last_arrival(self) -> float:
-        """time.perf_counter() when the last picture was on the host; 0.0 if there is none."""
-        return max((arrived for arrived, _ in self._arrivals), default=0.0)
 
     def add(self, outcome: Outcome) -> None:
         """Count a finished or failed item."""
@@ -97,9 +88,9 @@ class Summary:
             self._last_settled = time.perf_counter()
             if outcome.status == "ok":
                 self.ok += 1
-                self._arrivals.append((outcome.arrived, outcome.seconds))
+                self._arrivals.append((outcome.arrived, outcome.seconds, outcome.since))
             elif outcome.status == "failed":
-                self.failed.append({"item": outcome.job.item_dir, "error": outcome.error or ""})
+                self.failed.append({"item": outcome.request.item_dir, "error": outcome.error or ""})
 
     def to_dict(self, report: dict[str, Any], *, stopped: str | None = None) -> dict[str, Any]:
         """summary.json. ``report`` is the executor's; ``stopped`` is why the run ended early."""
@@ -131,11 +122,9 @@ class Summary:
         if not self._arrivals:
             return {}
         arrivals = sorted(self._arrivals)
-        first = arrivals[0][0]
-        # A picture of the other run that was drawn once more may have come later.
-        since = self._busy_until if self._clock < self._busy_until < first else self._clock
-        found = {"first_seconds": first - since}
-        after = sorted(seconds for arrived, seconds in arrivals if arrived > first)
+        first, _, since = arrivals[0]
+        found = {"first_seconds": first - max(self._clock, since)}
+        after = sorted(seconds for arrived, seconds, _ in arrivals if arrived > first)
         if after:
             found["mean_seconds"] = statistics.fmean(after)
             found["median_seconds"] = statistics.median(after)

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PictureJob:
+class WriteRequest:
     """One item on its way to disk."""
 
     item_dir: str
@@ -52,9 +52,9 @@ class PictureJob:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What became of a job."""
+    """What became of an item."""
 
-    job: PictureJob
+    request: WriteRequest
     status: str
     """ok or failed: it is in the ledger. bad: not a picture, nothing written; submit it again or call fail()."""
     error: str | None = None
@@ -62,20 +62,42 @@ class Outcome:
     size: int = 0
     seconds: float = 0.0
     """Its share of the time between its batch's arrival and the one before: 1 / throughput."""
+    since: float = 0.0
+    """time.perf_counter() when the device began with its batch: at the arrival of the one before."""
     arrived: float = 0.0
     """time.perf_counter() when its pixels were on the host."""
+
+
+class ArrivalClock:
+    """When a device's last images were on the host. Runs that take turns on one device share a clock. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._last = 0.0
+
+    def arrive(self, start: float) -> tuple[float, float]:
+        """Note an arrival. Return when the device began with what arrived, not before ``start``, and the time now."""
+        with self._lock:
+            since, self._last = max(start, self._last), time.perf_counter()
+            return since, self._last
 
 
 class Writer:
     """Takes batches of pictures, writes them with threads of its own and reports each item's Outcome.
 
-    ``on_done`` is called from the writer's threads, once for each job. When the disk fails, nothing more is written
+    ``on_done`` is called from the writer's threads, once for each request. When the disk fails, nothing more is written
     and the next submit, fail, flush or close raises DiskError.
     """
 
     def __init__(
-        self, run_dir: RunDirectory, ledger: Ledger, output: Output, on_done: Callable[[Outcome], None]
+        self,
+        run_dir: RunDirectory,
+        ledger: Ledger,
+        output: Output,
+        on_done: Callable[[Outcome], None],
+        arrivals: ArrivalClock | None = None,
     ) -> None:
+        """``arrivals``: the device's clock, where other runs use the device too. No thread starts before ``submit``."""
         self._run_dir = run_dir
         self._ledger = ledger
         self._output = output
@@ -84,37 +106,32 @@ class Writer:
         self._fatal: BaseException | None = None
         self._room = threading.Condition()
         self._pending = 0
-        self._last_arrival = time.perf_counter()
-        self._arrived = False
-        self._batches: queue.SimpleQueue[tuple[Sequence[PictureJob], PendingImages] | None] = queue.SimpleQueue()
+        self._arrivals = arrivals or ArrivalClock()
+        self._start = time.perf_counter()
+        self._batches: queue.SimpleQueue[tuple[Sequence[WriteRequest], PendingImages] | None] = queue.SimpleQueue()
         self._pool = ThreadPoolExecutor(output.writer_threads, thread_name_prefix="writer")
         self._receiver = threading.Thread(target=self._receive_all, name="receiver", daemon=True)
-        self._receiver.start()
 
     def start_clock(self) -> None:
-        """The first picture's seconds count from here."""
-        self._last_arrival = time.perf_counter()
+        """Count the first picture's seconds from here, or from the device's last arrival if that comes later."""
+        self._start = time.perf_counter()
 
-    def not_before(self, instant: float) -> None:
-        """The device was busy with another run until then: the first picture's seconds count from there."""
-        with self._room:
-            if not self._arrived:
-                self._last_arrival = max(self._last_arrival, instant)
+    def submit(self, requests: Sequence[WriteRequest], images: PendingImages) -> None:
+        """Queue a batch; image i is that of request i. Blocks while ``max_pending_images`` wait already."""
+        self._reserve(len(requests))
+        if self._receiver.ident is None:
+            self._receiver.start()
+        self._batches.put((requests, images))
 
-    def submit(self, jobs: Sequence[PictureJob], images: PendingImages) -> None:
-        """Queue a batch, picture i of ``images`` being job i's. Blocks while ``max_pending_images`` wait already."""
-        self._reserve(len(jobs))
-        self._batches.put((jobs, images))
-
-    def fail(self, job: PictureJob, error: str) -> None:
+    def fail(self, request: WriteRequest, error: str) -> None:
         """Queue the record of an item that could not be made. Never blocks, so ``on_done`` may call it."""
         self._check()
         with self._room:
             self._pending += 1
-        self._pool.submit(self._guarded, job, self._write_failure, job, error)
+        self._pool.submit(self._guarded, request, self._write_failure, request, error)
 
     def flush(self) -> None:
-        """Wait until every queued job has its Outcome."""
+        """Wait until every queued request has its Outcome."""
         with self._room:
             self._room.wait_for(lambda: self._pending == 0)
         self._check()
@@ -123,8 +140,9 @@ class Writer:
         """Finish what is queued, then end the threads. Raises DiskError if something could not be written."""
         with self._room:
             self._room.wait_for(lambda: self._pending == 0)
-        self._batches.put(None)
-        self._receiver.join()
+        if self._receiver.ident is not None:
+            self._batches.put(None)
+            self._receiver.join()
         self._pool.shutdown(wait=True)
         self._check()
         if self._output.fsync is Fsync.run:
@@ -153,28 +171,28 @@ class Writer:
 
     def _receive_all(self) -> None:
         while (batch := self._batches.get()) is not None:
-            jobs, images = batch
+            requests, images = batch
             try:
                 pixels = images.wait()
-                if len(pixels) != len(jobs):
-                    raise RuntimeError(f"{len(jobs)} pictures were announced, {len(pixels)} came")
-            except Exception as error:  # the item boundary: each job hears of it
-                for job in jobs:
-                    self._pool.submit(self._guarded, job, self._report_bad, job, error_text(error))
+                if len(pixels) != len(requests):
+                    raise RuntimeError(f"{len(requests)} pictures were announced, {len(pixels)} came")
+            except Exception as error:  # the item boundary: each request hears of it
+                for request in requests:
+                    self._pool.submit(self._guarded, request, self._report_bad, request, error_text(error))
                 continue
-            with self._room:
-                self._arrived, arrived = True, time.perf_counter()
-                seconds, self._last_arrival = (arrived - self._last_arrival) / len(jobs), arrived
-            for job, picture in zip(jobs, pixels, strict=True):
-                self._pool.submit(self._guarded, job, self._write_picture, job, picture, seconds, arrived)
+            since, arrived = self._arrivals.arrive(self._start)
+            seconds = (arrived - since) / len(requests)
+            for request, picture in zip(requests, pixels, strict=True):
+                times = (seconds, since, arrived)
+                self._pool.submit(self._guarded, request, self._write_picture, request, picture, *times)
 
-    def _guarded(self, job: PictureJob, call: Callable[..., None], *args: Any) -> None:
+    def _guarded(self, request: WriteRequest, call: Callable[..., None], *args: Any) -> None:
         """One task of a writer thread: nothing is swallowed, and nothing is written after the first fault."""
         try:
             if self._fatal is None:
                 call(*args)
         except OSError as error:
-            self._stop(atomic.disk_error(error, str(self._run_dir.path / job.item_dir)))
+            self._stop(atomic.disk_error(error, str(self._run_dir.path / request.item_dir)))
         except BaseException as error:
             self._stop(error)
         finally:
@@ -185,59 +203,60 @@ class Writer:
             self._fatal = self._fatal or error
             self._room.notify_all()
 
-    def _write_picture(self, job: PictureJob, pixels: np.ndarray, seconds: float, arrived: float) -> None:
+    def _write_picture(
+        self, request: WriteRequest, pixels: np.ndarray, seconds: float, since: float, arrived: float
+    ) -> None:
         try:
             check_pixels(pixels, allow_constant=self._output.allow_constant)
         except BadPictureError as error:
-            self._report_bad(job, error_text(error))
+            self._report_bad(request, error_text(error))
             return
-        recipe = {"seed": job.seed, "fingerprint": job.fingerprint, **job.recipe}
+        recipe = {"seed": request.seed, "fingerprint": request.fingerprint, **request.recipe}
         png = encode_png(pixels, recipe, self._output)
         result = {
             "sha256": hashlib.sha256(png).hexdigest(),
             "bytes": len(png),
             "pixels_sha256": hashlib.sha256(pixels.tobytes()).hexdigest(),
         }
-        self._write_item(job, "ok", {"image": IMAGE, **result, "seconds": round(seconds, 6)}, png)
-        if job.output_file is not None:
-            _copy_to(Path(job.output_file), png, self._sync)
-        self._on_done(
-            Outcome(job=job, status="ok", sha256=result["sha256"], size=len(png), seconds=seconds, arrived=arrived)
-        )
+        self._write_item(request, "ok", {"image": IMAGE, **result, "seconds": round(seconds, 6)}, png)
+        if request.output_file is not None:
+            _copy_to(Path(request.output_file), png, self._sync)
+        done = Outcome(request=request, status="ok", sha256=result["sha256"], size=len(png))
+        self._on_done(replace(done, seconds=seconds, since=since, arrived=arrived))
 
-    def _write_failure(self, job: PictureJob, error: str) -> None:
-        self._write_item(job, "failed", {"error": error}, None)
-        self._on_done(Outcome(job=job, status="failed", error=error))
+    def _write_failure(self, request: WriteRequest, error: str) -> None:
+        self._write_item(request, "failed", {"error": error}, None)
+        self._on_done(Outcome(request=request, status="failed", error=error))
 
-    def _report_bad(self, job: PictureJob, error: str) -> None:
-        self._on_done(Outcome(job=job, status="bad", error=error))
+    def _report_bad(self, request: WriteRequest, error: str) -> None:
+        self._on_done(Outcome(request=request, status="bad", error=error))
 
-    def _write_item(self, job: PictureJob, status: str, result: dict[str, Any], png: bytes | None) -> None:
+    def _write_item(self, request: WriteRequest, status: str, result: dict[str, Any], png: bytes | None) -> None:
         head = {
-            "item": checked_item_dir(job.item_dir),
+            "item": checked_item_dir(request.item_dir),
             "status": status,
-            "index": job.index,
-            "seed": job.seed,
-            "fingerprint": job.fingerprint,
+            "index": request.index,
+            "seed": request.seed,
+            "fingerprint": request.fingerprint,
             **result,
         }
         written = {"written": datetime.now(UTC).isoformat(timespec="milliseconds")}
-        beneath.make_dirs(self._run_dir.dir_fd, job.item_dir, sync=self._sync)
-        with atomic.directory(job.item_dir, self._run_dir.dir_fd) as folder:
+        beneath.make_dirs(self._run_dir.dir_fd, request.item_dir, sync=self._sync)
+        with atomic.directory(request.item_dir, self._run_dir.dir_fd) as folder:
             if png is None:
                 for name in (IMAGE, IMAGE + atomic.TMP_SUFFIX):  # of an earlier attempt
                     atomic.remove(folder, name)
             else:
                 atomic.write_file(folder, IMAGE, png, sync=self._sync)
-            record = readable_json({**head, **job.recipe, **job.details, **written})
+            record = readable_json({**head, **request.recipe, **request.details, **written})
             atomic.write_file(folder, RECORD, record, sync=self._sync)
             if self._sync:
                 atomic.sync_dir(folder, ".")
-        timings = {"timings": job.details["timings"]} if "timings" in job.details else {}
+        timings = {"timings": request.details["timings"]} if "timings" in request.details else {}
         self._ledger.append({**head, **timings, **written}, sync=self._sync)
 
 
 def _copy_to(path: Path, png: bytes, sync: bool) -> None:
-    """The one-shot job's extra file, replaced as a whole; its folder is made if it is missing."""
+    """The one-shot request's extra file, replaced as a whole; its folder is made if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic.replace_file(path, png, sync=sync)

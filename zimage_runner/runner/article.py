@@ -2,18 +2,7 @@
 
 from __future__ import annotations
 
-import enum
 from typing import Any
-
-
-class Report(enum.Enum):
-    """Which figures are printed when a run ends."""
-
-    standard = "standard"
-    """Phases, seconds per image, memory."""
-    article = "article"
-    """The same, then the article's own figures in its words."""
-
 
 ARTICLE = {
     "first load": "14.7 s -> 2.9 s",

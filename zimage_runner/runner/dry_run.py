@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zimage_runner.logs import duration
 from zimage_runner.outputs.beneath import Inside
 from zimage_runner.outputs.run_dir import GB, RECORD_BYTES
 from zimage_runner.outputs.summary import one_line
 from zimage_runner.plan import Bucket, WorkItem
-from zimage_runner.runner.job import NOT_DOWNLOADED, Job
+from zimage_runner.runner.spec import NOT_DOWNLOADED, RunSpec
 
 LISTED = 5
 """Truncations and duplicates that are named; the rest are counted."""
@@ -24,20 +25,20 @@ RUNS_READ = 200
 """Earlier summaries looked at for the ETA, newest first."""
 
 
-def describe(job: Job, done: Callable[[WorkItem], bool] | None = None) -> str:
+def describe(spec: RunSpec, done: Callable[[WorkItem], bool] | None = None) -> str:
     """The plan as a table. ``done`` tells which items an earlier process finished."""
-    items = job.plan.items if done is None else [item for item in job.plan.items if not done(item)]
-    rows = [("items", _items(job, len(items)))]
-    rows += _bucket_rows(job, done)
-    rows.append(("prompts to encode", f"{sum(1 for _ in job.plan.encodings()):,}"))
-    rows.append(("caption tokens", _tokens(job)))
-    if job.plan.caption_tokens:
-        rows += _listed("truncated", [str(t) for t in job.plan.truncations])
-    rows += _listed("drawn twice", [_duplicate(d) for d in job.plan.duplicates])
-    if job.checkpoint is NOT_DOWNLOADED:
-        rows.append(("weights", f"{job.config.model.repo} is not downloaded yet"))
-    rows.append(("disk", _disk(job, items)))
-    rows.append(("time", _eta(job, items)))
+    items = spec.plan.items if done is None else [item for item in spec.plan.items if not done(item)]
+    rows = [("items", _items(spec, len(items)))]
+    rows += _bucket_rows(spec, done)
+    rows.append(("prompts to encode", f"{sum(1 for _ in spec.plan.encodings()):,}"))
+    rows.append(("caption tokens", _tokens(spec)))
+    if spec.plan.caption_tokens:
+        rows += _listed("truncated", [str(t) for t in spec.plan.truncations])
+    rows += _listed("drawn twice", [_duplicate(d) for d in spec.plan.duplicates])
+    if spec.checkpoint is NOT_DOWNLOADED:
+        rows.append(("weights", f"{spec.config.model.repo} is not downloaded yet"))
+    rows.append(("disk", _disk(spec, items)))
+    rows.append(("time", _eta(spec, items)))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
 
@@ -53,16 +54,16 @@ def mean_work(items: Iterable[WorkItem]) -> float:
     return statistics.fmean([work(item) for item in items] or [0.0])
 
 
-def _items(job: Job, remaining: int) -> str:
-    total, prompts = len(job.plan), len(job.plan.prompts)
+def _items(spec: RunSpec, remaining: int) -> str:
+    total, prompts = len(spec.plan), len(spec.plan.prompts)
     text = f"{total:,} pictures of {prompts:,} prompts"
     return text if remaining == total else f"{text}; {total - remaining:,} are done, {remaining:,} remain"
 
 
-def _bucket_rows(job: Job, done: Callable[[WorkItem], bool] | None) -> list[tuple[str, str]]:
-    batch_size = job.config.engine.largest_batch
+def _bucket_rows(spec: RunSpec, done: Callable[[WorkItem], bool] | None) -> list[tuple[str, str]]:
+    batch_size = spec.config.engine.largest_batch
     batches: dict[Bucket, tuple[int, int]] = {}
-    for batch in job.plan.batches(batch_size, done):
+    for batch in spec.plan.batches(batch_size, done):
         items, count = batches.get(batch[0].bucket, (0, 0))
         batches[batch[0].bucket] = (items + len(batch), count + 1)
     rows = [("batches", f"{sum(n for _, n in batches.values()):,} of at most {batch_size}, {len(batches)} shapes")]
@@ -71,10 +72,10 @@ def _bucket_rows(job: Job, done: Callable[[WorkItem], bool] | None) -> list[tupl
     return rows + ([("", f"... and {len(told) - SHAPES_LISTED:,} more shapes")] if len(told) > SHAPES_LISTED else [])
 
 
-def _tokens(job: Job) -> str:
-    counts = job.plan.caption_tokens.values()
+def _tokens(spec: RunSpec) -> str:
+    counts = spec.plan.caption_tokens.values()
     if not counts:
-        missing = "the weights are not there" if job.checkpoint is NOT_DOWNLOADED else "there is no tokenizer.json"
+        missing = "the weights are not there" if spec.checkpoint is NOT_DOWNLOADED else "there is no tokenizer.json"
         return f"not counted, and so not what is cut off: {missing}"
     return f"{min(counts)} to {max(counts)}, median {statistics.median(counts):g} (chat template included)"
 
@@ -91,9 +92,9 @@ def _duplicate(duplicate: Any) -> str:
     return f"{duplicate.prompt.source} is the same picture as {duplicate.first.source}, seed {seeds}"
 
 
-def _disk(job: Job, items: list[WorkItem]) -> str:
+def _disk(spec: RunSpec, items: list[WorkItem]) -> str:
     """What the pictures need, and whether the run would be refused for want of it."""
-    root, needed, output = Path(job.config.output.root).absolute(), _disk_bytes(job, items), job.config.output
+    root, needed, output = Path(spec.config.output.root).absolute(), _disk_bytes(spec, items), spec.config.output
     there = next((folder for folder in (root, *root.parents) if folder.exists()), root)
     try:
         free = shutil.disk_usage(there).free
@@ -103,8 +104,8 @@ def _disk(job: Job, items: list[WorkItem]) -> str:
     return f"about {_size(needed)} in {output.root}, {_size(free)} free{enough}"
 
 
-def _disk_bytes(job: Job, items: list[WorkItem]) -> float:
-    per_pixel = job.config.output.estimated_bytes_per_pixel
+def _disk_bytes(spec: RunSpec, items: list[WorkItem]) -> float:
+    per_pixel = spec.config.output.estimated_bytes_per_pixel
     return sum(item.params.height * item.params.width * per_pixel + RECORD_BYTES for item in items)
 
 
@@ -127,10 +128,10 @@ class _EarlierRun:
     device: str
 
 
-def _eta(job: Job, items: list[WorkItem]) -> str:
+def _eta(spec: RunSpec, items: list[WorkItem]) -> str:
     if not items:
         return "nothing to draw"
-    earlier = _last_comparable(job)
+    earlier = _last_comparable(spec)
     if earlier is None:
         return "unknown: no earlier run of this model and engine to compare with"
     mine = mean_work(items)
@@ -140,23 +141,23 @@ def _eta(job: Job, items: list[WorkItem]) -> str:
     return f"about {duration(seconds)}, going by {earlier.path} ({each}{scaled})"
 
 
-def _last_comparable(job: Job) -> _EarlierRun | None:
-    root = Path(job.config.output.root)
+def _last_comparable(spec: RunSpec) -> _EarlierRun | None:
+    root = Path(spec.config.output.root)
     summaries = [*root.glob("*/*/summary.json"), *root.glob("multirun/*/*/*/summary.json")]
     summaries.sort(key=lambda path: path.stat().st_mtime, reverse=True)
     for path in summaries[:RUNS_READ]:
-        run = _read(path, job)
+        run = _read(path, spec)
         if run is not None:
             return run
     return None
 
 
-def _read(path: Path, job: Job) -> _EarlierRun | None:
+def _read(path: Path, spec: RunSpec) -> _EarlierRun | None:
     """The run if it used the same weights and engine and drew at least two pictures."""
     try:
         summary = json.loads(Inside(path.parent, path.name).read_bytes())
         comparable = summary["comparable"]
-        if comparable["digest"] != job.checkpoint.digest or comparable["engine"] != _engine_name(job):
+        if comparable["digest"] != spec.checkpoint.digest or comparable["engine"] != _engine_name(spec):
             return None
         seconds, start = summary["images"]["mean_seconds"], sum(summary["phases"].values())
         return _EarlierRun(path.parent, seconds, start, comparable["work"], summary["session"]["device_name"])
@@ -164,17 +165,10 @@ def _read(path: Path, job: Job) -> _EarlierRun | None:
         return None  # another version's file, or one cut short: it cannot be compared
 
 
-def comparable(job: Job) -> dict[str, Any]:
+def comparable(spec: RunSpec) -> dict[str, Any]:
     """What summary.json keeps, so that a later run can be estimated from it."""
-    return {"digest": job.checkpoint.digest, "engine": _engine_name(job), "work": mean_work(job.plan.items)}
+    return {"digest": spec.checkpoint.digest, "engine": _engine_name(spec), "work": mean_work(spec.plan.items)}
 
 
-def _engine_name(job: Job) -> str:
-    return type(job.config.engine).__name__
-
-
-def duration(seconds: float) -> str:
-    """As a person would say it: 47 s, 12 min, 21.1 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+def _engine_name(spec: RunSpec) -> str:
+    return type(spec.config.engine).__name__

@@ -1,62 +1,76 @@
-"""Executors that outlive their job, so that all jobs of a multirun that need the same session share it.
+"""One executor for all runs of a process, and the overlapped end of a multirun's runs.
 
-The end of such a job comes late: while the GPU draws its last pictures the next job is composed and planned, and when
-the GPU has work of that one the pictures are waited for, written and reported.
+The executor stays warm for the next run as long as both need the same session. Within a multirun a run may end late:
+while the GPU draws its last images the next run is composed and planned. Once the GPU has work of that one, the images
+are waited for, written and reported. Until then the run's exit code is a future. All of that is in this file.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from typing import Any
 
-from zimage_runner.executors.base import Executor
-from zimage_runner.exit_codes import Later
-from zimage_runner.runner.job import Job
+from zimage_runner.executors.base import Batch, BatchResult, Executor
+from zimage_runner.outputs.writer import ArrivalClock
+from zimage_runner.runner.spec import RunSpec, executor_key
 from zimage_runner.session import Session
-from zimage_runner.signals import StopRequest
+from zimage_runner.signals import StopRequest, graceful_stop
 
 
-class Executors:
-    """Starts the executor of each job, or hands over the last job's when it fits. One at a time is kept."""
+class ExitCode(Future[int]):
+    """The exit code of a run whose last images are still on their way. Hydra's callbacks may print it or pickle it."""
+
+    def __repr__(self) -> str:
+        return str(self.result()) if self.done() else "not known yet"
+
+    __str__ = __repr__
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (repr(self),)
+
+
+class SharedExecutor:
+    """Starts the executor of each run, or hands over the last run's when it fits. One at a time is kept."""
 
     def __init__(self, stop: StopRequest, *, overlaps: bool = False) -> None:
-        """``overlaps``: a job may end while the next one draws."""
+        """``overlaps``: a run may end while the next one draws."""
         self.stop = stop
-        """One for all jobs: a signal ends the whole sweep."""
+        """One for all runs: a signal ends the whole multirun."""
         self.memo: dict[str, Any] = {}
-        """What ``prepare`` need not find out again for the next job."""
+        """What ``plan_run`` need not find out again for the next run."""
+        self.label = ""
+        """How the run at hand is called on the terminal; empty where it is the only one."""
+        self.arrivals = ArrivalClock()
         self._overlaps = overlaps
         self._executor: Executor | None = None
         self._key = ""
-        self._unfinished: tuple[Callable[[], int], Later] | None = None
-        self.job_label = ""
-        """How the job at hand is called on the terminal; empty where it is the only one."""
-        self.last_arrival = 0.0
-        """time.perf_counter() when the last job's last picture was on the host."""
+        self._unfinished: tuple[Callable[[], int], ExitCode] | None = None
+        """How the previous run ends, and its exit code, while that end is still to come."""
 
     @contextlib.contextmanager
-    def lease(self, job: Job) -> Iterator[Executor]:
-        """A started executor, warm for the job's shapes. After an error it is not used again."""
-        key = executor_key(job)
+    def lease(self, spec: RunSpec) -> Iterator[Lease]:
+        """Give a run its executor, started and warm for the run's shapes. After an error it is not used again."""
+        key = executor_key(spec.config, spec.checkpoint)
         if key != self._key:
-            self.close()  # the job that used it ends undisturbed
+            self.close()  # the run that used it ends undisturbed
         try:
             with self.stop.interruptible():  # nothing is written yet: a refusal leaves no run directory behind
-                executor = self._started(job, key)
-            yield executor
+                executor = self._started(spec, key)
+            yield Lease(self, executor)
         except BaseException:
             self.close()
             raise
 
-    def _started(self, job: Job, key: str) -> Executor:
-        if self._executor is not None and self._executor.extend(job.shapes, job.texts):
+    def _started(self, spec: RunSpec, key: str) -> Executor:
+        if self._executor is not None and self._executor.extend(spec.shapes, spec.texts):
             return self._executor
         self.close()
-        config = job.config
+        config = spec.config
         self._executor = config.executor.create(
-            functools.partial(Session, config.executor.adapt(job.session), job.shapes, job.texts),
+            functools.partial(Session, config.executor.adapt(spec.session), spec.shapes, spec.texts),
             auto_batch=config.engine.auto_batch,
             health=config.memory.health,
             stop=self.stop,
@@ -65,59 +79,92 @@ class Executors:
         self._executor.start()
         return self._executor
 
-    @property
-    def is_behind(self) -> bool:
-        """Whether a job's end is still to come."""
-        return self._unfinished is not None
+    def finish(self, lease: Lease, report: Callable[[], int]) -> int | Future[int]:
+        """End a run that the executor has all the work of. Return its exit code, or the future of it.
 
-    def conclude(self, executor: Executor, end: Callable[[], int]) -> int | Later:
-        """End a job that the executor has all the work of: now, or later where the next job may begin meanwhile.
-
-        ``end`` waits for what is on its way, and returns the exit code; it keeps its errors to itself.
+        It ends now, or later where the next run may begin meanwhile. ``report`` waits for what is on its way and
+        returns the exit code; it keeps its errors to itself.
         """
-        self.catch_up()
-        if not (self._overlaps and executor.overlaps):
-            return end()
-        later = Later()
-        self._unfinished = (end, later)
-        return later
+        self.finish_previous()
+        if not (self._overlaps and lease.overlaps):
+            return report()
+        code = ExitCode()
+        self._unfinished = (report, code)
+        return code
 
-    def catch_up(self) -> None:
-        """End the job whose end is still to come, if there is one. Also called before anything is said of the next."""
-        if self._unfinished is not None:
-            (end, later), self._unfinished = self._unfinished, None
-            later.tell(end())
+    def finish_previous(self) -> None:
+        """End the previous run, if that is still to be done."""
+        if self._unfinished is None:
+            return
+        (report, code), self._unfinished = self._unfinished, None
+        try:
+            code.set_result(report())
+        except BaseException as error:
+            code.set_exception(error)
+            raise
 
     def close(self) -> None:
-        """End the session, if there is one, and before it the job whose end is still to come."""
-        self.catch_up()
+        """End the session, if there is one, and before it the run whose end is still to come."""
+        self.finish_previous()
         executor, self._executor = self._executor, None
         if executor is not None:
             executor.close()
 
 
-def executor_key(job: Job) -> str:
-    """Equal keys mean that one executor serves both jobs."""
-    return repr(
-        (job.session.key(), type(job.config.executor).__name__, job.config.executor, job.config.engine.auto_batch)
-    )
+class Lease:
+    """The executor, while one run has it."""
+
+    def __init__(self, owner: SharedExecutor, executor: Executor) -> None:
+        self._owner = owner
+        self._executor = executor
+        self.overlaps = executor.overlaps
+        self.stop = owner.stop
+        self.label = owner.label
+        self.arrivals = owner.arrivals
+
+    def run(self, batches: Iterable[Batch]) -> Iterator[BatchResult]:
+        """Return the results of every batch, as ``Executor.run`` does."""
+        return self._executor.run(self._while_busy(batches))
+
+    def _while_busy(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield the batches. When the executor has one and asks for more, there is time to end the previous run."""
+        for batch in batches:
+            yield batch
+            self._owner.finish_previous()
+
+    def report(self) -> dict[str, Any]:
+        """Return the session's report as it is now."""
+        return self._executor.report()
 
 
-_shared: Executors | None = None
+_shared: SharedExecutor | None = None
 
 
 @contextlib.contextmanager
-def shared_executors(stop: StopRequest, *, overlaps: bool = False) -> Iterator[Executors]:
-    """While this is open, every run of this process takes its executor from one place and leaves it warm."""
+def shared_executor(stop: StopRequest, *, overlaps: bool = False) -> Iterator[SharedExecutor]:
+    """Let every run of this process use one executor, and leave it warm for the next, until the block ends."""
     global _shared
-    _shared = Executors(stop, overlaps=overlaps)
+    _shared = SharedExecutor(stop, overlaps=overlaps)
     try:
         yield _shared
     finally:
-        executors, _shared = _shared, None
-        executors.close()
+        executor, _shared = _shared, None
+        executor.close()
 
 
-def current_executors() -> Executors | None:
-    """What ``shared_executors`` opened, if anything."""
-    return _shared
+@contextlib.contextmanager
+def executor_of_run() -> Iterator[SharedExecutor]:
+    """Give a run the multirun's executor, or one of its own that is closed with it.
+
+    After an error the previous run ends first: messages come in the order of the runs.
+    """
+    if _shared is None:
+        with graceful_stop() as stop, contextlib.closing(SharedExecutor(stop)) as own:
+            yield own
+        return
+    shared = _shared
+    try:
+        yield shared
+    except Exception:
+        shared.finish_previous()
+        raise

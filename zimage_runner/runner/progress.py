@@ -10,8 +10,7 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
-from zimage_runner.logs import say
-from zimage_runner.runner.dry_run import duration
+from zimage_runner.logs import duration, say
 
 log = logging.getLogger(__name__)
 
@@ -19,27 +18,30 @@ FIRST_SECONDS, LONGEST_SECONDS = 60.0, 1800.0
 SHARE = 0.05
 """Of the time gone by: a night's log has dozens of lines and not a thousand."""
 
+_terminal = threading.Lock()
+"""Held by the one display that shows its bar: two would write over each other."""
 
-class Pace:
-    """Says when the next line is due, and what is in it. Thread-safe."""
+
+class ProgressLog:
+    """Decides when the next line of progress is due, and words it. Thread-safe."""
 
     def __init__(self, planned: int, settled: int, clock: Callable[[], float] = time.monotonic) -> None:
         """``settled`` of the ``planned`` pictures were done or given up before the clock began."""
         self._planned = planned
         self._clock = clock
-        self._start = self._told_at = clock()
-        self._told = settled
+        self._start = self._logged_at = clock()
+        self._logged = settled
         self._lock = threading.Lock()
 
     def line(self, settled: int) -> str | None:
-        """``1,200 of 100,000 pictures (1.2 %), 0.77 s each, about 21.1 h left`` when it is time for it."""
+        """Return ``1,200 of 100,000 pictures (1.2 %), 0.77 s each, about 21.1 h left`` when it is due, else None."""
         now = self._clock()
         with self._lock:
-            since = now - self._told_at
-            if since < min(max(FIRST_SECONDS, SHARE * (now - self._start)), LONGEST_SECONDS) or settled <= self._told:
+            since = now - self._logged_at
+            if since < min(max(FIRST_SECONDS, SHARE * (now - self._start)), LONGEST_SECONDS) or settled <= self._logged:
                 return None
-            each = since / (settled - self._told)
-            self._told_at, self._told = now, settled
+            each = since / (settled - self._logged)
+            self._logged_at, self._logged = now, settled
         left = self._planned - settled
         if not left:
             return None  # the summary comes now
@@ -48,28 +50,29 @@ class Pace:
         return f"{done}, {speed} each, about {duration(left * each)} left"
 
 
-class Display:
+class ProgressDisplay:
     """Shows how many of a run's pictures are settled. ``update`` may be called from any thread, before ``open`` too."""
 
     def __init__(self, planned: int, settled: int) -> None:
         """``settled`` of the ``planned`` pictures were done or given up by earlier processes."""
         self._planned, self._before = planned, settled
-        self._pace = Pace(planned, settled)
+        self._log = ProgressLog(planned, settled)
         self._bar: tqdm | None = None
-        self.tells = True
-        """Whether lines are told: not while the log is another run's."""
+        self.logs = True
+        """Whether lines are logged: not while the log is another run's."""
 
     def open(self) -> None:
-        """Show the bar, if this is a terminal. Harmless when called twice."""
-        if self._bar is None:
+        """Show the bar, if this is a terminal and no other run's bar is on it. Harmless when called twice."""
+        if self._bar is None and _terminal.acquire(blocking=False):
             hidden = not sys.stderr.isatty()
             self._bar = tqdm(total=self._planned, initial=self._before, unit="image", disable=hidden, smoothing=0.1)
 
     def update(self, settled: int) -> None:
-        """So many are settled now."""
+        """Show that so many are settled now."""
+        self.open()  # where another run's bar was in the way
         if self._bar is not None:
             self._bar.update(settled - self._bar.n)
-        if self.tells and (line := self._pace.line(settled)):
+        if self.logs and (line := self._log.line(settled)):
             log.info("%s", line)
             if not sys.stderr.isatty():
                 say(line)
@@ -78,3 +81,5 @@ class Display:
         """Leave the bar as it is."""
         if self._bar is not None:
             self._bar.close()
+            self._bar = None
+            _terminal.release()

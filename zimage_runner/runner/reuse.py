@@ -19,7 +19,7 @@ from zimage_runner.outputs.ledger import IMAGE, RECORD, RECORDS, Entry, Ledger
 from zimage_runner.outputs.run_dir import RunDirectory
 from zimage_runner.outputs.survey import Pictures
 from zimage_runner.plan import Fingerprints, Plan, WorkItem
-from zimage_runner.runner.job import Job
+from zimage_runner.runner.spec import RunSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +36,14 @@ class Reuse:
     """The reusing of one run: before anything is drawn from earlier runs, after it among its own prompts."""
 
     def __init__(
-        self, job: Job, run_dir: RunDirectory, ledger: Ledger, fingerprint: Fingerprints, report: dict[str, Any]
+        self, spec: RunSpec, run_dir: RunDirectory, ledger: Ledger, fingerprint: Fingerprints, report: dict[str, Any]
     ) -> None:
-        self._job = job
+        self._spec = spec
         self._run_dir = run_dir
         self._ledger = ledger
         self._fingerprint = fingerprint
         self._report = report
-        self._twins = twins(job.plan)
+        self._twins = twins(spec.plan)
 
     def waits(self, item: WorkItem) -> bool:
         """True for an item that another item's picture will serve."""
@@ -51,7 +51,7 @@ class Reuse:
 
     def from_earlier_runs(self, todo: Iterable[WorkItem]) -> list[str]:
         """Link what ``skip_existing`` has of these items; their directories."""
-        pattern = self._job.config.skip_existing
+        pattern = self._spec.config.skip_existing
         if pattern is None:
             return []
         wanted: dict[str, WorkItem] = {}
@@ -65,7 +65,7 @@ class Reuse:
     def among_own(self, settled: Callable[[WorkItem], bool]) -> list[str]:
         """Link the pictures of items that waited for another item, where that one is done; their directories."""
         linked = []
-        for item in self._job.plan.items:
+        for item in self._spec.plan.items:
             first = self._twins.get(item.item_dir) if self._twins else None
             entry = self._ledger.entries.get(first) if first is not None else None
             if first is None or entry is None or not entry.ok or settled(item):
@@ -75,8 +75,8 @@ class Reuse:
         return linked
 
     def _adopt(self, item: WorkItem, fingerprint: str, existing: Existing) -> None:
-        sync = self._job.config.output.fsync is Fsync.item
-        recipe = self._job.recipe(item, self._report)
+        sync = self._spec.config.output.fsync is Fsync.item
+        recipe = self._spec.recipe(item, self._report)
         adopt(self._run_dir, self._ledger, item, fingerprint, existing, recipe, sync=sync)
 
 

@@ -26,8 +26,7 @@ if TYPE_CHECKING:  # nothing is imported before the fork that can come after it
     from types import FrameType
     from typing import NoReturn
 
-    from zimage_runner.config.schema import RunConfig
-    from zimage_runner.runner.composed import Composed
+    from zimage_runner.config.schema import Composed, RunConfig
 
 TAKEN = b"taken"
 """What the parent answers when it has the job, and with it the run directory."""
@@ -82,8 +81,8 @@ def main(argv: Sequence[str]) -> int:
         return _child.end()
     import pickle
 
-    from zimage_runner.exit_codes import EXIT_INTERRUPTED, refuse
-    from zimage_runner.logs import log_to_terminal
+    from zimage_runner.errors import EXIT_INTERRUPTED
+    from zimage_runner.logs import log_to_terminal, refuse
     from zimage_runner.runner.execute import execute
     from zimage_runner.startup.process import PLAIN_START
 
@@ -117,9 +116,7 @@ def stop() -> None:
     if _child is not None:
         _child.stop()
     if _composed is not None:
-        from zimage_runner.runner.composed import remove_with_name
-
-        remove_with_name(_composed.directory)
+        _composed.remove_unused_directory_at_once()
 
 
 def leave(code: int) -> NoReturn:

@@ -11,7 +11,7 @@ from zimage_runner.cli.messages import CONFIG_ERRORS, explain, typed
 from zimage_runner.cli.words import command_line_wins
 from zimage_runner.config.schema import RunConfig
 from zimage_runner.errors import UserError
-from zimage_runner.runner.job import check
+from zimage_runner.runner.spec import check
 
 Complaint = tuple[int, str]
 """Number of a job, and why it will be refused."""
@@ -22,13 +22,16 @@ def complaints(configs: Sequence[DictConfig]) -> Iterator[Complaint]:
     for config in configs:
         try:
             command_line_wins(config, config.hydra.overrides.task)
-            check(_run_config(config))
+            check(typed_run(config))
         except (UserError, *CONFIG_ERRORS) as error:
             yield config.hydra.job.num, explain(error)
 
 
-def _run_config(config: DictConfig) -> RunConfig:
-    """As the job itself will make it; without copying the part that is Hydra's, which is the larger one."""
+def typed_run(config: DictConfig) -> RunConfig:
+    """Return a job's config as the job itself will make it. Raises UserError, or one of CONFIG_ERRORS.
+
+    The part that is Hydra's, which is the larger one, is not copied.
+    """
     values = {}
     for name in (field.name for field in dataclasses.fields(RunConfig)):
         value = config[name]

@@ -6,9 +6,7 @@ and directory.
 
 from __future__ import annotations
 
-import functools
 import importlib
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -19,28 +17,27 @@ from typing import TYPE_CHECKING
 from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 
 from zimage_runner.cli.hydra_patches import compose_quickly
+from zimage_runner.cli.messages import CONFIG_ERRORS
 from zimage_runner.cli.resume.sweep import job_to_resume, keep_first_settings
-from zimage_runner.cli.sweep.report import SweptJob, exit_codes, split_overrides, varying_fields
+from zimage_runner.cli.sweep.report import JobResult, exit_codes, known_code, split_overrides, varying_fields
 from zimage_runner.config.launcher import PLUGIN_MODULE
-from zimage_runner.errors import error_text, one_line
-from zimage_runner.exit_codes import EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, when_known
+from zimage_runner.errors import EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, UserError, error_text, one_line
 from zimage_runner.logs import say
 from zimage_runner.outputs.summary import resume_command
 from zimage_runner.outputs.survey import Retry
 from zimage_runner.signals import graceful_stop
 
 if TYPE_CHECKING:
-    from zimage_runner.runner.pool import Executors
+    from zimage_runner.runner.pool import SharedExecutor
 
 log = logging.getLogger(__name__)
 
 COMPLAINTS_TOLD = 10
 LONGEST_VALUE = 40
 """Characters of a value on the terminal."""
-SESSION_GROUPS = ("model", "engine", "memory", "warmup", "compile", "executor")
 
 
 class WarmLauncher(Launcher):
@@ -61,7 +58,7 @@ class WarmLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run all jobs; their returns in the order given."""
-        from zimage_runner.runner.pool import shared_executors
+        from zimage_runner.runner.pool import shared_executor
 
         setup_globals()
         directory = Path(str(self.config.hydra.sweep.dir))
@@ -73,19 +70,20 @@ class WarmLauncher(Launcher):
             self._tell_complaints(configs)
         labels = job_labels(job_overrides, initial_job_idx)
         returns: dict[int, JobReturn] = {}
-        with graceful_stop() as stop, shared_executors(stop, overlaps=self.keep_going) as executors:
+        with graceful_stop() as stop, shared_executor(stop, overlaps=self.keep_going) as executor:
             if self.signal_name is not None:
                 stop.set(self.signal_name)
             for n in warm_order(configs):
-                executors.job_label = labels[n]
-                returns[n] = self._run(configs[n], executors)
+                executor.label = labels[n]
+                returns[n] = self._run(configs[n], executor)
                 if not self.keep_going and returns[n].return_value:
                     log.warning("job %d failed: the jobs after it are not run (keep_going=false)", initial_job_idx + n)
                     break
-            executors.catch_up()
-            if stop and self.signal_name is None:
-                self.signal_name = stop.signal_name
-                say(f"to finish the whole multirun: {resume_command(directory.absolute())}")
+        for result in returns.values():
+            result.return_value = known_code(result.return_value)
+        if stop and self.signal_name is None:
+            self.signal_name = stop.signal_name
+            say(f"to finish the whole multirun: {resume_command(directory.absolute())}")
         return [returns.get(n) or _not_run(EXIT_ITEMS_FAILED) for n in range(len(configs))]
 
     def _tell_complaints(self, configs: Sequence[DictConfig]) -> None:
@@ -107,9 +105,9 @@ class WarmLauncher(Launcher):
             config.verify = config.verify and config.resume is not None
         return config
 
-    def _run(self, config: DictConfig, executors: Executors) -> JobReturn:
+    def _run(self, config: DictConfig, executor: SharedExecutor) -> JobReturn:
         """One job. What it raises is reported here: raised to Hydra it would end the sweep."""
-        if executors.stop:
+        if executor.stop:
             return _not_run(EXIT_INTERRUPTED)
         if self.config.resume is not None:
             retry_failed = config.resume is None and config.retry is Retry.failed
@@ -128,15 +126,14 @@ class WarmLauncher(Launcher):
                 configure_logging=False,
             )
         except KeyboardInterrupt:  # while it got ready
-            if not executors.stop:
+            if not executor.stop:
                 raise
             return _not_run(EXIT_INTERRUPTED)
         if result.status is JobStatus.FAILED:
             error = result._return_value
-            executors.close()  # whatever state it is in
+            executor.close()  # whatever state it is in
             log.error("job %d: %s", config.hydra.job.num, error_text(error), exc_info=error)
             result.status, result.return_value = JobStatus.COMPLETED, EXIT_ITEMS_FAILED
-        when_known(result.return_value, functools.partial(setattr, result, "return_value"))
         return result
 
 
@@ -154,7 +151,7 @@ def _not_run(code: int) -> JobReturn:
 def job_labels(job_overrides: Sequence[Sequence[str]], first: int) -> list[str]:
     """``job 3 (seeds=2, sampling.num_inference_steps=4)``: number, and what differs between jobs."""
     jobs = [
-        SweptJob(number=number, directory=Path(str(number)), overrides=split_overrides(list(overrides)))
+        JobResult(number=number, directory=Path(str(number)), overrides=split_overrides(list(overrides)))
         for number, overrides in enumerate(job_overrides, first)
     ]
     fields, labels = varying_fields(jobs), []
@@ -165,20 +162,21 @@ def job_labels(job_overrides: Sequence[Sequence[str]], first: int) -> list[str]:
 
 
 def warm_order(configs: Sequence[DictConfig]) -> list[int]:
-    """Positions such that jobs of one session stand together: sessions by first appearance, jobs as given."""
+    """Return positions such that jobs of one session stand together: sessions by first appearance, jobs as given."""
     first: dict[str, int] = {}
-    keys = [first.setdefault(session_text(config), n) for n, config in enumerate(configs)]
+    keys = [first.setdefault(_session_of(config, n), n) for n, config in enumerate(configs)]
     return sorted(range(len(configs)), key=lambda n: keys[n])
 
 
-def session_text(config: DictConfig) -> str:
-    """Equal for jobs that can share a session: their session's settings without the batch size."""
-    groups = {name: OmegaConf.to_container(config[name], resolve=True, enum_to_str=True) for name in SESSION_GROUPS}
-    choices = {name: config.hydra.runtime.choices.get(name) for name in SESSION_GROUPS}
-    engine = groups["engine"]
-    assert isinstance(engine, dict)
-    engine.pop("batch_size", None)
-    return json.dumps([choices, groups], sort_keys=True, default=str)
+def _session_of(config: DictConfig, position: int) -> str:
+    """Return a key that is equal for jobs that can share a session. A job that will be refused shares none."""
+    from zimage_runner.cli.sweep.check import typed_run
+    from zimage_runner.runner.spec import executor_key
+
+    try:
+        return executor_key(typed_run(config))
+    except (UserError, *CONFIG_ERRORS):
+        return f"refused {position}"
 
 
 def register_launcher() -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
-import functools
 import io
 import json
 import logging
 import sys
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from zimage_runner.exit_codes import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK, Later, when_known
+from zimage_runner.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK
 from zimage_runner.logs import say
 from zimage_runner.outputs.atomic import directory, write_file
 from zimage_runner.outputs.beneath import Inside
@@ -39,9 +39,14 @@ processes can tell it no other way."""
 COLUMNS = ("status", "done", "failed", "seconds_per_image", "directory")
 
 
+def known_code(code: int | Future[int]) -> int:
+    """Return an exit code; of a job that ended late, the one that it ended with. Called when the launcher has ended."""
+    return code.result(timeout=0) if isinstance(code, Future) else code
+
+
 @dataclass(kw_only=True, slots=True)
-class SweptJob:
-    """One job of a multirun, as far as it left traces."""
+class JobResult:
+    """What became of one job of a multirun, as far as it left traces."""
 
     number: int
     directory: Path
@@ -81,7 +86,7 @@ class SweepReport(Callback):
         """``grid``: draw it. ``tile``: largest side of its pictures in pixels."""
         self._grid = grid
         self._tile = tile
-        self._exit_codes: dict[int, int] = {}
+        self._exit_codes: dict[int, int | Future[int]] = {}
         self._overrides: dict[int, list[str]] = {}
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
@@ -89,8 +94,7 @@ class SweepReport(Callback):
         number = config.hydra.job.get("num")
         if isinstance(number, int):
             code = job_return._return_value
-            known = code if isinstance(code, int | Later) else EXIT_ITEMS_FAILED
-            when_known(known, functools.partial(self._exit_codes.__setitem__, number))
+            self._exit_codes[number] = code if isinstance(code, int | Future) else EXIT_ITEMS_FAILED
             self._overrides[number] = list(config.hydra.overrides.task)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
@@ -113,14 +117,14 @@ class SweepReport(Callback):
                 say(f"grid: {pages[0]}" if len(pages) == 1 else f"grid: {len(pages)} pages in {pages[0].parent}")
         say(str(root.absolute()), sys.stdout)
 
-    def _jobs(self, root: Path, expected: list[dict[str, str]]) -> list[SweptJob]:
+    def _jobs(self, root: Path, expected: list[dict[str, str]]) -> list[JobResult]:
         found = {int(path.name): read_job(path) for path in root.iterdir() if _is_job(path)}
         for number, code in self._exit_codes.items():
-            job = found.setdefault(number, SweptJob(number=number, directory=root / str(number)))
-            job.exit_code = code
+            job = found.setdefault(number, JobResult(number=number, directory=root / str(number)))
+            job.exit_code = known_code(code)
             job.overrides = job.overrides or split_overrides(self._overrides[number])
         for number, overrides in enumerate(expected):
-            job = found.setdefault(number, SweptJob(number=number, directory=root / str(number)))
+            job = found.setdefault(number, JobResult(number=number, directory=root / str(number)))
             job.overrides = job.overrides or overrides
         return [found[number] for number in sorted(found)]
 
@@ -137,7 +141,7 @@ def _is_job(path: Path) -> bool:
     return path.name.isdigit() and path.is_dir() and not path.is_symlink()
 
 
-def read_job(path: Path) -> SweptJob:
+def read_job(path: Path) -> JobResult:
     """A job from its directory; what is missing or unreadable stays empty."""
     try:
         overrides = split_overrides(yaml.safe_load(Inside(path, ".hydra/overrides.yaml").read_bytes().decode()))
@@ -147,7 +151,7 @@ def read_job(path: Path) -> SweptJob:
         summary = json.loads(Inside(path, "summary.json").read_bytes())
     except (OSError, ValueError):
         summary = {}
-    return SweptJob(number=int(path.name), directory=path, overrides=overrides, summary=summary)
+    return JobResult(number=int(path.name), directory=path, overrides=overrides, summary=summary)
 
 
 def split_overrides(overrides: list[str]) -> dict[str, str]:
@@ -156,7 +160,7 @@ def split_overrides(overrides: list[str]) -> dict[str, str]:
     return {key: value.strip("\"'") for key, _, value in pairs}
 
 
-def varying_fields(jobs: list[SweptJob]) -> list[str]:
+def varying_fields(jobs: list[JobResult]) -> list[str]:
     """Fields that are not the same in all jobs, in the order of the command line."""
     swept = [job.overrides for job in jobs if job.overrides]
     # A job that was resumed also names the config groups that it had, and what it was resumed from.
@@ -165,7 +169,7 @@ def varying_fields(jobs: list[SweptJob]) -> list[str]:
     return [name for name in names if len({overrides.get(name) for overrides in swept}) > 1]
 
 
-def csv_table(jobs: list[SweptJob], fields: list[str]) -> str:
+def csv_table(jobs: list[JobResult], fields: list[str]) -> str:
     """A row a job. Text that a spreadsheet would run as a formula is kept from it by an apostrophe."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -187,7 +191,7 @@ def inert(text: str) -> str:
     return text
 
 
-def markdown_table(jobs: list[SweptJob], fields: list[str]) -> str:
+def markdown_table(jobs: list[JobResult], fields: list[str]) -> str:
     """The same as a Markdown table."""
     header = ["job", *fields, *COLUMNS]
     lines = [_markdown_row(header), _markdown_row(["---"] * len(header))]

@@ -29,7 +29,7 @@ Shape = tuple[int, int, bool]
 """height, width, guidance: what a picture's memory depends on most."""
 
 
-class Ladder:
+class MemoryBackoff:
     """Draws batches on one session and remembers what its memory allows."""
 
     def __init__(

@@ -1,4 +1,4 @@
-"""From a validated config to what is to be done: plan, checkpoint and session. Generates nothing."""
+"""From a validated config to the spec of a run: plan, checkpoint and session. Generates nothing."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ NOT_DOWNLOADED = Checkpoint(path=Path(os.devnull), revision="not downloaded", di
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
-    """One run, ready to start."""
+class RunSpec:
+    """All that defines a run, checked and ready to start."""
 
     config: RunConfig
     plan: Plan
@@ -98,7 +98,10 @@ class Job:
 
 
 def check(config: RunConfig) -> tuple[SamplingParams, Seeds]:
-    """What can be told of a job without reading prompts or weights. Raises UserError."""
+    """Check what can be checked of a run without reading prompts or weights. Return sampling parameters and seeds.
+
+    Raises UserError.
+    """
     params = resolve_sampling(config.sampling, config.model.recommended)
     config.model.check_size(params.height, params.width)
     seeds = parse_seeds(config.seeds)
@@ -107,10 +110,10 @@ def check(config: RunConfig) -> tuple[SamplingParams, Seeds]:
     return params, seeds
 
 
-def prepare(config: RunConfig, memo: dict[str, Any] | None = None) -> Job:
-    """Validate everything that can be without torch, read the prompts, find the weights, and plan.
+def plan_run(config: RunConfig, memo: dict[str, Any] | None = None) -> RunSpec:
+    """Validate everything that can be without torch, read the prompts, find the weights, and plan. Return the spec.
 
-    ``memo`` keeps what the next job of the same sweep needs again: the checkpoint's digest and its tokenizer.
+    ``memo`` keeps what the next run of the same sweep needs again: the checkpoint's digest and its tokenizer.
     Raises UserError with one line for whatever the user can mend.
     """
     params, seeds = check(config)
@@ -129,7 +132,12 @@ def prepare(config: RunConfig, memo: dict[str, Any] | None = None) -> Job:
             f"output_file={config.output_file!r} takes one picture, but this run draws {len(plan)}: "
             "give one prompt and one seed, or leave output_file out"
         )
-    session = SessionConfig(
+    return RunSpec(config=config, plan=plan, checkpoint=checkpoint, session=session_config(config, checkpoint))
+
+
+def session_config(config: RunConfig, checkpoint: Checkpoint) -> SessionConfig:
+    """Return the part of a run's config that its session is made of."""
+    return SessionConfig(
         model=config.model,
         engine=config.engine,
         memory=config.memory,
@@ -138,7 +146,14 @@ def prepare(config: RunConfig, memo: dict[str, Any] | None = None) -> Job:
         checkpoint=checkpoint,
         embedding_cache=config.embedding_cache,
     )
-    return Job(config=config, plan=plan, checkpoint=checkpoint, session=session)
+
+
+def executor_key(config: RunConfig, checkpoint: Checkpoint | None = None) -> str:
+    """Return a key that is equal for runs which can share one executor and its session.
+
+    Before the weights are found (no ``checkpoint``) the model's settings stand for them.
+    """
+    return repr((config.executor, session_config(config, checkpoint or NOT_DOWNLOADED).key()))
 
 
 def _checkpoint(config: RunConfig) -> Checkpoint:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zimage_runner.runner.progress import FIRST_SECONDS, LONGEST_SECONDS, Pace
+from zimage_runner.runner.progress import FIRST_SECONDS, LONGEST_SECONDS, ProgressLog
 
 
 class Clock:
@@ -17,28 +17,28 @@ class Clock:
 
 def test_what_it_says_and_when() -> None:
     clock = Clock()
-    pace = Pace(planned=100_000, settled=1000, clock=clock)
-    assert pace.line(1050) is None
+    progress = ProgressLog(planned=100_000, settled=1000, clock=clock)
+    assert progress.line(1050) is None
     clock.now = 60.0
-    assert pace.line(1100) == "1,100 of 100,000 pictures (1.1%), 0.60 s each, about 16.5 h left"
+    assert progress.line(1100) == "1,100 of 100,000 pictures (1.1%), 0.60 s each, about 16.5 h left"
     clock.now = 119.0
-    assert pace.line(1190) is None
+    assert progress.line(1190) is None
     clock.now = 121.0
-    assert pace.line(1161) == "1,161 of 100,000 pictures (1.2%), 1.00 s each, about 27.5 h left"
+    assert progress.line(1161) == "1,161 of 100,000 pictures (1.2%), 1.00 s each, about 27.5 h left"
     clock.now = 500.0
-    assert pace.line(1161) is None, "nothing new to tell"
-    assert pace.line(100_000) is None, "the summary tells that"
+    assert progress.line(1161) is None, "nothing new to tell"
+    assert progress.line(100_000) is None, "the summary tells that"
 
 
 @given(st.floats(0.5, 600.0))
 def test_a_week_is_told_in_a_few_hundred_lines(seconds_each: float) -> None:
     clock = Clock()
     planned = int(7 * 86_400 / seconds_each)
-    pace = Pace(planned=planned, settled=0, clock=clock)
+    progress = ProgressLog(planned=planned, settled=0, clock=clock)
     times = []
     for settled in range(1, planned, max(1, int(30 / seconds_each))):
         clock.now = settled * seconds_each
-        if pace.line(settled):
+        if progress.line(settled):
             times.append(clock.now)
     gaps = [later - earlier for earlier, later in zip([0.0, *times], times, strict=False)]
     assert len(times) < 500
@@ -47,7 +47,7 @@ def test_a_week_is_told_in_a_few_hundred_lines(seconds_each: float) -> None:
 
 
 def test_a_run_without_a_terminal_tells_it(cli, monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(Pace, "line", lambda _, settled: f"{settled} by now")
+    monkeypatch.setattr(ProgressLog, "line", lambda _, settled: f"{settled} by now")
     code, _, err = cli("prompts=emoji", "prompts.limit=3", "sampling.num_inference_steps=1")
     assert code == 0, err
     assert {"1 by now", "3 by now"} <= set(err.splitlines())

@@ -9,22 +9,22 @@ import pytest
 from tests.faults.session import FaultySession, item, picture
 from zimage_runner.engines.faults import DeviceLost, is_device_lost, is_out_of_memory
 from zimage_runner.errors import BadPictureError
+from zimage_runner.executors.backoff import MemoryBackoff
 from zimage_runner.executors.base import Batch, BatchResult
 from zimage_runner.executors.inline import InlineExecutor, InlineExecutorConfig
-from zimage_runner.executors.ladder import Ladder
 from zimage_runner.memory import release
 
 
-def draw(batch_sizes: list[int], *, attempt: int = 1) -> tuple[FaultySession, Ladder, list[BatchResult]]:
+def draw(batch_sizes: list[int], *, attempt: int = 1) -> tuple[FaultySession, MemoryBackoff, list[BatchResult]]:
     """Draw consecutive seeds in batches of these sizes on one session."""
     session = FaultySession()
-    ladder = Ladder(session)
+    backoff = MemoryBackoff(session)
     results, seed = [], 0
     for size in batch_sizes:
         batch = Batch(items=[item(s) for s in range(seed, seed + size)], attempt=attempt)
-        results += ladder.run(batch)
+        results += backoff.run(batch)
         seed += size
-    return session, ladder, results
+    return session, backoff, results
 
 
 def drawn(results: list[BatchResult]) -> dict[int, str | None]:
@@ -41,20 +41,20 @@ def drawn(results: list[BatchResult]) -> dict[int, str | None]:
 
 def test_nothing_wrong(faults):
     faults()
-    session, ladder, results = draw([3, 1])
+    session, backoff, results = draw([3, 1])
     assert drawn(results) == dict.fromkeys(range(4))
     assert session.calls == [(3, 1, False), (1, 1, False)]
-    assert ladder.report() == {}
+    assert backoff.report() == {}
 
 
 def test_out_of_memory_halves_and_remembers(faults):
     faults(*({"on": s, "kind": "oom", "above": 2} for s in range(16)))
-    session, ladder, results = draw([8, 8])
+    session, backoff, results = draw([8, 8])
     assert drawn(results) == dict.fromkeys(range(16))
     # 0: memory is freed after each failure.
     assert [n for n, _, _ in session.calls] == [8, 0, 4, 0, 2, 2, 2, 2, 2, 2, 2, 2]
-    assert ladder.report()["batch_sizes"] == {"32x32": 2}
-    assert ladder.report()["recovery"] == [
+    assert backoff.report()["batch_sizes"] == {"32x32": 2}
+    assert backoff.report()["recovery"] == [
         "out of memory with 8 pictures of 32x32: 4 at a time from now on",
         "out of memory with 4 pictures of 32x32: 2 at a time from now on",
     ]
@@ -62,13 +62,13 @@ def test_out_of_memory_halves_and_remembers(faults):
 
 def test_then_tiles(faults):
     faults(*({"on": s, "kind": "oom"} for s in range(4)))
-    session, ladder, results = draw([2, 2])
+    session, backoff, results = draw([2, 2])
     assert drawn(results) == dict.fromkeys(range(4))
     assert [c for c in session.calls if c[0]] == [(2, 1, False), (1, 1, False)] + [(1, 1, True)] * 4
     wanted = ["smaller batch for want of memory", "VAE decoded in tiles"]
     assert all(r.details["recovery"] == wanted for r in results)
     assert all(r.details["batch_size"] == 1 for r in results)
-    assert ladder.report()["recovery"][-1] == "out of memory with one picture of 32x32: decoding in tiles from now on"
+    assert backoff.report()["recovery"][-1] == "out of memory with one picture of 32x32: decoding in tiles from now on"
 
 
 def test_then_the_item_fails_and_the_others_do_not(faults):
@@ -82,21 +82,21 @@ def test_then_the_item_fails_and_the_others_do_not(faults):
 def test_what_can_be_freed_is_freed_before_the_batch_is_halved(faults, monkeypatch):
     monkeypatch.setattr(FaultySession, "free_memory", lambda self: self.calls.append((0, 0, False)) or True)
     faults({"on": 1, "kind": "oom", "above": 2})
-    session, ladder, results = draw([4])
+    session, backoff, results = draw([4])
     assert drawn(results) == dict.fromkeys(range(4))
     assert [n for n, _, _ in session.calls] == [4, 0, 4, 0, 2, 2], "once more, and not again and again"
     freed = "out of memory with 4 pictures of 32x32: CUDA graphs and caches are given up"
-    assert ladder.steps == [freed, freed, "out of memory with 4 pictures of 32x32: 2 at a time from now on"]
+    assert backoff.steps == [freed, freed, "out of memory with 4 pictures of 32x32: 2 at a time from now on"]
 
 
 def test_a_session_without_tiles_tries_one_picture_twice(faults, monkeypatch):
     monkeypatch.setattr(FaultySession, "tiles", False)
     faults({"on": 0, "kind": "oom"}, {"on": 1, "kind": "oom", "times": 1})
-    session, ladder, results = draw([1, 1])
+    session, backoff, results = draw([1, 1])
     errors = drawn(results)
     assert errors == {0: "OutOfMemoryError: CUDA out of memory. Tried to allocate 1.00 GiB", 1: None}
     assert [n for n, _, _ in session.calls] == [1, 0, 1, 0, 1, 0, 1]
-    assert ladder.report() == {}
+    assert backoff.report() == {}
 
 
 def test_all_that_torch_keeps_is_given_back(monkeypatch):
@@ -140,7 +140,7 @@ def test_a_lost_device_ends_the_run(faults):
 
 
 def test_auto_batch_measures_the_first_picture(faults, monkeypatch):
-    from zimage_runner.executors import ladder as module
+    from zimage_runner.executors import backoff as module
 
     class Memory:
         def pictures_that_fit(self, most: int) -> int:
@@ -149,10 +149,10 @@ def test_auto_batch_measures_the_first_picture(faults, monkeypatch):
     monkeypatch.setattr(module, "BatchMemory", Memory)
     faults()
     session = FaultySession()
-    ladder = Ladder(session, auto_batch=True)
-    assert len(drawn(list(ladder.run(Batch(items=[item(s) for s in range(8)]))))) == 8
+    backoff = MemoryBackoff(session, auto_batch=True)
+    assert len(drawn(list(backoff.run(Batch(items=[item(s) for s in range(8)]))))) == 8
     assert [n for n, _, _ in session.calls] == [1, 3, 3, 1]
-    assert ladder.report() == {"batch_sizes": {"32x32": 3}}
+    assert backoff.report() == {"batch_sizes": {"32x32": 3}}
 
 
 def test_auto_batch_without_a_gpu_is_one(faults):
