@@ -76,11 +76,11 @@ def test_a_file_in_the_way(tmp_path):
 
 
 def test_a_second_run_encodes_nothing_and_draws_the_same(cli, tmp_path, monkeypatch):
-    from zimage_runner.session import Session
+    from zimage_runner.engines.caption_features import CaptionFeatures
 
     read_back: list[bool] = []
-    real = Session._read_back
-    monkeypatch.setattr(Session, "_read_back", lambda *args: read_back.append(real(*args)) or read_back[-1])
+    real = CaptionFeatures._read_back
+    monkeypatch.setattr(CaptionFeatures, "_read_back", lambda *args: read_back.append(real(*args)) or read_back[-1])
     pictures = []
     for _ in range(2):
         code, out, err = cli(

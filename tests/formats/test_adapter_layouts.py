@@ -12,9 +12,9 @@ import pytest
 import torch
 from adapter_layouts import ADALN, ATTENTION, FEED_FORWARD, Known, known, layouts
 
+from zimage_runner.errors import UserError
 from zimage_runner.weights.adapters.adapter import Adapter, auto_v2, lora_hash, merged, rows_in, tensors_sha256
 from zimage_runner.weights.adapters.reader import describe_adapter, read_adapter
-from zimage_runner.errors import UserError
 
 Weights = support.Weights
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.outputs.helpers import job, noise_pictures, open_run
+from tests.outputs.helpers import noise_pictures, open_run, request
 from zimage_runner.engines.base import ReadyImages
 from zimage_runner.errors import UserError
 from zimage_runner.logs import LOGGER, run_log
@@ -88,7 +88,7 @@ def test_a_picture_is_not_written_through_a_linked_folder(tmp_path, outside, lin
     with open_run(tmp_path / "run") as run:
         (tmp_path / "run" / link).parent.mkdir(parents=True)
         (tmp_path / "run" / link).symlink_to(outside.parent)
-        run.writer.submit([job()], ReadyImages(noise_pictures()))
+        run.writer.submit([request()], ReadyImages(noise_pictures()))
         with pytest.raises(atomic.DiskError, match=f"{link} is a link"):
             run.writer.flush()
     assert os.listdir(outside.parent) == ["key"]
@@ -101,7 +101,7 @@ def test_a_link_at_a_files_name_is_replaced_and_what_it_leads_to_left(tmp_path, 
         folder = tmp_path / "run" / "items" / "0000_a" / "seed_1"
         folder.mkdir(parents=True)
         (folder / name).symlink_to(outside)
-        run.writer.submit([job()], ReadyImages(noise_pictures()))
+        run.writer.submit([request()], ReadyImages(noise_pictures()))
         run.writer.flush()
     assert sorted(os.listdir(folder)) == ["image.png", "record.json"]
     assert not any(path.is_symlink() for path in folder.iterdir())

@@ -75,7 +75,7 @@ def filled(argument: str) -> list[str]:
     from zimage_runner.cli.quoting import quote_free_text
 
     (override,) = OverridesParser.create().parse_overrides(quote_free_text([argument], multirun=False))
-    value = override.value()
+    value: Any = override.value()
     return [str(v) for v in (value["s"] if isinstance(value, dict) else value)]
 
 

@@ -227,7 +227,10 @@ def test_a_frame_that_contradicts_itself_is_told_in_one_line(nano: Path) -> None
 
 
 def test_verify_command(capsys: pytest.CaptureFixture[str], sharded: Path) -> None:
-    options = ("model=local", f"model.path={sharded}", )
+    options = (
+        "model=local",
+        f"model.path={sharded}",
+    )
     assert main(["build", *options]) == 0
     assert main(["verify", *options]) == 0
     assert re.search(r"-packed equals the source rounded to bfloat16 \(240 tensors", capsys.readouterr().out)

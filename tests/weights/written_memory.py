@@ -24,8 +24,7 @@ def main(folder: Path, packed: bool) -> None:
     from zimage_runner.weights.find.layout import Layout
     from zimage_runner.weights.prepared.pieces import plan_component
     from zimage_runner.weights.prepared.prepare import _write_component
-    from zimage_runner.weights.safetensors_file import read_header
-    from zimage_runner.weights.safetensors_file import create
+    from zimage_runner.weights.safetensors_file import create, read_header
 
     source = folder / "big.safetensors"
     create(source, {f"layers.{i}.feed_forward.w2.weight": ("F32", (5000, 5000)) for i in range(6)}, {})

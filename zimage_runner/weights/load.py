@@ -22,8 +22,8 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from zimage_runner.weights.packed.format import Packing, packing_of
 from zimage_runner.weights.io import read_exactly, run_threads
+from zimage_runner.weights.packed.format import Packing, packing_of
 from zimage_runner.weights.safetensors_file import WeightsFile, read_header
 
 if TYPE_CHECKING:

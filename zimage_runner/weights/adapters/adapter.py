@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from zimage_runner.weights.adapters.changes import Change
 from zimage_runner.errors import UserError
+from zimage_runner.weights.adapters.changes import Change
 from zimage_runner.weights.safetensors_file import read_header
 
 if TYPE_CHECKING:

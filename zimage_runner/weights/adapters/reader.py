@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zimage_runner.errors import UserError, one_line
 from zimage_runner.weights.adapters.adapter import Adapter, Delta
 from zimage_runner.weights.adapters.changes import (
     Additive,
@@ -23,7 +24,6 @@ from zimage_runner.weights.adapters.changes import (
     Replacement,
 )
 from zimage_runner.weights.adapters.keys import Target, split_key, target_of
-from zimage_runner.errors import UserError, one_line
 from zimage_runner.weights.formats.decode import TORCH_DTYPES, read_tensor
 from zimage_runner.weights.formats.files import open_stored
 

@@ -14,13 +14,12 @@ from typing import Any, Protocol
 
 import torch
 
+from zimage_runner.weights.io import read_exactly, run_threads
+from zimage_runner.weights.load import tensor_views
 from zimage_runner.weights.packed.format import BLOCK, Frame, Packing
 from zimage_runner.weights.packed.kernel import UnpackKernel
 from zimage_runner.weights.preload.cuda_driver import CudaDriver, CudaUnavailable
-from zimage_runner.weights.io import read_exactly
 from zimage_runner.weights.safetensors_file import BadWeightsFile
-from zimage_runner.weights.load import tensor_views
-from zimage_runner.weights.io import run_threads
 
 log = logging.getLogger(__name__)
 

@@ -11,12 +11,11 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from zimage_runner.weights.io import Threads, write_exactly
 from zimage_runner.weights.packed import format as packed
 from zimage_runner.weights.packed.format import TENSOR, Counts, aligned, metadata_of
 from zimage_runner.weights.prepared.pieces import Piece, PlannedTensor, cut, pieces, places_of, read_bfloat16
-from zimage_runner.weights.io import write_exactly
 from zimage_runner.weights.safetensors_file import header_bytes
-from zimage_runner.weights.io import Threads
 
 if TYPE_CHECKING:
     import numpy as np

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from zimage_runner.weights.io import read_exactly
 from zimage_runner.weights.packed.format import Frame
 from zimage_runner.weights.packed.kernel import UnpackKernel
 from zimage_runner.weights.preload.cuda_driver import CudaDriver
-from zimage_runner.weights.io import read_exactly
 
 THREADS = 8
 LANES = 2

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zimage_runner.weights.find.layout import Layout
+from zimage_runner.weights.io import Threads, read_exactly
 from zimage_runner.weights.packed.format import Packing
 from zimage_runner.weights.prepared.names import COMPONENTS
 from zimage_runner.weights.prepared.pieces import Piece, cut, pieces, plan_component, read_bfloat16
 from zimage_runner.weights.prepared.prepare import THREADS
 from zimage_runner.weights.prepared.prepared import Prepared
-from zimage_runner.weights.io import read_exactly
 from zimage_runner.weights.safetensors_file import BadWeightsFile
-from zimage_runner.weights.io import Threads
 
 if TYPE_CHECKING:
     import torch

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from zimage_runner.errors import UserError
 from zimage_runner.weights.find.layout import Layout
-from zimage_runner.weights.prepared.names import prepared_tensors
 from zimage_runner.weights.io import read_exactly
+from zimage_runner.weights.prepared.names import prepared_tensors
 from zimage_runner.weights.safetensors_file import TensorInfo
 
 if TYPE_CHECKING:

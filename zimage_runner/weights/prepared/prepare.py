@@ -1,7 +1,7 @@
 """Making a prepared checkpoint: bf16, one file a component, in use order, fused, without what inference never reads.
 
-Streams: no more than a few pieces of 32 MB are in memory at a time, whatever the checkpoint's size. Where a CUDA GPU will
-read the copy its files are packed (weights/packed/).
+Streams: no more than a few pieces of 32 MB are in memory at a time, whatever the checkpoint's size. The files are
+packed (weights/packed/) where a CUDA GPU will read them.
 """
 
 from __future__ import annotations
@@ -22,15 +22,14 @@ from zimage_runner.weights.cache import cache_root, write_json
 from zimage_runner.weights.find.checkpoint import Checkpoint
 from zimage_runner.weights.find.layout import Layout, inspect
 from zimage_runner.weights.find.verify import remember, sha256_of
+from zimage_runner.weights.io import Threads, write_exactly
 from zimage_runner.weights.packed.writer import write_packed
 from zimage_runner.weights.prepared import prepared
 from zimage_runner.weights.prepared.manifest import describe, is_bfloat16
 from zimage_runner.weights.prepared.names import COMPONENTS
 from zimage_runner.weights.prepared.pieces import Piece, PlannedTensor, pieces, plan_component, read_bfloat16
 from zimage_runner.weights.prepared.prepared import Prepared, UnusablePrepared
-from zimage_runner.weights.io import write_exactly
 from zimage_runner.weights.safetensors_file import create
-from zimage_runner.weights.io import Threads
 
 log = logging.getLogger(__name__)
 
