@@ -119,4 +119,4 @@ def _override(word: str) -> str:
             f": {name}=none does without" if "none" in SCHEMAS[name] else ": choose one of its options, see --help"
         )
         raise UserError(f"{word} is no option{without}")
-    return f"+{word}" if name == "experiment" else word
+    return f"+{word}" if word.startswith("experiment=") else word
