@@ -83,9 +83,22 @@ class RunLock:
         )
 
 
+def living_owner(data: bytes) -> dict[str, Any] | None:
+    """The process that holds a run directory, from the bytes of its lock file; None if that process is gone.
+
+    Takes no lock, not even for an instant: it may be called while a run starts. ``pid`` is of ``host``.
+    """
+    owner = _parse_owner(data)
+    return owner if owner and _may_be_alive(owner) else None
+
+
 def _read_owner(fd: int) -> dict[str, Any]:
+    return _parse_owner(os.pread(fd, 4096, 0))
+
+
+def _parse_owner(data: bytes) -> dict[str, Any]:
     try:
-        owner = json.loads(os.pread(fd, 4096, 0))
+        owner = json.loads(data)
         return owner if {"pid", "host", "boot", "started"} <= owner.keys() else {}
     except (ValueError, AttributeError):
         return {}

@@ -1,0 +1,186 @@
+"""Look at runs in a browser, also while they are drawn.
+
+    python -m zimage_runner.view [FOLDER] [--open] [port=8188] [host=127.0.0.1] [token=TEXT] [cache_gb=2]
+
+FOLDER    a folder of runs, a multirun or one run (default: outputs); links in it are not followed
+--open    show the page in the browser
+port      0 takes a free one; where 8188 is taken and port is not given, a free one too
+host      another address than this machine's own lets others look as well: then a token is needed, which is made up
+          unless it is given, and is part of the address that is printed
+cache_gb  room for thumbnails in the cache folder
+
+Stars and rejections are the only thing that is written to a run: stars.json in its folder.
+Needs the extra web: pip install 'zimage-runner[web]'. Ctrl-C ends it. Exit codes: 0 ended, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import ipaddress
+import os
+import re
+import secrets
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from zimage_runner.errors import UserError
+from zimage_runner.exit_codes import EXIT_OK, refuse
+
+PORT = 8188
+FIELDS = ("port", "host", "token", "cache_gb")
+SHORTEST_TOKEN = 12
+GB = 1e9
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """The command line."""
+
+    folder: str = "outputs"
+    port: int | None = None
+    host: str = "127.0.0.1"
+    token: str | None = None
+    cache_gb: float = 2.0
+    open: bool = False
+
+    @property
+    def is_local(self) -> bool:
+        """True if only this machine can reach it."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command line and return its exit code."""
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return EXIT_OK
+    try:
+        return _serve(parse(argv))
+    except UserError as error:
+        return refuse(str(error))
+    except KeyboardInterrupt:
+        return EXIT_OK
+
+
+def parse(argv: Sequence[str]) -> Options:
+    """Options from the words of a command line. Raises UserError."""
+    folders, fields = [], {}
+    for word in argv:
+        match = re.fullmatch(r"(?s)([a-z_]+)=(.*)", word)
+        if match and match[1] in FIELDS:
+            fields[match[1]] = match[2]
+        elif match and not os.path.exists(word):
+            raise UserError(f"{word}: no such field; fields here: {', '.join(FIELDS)}")
+        elif word.startswith("-") and word != "--open":
+            raise UserError(
+                f"{word}: no such option; there are --open and --help, and {', '.join(FIELDS)} as field=value"
+            )
+        elif word != "--open":
+            folders.append(word)
+    if len(folders) > 1:
+        raise UserError(f"{' '.join(folders)}: name one folder; runs below it are all shown")
+    options = Options(
+        folder=os.path.expanduser(folders[0]) if folders else "outputs",
+        port=_port(fields.get("port")),
+        host=fields.get("host", "127.0.0.1"),
+        token=_token(fields.get("token")),
+        cache_gb=_gigabytes(fields.get("cache_gb", "2")),
+        open="--open" in argv,
+    )
+    if not os.path.isdir(options.folder):
+        raise UserError(f"{options.folder} is no folder: name the one that holds runs, which output.root says")
+    if options.token is None and not options.is_local:
+        return replace(options, token=secrets.token_urlsafe(18))
+    return options
+
+
+def _port(text: str | None) -> int | None:
+    if text is None:
+        return None
+    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
+        raise UserError(f"port={text}: write a number from 0 to 65535")
+    return int(text)
+
+
+def _token(text: str | None) -> str | None:
+    if text is not None and not re.fullmatch(rf"[A-Za-z0-9_-]{{{SHORTEST_TOKEN},200}}", text):
+        raise UserError(f"token={text[:20]}: use {SHORTEST_TOKEN} to 200 letters, digits, - and _")
+    return text
+
+
+def _gigabytes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1e5:
+        raise UserError(f"cache_gb={text}: write a number of GB, such as 2")
+    return value
+
+
+def _serve(options: Options) -> int:
+    missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"{' and '.join(missing)} is not installed: pip install 'zimage-runner[web]'")
+    listener = _listen(options)  # before anything is imported or read: a bad address is told at once
+    import uvicorn
+
+    from zimage_runner.view.server import Gallery, application
+    from zimage_runner.weights.cache import cache_root
+
+    gallery = Gallery(options.folder, cache_root(), int(options.cache_gb * GB))
+    gallery.watcher.start()
+    app = application(gallery, local=options.is_local, token=options.token)
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=1, lifespan="on"
+    )
+    address = _address(options, listener.getsockname()[1])
+    print(address, flush=True)
+    if options.open:
+        import webbrowser
+
+        webbrowser.open(address)
+    try:
+        uvicorn.Server(config).run(sockets=[listener])
+    finally:
+        gallery.close()
+    return EXIT_OK
+
+
+def _listen(options: Options) -> socket.socket:
+    """A socket that listens at the address. Raises UserError."""
+    ports = [options.port] if options.port is not None else [PORT, 0]
+    for port in ports:
+        try:
+            family = socket.getaddrinfo(options.host, port, type=socket.SOCK_STREAM)[0]
+        except (OSError, UnicodeError):
+            raise UserError(f"host={options.host}: there is no such address") from None
+        listener = socket.socket(family[0], socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(family[4])
+            listener.listen(128)  # whoever reads the address may come before the server is ready
+            return listener
+        except OSError as error:
+            listener.close()
+            reason = error.strerror
+            if port != ports[-1]:
+                continue
+    raise UserError(f"host={options.host} port={ports[-1]}: {reason}: choose another port, or port=0 for a free one")
+
+
+def _address(options: Options, port: int) -> str:
+    host = options.host
+    if host in ("0.0.0.0", "::", ""):
+        host = socket.gethostname()
+    host = f"[{host}]" if ":" in host else host
+    return f"http://{host}:{port}/" + (f"?token={options.token}" if options.token else "")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
