@@ -85,7 +85,7 @@ def test_a_multirun_is_one_entry(root: Path, gallery: Any) -> None:
     scope = "sweep:multirun/x/2026-11-28_22-00-00"
     assert asked(client, "/api/pictures", scope=scope)["total"] == 4
     grid = asked(client, "/api/grid", scope=scope, columns="num_inference_steps", rows="prompt", pages="seed")
-    assert grid["columns"] == ["num_inference_steps 4", "num_inference_steps 8"]
+    assert grid["columns"] == ["steps 4", "steps 8"]
     assert grid["rows"] == ["x", "y"]
     assert {(cell["row"], cell["column"], cell["prompt"]) for cell in grid["cells"]} == {
         (0, 0, "x"), (0, 1, "x"), (1, 0, "y"), (1, 1, "y"),

@@ -92,7 +92,9 @@ def _sorted(values: set[Value]) -> list[Value]:
 
 def _label(name: str, value: Value) -> str:
     text = value[2]
-    return text if name in (PROMPT, "") else f"{name.rpartition('.')[2]} {text}" if name != RUN else text
+    if name in (PROMPT, RUN, ""):
+        return text
+    return f"{name.rpartition('.')[2].removeprefix('num_inference_').replace('_', ' ')} {text}"
 
 
 def as_picture(axes: Axes, files: dict[tuple[int, int], Inside], title: str, tile: int) -> bytes:
