@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -33,7 +34,7 @@ FIRST_BLOCK = 256 << 10
 HEAD = 4096
 """Bytes of a ledger by which it is known again."""
 OK, FAILED = 0, 1
-PROMPTS_AT_ONCE = 20_000
+PROMPTS_AT_ONCE = 2000
 ALL_NAMED = -1
 """Instead of a position in prompts.jsonl: it was read to its end."""
 _ITEM = re.compile(r"items/([0-9]{5,9})_[^/\\]+/seed_([0-9]{1,19})")
@@ -146,7 +147,7 @@ class Index:
         self._grow_stars(run, path, anew=added)
 
     def _take(self, db: sqlite3.Connection, run: int, path: str, block: bytes) -> list[int]:
-        rows = [row for line in block.splitlines() if (row := _row(run, line)) is not None]
+        rows = [row for record in _objects(block) if (row := _row(run, record)) is not None]
         if rows:
             self._name_prompts(db, run, path, rows)
             db.executemany(_ADD, rows)
@@ -203,27 +204,24 @@ class Index:
         more = json.loads(overrides)
         with os.fdopen(fd, "rb", buffering=1 << 20) as file:
             file.seek(named)
-            for line in file:
-                if wanted is not None and not wanted:
-                    break
-                named += len(line)
-                prompt = _prompt(line)
-                if prompt is None:
-                    continue
-                index, text, name, seeds, params = prompt
-                planned += count(text) if seeds is None else seeds
-                key = tuple(params.items())
-                if key not in numbers:
-                    numbers[key] = _params(db, common | params | more)
-                rows.append((first + index, text, _folded(text), name, numbers[key]))
+            while (wanted is None or wanted) and (lines := b"".join(itertools.islice(file, PROMPTS_AT_ONCE))):
+                named += len(lines)
+                for value in _objects(lines):
+                    prompt = _prompt(value)
+                    if prompt is None:
+                        continue
+                    index, text, name, seeds, params = prompt
+                    planned += count(text) if seeds is None else seeds
+                    key = tuple(params.items())
+                    if key not in numbers:
+                        numbers[key] = _params(db, common | params | more)
+                    rows.append((first + index, text, _folded(text), name, numbers[key]))
                 if wanted is not None:
-                    wanted.discard(first + index)
-                if len(rows) == PROMPTS_AT_ONCE:
-                    db.executemany("INSERT OR REPLACE INTO prompts VALUES (?, ?, ?, ?, ?)", rows)
-                    rows.clear()
-            else:
+                    wanted.difference_update(row[0] for row in rows)
+                db.executemany("INSERT OR REPLACE INTO prompts VALUES (?, ?, ?, ?, ?)", rows)
+                rows.clear()
+            if not file.read(1):
                 named = ALL_NAMED
-        db.executemany("INSERT OR REPLACE INTO prompts VALUES (?, ?, ?, ?, ?)", rows)
         planned = planned if named == ALL_NAMED else -planned  # so far
         db.execute("UPDATE runs SET planned=?, named=? WHERE id=?", (planned or None, named, run))
 
@@ -320,10 +318,27 @@ def _identity(file: Any, length: int) -> str:
     return f"{length} {hashlib.sha256(os.pread(file.fileno(), length, 0)).hexdigest()}"
 
 
-def _row(run: int, line: bytes) -> tuple[Any, ...] | None:
+def _objects(lines: bytes) -> list[Any]:
+    """JSON of each line, None for a damaged one. Read as one array, which takes half the time."""
+    parts = lines.split(b"\n")
+    parts = [part for part in parts if part]
+    try:
+        found = json.loads(b"[%s]" % b",".join(parts))
+    except (ValueError, RecursionError):
+        found = []
+    return found if len(found) == len(parts) else [_object(part) for part in parts]
+
+
+def _object(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _row(run: int, record: Any) -> tuple[Any, ...] | None:
     """A ledger line as a row of ``pictures``; None for one that is damaged."""
     try:
-        record = json.loads(line)
         place = _place(record["item"])
         ok = record["status"] == "ok"
         if place is None:
@@ -344,7 +359,7 @@ def _row(run: int, line: bytes) -> tuple[Any, ...] | None:
 def _place(item: str) -> tuple[int, int] | None:
     """Prompt number and seed of an item directory; None for a name that no plan makes."""
     match = _ITEM.fullmatch(item)
-    if match is None or (seed := int(match[2])) >= 1 << 63 or not item.isprintable() or not _is_text(item):
+    if match is None or (seed := int(match[2])) >= 1 << 63 or not item.isprintable():
         return None
     return int(match[1]), seed
 
@@ -356,10 +371,9 @@ def _milliseconds(written: Any) -> int | None:
         return None
 
 
-def _prompt(line: bytes) -> tuple[int, str, str | None, int | None, dict[str, Any]] | None:
+def _prompt(row: Any) -> tuple[int, str, str | None, int | None, dict[str, Any]] | None:
     """Index, text, id, number of own seeds and own parameters of a line of prompts.jsonl; None if it is damaged."""
     try:
-        row = json.loads(line)
         index, text, name, seeds = row.pop("index"), row.pop("text"), row.pop("id", None), row.pop("seeds", None)
         for key in ("metadata", "source"):
             row.pop(key, None)
