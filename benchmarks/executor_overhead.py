@@ -18,8 +18,8 @@ import time
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from zimage_runner.cli.help import CONFIG_DIR
 from zimage_runner.cli.sweep.launcher import register_launcher
+from zimage_runner.config.paths import CONFIG_DIR
 from zimage_runner.config.registry import register
 from zimage_runner.config.schema import RunConfig
 from zimage_runner.executors.base import Batch, Executor

@@ -20,10 +20,10 @@ from collections.abc import Callable, Sequence
 
 from hydra import compose, initialize_config_dir
 
-from zimage_runner.cli.help import CONFIG_DIR
 from zimage_runner.cli.messages import CONFIG_ERRORS, explain, typed
 from zimage_runner.cli.quoting import quote_free_text
 from zimage_runner.cli.sweep.launcher import register_launcher
+from zimage_runner.config.paths import CONFIG_DIR
 from zimage_runner.config.registry import register
 from zimage_runner.errors import EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK, UserError
 from zimage_runner.logs import log_to_terminal, refuse

@@ -9,8 +9,8 @@ import pytest
 from hydra._internal.hydra import Hydra
 from omegaconf import OmegaConf
 
-from zimage_runner.cli import main as cli_module
-from zimage_runner.cli.help import CONFIG_DIR
+from zimage_runner.cli import hydra_patches
+from zimage_runner.config.paths import CONFIG_DIR
 
 PLAIN = ["prompt=a fox", "dry_run=true", "model=zimage_nano"]
 EXPERIMENTS = sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml"))
@@ -33,7 +33,7 @@ def compositions(monkeypatch):
 def test_once_for_ordinary_command_lines(cli, compositions):
     assert cli(*PLAIN)[0] == 0
     assert compositions == [[*compositions[0][: len(PLAIN)], "hydra.mode=RUN"]]
-    assert Hydra.get_mode is not cli_module._mode_not_configured
+    assert Hydra.get_mode is not hydra_patches._mode_not_configured
 
 
 def test_the_mode_is_read_where_it_can_be_set(cli, compositions):

@@ -12,8 +12,8 @@ import pytest
 
 from zimage_runner import __version__
 from zimage_runner.__main__ import _run
-from zimage_runner.cli.help import CONFIG_DIR, help_text
-from zimage_runner.cli.help_fields import RUN
+from zimage_runner.cli.help import RUN, help_text
+from zimage_runner.config.paths import CONFIG_DIR
 from zimage_runner.config.registry import SCHEMAS
 from zimage_runner.config.schema import RunConfig
 

@@ -8,7 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from zimage_runner.cli.help import CONFIG_DIR
+from zimage_runner.config.paths import CONFIG_DIR
 from zimage_runner.config.registry import SCHEMAS, register
 from zimage_runner.config.schema import RunConfig
 from zimage_runner.errors import UserError

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from zimage_runner.cli.fields import field_of_type, known_fields
-from zimage_runner.cli.help import CONFIG_DIR, config_dirs
+from zimage_runner.cli.help import config_dirs
+from zimage_runner.config.paths import CONFIG_DIR
 
 PACKAGE_LINE = "the file's first line has to be '# @package _global_'"
 _BOM = b"\xef\xbb\xbf"

@@ -1,23 +1,32 @@
-"""Composing a sweep's jobs quickly.
+"""What is quicker than in Hydra and OmegaConf, with the same outcome: the one file that touches their private parts.
 
-Hydra composes each job from its files anew, twice (once to check it): 2 x 70 ms a job. Jobs that differ in values
-alone start here from one composed config; only another choice of config groups is composed again.
+Composing a sweep's jobs: Hydra composes each from its files anew, twice (once to check it), 2 x 70 ms a job. Jobs that
+differ in values alone start here from one composed config; only another choice of config groups is composed again.
+Composing a single run once instead of twice, and writing configs as YAML.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.hydra import Hydra
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
+from omegaconf._utils import is_float, is_int, yaml_is_bool
 
 KEPT = 10_000
 """Configs made for the check and not asked for again; about 100 KB each."""
+_BaseDumper: Any = getattr(yaml, "CDumper", yaml.Dumper)
+"""libyaml's, where PyYAML was built with it."""
 
 
 class SweepComposer:
@@ -81,3 +90,53 @@ def compose_quickly(loader: ConfigLoader) -> SweepComposer:
     composer = SweepComposer(loader)
     loader.load_sweep_config = composer  # pyright: ignore[reportAttributeAccessIssue]
     return composer
+
+
+def split_sweep(overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of each job that Hydra's own sweeper makes of a multirun's, in its order."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return [list(job) for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
+
+
+@contextlib.contextmanager
+def composed_once(argv: Sequence[str]) -> Iterator[None]:
+    """Spare Hydra the composition that only finds out hydra.mode: nothing under ``conf/`` sets it.
+
+    Command lines that speak of Hydra, or bring config files of their own, are composed twice as ever.
+    """
+    if any("hydra" in word or (word.startswith("-") and word not in ("-m", "--multirun")) for word in argv):
+        yield
+        return
+    get_mode = Hydra.get_mode
+    Hydra.get_mode = _mode_not_configured
+    try:
+        yield
+    finally:
+        Hydra.get_mode = get_mode
+
+
+def _mode_not_configured(*_: Any, **__: Any) -> None:
+    """What ``Hydra.get_mode`` returns when no config sets one: the command line decides."""
+
+
+class _Dumper(_BaseDumper):
+    """Quotes what OmegaConf would read as a number or a truth value, as OmegaConf's own dumper does."""
+
+
+def _represent_str(dumper: Any, text: str) -> Any:
+    style = "'" if yaml_is_bool(text) or is_int(text) or is_float(text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_str)
+
+
+def to_yaml(config: Any) -> str:
+    """Return the config as YAML text, several times faster than ``OmegaConf.to_yaml``: a sweep writes two for each job.
+
+    ``OmegaConf.load`` of the text gives the config back; interpolations are kept as they are.
+    """
+    container = (
+        OmegaConf.to_container(config, resolve=False, enum_to_str=True) if OmegaConf.is_config(config) else config
+    )
+    return yaml.dump(container, default_flow_style=False, allow_unicode=True, sort_keys=False, Dumper=_Dumper)

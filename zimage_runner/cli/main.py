@@ -9,18 +9,16 @@ import contextlib
 import gc
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
 
 import hydra
-from hydra._internal.hydra import Hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from zimage_runner.cli.foreign import TRUST, files_are_data
-from zimage_runner.cli.help import CONFIG_DIR
+from zimage_runner.cli.hydra_patches import composed_once, to_yaml
 from zimage_runner.cli.interpolation import literal
 from zimage_runner.cli.messages import CONFIG_ERRORS, explain, typed
 from zimage_runner.cli.quoting import quote_free_text
@@ -29,7 +27,7 @@ from zimage_runner.cli.resume.settings import restore
 from zimage_runner.cli.sweep.launcher import register_launcher
 from zimage_runner.cli.sweep.report import exit_codes, known_code
 from zimage_runner.cli.words import command_line_wins, names_config_dir, readable
-from zimage_runner.cli.yaml_text import to_yaml
+from zimage_runner.config.paths import CONFIG_DIR
 from zimage_runner.config.registry import register
 from zimage_runner.config.schema import Composed, RunConfig
 from zimage_runner.errors import EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK, UserError
@@ -68,7 +66,7 @@ def main(argv: Sequence[str], take: Callable[[Composed], int | Future[int]] = _r
         words = quote_free_text(readable(resume_command_line(typed_words)))
         sys.argv = [sys.argv[0], *words]
         own = names_config_dir(typed_words) or not names_config_dir(words)
-        with files_are_data(trusted=TRUST in argv, own=own), _composed_once(words):
+        with files_are_data(trusted=TRUST in argv, own=own), composed_once(words):
             job()
     except UserError as error:
         return refuse(str(error))
@@ -83,27 +81,6 @@ def main(argv: Sequence[str], take: Callable[[Composed], int | Future[int]] = _r
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     return max([*map(known_code, _exit_codes), *exit_codes], default=EXIT_OK)
-
-
-@contextlib.contextmanager
-def _composed_once(argv: Sequence[str]) -> Iterator[None]:
-    """Spare Hydra the composition that only finds out hydra.mode: nothing under ``conf/`` sets it.
-
-    Command lines that speak of Hydra, or bring config files of their own, are composed twice as ever.
-    """
-    if any("hydra" in word or (word.startswith("-") and word not in ("-m", "--multirun")) for word in argv):
-        yield
-        return
-    get_mode = Hydra.get_mode
-    Hydra.get_mode = _mode_not_configured
-    try:
-        yield
-    finally:
-        Hydra.get_mode = get_mode
-
-
-def _mode_not_configured(*_: Any, **__: Any) -> None:
-    """What ``Hydra.get_mode`` returns when no config sets one: the command line decides."""
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")

@@ -21,7 +21,7 @@ from zimage_runner.cli.file_mistakes import (
     misplaced,
     missing_package,
 )
-from zimage_runner.cli.help import CONFIG_DIR
+from zimage_runner.config.paths import CONFIG_DIR
 from zimage_runner.errors import UserError
 from zimage_runner.prompts.vocabulary import cfg_hint
 

@@ -2,15 +2,18 @@
 
 Hydra 1.3 answers ``prompt=一只猫`` with "token recognition error" and ``prompt=a (8k) cat`` with "Unknown
 function", so the fields that hold free text are always quoted, unless the user already quoted them for Hydra.
-Lists of free text are ``free_lists``'s affair.
+Lists and mappings of free text are quoted entry by entry: ``prompts.texts=[一只猫, it's a dog]`` and the same with
+quotes that the shell has eaten mean what they say. A comma ends an entry, unless it stands in quotes or within brackets
+of the entry's own: ``[a cat (8k, hdr), a dog]`` are two.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
-from zimage_runner.cli.free_lists import field_of, quote_entries
+from zimage_runner.errors import UserError
 
 FREE_TEXT_FIELDS = frozenset(
     {
@@ -30,6 +33,20 @@ FREE_TEXT_FIELDS = frozenset(
 A path is a sweep in a multirun only when its values are quoted one by one, like a prompt's."""
 OPEN_MAPPINGS = ("prompts.columns", "prompts.template.fill")
 """Mappings whose keys are the user's own. Hydra wants ``++`` before a new key, which nobody should have to know."""
+EXAMPLES = {
+    "prompts.texts": """'["a cat, neon","一只猫"]'""",
+    "prompts.metadata": """'["author","标题"]'""",
+    "prompts.columns": """'{text: "标题"}'""",
+    "prompts.template.fill": """'{subject: ["a cat","狗"]}'""",
+}
+"""Fields whose entries are free text, each with a form that works in any shell."""
+_CLOSING = {"(": ")", "[": "]", "{": "}"}
+_QUOTED = re.compile(r'(?s)"(?:[^"\\]|\\.)*"|\'(?:[^\'\\]|\\.)*\'')
+_PLAIN = re.compile(r"(?!(?:true|false|null|nan|inf)$)[A-Za-z][A-Za-z0-9_.+-]*|0|[1-9][0-9]{0,17}", re.IGNORECASE)
+"""What means the same to Hydra without quotes. Of other numbers it would lose what was typed (3.10, 007, 1_000)."""
+_ESCAPED = re.compile(r"\\([\\()\[\]{}:=, \t])")
+"""Hydra's escapes outside of quotes."""
+_KEY = re.compile(r"[A-Za-z_][\w.-]*", re.ASCII)
 _ASSIGNMENT = re.compile(r"(?sa)(?P<key>\+{0,2}[\w./@]+)=(?P<value>.*)")
 
 
@@ -89,10 +106,115 @@ def hydra_quote(text: str) -> str:
 
 def _is_quoted(value: str) -> bool:
     """True for one complete quoted string, such as "a cat" - not for "a" and "b"."""
-    return re.fullmatch(r'(?s)"(?:[^"\\]|\\.)*"|\'(?:[^\'\\]|\\.)*\'', value) is not None
+    return _QUOTED.fullmatch(value) is not None
 
 
 def _is_sweep(value: str) -> bool:
     """A sweep the user spelled out: quoted strings with commas between them, or choice(...) / glob(...)."""
     quoted = r'(?:"(?:[^"\\]|\\.)*"|\'(?:[^\'\\]|\\.)*\')'
     return re.fullmatch(rf"(?s)\s*{quoted}(?:\s*,\s*{quoted})+\s*|(?:choice|shuffle|sort)\(.*\)", value) is not None
+
+
+def field_of(key: str) -> str | None:
+    """The field of free-text entries that ``key`` sets, or None."""
+    return next((field for field in EXAMPLES if key == field or key.startswith(f"{field}.")), None)
+
+
+def quote_entries(key: str, value: str, multirun: bool, quote: Callable[[str], str]) -> str:
+    """``value`` with its entries quoted by ``quote``. Raises UserError where it cannot be told what is an entry."""
+    refusal = _Refusal(key, value)
+    # Of a value typed over several lines: Hydra's grammar has line ends within quotes only.
+    text = re.sub(r"[\r\n]+", " ", value.strip())
+    if multirun and re.fullmatch(r"(?s)(?:choice|shuffle|sort|glob)\(.*\)", text):
+        return value
+    if multirun and len(values := _split(text, refusal)) > 1:
+        return ",".join(_value(part, key, quote, refusal) for part in values)
+    return _value(text, key, quote, refusal)
+
+
+class _Refusal:
+    """One line that says what is wrong with this value and shows a form that works."""
+
+    def __init__(self, key: str, value: str) -> None:
+        self._given = f"{key}={value}" if len(value) <= 60 else f"{key}={value[:57]}..."
+        self._example = f"{field_of(key)}={EXAMPLES[field_of(key) or '']}"
+
+    def __call__(self, problem: str) -> NoReturn:
+        raise UserError(f"{self._given}: {problem}: write {self._example}")
+
+
+def _value(text: str, key: str, quote: Callable[[str], str], refusal: _Refusal) -> str:
+    if text in ("", "null") or text.startswith("${") or _QUOTED.fullmatch(text):
+        return text
+    if text[0] in "[{":
+        if text[-1] != _CLOSING[text[0]]:
+            refusal(f"the {text[0]} is not closed by a {_CLOSING[text[0]]} at the end")
+        parts = _split(text[1:-1], refusal)
+        if text[0] == "[":
+            return "[" + ",".join(_entry(part, key, quote, refusal) for part in parts) + "]"
+        return "{" + ",".join(_pair(part, key, quote, refusal) for part in parts) + "}"
+    if key == "prompts.texts":
+        refusal("a list is needed")
+    return _scalar(text, key, quote)
+
+
+def _entry(text: str, key: str, quote: Callable[[str], str], refusal: _Refusal) -> str:
+    """An entry of a list: always a text."""
+    if not text:
+        refusal("an entry is empty")
+    if text[0] in "\"'" and not _QUOTED.fullmatch(text):
+        refusal(f"{text} is quoted in part only")
+    if text.startswith("[") and text.endswith("]"):
+        refusal("a list within a list")
+    return text if _QUOTED.fullmatch(text) else _scalar(text, key, quote)
+
+
+def _pair(text: str, key: str, quote: Callable[[str], str], refusal: _Refusal) -> str:
+    quoted = _QUOTED.match(text)
+    name, colon, value = text.partition(":")
+    if quoted and text[quoted.end() :].lstrip().startswith(":"):  # a mapping as JSON writes it
+        name, colon, value = quoted[0][1:-1], ":", text[quoted.end() :].lstrip()[1:]
+    if not colon:
+        refusal(f"{text} has no name and colon before it")
+    if not _KEY.fullmatch(name.strip()):
+        refusal(f"the name {name.strip()} can be set in an experiment file only, here it is Latin letters and digits")
+    return f"{name.strip()}:{_value(value.strip(), key, quote, refusal)}"
+
+
+def _scalar(text: str, key: str, quote: Callable[[str], str]) -> str:
+    is_interpolation = re.fullmatch(r"\$\{[^{}]*\}", text) is not None
+    if is_interpolation or (key != "prompts.texts" and _PLAIN.fullmatch(text)):
+        return text
+    return quote(_ESCAPED.sub(r"\1", text))
+
+
+def _split(text: str, refusal: _Refusal) -> list[str]:
+    """The parts between the commas that are in no quotes and no brackets, blanks around them dropped."""
+    parts, start, position, open_brackets = [], 0, 0, []
+    while position < len(text):
+        sign = text[position]
+        if sign == "\\":
+            position += 1
+        elif sign in "\"'" and not _follows_text(text, position):
+            quoted = _QUOTED.match(text, position)
+            if quoted is None:
+                refusal(f"the quotation mark before {text[position + 1 :][:20]} is not closed")
+            position = quoted.end() - 1
+        elif sign in _CLOSING:
+            open_brackets.append(_CLOSING[sign])
+        elif open_brackets and sign == open_brackets[-1]:
+            open_brackets.pop()
+        elif sign == "," and not open_brackets:
+            parts.append(text[start:position].strip())
+            start = position + 1
+        position += 1
+    if open_brackets:
+        refusal(f"a bracket is open where {open_brackets[-1]} is missing")
+    rest = text[start:].strip()
+    return [*parts, rest] if rest else parts
+
+
+def _follows_text(text: str, position: int) -> bool:
+    """True for a quotation mark within words, such as the one of ``it's``: it opens nothing."""
+    before = text[:position].rstrip()
+    return bool(before) and before[-1] not in ",[{:("

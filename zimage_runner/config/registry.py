@@ -8,10 +8,9 @@ from functools import cache
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from zimage_runner.cli.help import CONFIG_DIR
 from zimage_runner.compile import Full, NoCompile, Regional
-from zimage_runner.config.launcher import WarmLauncherConfig
-from zimage_runner.config.schema import RunConfig, folder_name
+from zimage_runner.config.paths import CONFIG_DIR
+from zimage_runner.config.schema import RunConfig, WarmLauncherConfig, folder_name
 from zimage_runner.engines.auto import AutoEngine
 from zimage_runner.engines.diffusers.engine import DiffusersEngine
 from zimage_runner.engines.native.config import NativeEngine

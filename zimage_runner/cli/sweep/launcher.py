@@ -23,7 +23,7 @@ from zimage_runner.cli.hydra_patches import compose_quickly
 from zimage_runner.cli.messages import CONFIG_ERRORS
 from zimage_runner.cli.resume.sweep import job_to_resume, keep_first_settings
 from zimage_runner.cli.sweep.report import JobResult, exit_codes, known_code, split_overrides, varying_fields
-from zimage_runner.config.launcher import PLUGIN_MODULE
+from zimage_runner.config.schema import PLUGIN_MODULE
 from zimage_runner.errors import EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, UserError, error_text, one_line
 from zimage_runner.logs import say
 from zimage_runner.outputs.summary import resume_command

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from zimage_runner.cli.hydra_patches import split_sweep
 from zimage_runner.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK
 from zimage_runner.logs import say
 from zimage_runner.outputs.atomic import directory, write_file
@@ -133,8 +132,7 @@ def expected_jobs(config: DictConfig) -> list[dict[str, str]]:
     """Overrides of each job that Hydra's own sweeper makes, in its order; other sweepers decide as they go."""
     if not str(config.hydra.sweeper.get("_target_", "")).endswith(".BasicSweeper"):
         return []
-    overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
-    return [split_overrides(job) for batch in BasicSweeper.split_arguments(overrides, None) for job in batch]
+    return [split_overrides(job) for job in split_sweep(config.hydra.overrides.task)]
 
 
 def _is_job(path: Path) -> bool:
