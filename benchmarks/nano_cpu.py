@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 
 from benchmarks.executor_overhead import compose_job
-from zimage_runner.engines.base import DenoiseRequest, Engine
+from zimage_runner.engines.base import Engine
+from zimage_runner.engines.request import DenoiseRequest
 from zimage_runner.runner.spec import RunSpec
 from zimage_runner.session import Session
 from zimage_runner.startup.process import wait_without_spinning
@@ -64,7 +65,7 @@ def start(engine: str) -> tuple[Session, RunSpec]:
 
 def draw(engine: Engine, spec: RunSpec, seed: int) -> list[float]:
     """Seconds of each phase of one picture, pixels on the host."""
-    from zimage_runner.engines.noise import draw_noise  # imports torch
+    from zimage_runner.engines.request import draw_noise  # imports torch
 
     params = spec.plan.items[0].params
     scale = engine.vae_scale_factor

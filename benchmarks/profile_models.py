@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zimage_runner.engines.native.description import Description
+from zimage_runner.engines.native.assembly import Description
 from zimage_runner.engines.native.loading import FLOAT32, TRANSFORMER_RULES, VAE_RULES, published_names
 from zimage_runner.engines.native.model import NativeModel, Options
 from zimage_runner.engines.native.text_encoder import TextEncoder, TextEncoderConfig

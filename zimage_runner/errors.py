@@ -31,6 +31,26 @@ class BadPictureError(RuntimeError):
     """A picture that must not be saved as good: NaN or Inf in it, or a single colour throughout."""
 
 
+def check_range(field: str, value: float, low: float, high: float) -> None:
+    """Raise UserError unless low <= value <= high; NaN never is."""
+    if not low <= value <= high:
+        raise UserError(f"{field}={value} is out of range: use {low:g} to {high:g}")
+
+
+def exception_chain(error: BaseException, *, suppressed: bool = True) -> list[BaseException]:
+    """Return the error, what caused it, and what was being handled when it was raised.
+
+    suppressed: also what ``raise ... from None`` hides.
+    """
+    chain: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in chain:
+        chain.append(current)
+        hidden = current.__suppress_context__ and not suppressed
+        current = current.__cause__ or (None if hidden else current.__context__)
+    return chain
+
+
 def error_text(error: BaseException) -> str:
     """Exception type and message on one line's worth of text, for records."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -8,6 +8,30 @@ from typing import Any
 
 from zimage_runner.errors import UserError
 
+CAPTION_MULTIPLE = 32
+"""The transformer pads captions, and images, to this multiple of tokens with learned tokens that are attended to."""
+VAE_FACTOR = 8
+"""Pixels a side of one latent position."""
+PATCH = 2
+"""Latent positions a side of one image token."""
+PIXEL_MULTIPLE = VAE_FACTOR * PATCH
+"""Sides of pictures are multiples of this."""
+LATENT_CHANNELS = 16
+
+
+def padded_length(tokens: int) -> int:
+    """Return ``tokens`` rounded up to a multiple of CAPTION_MULTIPLE."""
+    return -(-tokens // CAPTION_MULTIPLE) * CAPTION_MULTIPLE
+
+
+def unshifted_sigmas(steps: int) -> list[float]:
+    """Return the noise levels linspace(1, 1/steps, steps): one for each forward, before the model's static shift.
+
+    In double precision. engine=native computes the same in float32 as torch.linspace does, whose last bit often is
+    another: its pictures are made with that.
+    """
+    return [1.0 - i * (1.0 - 1.0 / steps) / (steps - 1) if steps > 1 else 1.0 for i in range(steps)]
+
 
 class Source(enum.Enum):
     """Where the checkpoint comes from. ``model.path`` wins over it."""

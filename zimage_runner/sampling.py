@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from zimage_runner.errors import UserError
+from zimage_runner.errors import UserError, check_range
+from zimage_runner.model import PIXEL_MULTIPLE
 
-SIZE_MULTIPLE = 16
-"""Pictures are cut into 2x2 patches of 8x8-pixel latents."""
+OF_ITEM = "of_item"
+"""Metadata of fields that may differ within a batch: their value where a batch is meant and not an item."""
+OF_GUIDANCE = "of_guidance"
+"""Metadata of fields that count with guidance alone: their value without it."""
 MAX_SIDE = 4096
 MAX_STEPS = 1000
 MAX_SEQUENCE_LENGTH = 1024
@@ -48,19 +51,19 @@ class SamplingParams:
     width: int
     num_inference_steps: int
     guidance_scale: float
-    negative_prompt: str
-    max_sequence_length: int
-    cfg_normalization: float
-    cfg_truncation: float
+    negative_prompt: str = field(metadata={OF_ITEM: ""})
+    max_sequence_length: int = field(metadata={OF_ITEM: 1})
+    cfg_normalization: float = field(metadata={OF_GUIDANCE: 0.0})
+    cfg_truncation: float = field(metadata={OF_GUIDANCE: 1.0})
 
     def __post_init__(self) -> None:
         for name in ("height", "width"):
             _check_side(name, getattr(self, name))
-        _check_range("num_inference_steps", self.num_inference_steps, 1, MAX_STEPS)
-        _check_range("guidance_scale", self.guidance_scale, 0.0, 100.0)
-        _check_range("max_sequence_length", self.max_sequence_length, 1, MAX_SEQUENCE_LENGTH)
-        _check_range("cfg_normalization", self.cfg_normalization, 0.0, 100.0)
-        _check_range("cfg_truncation", self.cfg_truncation, 0.0, 1.0)
+        check_range("sampling.num_inference_steps", self.num_inference_steps, 1, MAX_STEPS)
+        check_range("sampling.guidance_scale", self.guidance_scale, 0.0, 100.0)
+        check_range("sampling.max_sequence_length", self.max_sequence_length, 1, MAX_SEQUENCE_LENGTH)
+        check_range("sampling.cfg_normalization", self.cfg_normalization, 0.0, 100.0)
+        check_range("sampling.cfg_truncation", self.cfg_truncation, 0.0, 1.0)
         if self.negative_prompt and not self.uses_guidance:
             raise UserError(
                 f"sampling.negative_prompt={self.negative_prompt!r} has no effect with guidance_scale=0: "
@@ -71,6 +74,18 @@ class SamplingParams:
     def uses_guidance(self) -> bool:
         return self.guidance_scale > 0
 
+    def of_batch(self) -> SamplingParams:
+        """Return what items must share to be drawn together: fields that concern one item alone are neutral in it."""
+        return replace(
+            self,
+            **{f.name: f.metadata[OF_ITEM] for f in fields(self) if OF_ITEM in f.metadata}
+            | (
+                {}
+                if self.uses_guidance
+                else {f.name: f.metadata[OF_GUIDANCE] for f in fields(self) if OF_GUIDANCE in f.metadata}
+            ),
+        )
+
     def overridden(self, overrides: dict[str, Any]) -> SamplingParams:
         """A copy with some fields replaced, checked again; an empty mapping returns self."""
         return replace(self, **overrides) if overrides else self
@@ -80,17 +95,11 @@ class SamplingParams:
 
 
 def _check_side(name: str, value: int) -> None:
-    if value % SIZE_MULTIPLE or value <= 0:
-        nearest = max(SIZE_MULTIPLE, round(value / SIZE_MULTIPLE) * SIZE_MULTIPLE)
-        raise UserError(f"sampling.{name}={value} is not a positive multiple of {SIZE_MULTIPLE}: use {nearest}")
+    if value % PIXEL_MULTIPLE or value <= 0:
+        nearest = max(PIXEL_MULTIPLE, round(value / PIXEL_MULTIPLE) * PIXEL_MULTIPLE)
+        raise UserError(f"sampling.{name}={value} is not a positive multiple of {PIXEL_MULTIPLE}: use {nearest}")
     if value > MAX_SIDE:
         raise UserError(f"sampling.{name}={value} is larger than {MAX_SIDE} pixels: use at most {MAX_SIDE}")
-
-
-def _check_range(name: str, value: float, low: float, high: float) -> None:
-    # Written so that NaN fails too.
-    if not low <= value <= high:
-        raise UserError(f"sampling.{name}={value} is out of range: use {low} to {high}")
 
 
 def resolve_sampling(sampling: Sampling, recommended: dict[str, Any]) -> SamplingParams:

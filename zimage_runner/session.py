@@ -10,14 +10,15 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from zimage_runner.compile import Compile
-from zimage_runner.engines.base import DenoiseRequest, Engine, EngineConfig, GeneratedBatch, LoadRequest
+from zimage_runner.engines.base import Engine, EngineConfig, GeneratedBatch
 from zimage_runner.engines.caption_features import Caption, CaptionFeatures
 from zimage_runner.engines.embedding_cache import EmbeddingCache, EmbeddingCacheConfig, foresees
 from zimage_runner.engines.faults import is_out_of_memory
+from zimage_runner.engines.request import LoadRequest, Needs, WarmupShape, denoise_request
 from zimage_runner.memory import readings as monitor
 from zimage_runner.memory.policies import HealthCheck, Memory
 from zimage_runner.model import Model
-from zimage_runner.warmup import WARMUP_PROMPT, Warmup, WarmupShape
+from zimage_runner.warmup import WARMUP_PROMPT, Warmup
 from zimage_runner.weights.find.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -115,9 +116,9 @@ class Session:
         if params.uses_guidance:
             negatives = self.encode([item.params.negative_prompt for item in items], params.max_sequence_length)
         clock.lap("encode")
-        request = DenoiseRequest(
-            prompt_embeds=embeds, negative_prompt_embeds=negatives, noise=self._noise(items), params=params
-        )
+        noise_device = self.config.engine.noise_device.value
+        seeds = [item.seed for item in items]
+        request = denoise_request(self.engine, params, embeds, negatives, seeds, noise_device=noise_device)
         latents = self.engine.denoise(request)
         clock.lap("denoise")
         if attempt > 1 or tiled:
@@ -168,13 +169,8 @@ class Session:
         config.memory.apply_environment()
         config.compile.apply_environment()
         started = time.perf_counter()
-        request = LoadRequest(
-            checkpoint=config.checkpoint,
-            model=config.model,
-            memory=config.memory,
-            compile=config.compile,
-            encodes=not self._foresees_all(),
-        )
+        needs = Needs.of(config.model, config.memory, config.compile, (shape.params for shape in self._shapes))
+        request = LoadRequest.for_needs(needs, checkpoint=config.checkpoint, encodes=not self._foresees_all())
         self._engine = config.engine.create(request)
         self._engine.synchronize()
         engine = self._engine
@@ -216,19 +212,6 @@ class Session:
     def report(self) -> dict[str, Any]:
         """Plain data: seconds of each phase, device, numerics, versions, and GPU memory as it is now."""
         return self._report | {"gpu_memory": monitor.gpu_memory(), "peak_host_gb": monitor.peak_host_gb()}
-
-    def _noise(self, items: Sequence[WorkItem]) -> torch.Tensor:
-        from zimage_runner.engines.noise import draw_noise
-
-        params, engine = items[0].params, self.engine
-        scale = engine.vae_scale_factor
-        return draw_noise(
-            [item.seed for item in items],
-            engine.latent_channels,
-            params.height // scale,
-            params.width // scale,
-            device=self.config.engine.noise_device.value,
-        )
 
 
 def _shape_key(shape: WarmupShape) -> tuple[Any, ...]:

@@ -15,13 +15,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from zimage_runner.engines.request import WarmupShape, denoise_request
 from zimage_runner.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
     from zimage_runner.engines.base import Engine
-    from zimage_runner.sampling import SamplingParams
 
 WARMUP_PROMPT = "a quiet lake at dawn, warm-up picture that is never saved"
 WARMUP_SEED = 0
@@ -30,26 +30,6 @@ HARDWARE_PASSES = 3
 
 Encode = Callable[[Sequence[str], int], "list[torch.Tensor]"]
 """Caption features of texts, as ``Engine.encode``; the session's own call, so that features are kept."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WarmupShape:
-    """A batch shape that the plan contains."""
-
-    params: SamplingParams
-    caption_tokens: int = 0
-    """Padded caption length to warm; 0 takes the warm-up prompt's own."""
-    negative_caption_tokens: int = 0
-    batch_size: int = 1
-    whole: bool = True
-    """Draw a picture to the end; off: a single step, for a caption length of a size that another shape draws."""
-
-    @property
-    def label(self) -> str:
-        """What a pass is called in the report: 1024x1024, 1024x1024 b4, 1024x1024 c64."""
-        batch = f" b{self.batch_size}" if self.batch_size > 1 else ""
-        caption = f" c{self.caption_tokens}" if self.caption_tokens else ""
-        return f"{self.params.width}x{self.params.height}{batch}{caption}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,10 +137,7 @@ def convolutions(engine: Engine) -> list[WarmupPass]:
 
 
 def _generate(engine: Engine, shape: WarmupShape, encode: Encode) -> None:
-    from zimage_runner.engines.base import DenoiseRequest
-    from zimage_runner.engines.noise import draw_noise
-
-    params, n, scale = shape.params, shape.batch_size, engine.vae_scale_factor
+    params, n = shape.params, shape.batch_size
     if not shape.whole:
         params = params.overridden({"num_inference_steps": 1})
     caption = _sized(encode([WARMUP_PROMPT], params.max_sequence_length)[0], shape.caption_tokens)
@@ -169,9 +146,7 @@ def _generate(engine: Engine, shape: WarmupShape, encode: Encode) -> None:
         negative = encode([params.negative_prompt], params.max_sequence_length)[0]
         negatives = [_sized(negative, shape.negative_caption_tokens)] * n
     seeds = range(WARMUP_SEED, WARMUP_SEED + n)
-    noise = draw_noise(list(seeds), engine.latent_channels, params.height // scale, params.width // scale)
-    request = DenoiseRequest(prompt_embeds=[caption] * n, negative_prompt_embeds=negatives, noise=noise, params=params)
-    latents = engine.denoise(request)
+    latents = engine.denoise(denoise_request(engine, params, [caption] * n, negatives, seeds))
     if shape.whole:
         engine.decode(latents).wait()
 

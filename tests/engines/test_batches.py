@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from zimage_runner.compile import NoCompile
-from zimage_runner.engines.base import DenoiseRequest, Engine, EngineConfig, LoadRequest
+from zimage_runner.engines.base import Engine, EngineConfig
 from zimage_runner.engines.diffusers.engine import DiffusersEngine
 from zimage_runner.engines.native.config import NativeEngine
-from zimage_runner.engines.noise import draw_noise
+from zimage_runner.engines.request import DenoiseRequest, LoadRequest, draw_noise
 from zimage_runner.memory.policies import Resident
 from zimage_runner.model import Model, Source
 from zimage_runner.sampling import SamplingParams

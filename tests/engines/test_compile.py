@@ -11,6 +11,7 @@ from drawing import draw, largest_difference
 
 from zimage_runner.compile import CACHE_VARIABLES, CompileMode, Full, NoCompile, Regional
 from zimage_runner.engines.diffusers.engine import DiffusersEngine
+from zimage_runner.engines.request import Needs
 from zimage_runner.errors import UserError
 from zimage_runner.memory.policies import GroupOffload, ModelOffload, Resident, SequentialOffload, Staged
 from zimage_runner.model import Model, Source
@@ -40,12 +41,12 @@ def test_the_articles_unet_is_refused_with_the_corrected_option(kind):
 @pytest.mark.parametrize("memory", [SequentialOffload(), GroupOffload()])
 def test_offloading_hooks_cannot_be_compiled(memory):
     with pytest.raises(UserError, match=rf"memory={memory.placement} .* compile=full cannot capture.*compile=none"):
-        DiffusersEngine().check(MODEL, memory, Full())
+        DiffusersEngine().check(Needs(model=MODEL, memory=memory, compile=Full()))
 
 
 @pytest.mark.parametrize("memory", [Resident(), Staged(), ModelOffload()])
 def test_other_placements_can(memory):
-    DiffusersEngine().check(MODEL, memory, Regional())
+    DiffusersEngine().check(Needs(model=MODEL, memory=memory, compile=Regional()))
 
 
 def test_cache_lies_in_the_runners_cache_unless_the_user_says_otherwise(monkeypatch, tmp_path):

@@ -12,7 +12,7 @@ from zimage_runner.errors import BadPictureError
 from zimage_runner.executors.backoff import MemoryBackoff
 from zimage_runner.executors.base import Batch, BatchResult
 from zimage_runner.executors.inline import InlineExecutor, InlineExecutorConfig
-from zimage_runner.memory import release
+from zimage_runner.memory import readings
 
 
 def draw(batch_sizes: list[int], *, attempt: int = 1) -> tuple[FaultySession, MemoryBackoff, list[BatchResult]]:
@@ -108,11 +108,11 @@ def test_all_that_torch_keeps_is_given_back(monkeypatch):
         cuda=cuda, _C=SimpleNamespace(_cuda_clearCublasWorkspaces=lambda: told.append("workspaces"))
     )
     monkeypatch.setitem(sys.modules, "torch", torch)
-    monkeypatch.setattr(release.gc, "collect", lambda: told.append("garbage"))
-    release.release_unused()
+    monkeypatch.setattr(readings.gc, "collect", lambda: told.append("garbage"))
+    readings.release_unused()
     assert told == ["garbage", "workspaces", "cache"], "each makes room that the next gives back"
     cuda.is_initialized = lambda: False
-    release.release_unused()
+    readings.release_unused()
     assert told[3:] == ["garbage"]
 
 

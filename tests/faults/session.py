@@ -29,10 +29,7 @@ PARAMS = SamplingParams(
     height=SIDE, width=SIDE, num_inference_steps=8, guidance_scale=0.0, negative_prompt="", max_sequence_length=512,
     cfg_normalization=0.0, cfg_truncation=1.0,
 )  # fmt: skip
-BUCKET = Bucket(
-    height=SIDE, width=SIDE, num_inference_steps=8, guidance_scale=0.0, cfg_normalization=0.0, cfg_truncation=1.0,
-    caption_tokens=32, negative_caption_tokens=0,
-)  # fmt: skip
+BUCKET = Bucket.of(PARAMS, caption_tokens=32, negative_caption_tokens=0)
 
 
 def item(seed: int, text: str = "a cat") -> WorkItem:

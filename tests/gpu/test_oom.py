@@ -21,8 +21,7 @@ from zimage_runner.engines.native.transformer import Transformer
 from zimage_runner.executors.backoff import MemoryBackoff
 from zimage_runner.executors.base import Batch, BatchResult
 from zimage_runner.memory.policies import Resident
-from zimage_runner.memory.readings import free_gpu_bytes
-from zimage_runner.memory.release import release_unused
+from zimage_runner.memory.readings import free_gpu_bytes, release_unused
 from zimage_runner.model import Dtype, Model, Source
 from zimage_runner.plan import WorkItem
 from zimage_runner.session import Session

@@ -14,11 +14,11 @@ import torch
 
 from tests.native.conftest import CHECKPOINT
 from zimage_runner.compile import Compile
-from zimage_runner.engines.base import DenoiseRequest, Device, Engine, EngineConfig, LoadRequest
+from zimage_runner.engines.base import Device, Engine, EngineConfig
 from zimage_runner.engines.diffusers.engine import DiffusersEngine
 from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.engines.native.engine import NativeEngineAdapter
-from zimage_runner.engines.noise import draw_noise
+from zimage_runner.engines.request import DenoiseRequest, LoadRequest, Needs, draw_noise
 from zimage_runner.errors import UserError
 from zimage_runner.memory.policies import Memory, ModelOffload, Resident, Staged
 from zimage_runner.model import Model, Source
@@ -118,13 +118,15 @@ def test_combinations_that_are_refused() -> None:
             return "regional"
 
     check = NativeEngine().check
-    check(MODEL, Resident(), Compile())
+    check(Needs(model=MODEL, memory=Resident(), compile=Compile()))
     with pytest.raises(UserError, match=r"compile=regional does nothing for engine=native"):
-        check(MODEL, Resident(), Regional())
+        check(Needs(model=MODEL, memory=Resident(), compile=Regional()))
     with pytest.raises(UserError, match=r"memory=model_offload is not for engine=native"):
-        check(MODEL, ModelOffload(), Compile())
+        check(Needs(model=MODEL, memory=ModelOffload(), compile=Compile()))
     with pytest.raises(UserError, match=r"noise_device=cuda needs engine\.device=cuda"):
-        NativeEngine(device=Device.cpu, noise_device=Device.cuda).check(MODEL, Resident(), Compile())
+        NativeEngine(device=Device.cpu, noise_device=Device.cuda).check(
+            Needs(model=MODEL, memory=Resident(), compile=Compile())
+        )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

@@ -6,7 +6,7 @@ import pytest
 
 from zimage_runner.engines.auto import AutoEngine
 from zimage_runner.engines.base import Device
-from zimage_runner.engines.no_gpu import warn_without_gpu
+from zimage_runner.engines.device import warn_without_gpu
 from zimage_runner.model import Model, Source
 
 TURBO = Model(name="zimage_turbo", source=Source.modelscope, repo="a/b")

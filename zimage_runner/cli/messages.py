@@ -22,7 +22,7 @@ from zimage_runner.cli.file_mistakes import (
     missing_package,
 )
 from zimage_runner.config.paths import CONFIG_DIR
-from zimage_runner.errors import UserError
+from zimage_runner.errors import UserError, exception_chain
 from zimage_runner.prompts.vocabulary import cfg_hint
 
 CONFIG_ERRORS = (HydraException, ConfigCompositionException, OmegaConfBaseException, YAMLError)
@@ -51,7 +51,7 @@ def explain(error: BaseException) -> str:
     """One line for a composition error; the cause's text is used where Hydra wraps it."""
     if isinstance(error, UnicodeDecodeError):
         return explain_bytes(error)
-    chain = _chain(error)
+    chain = exception_chain(error, suppressed=False)
     ours = next((e for e in chain if isinstance(e, UserError)), None)
     if ours is not None:
         return str(ours)
@@ -100,15 +100,6 @@ def _unknown_attribute(error: AttributeError) -> str:
     close = difflib.get_close_matches(match["field"], fields, 1)
     hint = f"; did you mean {close[0]}?" if close else (f"; fields there: {', '.join(fields)}" if fields else "")
     return f"{match['field']}: no such field of {match['type']}, and + cannot add one{hint}"
-
-
-def _chain(error: BaseException) -> list[BaseException]:
-    chain: list[BaseException] = []
-    current: BaseException | None = error
-    while current is not None and current not in chain:
-        chain.append(current)
-        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
-    return chain
 
 
 def _experiment_file(chain: list[BaseException]) -> str | None:

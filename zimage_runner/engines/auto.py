@@ -6,10 +6,11 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from zimage_runner.engines.base import Engine, EngineConfig, LoadRequest
+from zimage_runner.engines.base import Engine, EngineConfig
 from zimage_runner.engines.device import choose_device
 from zimage_runner.engines.diffusers.engine import DiffusersEngine
 from zimage_runner.engines.native.config import NativeEngine
+from zimage_runner.engines.request import LoadRequest, Needs
 from zimage_runner.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ COMMON_ATTENTION = ("auto", "native")
 
 @dataclass(kw_only=True, slots=True)
 class AutoEngine(EngineConfig):
-    """Native where it supports checkpoint, device, memory and compile options; the log says which one and why."""
+    """Native where it supports the checkpoint and what the run needs; the log says which one and why."""
 
     def __post_init__(self) -> None:
         if self.attention not in COMMON_ATTENTION:
@@ -36,14 +37,14 @@ class AutoEngine(EngineConfig):
 
     def takes_native(self, model: Model, memory: Memory, compile: Compile) -> bool:
         """Whether these options are the native engine's to draw with; the checkpoint may still not be."""
-        return self._why_not_native(model, memory, compile) is None
+        return self._why_not_native(Needs(model=model, memory=memory, compile=compile)) is None
 
-    def check(self, model: Model, memory: Memory, compile: Compile) -> None:
-        if self._why_not_native(model, memory, compile) is not None:
-            DiffusersEngine(**self._fields()).check(model, memory, compile)
+    def check(self, needs: Needs) -> None:
+        if self._why_not_native(needs) is not None:
+            DiffusersEngine(**self._fields()).check(needs)
 
     def create(self, request: LoadRequest) -> Engine:
-        reason = self._why_not_native(request.model, request.memory, request.compile)
+        reason = self._why_not_native(request)
         if reason is None:
             try:
                 return NativeEngine(**self._fields()).create(request)
@@ -55,9 +56,9 @@ class AutoEngine(EngineConfig):
         log.warning("engine=auto takes diffusers: %s", reason)
         return DiffusersEngine(**self._fields()).create(request)
 
-    def _why_not_native(self, model: Model, memory: Memory, compile: Compile) -> str | None:
+    def _why_not_native(self, needs: Needs) -> str | None:
         try:
-            NativeEngine(**self._fields()).check(model, memory, compile)
+            NativeEngine(**self._fields()).check(needs)
         except UserError as error:
             return str(error)
         return None

@@ -11,16 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from zimage_runner.sampling import SamplingParams
+from zimage_runner.model import LATENT_CHANNELS, VAE_FACTOR
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from zimage_runner.compile import Compile
-    from zimage_runner.memory.policies import Memory
-    from zimage_runner.model import Model
-    from zimage_runner.weights.find.checkpoint import Checkpoint
+    from zimage_runner.engines.request import DenoiseRequest, LoadRequest, Needs
 
 
 AUTO = "auto"
@@ -34,20 +31,6 @@ class Device(enum.Enum):
     auto = "auto"
     cuda = "cuda"
     cpu = "cpu"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoadRequest:
-    """What an engine is to load, and how."""
-
-    checkpoint: Checkpoint
-    model: Model
-    memory: Memory
-    """Where the weights are to be."""
-    compile: Compile
-    encodes: bool = True
-    """False when every caption's features are expected to be there already: the text encoder need not be loaded before
-    ``Engine.encode`` is called, if it is."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -73,26 +56,12 @@ class EngineConfig(abc.ABC):
         return MOST_AUTO_BATCH if self.auto_batch else self.batch_size
 
     @abc.abstractmethod
-    def check(self, model: Model, memory: Memory, compile: Compile) -> None:
-        """Raise UserError for combinations this engine cannot run. Imports no torch."""
+    def check(self, needs: Needs) -> None:
+        """Raise UserError for what this engine cannot run. Imports no torch."""
 
     @abc.abstractmethod
     def create(self, request: LoadRequest) -> Engine:
         """Load what is asked for. Imports torch here, not before."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class DenoiseRequest:
-    """One batch of pictures of the same shape and the same padded caption length."""
-
-    prompt_embeds: Sequence[torch.Tensor]
-    """B tensors [L_i, cap_feat_dim] without padding rows."""
-    negative_prompt_embeds: Sequence[torch.Tensor] | None
-    """B tensors as above when ``params.uses_guidance``, else None."""
-    noise: torch.Tensor
-    """[B, latent_channels, height/8, width/8], float32, drawn per item."""
-    params: SamplingParams
-    """height, width, num_inference_steps (= transformer forwards), guidance_scale, cfg_*."""
 
 
 class PendingImages(abc.ABC):
@@ -135,8 +104,8 @@ class Engine(abc.ABC):
     """Compute dtype of transformer and text encoder, as torch names it: bfloat16, float32."""
     attention: str
     """The attention backend in use."""
-    latent_channels: int = 16
-    vae_scale_factor: int = 8
+    latent_channels: int = LATENT_CHANNELS
+    vae_scale_factor: int = VAE_FACTOR
     tiles: bool = True
     """Whether decode_carefully takes less memory in tiles than decode does."""
     load_phases: dict[str, float]

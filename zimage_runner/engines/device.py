@@ -1,10 +1,20 @@
-"""Choosing device and dtype. Imports torch when called, not before."""
+"""Which device and dtype a run uses, and a warning where there is no GPU. Imports torch when called, not before."""
 
 from __future__ import annotations
 
-from zimage_runner.engines.base import Device
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+from zimage_runner.engines.base import Device, EngineConfig
 from zimage_runner.errors import UserError
-from zimage_runner.model import Dtype
+from zimage_runner.model import Dtype, Model, Source
+
+log = logging.getLogger(__name__)
+
+DEVICE_NODES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+"""Of NVIDIA's driver, of Windows' in WSL, and of AMD's."""
 
 
 def choose_device(device: Device) -> str:
@@ -25,3 +35,20 @@ def choose_dtype(dtype: Dtype, device: str) -> str:
     if dtype is Dtype.auto:
         return "bfloat16" if device == "cuda" else "float32"
     return dtype.value
+
+
+def warn_without_gpu(model: Model, engine: EngineConfig, exists: Callable[[str], bool] = os.path.exists) -> None:
+    """Log a warning if the CPU would draw a hub's model because there is no GPU; ``engine.device=cpu`` asks for that.
+
+    To be called before gigabytes are downloaded to a machine that would need an hour for a picture.
+    """
+    from_hub = model.source in (Source.modelscope, Source.huggingface) and model.path is None
+    if not from_hub or engine.device is not Device.auto or not sys.platform.startswith("linux"):
+        return
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
+    if hidden or not any(map(exists, DEVICE_NODES)):
+        log.warning(
+            "no GPU is seen here, and %s takes many minutes a picture on a CPU: model=zimage_nano is made for CPUs "
+            "(engine.device=cpu says that it is meant, without this line)",
+            model.name,
+        )

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zimage_runner import GB
 from zimage_runner.errors import UserError
 from zimage_runner.outputs import atomic, beneath
 
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-GB = 1e9
 FORMAT = 2
 TENSOR = "prompt_embeds"
 FOLDER = "zimage_runner_captions"

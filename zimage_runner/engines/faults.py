@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zimage_runner.errors import RunStopped
+from zimage_runner.errors import RunStopped, exception_chain
 
 
 class DeviceLost(RunStopped):
@@ -35,7 +35,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
     The error may be what came of it: running out while a CUDA graph is recorded ends in a capture error.
     """
-    return any(_says_out_of_memory(e) for e in _chain(error))
+    return any(_says_out_of_memory(e) for e in exception_chain(error))
 
 
 def _says_out_of_memory(error: BaseException) -> bool:
@@ -48,20 +48,10 @@ def is_device_lost(error: BaseException) -> bool:
     """A CUDA error that outlives the call which met it."""
     if is_out_of_memory(error):
         return False
-    return any(_says_device_lost(e) for e in _chain(error))
+    return any(_says_device_lost(e) for e in exception_chain(error))
 
 
 def _says_device_lost(error: BaseException) -> bool:
     if type(error).__name__ == "AcceleratorError":
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _DEVICE_LOST)
-
-
-def _chain(error: BaseException) -> list[BaseException]:
-    """The error, what caused it, and what was being handled when it was raised."""
-    chain: list[BaseException] = []
-    current: BaseException | None = error
-    while current is not None and current not in chain:
-        chain.append(current)
-        current = current.__cause__ or current.__context__
-    return chain

@@ -17,8 +17,7 @@ from zimage_runner.engines.base import MOST_AUTO_BATCH
 from zimage_runner.engines.faults import DeviceLost, is_device_lost, is_out_of_memory
 from zimage_runner.errors import RunStopped, UserError, error_text
 from zimage_runner.executors.base import Batch, BatchResult, SessionLike
-from zimage_runner.memory.readings import BatchMemory, gpu_memory
-from zimage_runner.memory.release import release_unused
+from zimage_runner.memory.readings import BatchMemory, gpu_memory, release_unused
 
 if TYPE_CHECKING:
     from zimage_runner.plan import WorkItem

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from zimage_runner.engines.base import PendingImages, ReadyImages
-from zimage_runner.errors import UserError
+from zimage_runner.errors import check_range
 from zimage_runner.executors.base import Batch, BatchResult, BrokenImages, Executor, ExecutorConfig, SessionFactory
 from zimage_runner.executors.child import WorkerDied
 from zimage_runner.executors.messages import Drawn, Failed, Finished, Start, Started, SteppedDown, Work
@@ -49,11 +49,11 @@ class ProcessExecutorConfig(ExecutorConfig):
 
     def __post_init__(self) -> None:
         for name in ("item_timeout_s", "start_timeout_s"):
-            _check(name, getattr(self, name), 1e-3, 1e9)
-        _check("max_restarts", self.max_restarts, 0, 1000)
-        _check("backoff_s", self.backoff_s, 0, 3600)
+            check_range(f"executor.{name}", getattr(self, name), 1e-3, 1e9)
+        check_range("executor.max_restarts", self.max_restarts, 0, 1000)
+        check_range("executor.backoff_s", self.backoff_s, 0, 3600)
         if self.max_items_per_worker is not None:
-            _check("max_items_per_worker", self.max_items_per_worker, 1, 10**9)
+            check_range("executor.max_items_per_worker", self.max_items_per_worker, 1, 10**9)
 
     def adapt(self, session: SessionConfig) -> SessionConfig:
         """A large worker is replaced as a whole; its session need not rebuild itself as well."""
@@ -75,12 +75,6 @@ class ProcessExecutorConfig(ExecutorConfig):
             StopRequest() if stop is None else stop,  # not "or": an unset request is false
         )
         return ProcessExecutor(supervisor, self.item_timeout_s)
-
-
-def _check(name: str, value: float, low: float, high: float) -> None:
-    # Written so that NaN fails too.
-    if not low <= value <= high:
-        raise UserError(f"executor.{name}={value} is out of range: use {low:g} to {high:g}")
 
 
 @dataclass(slots=True)

@@ -1,14 +1,15 @@
-"""Readings: GPU memory, library versions. Nothing here imports torch; it is read only where it is loaded already."""
+"""Readings: GPU memory, library versions; and giving memory back. Nothing here imports torch; it is used only where it
+is loaded already."""
 
 from __future__ import annotations
 
+import gc
 import platform
 import sys
 from typing import Any
 
-from zimage_runner import __version__
+from zimage_runner import GB, __version__
 
-GB = 1e9
 LIBRARIES = ("torch", "diffusers", "transformers", "numpy", "pillow", "hydra-core")
 MEMORY_MARGIN = 0.85
 """Share of the free memory that engine.batch_size=auto plans with; fragments take some of the rest."""
@@ -62,6 +63,20 @@ class BatchMemory:
             return 1
         one = max(1, self._torch.cuda.max_memory_allocated() - self._before)
         return max(1, min(most, int(free_gpu_bytes() * MEMORY_MARGIN / one)))
+
+
+def release_unused() -> None:
+    """Give all cached memory back to the GPU, so that fragments do not make the next try fail as well.
+
+    cuBLAS' work areas are given back too: 8 to 64 MB for each stream that multiplied matrices, made anew when needed.
+    Does nothing but collect garbage where torch has not used a GPU.
+    """
+    gc.collect()  # an error's traceback may hold tensors in a cycle
+    torch = _torch_with_gpu()
+    if torch is None:
+        return
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
 
 
 def peak_host_gb() -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from zimage_runner.errors import UserError
+from zimage_runner.errors import UserError, check_range
 
 
 class Fsync(enum.Enum):
@@ -44,18 +44,12 @@ class Output:
     """What a picture is taken to need on disk when the space for the plan is checked. 0 turns that check off."""
 
     def __post_init__(self) -> None:
-        _check("png_compress_level", self.png_compress_level, 0, 9)
-        _check("writer_threads", self.writer_threads, 1, 64)
-        _check("max_pending_images", self.max_pending_images, 1, 100_000)
-        _check("min_free_gb", self.min_free_gb, 0, 1e6)
-        _check("estimated_bytes_per_pixel", self.estimated_bytes_per_pixel, 0, 16)
+        check_range("output.png_compress_level", self.png_compress_level, 0, 9)
+        check_range("output.writer_threads", self.writer_threads, 1, 64)
+        check_range("output.max_pending_images", self.max_pending_images, 1, 100_000)
+        check_range("output.min_free_gb", self.min_free_gb, 0, 1e6)
+        check_range("output.estimated_bytes_per_pixel", self.estimated_bytes_per_pixel, 0, 16)
         if not self.root.strip():
             raise UserError(
                 "output.root='' is empty: name the folder that shall hold the runs, e.g. output.root=outputs"
             )
-
-
-def _check(name: str, value: float, low: float, high: float) -> None:
-    # Written so that NaN fails too.
-    if not low <= value <= high:
-        raise UserError(f"output.{name}={value} is out of range: use {low:g} to {high:g}")

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Self
 
+from zimage_runner import GB
 from zimage_runner.errors import UserError
 from zimage_runner.outputs import atomic, beneath
 from zimage_runner.outputs.atomic import DiskError
@@ -17,7 +18,6 @@ from zimage_runner.outputs.config import Output
 from zimage_runner.outputs.ledger import RECORDS
 from zimage_runner.outputs.lock import LOCK_NAME, RunLock
 
-GB = 1e9
 OWN_FILES = (LOCK_NAME, RECORDS, "summary.json", "run.log", "prompts.jsonl")
 OWN_FOLDERS = ("items", ".hydra")
 RECORD_BYTES = 16_384

@@ -7,14 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from zimage_runner.errors import UserError
+from zimage_runner.model import padded_length
 from zimage_runner.plan.items import Bucket, WorkItem
 from zimage_runner.plan.plan import Duplicate, Plan, Truncation
 from zimage_runner.prompts.base import Prompt
 from zimage_runner.prompts.seeds import Seeds
 from zimage_runner.sampling import SamplingParams
 
-CAPTION_MULTIPLE = 32
-"""The transformer pads captions to this multiple with a token that is attended to."""
 MAX_ITEMS = 10_000_000
 _TEXTS_AT_ONCE = 1024
 
@@ -111,7 +110,7 @@ def _count(
 
 def padded(tokens: int, max_sequence_length: int) -> int:
     """Caption length after truncation and the transformer's own padding."""
-    return -(-min(tokens, max_sequence_length) // CAPTION_MULTIPLE) * CAPTION_MULTIPLE
+    return padded_length(min(tokens, max_sequence_length))
 
 
 def _buckets(prompts: Sequence[Prompt], resolved: Sequence[SamplingParams], counts: Mapping[str, int]) -> list[Bucket]:
@@ -125,24 +124,10 @@ def _buckets(prompts: Sequence[Prompt], resolved: Sequence[SamplingParams], coun
         negative = padded(counts.get(params.negative_prompt, 0), length) if params.uses_guidance else 0
         key = (id(params), caption, negative)
         if key not in shared:
-            bucket = _bucket(params, caption, negative)
+            bucket = Bucket.of(params, caption, negative)
             shared[key] = unique.setdefault(bucket, bucket)
         result.append(shared[key])
     return result
-
-
-def _bucket(params: SamplingParams, caption: int, negative: int) -> Bucket:
-    guided = params.uses_guidance
-    return Bucket(
-        height=params.height,
-        width=params.width,
-        num_inference_steps=params.num_inference_steps,
-        guidance_scale=params.guidance_scale,
-        cfg_normalization=params.cfg_normalization if guided else 0.0,
-        cfg_truncation=params.cfg_truncation if guided else 1.0,
-        caption_tokens=caption,
-        negative_caption_tokens=negative,
-    )
 
 
 def _truncations(

@@ -6,9 +6,10 @@ import functools
 import re
 import unicodedata
 from dataclasses import dataclass
+from typing import Any
 
 from zimage_runner.prompts.base import Prompt
-from zimage_runner.sampling import SamplingParams
+from zimage_runner.sampling import SAMPLING_FIELDS, SamplingParams
 
 SLUG_CHARACTERS = 40
 """In CJK 120 bytes; with index and temporary suffixes below the 143 bytes that the strictest file systems allow."""
@@ -18,30 +19,45 @@ SLUG_CHARACTERS = 40
 class Bucket:
     """Items that can be one batch: same tensor shapes, same schedule, same guidance."""
 
-    height: int
-    width: int
-    num_inference_steps: int
-    guidance_scale: float
-    cfg_normalization: float
-    cfg_truncation: float
+    params: SamplingParams
+    """What the pictures of a batch have in common; see ``SamplingParams.of_batch``."""
     caption_tokens: int
     """Padded length; 0 when no tokenizer was at hand to count."""
     negative_caption_tokens: int
     """Padded length of the negative prompt; 0 without guidance or when not counted."""
 
-    @property
-    def cost(self) -> tuple[float, ...]:
-        """Grows with memory and time; the plan runs the largest first, so that what cannot fit fails early."""
-        return (self.height * self.width, self.guidance_scale > 0, self.caption_tokens, *self.sort_key)
+    @classmethod
+    def of(cls, params: SamplingParams, caption_tokens: int, negative_caption_tokens: int) -> Bucket:
+        """Return the bucket of an item with these parameters and padded caption lengths."""
+        return cls(
+            params=params.of_batch(),
+            caption_tokens=caption_tokens,
+            negative_caption_tokens=negative_caption_tokens,
+        )
 
     @property
-    def sort_key(self) -> tuple[float, ...]:
-        return tuple(getattr(self, name) for name in self.__slots__)
+    def cost(self) -> tuple[Any, ...]:
+        """Grows with memory and time; the plan runs the largest first, so that what cannot fit fails early."""
+        params = self.params
+        return (params.height * params.width, params.uses_guidance, self.caption_tokens, *self.sort_key)
+
+    @property
+    def sort_key(self) -> tuple[Any, ...]:
+        """Orders any two buckets: numbers by size, texts by their letters, null before both."""
+        values = [getattr(self.params, name) for name in SAMPLING_FIELDS]
+        return tuple(_comparable(v) for v in (*values, self.caption_tokens, self.negative_caption_tokens))
 
     def __str__(self) -> str:
-        guidance = f", guidance {self.guidance_scale:g}" if self.guidance_scale > 0 else ""
+        params = self.params
+        guidance = f", guidance {params.guidance_scale:g}" if params.uses_guidance else ""
         tokens = f", {self.caption_tokens} caption tokens" if self.caption_tokens else ""
-        return f"{self.width}x{self.height}, {self.num_inference_steps} steps{guidance}{tokens}"
+        return f"{params.width}x{params.height}, {params.num_inference_steps} steps{guidance}{tokens}"
+
+
+def _comparable(value: Any) -> tuple[int, float, str]:
+    if value is None:
+        return (0, 0.0, "")
+    return (1, value, "") if isinstance(value, int | float) else (2, 0.0, str(value))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from zimage_runner.plan.items import Bucket, WorkItem, item_encodings
 from zimage_runner.prompts.base import Prompt
+from zimage_runner.sampling import SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +84,11 @@ class Plan:
                 if key not in seen:
                     seen.add(key)
                     yield key
+
+    def params(self) -> set[SamplingParams]:
+        """Return every set of sampling parameters that the plan draws with."""
+        found: dict[int, SamplingParams] = {id(item.params): item.params for item in self.items}
+        return set(found.values())
 
     def buckets(self) -> dict[Bucket, int]:
         """Number of items of each bucket, in the order they run."""

@@ -186,3 +186,8 @@ def decode_whole(file: Path) -> str:
     if len(raw) > MAX_LINE_BYTES:
         raise UserError(f"{shown(file)}: larger than {MAX_LINE_BYTES:,} bytes: is this a prompt?")
     return "\n".join(line for _, line in read_lines(io.BytesIO(raw), shown(file)))
+
+
+def unquoted(value: str) -> str:
+    """Return ``value`` without the one pair of quotation marks around it, if there is one."""
+    return value[1:-1] if len(value) >= 2 and value[0] == value[-1] and value[0] in "\"'" else value

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zimage_runner import GB
 from zimage_runner.logs import duration
 from zimage_runner.outputs.beneath import Inside
-from zimage_runner.outputs.run_dir import GB, RECORD_BYTES
+from zimage_runner.outputs.run_dir import RECORD_BYTES
 from zimage_runner.outputs.summary import one_line
 from zimage_runner.plan import Bucket, WorkItem
 from zimage_runner.runner.spec import NOT_DOWNLOADED, RunSpec

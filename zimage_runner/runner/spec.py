@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from zimage_runner.config.schema import RunConfig
+from zimage_runner.engines.device import warn_without_gpu
 from zimage_runner.engines.native.tokenizer import CaptionTokenizer
-from zimage_runner.engines.no_gpu import warn_without_gpu
+from zimage_runner.engines.request import Needs
 from zimage_runner.errors import UserError
 from zimage_runner.plan import CountTokens, Plan, WorkItem, build_plan
 from zimage_runner.prompts import read_prompts
@@ -105,7 +106,7 @@ def check(config: RunConfig) -> tuple[SamplingParams, Seeds]:
     params = resolve_sampling(config.sampling, config.model.recommended)
     config.model.check_size(params.height, params.width)
     seeds = parse_seeds(config.seeds)
-    config.engine.check(config.model, config.memory, config.compile)
+    config.engine.check(Needs.of(config.model, config.memory, config.compile, [params]))
     prompt_source(config)
     return params, seeds
 
@@ -127,6 +128,7 @@ def plan_run(config: RunConfig, memo: dict[str, Any] | None = None) -> RunSpec:
     checkpoint = _once(memo, f"checkpoint {config.model} {config.dry_run}", lambda: _checkpoint(config))
     count_tokens = _once(memo, f"tokens {checkpoint.path}", lambda: token_counter(checkpoint.path))
     plan = build_plan(prompts, seeds, params, check_size=config.model.check_size, count_tokens=count_tokens)
+    config.engine.check(Needs.of(config.model, config.memory, config.compile, plan.params()))
     if config.output_file is not None and len(plan) > 1:
         raise UserError(
             f"output_file={config.output_file!r} takes one picture, but this run draws {len(plan)}: "

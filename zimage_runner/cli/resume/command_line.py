@@ -22,6 +22,7 @@ from zimage_runner.cli.resume.saved import (
 from zimage_runner.cli.resume.sweep import check_resumable, is_sweep, settings_file, sweep_command_line
 from zimage_runner.errors import UserError
 from zimage_runner.logs import say
+from zimage_runner.prompts.text import unquoted
 
 _RESUME = re.compile(r"\+{0,2}resume=(?P<value>.*)", re.S)
 LATEST = "latest"
@@ -32,10 +33,10 @@ def resume_command_line(argv: Sequence[str]) -> list[str]:
     asked = [match["value"] for arg in argv if (match := _RESUME.fullmatch(arg))]
     if not asked or asked[-1] == "null":
         return list(argv)
-    if not _unquote(asked[-1]).strip():
+    if not unquoted(asked[-1]).strip():
         raise UserError("resume='' is empty: give a run directory, or resume=latest")
     others = [arg for arg in argv if not _RESUME.fullmatch(arg)]
-    value = _unquote(asked[-1])
+    value = unquoted(asked[-1])
     directory = find_latest(_root(others)) if value == LATEST else Path(value).expanduser().absolute()
     if is_sweep(directory):
         return sweep_command_line(directory, others)
@@ -59,7 +60,7 @@ def resume_command_line(argv: Sequence[str]) -> list[str]:
 
 def _root(argv: Sequence[str]) -> Path:
     roots = [arg.partition("=")[2] for arg in argv if override_key(arg) == "output.root"]
-    return Path(_unquote(roots[-1]) if roots else "outputs").expanduser()
+    return Path(unquoted(roots[-1]) if roots else "outputs").expanduser()
 
 
 def find_latest(root: Path) -> Path:
@@ -91,7 +92,3 @@ def _newest(files: Sequence[Path]) -> Path:
     """The directory of the run or multirun whose settings were written last."""
     newest = max(files, key=lambda path: (os.stat(path).st_mtime_ns, str(path)))
     return (newest.parents[1] if newest.parent.name == ".hydra" else newest.parent).absolute()
-
-
-def _unquote(value: str) -> str:
-    return value[1:-1] if len(value) >= 2 and value[0] == value[-1] and value[0] in "\"'" else value

@@ -7,30 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from zimage_runner.engines.base import (
-    DenoiseRequest,
-    Device,
-    Engine,
-    EngineConfig,
-    LoadRequest,
-    PendingImages,
-    ReadyImages,
-)
+from zimage_runner.engines.base import Device, Engine, EngineConfig, PendingImages, ReadyImages
 from zimage_runner.engines.device import choose_device, choose_dtype
 from zimage_runner.engines.diffusers.attention import MASKLESS, check_name, choose_backend, this_machine
-from zimage_runner.engines.diffusers.careful import careful_vae
 from zimage_runner.engines.diffusers.setup import Setup, Stage, check_compile, phase, synchronize
-from zimage_runner.errors import BadPictureError, UserError
+from zimage_runner.engines.diffusers.vae_fallback import fallback_vae
+from zimage_runner.engines.request import DenoiseRequest, LoadRequest
+from zimage_runner.errors import UserError
+from zimage_runner.model import padded_length, unshifted_sigmas
 
 if TYPE_CHECKING:
     import torch
 
-    from zimage_runner.compile import Compile
-    from zimage_runner.memory.policies import Memory
-    from zimage_runner.model import Model
-
-CAPTION_MULTIPLE = 32
-"""The transformer pads captions to this multiple."""
+    from zimage_runner.engines.request import Needs
 
 
 @dataclass(kw_only=True, slots=True)
@@ -40,11 +29,11 @@ class DiffusersEngine(EngineConfig):
     vae_channels_last: bool = False
     """Decode in NHWC memory layout: faster convolutions on GPUs, other rounding."""
 
-    def check(self, model: Model, memory: Memory, compile: Compile) -> None:
+    def check(self, needs: Needs) -> None:
         if self.device is Device.cpu and self.noise_device is Device.cuda:
             raise UserError("engine.noise_device=cuda needs engine.device=cuda: use engine.noise_device=cpu")
         check_name(self.attention)
-        check_compile(memory, compile)
+        check_compile(needs.memory, needs.compile)
 
     def create(self, request: LoadRequest) -> Engine:
         return DiffusersPipelineEngine(self, request)
@@ -139,7 +128,7 @@ class DiffusersPipelineEngine(Engine):
             width=params.width,
             num_inference_steps=steps,
             # Explicit sigmas make num_inference_steps mean transformer forwards in every diffusers version.
-            sigmas=sigma_schedule(steps),
+            sigmas=unshifted_sigmas(steps),
             guidance_scale=params.guidance_scale,
             cfg_normalization=params.cfg_normalization,
             cfg_truncation=params.cfg_truncation,
@@ -151,20 +140,22 @@ class DiffusersPipelineEngine(Engine):
     def decode(self, latents: torch.Tensor) -> PendingImages:
         import torch
 
+        from zimage_runner.engines.native.images import checked, to_uint8
+
         self._enter(Stage.denoiser)
         vae = self.pipe.vae
         with torch.inference_mode():
             scaled = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
             pixels = vae.decode(scaled, return_dict=False)[0]
-            images = to_uint8(pixels)
-        return ReadyImages(images.cpu().numpy())
+            images, finite = to_uint8(pixels), pixels.isfinite().all()
+        return ReadyImages(checked(images.cpu(), finite))
 
     def decode_carefully(self, latents: torch.Tensor, *, float32: bool = False, tiled: bool = False) -> PendingImages:
         self._enter(Stage.denoiser)
         side = max(latents.shape[-2:]) * self.vae_scale_factor
         # Offloading hooks keep the weights elsewhere, in the dtype they were loaded in.
         float32 = float32 and not self._setup.memory.offloads
-        with careful_vae(self.pipe.vae, side, float32=float32, tiled=tiled):
+        with fallback_vae(self.pipe.vae, side, float32=float32, tiled=tiled):
             return self.decode(latents)
 
     def synchronize(self) -> None:
@@ -182,7 +173,7 @@ class DiffusersPipelineEngine(Engine):
         """Captions of different padded lengths get an attention mask, which the flash and sage backends refuse."""
         if self.attention not in MASKLESS:
             return
-        mixed = len({-(-len(e) // CAPTION_MULTIPLE) for e in embeds}) > 1
+        mixed = len({padded_length(len(e)) for e in embeds}) > 1
         self.pipe.transformer.set_attention_backend("native" if mixed else self.attention)
 
     @property
@@ -192,22 +183,6 @@ class DiffusersPipelineEngine(Engine):
     @property
     def _embeds_device(self) -> Any:
         return "cpu" if self._setup.memory.staged else self._input_device
-
-
-def sigma_schedule(num_inference_steps: int) -> list[float]:
-    """Unshifted sigmas linspace(1, 1/n, n); the scheduler applies its static shift and appends 0."""
-    n = num_inference_steps
-    return [1.0 - i * (1.0 - 1.0 / n) / (n - 1) if n > 1 else 1.0 for i in range(n)]
-
-
-def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
-    """[B, 3, H, W] in -1..1 to uint8 [B, H, W, 3], rounding as diffusers' image processor does.
-
-    Raises BadPictureError on NaN or Inf, which uint8 would hide as black.
-    """
-    if not bool(pixels.isfinite().all()):
-        raise BadPictureError("the decoder's output holds NaN or Inf")
-    return (pixels.float() / 2 + 0.5).clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).contiguous()
 
 
 def quiet_libraries() -> None:

@@ -1,13 +1,15 @@
-"""Networks of a checkpoint directory into a NativeModel, all together or one at a time."""
+"""A checkpoint directory: its description, and its networks into a NativeModel, all together or one by one."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from zimage_runner.engines.native.description import describe
 from zimage_runner.engines.native.loading import (
     TEXT_ENCODER_RULES,
     TEXT_ENCODER_UNUSED,
@@ -19,13 +21,44 @@ from zimage_runner.engines.native.loading import (
     open_tensors,
 )
 from zimage_runner.engines.native.model import NativeModel, Options
-from zimage_runner.engines.native.text_encoder import TextEncoder
+from zimage_runner.engines.native.sampler import read_shift
+from zimage_runner.engines.native.text_encoder import TextEncoder, TextEncoderConfig
 from zimage_runner.engines.native.tokenizer import CaptionTokenizer
-from zimage_runner.engines.native.transformer import Transformer
-from zimage_runner.engines.native.vae_decoder import VaeDecoder
+from zimage_runner.engines.native.transformer import Transformer, TransformerConfig
+from zimage_runner.engines.native.vae_decoder import VaeConfig, VaeDecoder
+from zimage_runner.errors import UserError
 
 LoadedTensors = Callable[[str], "Mapping[str, torch.Tensor] | None"]
 """A component's tensors where they are on the device already; None to read its files."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Description:
+    """The three networks' configurations and the scheduler's static shift."""
+
+    transformer: TransformerConfig
+    text_encoder: TextEncoderConfig
+    vae: VaeConfig
+    shift: float
+
+
+def describe(path: Path) -> Description:
+    """Read a diffusers-format directory. Raises UserError for a missing file, ValueError for an unsupported variant."""
+    return Description(
+        transformer=TransformerConfig.from_published(read_config(path / "transformer")),
+        text_encoder=TextEncoderConfig.from_published(read_config(path / "text_encoder")),
+        vae=VaeConfig.from_published(read_config(path / "vae")),
+        shift=read_shift(read_config(path / "scheduler", "scheduler_config.json")),
+    )
+
+
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """A component's configuration. Raises UserError if the file is missing."""
+    path = folder / name
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: is this a diffusers-format checkpoint?") from None
 
 
 def from_files(component: str) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from zimage_runner.engines.base import Device, Engine, EngineConfig, LoadRequest
+from zimage_runner.engines.base import Device, Engine, EngineConfig
+from zimage_runner.engines.request import LoadRequest
 from zimage_runner.errors import UserError
 
 if TYPE_CHECKING:
-    from zimage_runner.compile import Compile
-    from zimage_runner.memory.policies import Memory
-    from zimage_runner.model import Model
+    from zimage_runner.engines.request import Needs
     from zimage_runner.weights.preload.source import WeightsSource
 
 ATTENTION_NAMES = ("auto", "native", "flash3", "cudnn", "flash", "efficient", "math")
@@ -33,7 +32,8 @@ class NativeEngine(EngineConfig):
             names = ", ".join(ATTENTION_NAMES)
             raise UserError(f"engine.attention={self.attention} is unknown to engine=native: use one of {names}")
 
-    def check(self, model: Model, memory: Memory, compile: Compile) -> None:
+    def check(self, needs: Needs) -> None:
+        memory, compile = needs.memory, needs.compile
         if self.device is Device.cpu and self.noise_device is Device.cuda:
             raise UserError("engine.noise_device=cuda needs engine.device=cuda: use engine.noise_device=cpu")
         if memory.offloads:

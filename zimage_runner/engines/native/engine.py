@@ -10,13 +10,14 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from zimage_runner.engines.base import DenoiseRequest, Engine, LoadRequest, PendingImages
+from zimage_runner.engines.base import Engine, PendingImages
 from zimage_runner.engines.device import choose_device, choose_dtype
 from zimage_runner.engines.native.assembly import load_text_encoder, load_transformer, load_vae, open_model
 from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.engines.native.images import HostCopy, Ready
 from zimage_runner.engines.native.model import Options
 from zimage_runner.engines.native.sampler import Guidance
+from zimage_runner.engines.request import DenoiseRequest, LoadRequest
 from zimage_runner.errors import UserError
 from zimage_runner.weights.preload.source import WeightsSource
 

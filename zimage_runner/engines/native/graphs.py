@@ -21,7 +21,7 @@ import torch
 
 from zimage_runner.engines.faults import is_out_of_memory
 from zimage_runner.errors import error_text
-from zimage_runner.memory.release import release_unused
+from zimage_runner.memory.readings import release_unused
 
 log = logging.getLogger(__name__)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from zimage_runner.engines.native.description import Description
 from zimage_runner.engines.native.graphs import GraphCache
 from zimage_runner.engines.native.images import HostCopy, Ready, page_locked
 from zimage_runner.engines.native.kernels import choose_operations
@@ -27,8 +27,12 @@ from zimage_runner.engines.native.sampler import Guidance, Schedule, euler, make
 from zimage_runner.engines.native.sdpa import choose_attention
 from zimage_runner.engines.native.text_encoder import TextEncoder
 from zimage_runner.engines.native.tokenizer import CaptionTokenizer
-from zimage_runner.engines.native.transformer import PATCH, StepModulation, Transformer, embed_times
+from zimage_runner.engines.native.transformer import StepModulation, Transformer, embed_times
 from zimage_runner.engines.native.vae_decoder import VaeDecoder
+from zimage_runner.model import PATCH
+
+if TYPE_CHECKING:
+    from zimage_runner.engines.native.assembly import Description
 
 Tensors = Mapping[str, torch.Tensor]
 LoadedTensors = Callable[[str], Tensors | None]

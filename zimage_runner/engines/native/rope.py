@@ -11,8 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-SEQUENCE_MULTIPLE = 32
-"""Captions and images are padded to a multiple of this many tokens, with learned tokens that are attended to."""
+from zimage_runner.model import padded_length
 
 
 class RotaryTable(NamedTuple):
@@ -20,11 +19,6 @@ class RotaryTable(NamedTuple):
 
     cos: torch.Tensor
     sin: torch.Tensor
-
-
-def padded_length(tokens: int) -> int:
-    """``tokens`` rounded up to a multiple of SEQUENCE_MULTIPLE."""
-    return -(-tokens // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE
 
 
 def caption_positions(caption_length: int) -> torch.Tensor:

@@ -21,8 +21,8 @@ from zimage_runner.engines.native.kernels import Operations
 from zimage_runner.engines.native.layers import Linear, PackedLinear
 from zimage_runner.engines.native.rope import RotaryTable, padded_length
 from zimage_runner.engines.native.sdpa import Attend
+from zimage_runner.model import PATCH
 
-PATCH = 2
 ADALN_WIDTH = 256
 TIMESTEP_HIDDEN = 1024
 FREQUENCIES = 256

@@ -1,4 +1,4 @@
-"""Decoding when the usual way has failed: the VAE in float32 after a bad picture, in tiles when memory runs out."""
+"""Diffusers' VAE when the usual decoding has failed: in float32 after a bad picture, in tiles when memory runs out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LARGEST_TILE = 512
 
 
 @contextlib.contextmanager
-def careful_vae(vae: Any, side: int, *, float32: bool, tiled: bool) -> Iterator[None]:
+def fallback_vae(vae: Any, side: int, *, float32: bool, tiled: bool) -> Iterator[None]:
     """Switch diffusers' AutoencoderKL to float32 and/or tiles for pictures of at most ``side`` pixels, and back."""
     import torch
 
