@@ -106,10 +106,10 @@ def test_one_model_on_several_gpus_is_refused_with_the_way_to_use_them(device_ma
 
 
 def test_device_map_names_the_loading_path():
-    assert Resident(device_map="cpu").loading is Loading.cpu_then_gpu
-    assert Resident(device_map="cuda").loading is Loading.direct
-    assert Resident().loading is Loading.direct
-    assert SequentialOffload().loading is Loading.cpu_then_gpu
+    assert Resident(device_map="cpu").loads_through_host()
+    assert not Resident(device_map="cuda", loading=Loading.cpu_then_gpu).loads_through_host()
+    assert not Resident().loads_through_host()
+    assert SequentialOffload().loads_through_host()
 
 
 def test_exported_under_both_names_without_importing_torch():

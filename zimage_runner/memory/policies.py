@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import logging
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from zimage_runner.errors import UserError
 from zimage_runner.memory.alloc import AllocFields, alloc_string, export
@@ -40,7 +41,23 @@ class OffloadType(enum.Enum):
 
 @dataclass(kw_only=True, slots=True)
 class Memory:
-    """Settings shared by every placement."""
+    """A memory policy: its settings, and as class variables what engines and sessions want to know of it.
+
+    The settings here are shared by every placement. A new policy is a subclass, a line in config/registry.py and a YAML
+    file in conf/memory/.
+    """
+
+    placement: ClassVar[str]
+    """The option's name in the config group, for messages and records."""
+    engines: ClassVar[tuple[str, ...]] = ("native", "diffusers")
+    """Engines that can do it."""
+    staged: ClassVar[bool] = False
+    """The text encoder is freed before the denoiser is loaded."""
+    offloads: ClassVar[bool] = False
+    """Weights wait in host memory and travel to the GPU during generation."""
+    compiles: ClassVar[bool] = True
+    """torch.compile can capture what it does; False for hooks within the transformer."""
+    needs_gpu: ClassVar[bool] = False
 
     alloc_conf: str | None = None
     """Verbatim allocator settings, e.g. ``expandable_segments:True``; null keeps the environment's."""
@@ -72,81 +89,73 @@ class Memory:
 
             torch.cuda.set_per_process_memory_fraction(self.per_process_fraction)
 
-    @property
-    def placement(self) -> str:
-        """Short name for messages and records: the option's name in the config group."""
-        return "resident"
+    def __post_init__(self) -> None:
+        check_memory(self)
 
-    @property
-    def offloads(self) -> bool:
-        """True when weights wait in host memory and travel to the GPU during generation."""
-        return False
+    def loads_through_host(self) -> bool:
+        """Return whether the whole model is read into host memory first.
 
-    @property
-    def staged(self) -> bool:
-        """True when the text encoder is freed before the denoiser is loaded."""
-        return False
+        Offloading starts there: loading to the GPU first would need the room that it saves. ``device_map`` says the
+        same as ``loading`` in other words and wins over it.
+        """
+        if self.offloads or self.device_map is None:
+            return self.offloads or self.loading is Loading.cpu_then_gpu
+        return self.device_map == "cpu"
+
+    def place(self, pipe: Any, device: Any) -> None:
+        """Put a loaded diffusers pipeline where it shall be. ``device``: the torch.device to compute on."""
+        pipe.to(device)
 
 
 @dataclass(kw_only=True, slots=True)
 class Resident(Memory):
     """Everything stays on the device: fastest, and the default."""
 
-    def __post_init__(self) -> None:
-        check_memory(self)
+    placement: ClassVar[str] = "resident"
 
 
 @dataclass(kw_only=True, slots=True)
 class Staged(Memory):
     """All prompts are encoded first, then the text encoder makes room for the denoiser: 8 GB less, full speed."""
 
-    def __post_init__(self) -> None:
-        check_memory(self)
-
-    @property
-    def placement(self) -> str:
-        return "staged"
-
-    @property
-    def staged(self) -> bool:
-        return True
+    placement: ClassVar[str] = "staged"
+    staged: ClassVar[bool] = True
 
 
 @dataclass(kw_only=True, slots=True)
 class ModelOffload(Memory):
     """One whole component on the GPU at a time, the others in host memory."""
 
-    def __post_init__(self) -> None:
-        check_memory(self)
+    placement: ClassVar[str] = "model_offload"
+    engines: ClassVar[tuple[str, ...]] = ("diffusers",)
+    offloads: ClassVar[bool] = True
 
-    @property
-    def placement(self) -> str:
-        return "model_offload"
-
-    @property
-    def offloads(self) -> bool:
-        return True
+    def place(self, pipe: Any, device: Any) -> None:
+        pipe.enable_model_cpu_offload(device=device)
 
 
 @dataclass(kw_only=True, slots=True)
 class SequentialOffload(Memory):
     """One layer on the GPU at a time: the least memory, and many times slower. The article's step 3."""
 
-    def __post_init__(self) -> None:
-        check_memory(self)
+    placement: ClassVar[str] = "sequential_offload"
+    engines: ClassVar[tuple[str, ...]] = ("diffusers",)
+    offloads: ClassVar[bool] = True
+    compiles: ClassVar[bool] = False
+    needs_gpu: ClassVar[bool] = True
 
-    @property
-    def placement(self) -> str:
-        return "sequential_offload"
-
-    @property
-    def offloads(self) -> bool:
-        return True
+    def place(self, pipe: Any, device: Any) -> None:
+        pipe.enable_sequential_cpu_offload(device=device)
 
 
 @dataclass(kw_only=True, slots=True)
 class GroupOffload(Memory):
     """Groups of blocks travel to the GPU just before they are used, with streams while the previous group computes."""
+
+    placement: ClassVar[str] = "group_offload"
+    engines: ClassVar[tuple[str, ...]] = ("diffusers",)
+    offloads: ClassVar[bool] = True
+    compiles: ClassVar[bool] = False
 
     offload_type: OffloadType = OffloadType.block_level
     num_blocks_per_group: int = 1
@@ -168,33 +177,30 @@ class GroupOffload(Memory):
                 "prefetches one block at a time; use num_blocks_per_group=1 or use_stream=false"
             )
 
-    @property
-    def placement(self) -> str:
-        return "group_offload"
-
-    @property
-    def offloads(self) -> bool:
-        return True
+    def place(self, pipe: Any, device: Any) -> None:
+        use_stream = self.use_stream and device.type == "cuda"
+        pipe.enable_group_offload(
+            onload_device=device,
+            offload_type=self.offload_type.value,
+            num_blocks_per_group=self.num_blocks_per_group,
+            use_stream=use_stream,
+            record_stream=use_stream and self.record_stream,
+            low_cpu_mem_usage=use_stream and self.low_cpu_mem_usage_pinning,
+        )
 
 
 def check_memory(memory: Memory) -> None:
-    """Checks of the common fields, called by the leaves: zero-argument super() fails in slots dataclasses on 3.11."""
+    """Raise UserError for a common field whose value is out of range."""
     fraction = memory.per_process_fraction
     if fraction is not None and not 0 < fraction <= 1:
         raise UserError(f"memory.per_process_fraction={fraction} is out of range: use more than 0 and at most 1")
     alloc_string(memory.alloc_conf, memory.alloc)
     _check_device_map(memory)
-    if memory.offloads and memory.loading is Loading.direct:
-        # Offloading starts from host memory; loading to the GPU first would need the room that offloading saves.
-        memory.loading = Loading.cpu_then_gpu
 
 
 def _check_device_map(memory: Memory) -> None:
     wanted = memory.device_map
-    if wanted is None:
-        return
-    if wanted in ("cuda", "cpu"):
-        memory.loading = Loading.direct if wanted == "cuda" else Loading.cpu_then_gpu
+    if wanted in (None, "cuda", "cpu"):
         return
     raise UserError(
         f"memory.device_map={wanted} would split one model over several GPUs, which is slower than one: keep the model "

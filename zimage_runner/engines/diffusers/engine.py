@@ -33,6 +33,8 @@ class DiffusersEngine(EngineConfig):
         if self.device is Device.cpu and self.noise_device is Device.cuda:
             raise UserError("engine.noise_device=cuda needs engine.device=cuda: use engine.noise_device=cpu")
         check_name(self.attention)
+        if "diffusers" not in needs.memory.engines:
+            raise UserError(f"memory={needs.memory.placement} is not for engine=diffusers: use engine=native with it")
         check_compile(needs.memory, needs.compile)
 
     def create(self, request: LoadRequest) -> Engine:

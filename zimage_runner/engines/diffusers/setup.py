@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from zimage_runner.compile import Compile, Full, Regional, uses_cuda_graphs
 from zimage_runner.errors import UserError
-from zimage_runner.memory.policies import GroupOffload, Loading, Memory, ModelOffload, SequentialOffload
+from zimage_runner.memory.policies import Memory
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +39,7 @@ ABSENT = {Stage.whole: (), Stage.encoder: ("transformer", "vae"), Stage.denoiser
 
 def check_compile(memory: Memory, compile: Compile) -> None:
     """Raise UserError for placements whose Python hooks torch.compile cannot capture."""
-    if compile.active and memory.offloads and not isinstance(memory, ModelOffload):
+    if compile.active and not memory.compiles:
         raise UserError(
             f"memory={memory.placement} moves each layer's weights in Python hooks, which compile={compile.label} "
             "cannot capture: use memory=resident, staged or model_offload with it, or compile=none"
@@ -100,11 +100,11 @@ class Setup:
 
     @property
     def _straight_to_gpu(self) -> bool:
-        return self.device == "cuda" and self.memory.loading is Loading.direct and self.memory.low_cpu_mem_usage
+        return self.device == "cuda" and not self.memory.loads_through_host() and self.memory.low_cpu_mem_usage
 
     def check(self) -> None:
         """Refuse, or warn of, what makes no sense on this device. Before anything is loaded."""
-        if self.device == "cpu" and isinstance(self.memory, SequentialOffload):
+        if self.device == "cpu" and self.memory.needs_gpu:
             raise UserError(
                 "memory=sequential_offload needs a GPU: on the CPU there is nothing to save and accelerate's hooks "
                 "fail; use memory=resident"
@@ -132,24 +132,8 @@ class Setup:
     def _place(self, pipe: Any) -> None:
         import torch
 
-        memory = self.memory
-        device = torch.device(self.device)
-        if isinstance(memory, ModelOffload):
-            pipe.enable_model_cpu_offload(device=device)
-        elif isinstance(memory, SequentialOffload):
-            pipe.enable_sequential_cpu_offload(device=device)
-        elif isinstance(memory, GroupOffload):
-            use_stream = memory.use_stream and self.device == "cuda"
-            pipe.enable_group_offload(
-                onload_device=device,
-                offload_type=memory.offload_type.value,
-                num_blocks_per_group=memory.num_blocks_per_group,
-                use_stream=use_stream,
-                record_stream=use_stream and memory.record_stream,
-                low_cpu_mem_usage=use_stream and memory.low_cpu_mem_usage_pinning,
-            )
-        elif not self._straight_to_gpu:
-            pipe.to(device)
+        if not self._straight_to_gpu:
+            self.memory.place(pipe, torch.device(self.device))
 
     def _compile(self, pipe: Any) -> None:
         compile = self.compile

@@ -36,13 +36,13 @@ class NativeEngine(EngineConfig):
         memory, compile = needs.memory, needs.compile
         if self.device is Device.cpu and self.noise_device is Device.cuda:
             raise UserError("engine.noise_device=cuda needs engine.device=cuda: use engine.noise_device=cpu")
-        if memory.offloads:
+        if "native" not in memory.engines:
             raise UserError(
                 f"memory={memory.placement} is not for engine=native, which keeps what it computes with on the GPU: "
                 "use memory=resident, memory=staged (8 GB less at the same speed), or engine=diffusers"
             )
         for name, value, why in (
-            ("loading", memory.loading.value != "direct" and memory.loading.value, "weights go straight to the GPU"),
+            ("loading", memory.loads_through_host() and "cpu_then_gpu", "weights go straight to the GPU"),
             ("vae_tiling", memory.vae_tiling, "it decodes a picture at a time in a fraction of the usual memory"),
             ("vae_slicing", memory.vae_slicing, "it decodes a picture at a time anyway"),
         ):
