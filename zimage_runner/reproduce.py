@@ -1,12 +1,13 @@
 """Draw a picture again from what its file says about itself, and compare.
 
-    python -m zimage_runner.reproduce IMAGE.png [output_file=AGAIN.png] [model.path=DIR] [engine=...] [field=value ...]
+    python -m zimage_runner.reproduce IMAGE [output_file=AGAIN.png] [model.path=DIR] [engine=...] [field=value ...]
 
 Exit codes: 0 the same pixels, 1 other pixels, 2 the file cannot be reproduced (the reason is told).
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -29,8 +30,8 @@ from zimage_runner.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_ITEMS_FA
 from zimage_runner.executors.base import Batch
 from zimage_runner.logs import log_to_terminal, refuse, say
 from zimage_runner.outputs import atomic
-from zimage_runner.outputs.encoders import encode_png
-from zimage_runner.outputs.ledger import IMAGE
+from zimage_runner.outputs.config import IMAGE_STEM, Format
+from zimage_runner.outputs.encoders import encode
 from zimage_runner.outputs.metadata import read_metadata
 from zimage_runner.prompts.inline import Inline
 from zimage_runner.prompts.seeds import parse_seeds
@@ -73,7 +74,7 @@ def reproduce(path: Path, overrides: Sequence[str]) -> int:
         _save(Path(config.output_file), pixels, spec, report)
     for line in _changes(recipe, spec, report):
         say(f"  {line}", sys.stdout)
-    comparison = compare(path, pixels)
+    comparison = compare(path, pixels, recipe.get("pixels_sha256"))
     say(f"{path}: {comparison}", sys.stdout)
     return EXIT_SAME if comparison.is_same else EXIT_DIFFERENT
 
@@ -81,10 +82,9 @@ def reproduce(path: Path, overrides: Sequence[str]) -> int:
 def read_recipe(path: Path) -> dict[str, Any]:
     """The picture's own recipe. Raises UserError if it has none, or one that is not a recipe."""
     if not path.is_file():
-        inside = f": give the picture in it, {path / IMAGE}" if (path / IMAGE).is_file() else ""
-        what = (
-            f"is a folder{inside or ': give a PNG picture'}" if path.is_dir() else "does not exist: give a PNG picture"
-        )
+        names = [path / f"{IMAGE_STEM}{format.suffix}" for format in Format]
+        there = next((f"the picture in it, {name}" for name in names if name.is_file()), "a picture")
+        what = f"is a folder: give {there}" if path.is_dir() else "does not exist: give a picture"
         raise UserError(f"{path} {what}")
     recipe = read_metadata(path).recipe
     if recipe is None:
@@ -148,7 +148,7 @@ def _draw(spec: RunSpec) -> tuple[np.ndarray, dict[str, Any]]:
 def _save(target: Path, pixels: np.ndarray, spec: RunSpec, report: dict[str, Any]) -> None:
     item = spec.plan.items[0]
     try:
-        atomic.replace_file(target, encode_png(pixels, spec.recipe(item, report), spec.config.output))
+        atomic.replace_file(target, encode(pixels, spec.recipe(item, report), spec.config.output))
     except OSError as error:
         raise UserError(f"output_file={target} cannot be written: {error.strerror}") from None
 
@@ -174,9 +174,15 @@ class Comparison:
         return self.text
 
 
-def compare(path: Path, pixels: np.ndarray) -> Comparison:
-    """Compare a file's pixels with uint8 [height, width, 3]."""
+def compare(path: Path, pixels: np.ndarray, drawn_sha256: str | None = None) -> Comparison:
+    """Compare a file's pixels with uint8 [height, width, 3].
+
+    drawn_sha256: digest of the pixels as they were drawn, which a format with loss does not hold any more.
+    """
     import numpy as np
+
+    if drawn_sha256 == hashlib.sha256(pixels.tobytes()).hexdigest():
+        return Comparison(True, "identical")
 
     with Image.open(path) as image:
         was = np.asarray(image.convert("RGB"))

@@ -11,7 +11,7 @@ from PIL import Image
 from tests.outputs.helpers import PARAMS, noise_pictures
 from zimage_runner.errors import UserError
 from zimage_runner.outputs.config import Output
-from zimage_runner.outputs.encoders import encode_png
+from zimage_runner.outputs.encoders import encode
 from zimage_runner.outputs.metadata import parameters_text, read_metadata
 
 ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=60)  # surrogates and controls too
@@ -53,7 +53,7 @@ def test_values_with_separators_are_quoted():
 def test_any_recipe_comes_back_exactly(tmp_path_factory, prompt, extra):
     wanted = recipe(prompt, metadata={"note": extra})
     pixels = noise_pictures()[0]
-    path = save(tmp_path_factory.mktemp("png"), encode_png(pixels, wanted, Output()))
+    path = save(tmp_path_factory.mktemp("png"), encode(pixels, wanted, Output()))
     assert read_metadata(path).recipe == wanted
     assert np.array_equal(np.asarray(Image.open(path)), pixels)
 
@@ -63,7 +63,7 @@ def test_any_recipe_comes_back_exactly(tmp_path_factory, prompt, extra):
     [("a café", b"tEXtparameters"), ("一只猫 🐈", b"iTXtparameters"), ("é\0\0x", b"tEXtparameters")],
 )
 def test_text_chunk_fits_the_text(tmp_path, prompt, chunk):
-    png = encode_png(noise_pictures()[0], recipe(prompt), Output())
+    png = encode(noise_pictures()[0], recipe(prompt), Output())
     assert chunk in png
     parameters = read_metadata(save(tmp_path, png)).parameters
     assert parameters is not None
@@ -72,13 +72,13 @@ def test_text_chunk_fits_the_text(tmp_path, prompt, chunk):
 
 def test_megabyte_prompt(tmp_path):
     prompt = "猫" * 400_000
-    metadata = read_metadata(save(tmp_path, encode_png(noise_pictures()[0], recipe(prompt), Output())))
+    metadata = read_metadata(save(tmp_path, encode(noise_pictures()[0], recipe(prompt), Output())))
     assert metadata.recipe is not None
     assert metadata.recipe["prompt"] == prompt
 
 
 def test_off_and_foreign_pictures(tmp_path):
-    bare = save(tmp_path, encode_png(noise_pictures()[0], recipe("x"), Output(metadata=False)))
+    bare = save(tmp_path, encode(noise_pictures()[0], recipe("x"), Output(metadata=False)))
     assert read_metadata(bare).recipe is read_metadata(bare).parameters is None
     buffer = io.BytesIO()
     Image.new("RGB", (4, 4)).save(buffer, "JPEG")
@@ -92,10 +92,10 @@ def test_off_and_foreign_pictures(tmp_path):
 def test_bytes_depend_on_pixels_recipe_and_options_alone(level):
     output = Output(png_compress_level=level)
     pixels = noise_pictures()[0]
-    assert encode_png(pixels, recipe("x"), output) == encode_png(pixels.copy(), recipe("x"), output)
+    assert encode(pixels, recipe("x"), output) == encode(pixels.copy(), recipe("x"), output)
 
 
 def test_compress_level_matters():
     flat = np.tile(np.arange(48, dtype=np.uint8)[None, :, None], (32, 1, 3))
-    sizes = [len(encode_png(flat, {}, Output(metadata=False, png_compress_level=n))) for n in (0, 9)]
+    sizes = [len(encode(flat, {}, Output(metadata=False, png_compress_level=n))) for n in (0, 9)]
     assert sizes[1] < sizes[0] / 4

@@ -13,7 +13,6 @@ from PIL import Image
 from tests.outputs.helpers import noise_pictures, open_run, request
 from zimage_runner.engines.base import PendingImages, ReadyImages
 from zimage_runner.errors import BadPictureError
-from zimage_runner.outputs import writer as writer_module
 from zimage_runner.outputs.atomic import DiskError
 from zimage_runner.outputs.ledger import Ledger
 
@@ -282,4 +281,4 @@ def test_records_hold_any_text(tmp_path):
         run.writer.close()
     record = json.loads((tmp_path / "items/0000_a/seed_1/record.json").read_bytes())
     assert record["prompt"] == nasty
-    assert writer_module.IMAGE in {p.name for p in (tmp_path / "items/0000_a/seed_1").iterdir()}
+    assert Output().image_name in {p.name for p in (tmp_path / "items/0000_a/seed_1").iterdir()}

@@ -130,8 +130,8 @@ def test_what_cannot_be_asked_for(
 def test_where_there_is_no_picture(picture: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for path, expected in (
         (picture.parent, f"{picture.parent} is a folder: give the picture in it, {picture}"),
-        (picture.parents[1], f"{picture.parents[1]} is a folder: give a PNG picture"),
-        (Path("nowhere.png"), "nowhere.png does not exist: give a PNG picture"),
+        (picture.parents[1], f"{picture.parents[1]} is a folder: give a picture"),
+        (Path("nowhere.png"), "nowhere.png does not exist: give a picture"),
     ):
         assert main([str(path)]) == 2
         assert expected in capfd.readouterr().err

@@ -8,7 +8,8 @@ RUN     a run directory, a folder of runs (outputs/cats, a multirun, all shards 
 into    hard links to the pictures (copies on another disk) under names of your own, and metadata.jsonl: file name,
         prompt, seed, parameters and metadata of each. Made again after a resume, it holds what has come since
 name    of index, slug (of the id or prompt), id, seed, run and job (the run's folder name), text, width, height ...
-format  jpeg or webp instead of png; quality: 1 to 100 (90 unless said otherwise), for webp also lossless
+format  png, jpeg or webp for all; without it they stay as they are. quality: 1 to 100 (usually 90), for webp also
+        lossless
 sheet   each picture with its prompt and seed below; more pages are FILE_2.png, FILE_3.png ...
 
 Exit codes: 0 done, 2 bad input.
@@ -22,12 +23,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from zimage_runner.collect.contact_sheet import Layout, draw_sheets
-from zimage_runner.collect.convert import parse_format
 from zimage_runner.collect.folder import NAME, collect_into
 from zimage_runner.collect.pictures import find_runs, pictures_of
 from zimage_runner.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, UserError
 from zimage_runner.logs import refuse
 from zimage_runner.outputs.beneath import NotPlain
+from zimage_runner.outputs.config import Format, Output, check_quality
 
 FIELDS = ("into", "name", "format", "quality", "overwrite", "sheet", "tile", "columns", "rows")
 OF_INTO, OF_SHEET = ("name", "format", "quality", "overwrite"), ("tile", "columns", "rows")
@@ -76,19 +77,32 @@ def _collect(runs: list[str], fields: dict[str, str]) -> int:
     if overwrite not in ("true", "false"):
         raise UserError(f"overwrite={fields['overwrite']}: write true or false")
     layout = Layout(**{name: _count(fields, name) for name in OF_SHEET if name in fields})
-    format = parse_format(fields.get("format", "png").lower(), fields.get("quality"))
+    output = _output(fields.get("format"), fields.get("quality"))
     pictures = list(pictures_of(find_runs(runs)))
     if not pictures:
         raise UserError(f"{' '.join(runs)}: no picture is finished there yet")
     if "into" in fields:
         folder = Path(fields["into"]).expanduser()
-        table = collect_into(folder, pictures, fields.get("name", NAME), overwrite=overwrite == "true", format=format)
+        table = collect_into(folder, pictures, fields.get("name", NAME), overwrite=overwrite == "true", output=output)
         print(f"{len(pictures):,} pictures, told of in {table}", file=sys.stderr)
         print(folder)
     if "sheet" in fields:
         for page in draw_sheets(Path(fields["sheet"]).expanduser(), pictures, layout):
             print(page)
     return EXIT_OK
+
+
+def _output(name: str | None, quality: str | None) -> Output | None:
+    """``format=`` and ``quality=``; None where pictures are to stay as they are. Raises UserError."""
+    if name is None and quality is None:
+        return None
+    formats = {format.name: format for format in Format} | {"jpg": Format.jpeg}
+    format = formats.get((name or "png").lower())
+    if format is None:
+        raise UserError(f"format={name}: write png, jpeg or webp")
+    value = int(quality) if quality is not None and re.fullmatch("[0-9]{1,4}", quality) else quality
+    check_quality("quality", format, value)
+    return Output(format=format, quality=value)
 
 
 def _count(fields: dict[str, str], name: str) -> int:

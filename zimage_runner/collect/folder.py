@@ -9,38 +9,42 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from zimage_runner.collect.convert import Format, convert
 from zimage_runner.collect.pictures import Picture
 from zimage_runner.errors import UserError
 from zimage_runner.outputs import atomic
 from zimage_runner.outputs.beneath import Inside, unfit_target
+from zimage_runner.outputs.config import Output
+from zimage_runner.outputs.encoders import convert
 from zimage_runner.outputs.json_text import compact_json
 from zimage_runner.plan.items import slug
 
 NAME = "{index:05d}_{slug}_seed_{seed}"
 TABLE = "metadata.jsonl"
 """The name and form that Hugging Face's imagefolder reads."""
-PNG = Format()
 LONGEST = 200
 """Bytes of a name; file systems allow 255 at most."""
 _BLOCK = 1 << 20
 
 
 def collect_into(
-    folder: Path, pictures: Sequence[Picture], name: str, *, overwrite: bool = False, format: Format = PNG
+    folder: Path, pictures: Sequence[Picture], name: str, *, overwrite: bool = False, output: Output | None = None
 ) -> Path:
     """Link, copy or convert each picture into ``folder`` as ``name`` says and write the table, whose path is returned.
 
+    output: the format that pictures of other formats are converted to; None keeps them as they are.
+
     What is there already and the same is left; something else of that name is an error unless ``overwrite``.
     """
-    rows = [_row(picture, name, format.suffix) for picture in pictures]
+    rows = [_row(picture, name, _suffix(picture, output)) for picture in pictures]
     _check_unique(pictures, [row["file_name"] for row in rows], name)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"into={folder} is a file: name a folder")
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         tasks = [
-            pool.submit(_put, format, picture.image, folder / row["file_name"], overwrite=overwrite)
+            pool.submit(
+                _put, _conversion(picture, output), picture.image, folder / row["file_name"], overwrite=overwrite
+            )
             for picture, row in zip(pictures, rows, strict=True)
         ]
         try:
@@ -51,6 +55,17 @@ def collect_into(
             raise
     atomic.replace_file(folder / TABLE, "".join(compact_json(row) + "\n" for row in rows).encode())
     return folder / TABLE
+
+
+def _conversion(picture: Picture, output: Output | None) -> Output | None:
+    """How a picture is converted; None for one that has the format already."""
+    if output is None or (not output.format.has_quality and picture.path.suffix == output.format.suffix):
+        return None
+    return output
+
+
+def _suffix(picture: Picture, output: Output | None) -> str:
+    return picture.path.suffix if output is None else output.format.suffix
 
 
 def _row(picture: Picture, name: str, suffix: str) -> dict[str, Any]:
@@ -110,20 +125,22 @@ def _check_unique(pictures: Sequence[Picture], names: Sequence[str], name: str) 
             )
 
 
-def _put(format: Format, source: Inside, target: Path, *, overwrite: bool) -> None:
+def _put(conversion: Output | None, source: Inside, target: Path, *, overwrite: bool) -> None:
     if (kind := unfit_target(target)) is not None:
         raise UserError(f"{target} is {kind}, which is left alone: remove it, or use another folder")
     with source.open() as picture:
         if target.exists():
-            same = _is_there(format, picture, target)
-            if same and not (overwrite and format.converts):  # converted anew, perhaps to another quality
+            same = _is_there(picture, target, converted=conversion is not None)
+            if same and not (overwrite and conversion is not None):  # converted anew, perhaps to another quality
                 return
             if not same and not overwrite:
                 raise UserError(
                     f"{target} is there already, and another picture: use another folder, or overwrite=true"
                 )
-        if format.converts:
-            convert(picture, target, format)
+        if conversion is not None:
+            # It takes over the time of the last change, by which it is known again.
+            changed_ns = os.fstat(picture.fileno()).st_mtime_ns
+            atomic.replace_file(target, convert(picture, conversion), changed_ns=changed_ns)
             return
     with (
         atomic.directory(source.root) as run,
@@ -133,10 +150,10 @@ def _put(format: Format, source: Inside, target: Path, *, overwrite: bool) -> No
         atomic.link_or_copy(item, source.path.name, folder, target.name, tmp=atomic.own_temporary(target.name))
 
 
-def _is_there(format: Format, picture: BinaryIO, target: Path) -> bool:
+def _is_there(picture: BinaryIO, target: Path, *, converted: bool) -> bool:
     """Whether ``target`` is this picture already."""
     source, there = os.fstat(picture.fileno()), target.stat()
-    if format.converts:
+    if converted:
         return there.st_mtime_ns == source.st_mtime_ns
     if os.path.samestat(source, there):
         return True

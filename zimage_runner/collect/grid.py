@@ -18,7 +18,7 @@ from zimage_runner.cli.sweep.report import JobResult, inert
 from zimage_runner.collect.sheet import Page, clean, draw, drawable
 from zimage_runner.outputs import atomic, beneath
 from zimage_runner.outputs.beneath import Inside
-from zimage_runner.outputs.ledger import IMAGE, RECORD, RECORDS
+from zimage_runner.outputs.ledger import RECORD, RECORDS, image_of
 from zimage_runner.plan import slug
 
 log = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ def _pictures(job: JobResult) -> dict[Item, Inside]:
         with Inside(job.directory, RECORDS).open() as lines:
             for line in lines:
                 record = json.loads(line)
-                file = Inside(job.directory, f"{record['item']}/{IMAGE}")
+                file = Inside(job.directory, f"{record['item']}/{image_of(record)}")
                 if record["status"] == "ok" and file.is_file():
                     found[record["index"], record["seed"]] = file
     except (OSError, ValueError, KeyError, TypeError):
@@ -156,7 +156,7 @@ def _pictures(job: JobResult) -> dict[Item, Inside]:
 
 def _prompt_of(picture: Inside) -> str:
     try:
-        record = Inside(picture.root, picture.relative.removesuffix(IMAGE) + RECORD)
+        record = Inside(picture.root, f"{picture.relative.rpartition('/')[0]}/{RECORD}")
         return str(json.loads(record.read_bytes())["prompt"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""

@@ -13,7 +13,7 @@ from zimage_runner.cli.resume.command_line import LATEST, find_latest
 from zimage_runner.errors import UserError
 from zimage_runner.outputs import atomic
 from zimage_runner.outputs.beneath import Inside, NotPlain, Statuses
-from zimage_runner.outputs.ledger import IMAGE, RECORD, RECORDS, Ledger
+from zimage_runner.outputs.ledger import RECORD, RECORDS, Ledger
 
 _ITEM = re.compile(r"items/[0-9]{5,12}_[^/\\]+/seed_[0-9]+")
 """A ledger is a file that anybody may have written: nothing outside of its run is read."""
@@ -26,10 +26,12 @@ class Picture:
     run: Path
     item: str
     """Its directory below the run directory."""
+    file: str
+    """Its file's name in there."""
 
     @property
     def path(self) -> Path:
-        return self.run / self.item / IMAGE
+        return self.run / self.item / self.file
 
     @property
     def index(self) -> int:
@@ -48,7 +50,7 @@ class Picture:
     @property
     def image(self) -> Inside:
         """Its file, to be read."""
-        return Inside(self.run, f"{self.item}/{IMAGE}")
+        return Inside(self.run, f"{self.item}/{self.file}")
 
     def record(self) -> dict[str, Any]:
         """Its record.json."""
@@ -81,9 +83,11 @@ def pictures_of(runs: Iterable[Path]) -> Iterator[Picture]:
     """Finished pictures whose file is still there: by run, then prompt, then as they were drawn."""
     for run in runs:
         done = [
-            item for item, entry in Ledger.load(run / RECORDS).entries.items() if entry.ok and _ITEM.fullmatch(item)
+            (item, entry.image)
+            for item, entry in Ledger.load(run / RECORDS).entries.items()
+            if entry.ok and _ITEM.fullmatch(item)
         ]
-        pictures = [Picture(run=run, item=item) for item in done]
+        pictures = [Picture(run=run, item=item, file=file) for item, file in done]
         with atomic.directory(run) as dir_fd:
             status = Statuses(dir_fd)
             yield from (p for p in sorted(pictures, key=lambda picture: picture.index) if _is_there(status, p))

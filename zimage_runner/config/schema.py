@@ -18,15 +18,15 @@ from zimage_runner.executors.base import ExecutorConfig
 from zimage_runner.memory.policies import Memory
 from zimage_runner.model import Model
 from zimage_runner.outputs.beneath import unfit_target
-from zimage_runner.outputs.config import Output
+from zimage_runner.outputs.config import Format, Output
 from zimage_runner.outputs.run_dir import remove_if_empty, remove_with_name
 from zimage_runner.outputs.survey import Retry
 from zimage_runner.prompts.base import PromptSource
 from zimage_runner.sampling import Sampling
 from zimage_runner.warmup import Warmup
 
-OTHER_PICTURES = (".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jxl")
-"""Names that would lie about what is in the file."""
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jxl"}
+"""Suffixes that say what is in a file: another format's would lie."""
 PLUGIN_MODULE = "hydra_plugins.zimage_runner"
 """Hydra takes plugins only from below this package. A real one would be imported by every Hydra program of the
 environment, so ours is made in memory."""
@@ -93,7 +93,7 @@ class RunConfig:
         if self.prompt is not None and not self.prompt.strip():
             raise UserError("prompt='' is empty: write prompt='what the picture should show'")
         if self.output_file is not None:
-            self.output_file = picture_file(self.output_file)
+            self.output_file = picture_file(self.output_file, self.output.format)
         self.output.root = os.path.expanduser(self.output.root)
         check_batch_size(self.engine)
         if self.resume is None and (self.verify or self.retry is not Retry.unfinished):
@@ -127,8 +127,8 @@ def folder_name(name: str) -> str:
     return name
 
 
-def picture_file(name: str) -> str:
-    """``output_file`` with ``~`` expanded, if a PNG can have that name."""
+def picture_file(name: str, format: Format = Format.png) -> str:
+    """``output_file`` with ``~`` expanded, if a picture of this format can have that name."""
     path = Path(name).expanduser()
     if not name.strip():
         raise UserError("output_file='' is empty: name the picture, e.g. output_file=cat.png")
@@ -140,8 +140,12 @@ def picture_file(name: str) -> str:
         there := next((above for above in path.absolute().parents if os.path.exists(above)), None)
     ) and not there.is_dir():
         raise UserError(f"output_file={name}: {there} is no folder: name another file")
-    if path.suffix.lower() in OTHER_PICTURES:
-        raise UserError(f"output_file={name}: pictures are written as PNG: use output_file={path.with_suffix('.png')}")
+    own = {".jpg", ".jpeg"} if format is Format.jpeg else {format.suffix}
+    if path.suffix.lower() in PICTURES - own:
+        raise UserError(
+            f"output_file={name}: pictures are written as {format.name.upper()}: "
+            f"use output_file={path.with_suffix(format.suffix)}"
+        )
     return str(path)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import Any
 
 from zimage_runner.errors import UserError, check_range
 
@@ -19,17 +20,43 @@ class Fsync(enum.Enum):
     """Each picture, its record and their folder before the ledger says it is done (a few ms, off the main thread)."""
 
 
+class Format(enum.Enum):
+    """How pictures are encoded: file name suffix, whether there is a quality, and whether it may be lossless.
+
+    A new one is a line here and a class in encoders.py.
+    """
+
+    png = (".png", False, False)
+    jpeg = (".jpg", True, False)
+    webp = (".webp", True, True)
+
+    def __init__(self, suffix: str, has_quality: bool, may_be_lossless: bool) -> None:
+        self.suffix = suffix
+        self.has_quality = has_quality
+        self.may_be_lossless = may_be_lossless
+
+
+LOSSLESS = "lossless"
+USUAL_QUALITY = 90
+IMAGE_STEM = "image"
+"""A picture's file below its item's folder is called this, and by its format's suffix."""
+
+
 @dataclass(kw_only=True, slots=True)
 class Output:
     """Where pictures and records go."""
 
     root: str = "outputs"
     """Folder that holds all runs."""
+    format: Format = Format.png
+    """png, jpeg or webp. Only png, and webp with quality=lossless, keep every pixel as it was drawn."""
+    quality: Any = None  # int | str
+    """For jpeg and webp: 1 to 100, or lossless (webp alone); null is 90."""
     png_compress_level: int = 1
     """zlib level 0 (none) to 9 (smallest). 1 looks for runs alone: on photographs as small as the usual 6, and several
     times faster. Drawings of flat colours gain from 6."""
     metadata: bool = True
-    """Put the parameters into each PNG: as the text that image tools read and as JSON."""
+    """Put the parameters into each picture: as the text that image tools read and as JSON."""
     writer_threads: int = 2
     """Pictures encoded and written at the same time, in the background."""
     max_pending_images: int = 32
@@ -44,6 +71,12 @@ class Output:
     """What a picture is taken to need on disk when the space for the plan is checked. 0 turns that check off."""
 
     def __post_init__(self) -> None:
+        check_quality("output.quality", self.format, self.quality)
+        if self.format is not Format.png and self.png_compress_level != 1:
+            raise UserError(
+                f"output.png_compress_level={self.png_compress_level} has no effect on {self.format.name}: "
+                "leave it out, or use output.format=png"
+            )
         check_range("output.png_compress_level", self.png_compress_level, 0, 9)
         check_range("output.writer_threads", self.writer_threads, 1, 64)
         check_range("output.max_pending_images", self.max_pending_images, 1, 100_000)
@@ -53,3 +86,21 @@ class Output:
             raise UserError(
                 "output.root='' is empty: name the folder that shall hold the runs, e.g. output.root=outputs"
             )
+
+    @property
+    def image_name(self) -> str:
+        """File name of each picture in its item's folder."""
+        return IMAGE_STEM + self.format.suffix
+
+
+def check_quality(field: str, format: Format, quality: object) -> None:
+    """Raise UserError for a quality that this format has not; None is every format's usual one."""
+    if quality is None or (quality == LOSSLESS and format.may_be_lossless):
+        return
+    if not format.has_quality:
+        raise UserError(
+            f"{field}={quality} has no effect on {format.name.upper()}, which loses nothing: use jpeg or webp with it"
+        )
+    if type(quality) is not int or not 1 <= quality <= 100:
+        or_lossless = f" or {LOSSLESS}" if format.may_be_lossless else ""
+        raise UserError(f"{field}={quality}: write a whole number from 1 to 100{or_lossless}")

@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import re
+import sys
 import threading
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -29,11 +30,13 @@ class Entry(NamedTuple):
     ok: bool
     """Whether its picture is on disk; False means that it failed."""
     sha256: str
-    """Hex digest of image.png; empty when failed."""
+    """Hex digest of the picture's file; empty when failed."""
     size: int
-    """Bytes of image.png; 0 when failed."""
+    """Bytes of the picture's file; 0 when failed."""
     fingerprint: str
     """What the picture depends on; another fingerprint means another picture."""
+    image: str = IMAGE
+    """File name of the picture in the item's folder."""
 
 
 class Ledger:
@@ -112,28 +115,46 @@ class Ledger:
             self._fd = -1
 
 
+def record_head(item_dir: str, status: str, index: int, seed: int, fingerprint: str, **result: Any) -> dict[str, Any]:
+    """Return the first fields of an item's record and of its line in the ledger, in the order that ``load`` is fast at.
+
+    result: image (file name), sha256 and bytes of a picture that is there, and whatever else; or error.
+    """
+    head = {"item": item_dir, "status": status, "index": index, "seed": seed, "fingerprint": fingerprint}
+    return {**head, **result}
+
+
 def _file(path: Path) -> Inside:
     return Inside(path.parent, path.name)
 
 
+_IMAGE = re.compile(r"image\.[a-z0-9]{2,5}")
 # The head of a finished item's line as the writer puts it: three times faster than parsing a million whole lines.
 _FAST = re.compile(
     rb'\{"item":"([ !#-\[\]-~]+)","status":"ok","index":\d+,"seed":\d+,"fingerprint":"([0-9A-Za-z_-]*)",'
-    rb'"image":"image\.png","sha256":"([0-9a-f]{64})","bytes":(\d+)[,}].*\}\n'
+    rb'"image":"(image\.[a-z0-9]{2,5})","sha256":"([0-9a-f]{64})","bytes":(\d+)[,}].*\}\n'
 )
 
 
 def _parse(line: bytes) -> tuple[str, Entry]:
     if match := _FAST.fullmatch(line):
-        item, fingerprint, sha256, size = match.groups()
-        return item.decode(), Entry(True, sha256.decode(), int(size), fingerprint.decode())
+        item, fingerprint, image, sha256, size = match.groups()
+        return item.decode(), Entry(True, sha256.decode(), int(size), fingerprint.decode(), sys.intern(image.decode()))
     record = json.loads(line)
     ok = record["status"] == "ok"
     sha256, size = (record["sha256"], record["bytes"]) if ok else ("", 0)
     item, fingerprint = record["item"], record["fingerprint"]
     if not (type(item) is type(sha256) is type(fingerprint) is str and type(size) is int):
         raise TypeError("a field has the wrong type")
-    return item, Entry(ok, sha256, size, fingerprint)
+    return item, Entry(ok, sha256, size, fingerprint, image_of(record))
+
+
+def image_of(record: dict[str, Any]) -> str:
+    """Return the picture's file name of a line of a ledger. Raises ValueError for a name that no run gives."""
+    image = record.get("image", IMAGE)
+    if not (isinstance(image, str) and _IMAGE.fullmatch(image)):
+        raise ValueError("the picture's file name is none of ours")
+    return sys.intern(image)
 
 
 def _cut_torn_tail(fd: int) -> None:

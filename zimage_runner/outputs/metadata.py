@@ -1,4 +1,4 @@
-"""Parameters inside the PNG: the ``parameters`` text that image tools read, and JSON that reproduces the picture."""
+"""Parameters inside a picture: the ``parameters`` text that image tools read, and JSON to draw it again."""
 
 from __future__ import annotations
 
@@ -15,11 +15,18 @@ from zimage_runner.outputs.json_text import compact_json
 
 JSON_KEY = "zimage_runner"
 TEXT_KEY = "parameters"
+READABLE = ("PNG", "JPEG", "WEBP")
+"""Pillow's names of the formats that are read; of other files nothing is parsed."""
+IMAGE_DESCRIPTION, EXIF_POINTER, USER_COMMENT = 0x010E, 0x8769, 0x9286
+"""Where image tools look for generation parameters in files that have no text chunks (EXIF 2.32, 4.6.3 to 4.6.5)."""
+UNICODE = b"UNICODE\0"
+EXIF_ROOM = 60_000
+"""Bytes of text that fit into a JPEG's EXIF data, which holds 64 kB."""
 
 
 @dataclass(frozen=True, slots=True)
 class Metadata:
-    """What a PNG says about itself."""
+    """What a picture says about itself."""
 
     parameters: str | None
     """Prompt, ``Negative prompt:`` and ``Steps: ..`` lines, as written by most image generators."""
@@ -27,14 +34,33 @@ class Metadata:
     """This project's own chunk: everything needed to make the picture again."""
 
 
-def png_info(recipe: dict[str, Any]) -> PngInfo:
-    """Text chunks for a picture; text outside Latin-1 becomes an iTXt chunk. ``recipe`` is writer.WriteRequest's."""
+def png_info(said: Metadata) -> PngInfo:
+    """Return text chunks for a PNG; text outside Latin-1 becomes an iTXt chunk."""
     info = PngInfo()
     # A PNG text chunk may hold neither NUL nor text that is not valid Unicode; the JSON chunk keeps both, escaped.
-    text = parameters_text(recipe).replace("\0", "").encode("utf-8", "replace").decode("utf-8")
-    info.add_text(TEXT_KEY, text)
-    info.add_text(JSON_KEY, compact_json(recipe))
+    if said.parameters is not None:
+        info.add_text(TEXT_KEY, said.parameters.replace("\0", "").encode("utf-8", "replace").decode("utf-8"))
+    if said.recipe is not None:
+        info.add_text(JSON_KEY, compact_json(said.recipe))
     return info
+
+
+def exif(said: Metadata | None) -> Image.Exif:
+    """Return EXIF data for formats without text chunks: the text as user comment, the JSON as image description.
+
+    JPEG has room for 64 kB: the comment is cut where the JSON leaves less, and JSON that is longer is left out.
+    """
+    data = Image.Exif()
+    if said is None:
+        return data
+    room = EXIF_ROOM
+    if said.recipe is not None and len(text := f"{JSON_KEY}:{compact_json(said.recipe)}") < room:
+        data[IMAGE_DESCRIPTION] = text
+        room -= len(text)
+    if said.parameters:
+        comment = said.parameters.encode("utf-16-be", "replace")[: room // 2 * 2]
+        data.get_ifd(EXIF_POINTER)[USER_COMMENT] = UNICODE + comment
+    return data
 
 
 def parameters_text(recipe: dict[str, Any]) -> str:
@@ -64,16 +90,28 @@ def _quoted(value: Any) -> str:
 
 
 def read_metadata(path: str | os.PathLike[str] | BinaryIO) -> Metadata:
-    """The metadata of a PNG file, named or open. Raises UserError if the file is missing or no PNG."""
+    """Return the metadata of a picture file, named or open. Raises UserError if it is missing or no such picture."""
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        with Image.open(path, formats=READABLE) as image:
             image.load()  # text chunks may follow the pixels
-            text: dict[str, str] = dict(getattr(image, "text", {}))
+            text = dict(getattr(image, "text", {})) if image.format == "PNG" else _of_exif(image.getexif())
     except (OSError, SyntaxError, ValueError) as error:
         name = path if isinstance(path, str | os.PathLike) else path.name
-        raise UserError(f"{name} cannot be read as a PNG picture ({error})") from None
+        raise UserError(f"{name} cannot be read as a PNG, JPEG or WebP picture ({error})") from None
     try:
         recipe = json.loads(text[JSON_KEY]) if JSON_KEY in text else None
     except ValueError:
         recipe = None
     return Metadata(text.get(TEXT_KEY), recipe if isinstance(recipe, dict) else None)
+
+
+def _of_exif(data: Image.Exif) -> dict[str, str]:
+    """The same texts as PNG's chunks."""
+    found = {}
+    described = data.get(IMAGE_DESCRIPTION)
+    if isinstance(described, str) and described.startswith(f"{JSON_KEY}:"):
+        found[JSON_KEY] = described.removeprefix(f"{JSON_KEY}:")
+    comment = data.get_ifd(EXIF_POINTER).get(USER_COMMENT)
+    if isinstance(comment, bytes) and comment.startswith(UNICODE):
+        found[TEXT_KEY] = comment.removeprefix(UNICODE).decode("utf-16-be", "replace")
+    return found

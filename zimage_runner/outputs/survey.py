@@ -14,7 +14,7 @@ from typing import Any
 from zimage_runner.errors import UserError
 from zimage_runner.outputs import atomic
 from zimage_runner.outputs.beneath import Inside, NotPlain, Statuses, open_file
-from zimage_runner.outputs.ledger import IMAGE, RECORD, Entry, Ledger
+from zimage_runner.outputs.ledger import RECORD, Entry, Ledger
 from zimage_runner.plan import WorkItem
 
 _BLOCK = 1 << 20
@@ -95,7 +95,7 @@ class Pictures:
 
     def damage(self, item_dir: str, entry: Entry, verify: bool) -> str | None:
         """Why the file is not the picture that was written; None if it is. A link is none, wherever it leads."""
-        path = f"{item_dir}/{IMAGE}"
+        path = f"{item_dir}/{entry.image}"
         try:
             size = self._status(path).st_size
             if size != entry.size:

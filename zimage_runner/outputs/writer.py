@@ -1,7 +1,7 @@
 """Background writing: pictures are encoded and put on disk while the model draws the next ones.
 
-An item's files are written in this order, each whole or not at all: image.png, record.json, the ledger's line. The
-line is what makes the item done, so killing the process at any instant leaves no item half done.
+An item's files are written in this order, each whole or not at all: image.png (or .jpg, .webp), record.json, the
+ledger's line. The line is what makes the item done, so killing the process at any instant leaves no item half done.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 from zimage_runner.errors import BadPictureError, error_text
 from zimage_runner.outputs import atomic, beneath
 from zimage_runner.outputs.config import Fsync, Output
-from zimage_runner.outputs.encoders import check_pixels, encode_png
+from zimage_runner.outputs.encoders import check_pixels, encode
 from zimage_runner.outputs.json_text import readable_json
-from zimage_runner.outputs.ledger import IMAGE, RECORD, Ledger
+from zimage_runner.outputs.ledger import RECORD, Ledger, record_head
 from zimage_runner.outputs.run_dir import RunDirectory, checked_item_dir
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class WriteRequest:
     seed: int
     fingerprint: str
     recipe: dict[str, Any]
-    """All that decides the picture (prompt, params, model, numerics, versions ..): goes into record and PNG.
+    """All that decides the picture (prompt, params, model, numerics, versions ..): goes into record and picture.
     Nothing that differs between two runs of the same item belongs here."""
     details: dict[str, Any] = field(default_factory=dict)
     """What happened this time (timings, GPU memory, attempts, host ..): goes into the record alone."""
@@ -212,16 +212,16 @@ class Writer:
             self._report_bad(request, error_text(error))
             return
         recipe = {"seed": request.seed, "fingerprint": request.fingerprint, **request.recipe}
-        png = encode_png(pixels, recipe, self._output)
+        data = encode(pixels, recipe, self._output)
         result = {
-            "sha256": hashlib.sha256(png).hexdigest(),
-            "bytes": len(png),
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "bytes": len(data),
             "pixels_sha256": hashlib.sha256(pixels.tobytes()).hexdigest(),
         }
-        self._write_item(request, "ok", {"image": IMAGE, **result, "seconds": round(seconds, 6)}, png)
+        self._write_item(request, "ok", {"image": self._output.image_name, **result, "seconds": round(seconds, 6)}, data)
         if request.output_file is not None:
-            _copy_to(Path(request.output_file), png, self._sync)
-        done = Outcome(request=request, status="ok", sha256=result["sha256"], size=len(png))
+            _copy_to(Path(request.output_file), data, self._sync)
+        done = Outcome(request=request, status="ok", sha256=result["sha256"], size=len(data))
         self._on_done(replace(done, seconds=seconds, since=since, arrived=arrived))
 
     def _write_failure(self, request: WriteRequest, error: str) -> None:
@@ -231,23 +231,18 @@ class Writer:
     def _report_bad(self, request: WriteRequest, error: str) -> None:
         self._on_done(Outcome(request=request, status="bad", error=error))
 
-    def _write_item(self, request: WriteRequest, status: str, result: dict[str, Any], png: bytes | None) -> None:
-        head = {
-            "item": checked_item_dir(request.item_dir),
-            "status": status,
-            "index": request.index,
-            "seed": request.seed,
-            "fingerprint": request.fingerprint,
-            **result,
-        }
+    def _write_item(self, request: WriteRequest, status: str, result: dict[str, Any], data: bytes | None) -> None:
+        item_dir = checked_item_dir(request.item_dir)
+        head = record_head(item_dir, status, request.index, request.seed, request.fingerprint, **result)
         written = {"written": datetime.now(UTC).isoformat(timespec="milliseconds")}
         beneath.make_dirs(self._run_dir.dir_fd, request.item_dir, sync=self._sync)
         with atomic.directory(request.item_dir, self._run_dir.dir_fd) as folder:
-            if png is None:
-                for name in (IMAGE, IMAGE + atomic.TMP_SUFFIX):  # of an earlier attempt
-                    atomic.remove(folder, name)
-            else:
-                atomic.write_file(folder, IMAGE, png, sync=self._sync)
+            mine = None if data is None else self._output.image_name
+            for name in self._earlier_images(request) - {mine}:
+                for left in (name, name + atomic.TMP_SUFFIX):
+                    atomic.remove(folder, left)
+            if data is not None:
+                atomic.write_file(folder, self._output.image_name, data, sync=self._sync)
             record = readable_json({**head, **request.recipe, **request.details, **written})
             atomic.write_file(folder, RECORD, record, sync=self._sync)
             if self._sync:
@@ -255,8 +250,13 @@ class Writer:
         timings = {"timings": request.details["timings"]} if "timings" in request.details else {}
         self._ledger.append({**head, **timings, **written}, sync=self._sync)
 
+    def _earlier_images(self, request: WriteRequest) -> set[str]:
+        """Names under which an earlier attempt, perhaps in another format, may have left the item's picture."""
+        entry = self._ledger.entries.get(request.item_dir)
+        return {self._output.image_name} | ({entry.image} if entry is not None else set())
 
-def _copy_to(path: Path, png: bytes, sync: bool) -> None:
+
+def _copy_to(path: Path, data: bytes, sync: bool) -> None:
     """The one-shot request's extra file, replaced as a whole; its folder is made if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic.replace_file(path, png, sync=sync)
+    atomic.replace_file(path, data, sync=sync)

@@ -15,7 +15,7 @@ from zimage_runner.outputs import atomic, beneath
 from zimage_runner.outputs.beneath import Inside
 from zimage_runner.outputs.config import Fsync
 from zimage_runner.outputs.json_text import readable_json
-from zimage_runner.outputs.ledger import IMAGE, RECORD, RECORDS, Entry, Ledger
+from zimage_runner.outputs.ledger import RECORD, RECORDS, Entry, Ledger, record_head
 from zimage_runner.outputs.run_dir import RunDirectory
 from zimage_runner.outputs.survey import Pictures
 from zimage_runner.plan import Fingerprints, Plan, WorkItem
@@ -57,7 +57,7 @@ class Reuse:
         wanted: dict[str, WorkItem] = {}
         for item in todo:
             wanted.setdefault(self._fingerprint(item), item)  # its twins are served by it
-        found = earlier_pictures(pattern, set(wanted), but=self._run_dir.path)
+        found = earlier_pictures(pattern, set(wanted), self._job.config.output.image_name, but=self._run_dir.path)
         for fingerprint, existing in found.items():
             self._adopt(wanted[fingerprint], fingerprint, existing)
         return [wanted[fingerprint].item_dir for fingerprint in found]
@@ -80,10 +80,11 @@ class Reuse:
         adopt(self._run_dir, self._ledger, item, fingerprint, existing, recipe, sync=sync)
 
 
-def earlier_pictures(pattern: str, wanted: set[str], *, but: Path) -> dict[str, Existing]:
+def earlier_pictures(pattern: str, wanted: set[str], image: str, *, but: Path) -> dict[str, Existing]:
     """Fingerprint -> picture, of the runs that ``skip_existing`` names (``but`` is this run itself).
 
-    Raises UserError if it names none.
+    Pictures in another format (``image``: the file name of this run's) are drawn anew. Raises UserError if the pattern
+    names no run.
     """
     found: dict[str, Existing] = {}
     runs = [path for path in _runs(pattern) if path.resolve() != but.resolve()]
@@ -96,7 +97,12 @@ def earlier_pictures(pattern: str, wanted: set[str], *, but: Path) -> dict[str, 
         with atomic.directory(run) as dir_fd:
             pictures = Pictures(dir_fd)
             for item, entry in entries.items():
-                if not entry.ok or entry.fingerprint not in wanted or entry.fingerprint in found:
+                if (
+                    not entry.ok
+                    or entry.image != image
+                    or entry.fingerprint not in wanted
+                    or entry.fingerprint in found
+                ):
                     continue
                 # Read whole: linking a damaged picture would spread it.
                 if pictures.damage(item, entry, verify=True) is None:
@@ -136,16 +142,9 @@ def adopt(
     sync: bool,
 ) -> None:
     """Make ``existing`` this item's picture: a hard link where the file system can, else a copy. Raises DiskError."""
-    head = {
-        "item": item.item_dir,
-        "status": "ok",
-        "index": item.prompt_index,
-        "seed": item.seed,
-        "fingerprint": fingerprint,
-        "image": IMAGE,
-        "sha256": existing.entry.sha256,
-        "bytes": existing.entry.size,
-    }
+    image = existing.entry.image
+    result = {"image": image, "sha256": existing.entry.sha256, "bytes": existing.entry.size}
+    head = record_head(item.item_dir, "ok", item.prompt_index, item.seed, fingerprint, **result)
     tail = {
         "reused_from": str(existing.run / existing.item_dir),
         "written": datetime.now(UTC).isoformat(timespec="milliseconds"),
@@ -158,7 +157,7 @@ def adopt(
             atomic.directory(existing.run) as other_run,
             atomic.directory(existing.item_dir, other_run) as source,
         ):
-            atomic.link_or_copy(source, IMAGE, folder, IMAGE)
+            atomic.link_or_copy(source, image, folder, image)
             atomic.write_file(folder, RECORD, readable_json({**head, **kept, **recipe, **tail}), sync=sync)
             if sync:
                 atomic.sync_dir(folder, ".")
