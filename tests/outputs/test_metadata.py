@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import io
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 
 from tests.outputs.helpers import PARAMS, noise_pictures
 from zimage_runner.errors import UserError
-from zimage_runner.outputs.config import Output
+from zimage_runner.outputs.config import Format, Output
 from zimage_runner.outputs.encoders import encode
 from zimage_runner.outputs.metadata import parameters_text, read_metadata
 
@@ -81,11 +82,60 @@ def test_off_and_foreign_pictures(tmp_path):
     bare = save(tmp_path, encode(noise_pictures()[0], recipe("x"), Output(metadata=False)))
     assert read_metadata(bare).recipe is read_metadata(bare).parameters is None
     buffer = io.BytesIO()
-    Image.new("RGB", (4, 4)).save(buffer, "JPEG")
+    Image.new("RGB", (4, 4)).save(buffer, "BMP")
     with pytest.raises(UserError, match="cannot be read as a PNG"):
         read_metadata(save(tmp_path, buffer.getvalue()))
     with pytest.raises(UserError, match="cannot be read"):
         read_metadata(tmp_path / "missing.png")
+
+
+@pytest.mark.parametrize(
+    ("format", "quality", "pillow", "largest_difference"),
+    [
+        ("jpeg", None, "JPEG", 255),
+        ("jpeg", 100, "JPEG", 16),
+        ("webp", 80, "WEBP", 255),
+        ("webp", "lossless", "WEBP", 0),
+    ],
+)
+def test_other_formats_say_the_same(tmp_path, format, quality, pillow, largest_difference):
+    pixels, wanted = noise_pictures()[0], recipe('一只猫, a "fox"', metadata={"note": "é\0"})
+    path = save(tmp_path, encode(pixels, wanted, Output(format=Format[format], quality=quality)))
+    said, png = read_metadata(path), read_metadata(save(tmp_path, encode(pixels, wanted, Output())))
+    assert said.recipe == {**wanted, "pixels_sha256": hashlib.sha256(pixels.tobytes()).hexdigest()}
+    assert said.parameters == png.parameters
+    path = save(tmp_path, encode(pixels, wanted, Output(format=Format[format], quality=quality)))
+    with Image.open(path) as image:
+        assert image.format == pillow
+        difference = np.abs(np.asarray(image.convert("RGB"), np.int16) - pixels.astype(np.int16)).max()
+    assert difference <= largest_difference
+
+
+def test_a_jpeg_has_no_room_for_a_long_recipe(tmp_path):
+    said = read_metadata(
+        save(tmp_path, encode(noise_pictures()[0], recipe("cat " * 50_000), Output(format=Format.jpeg)))
+    )
+    assert said.recipe is None
+    assert said.parameters is not None
+    assert said.parameters.startswith("cat cat")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quality": 90}, "output.quality=90 has no effect on PNG, which loses nothing: use jpeg or webp with it"),
+        ({"format": Format.jpeg, "quality": "lossless"}, "output.quality=lossless: write a whole number from 1 to 100"),
+        ({"format": Format.webp, "quality": 0}, "output.quality=0: write a whole number from 1 to 100 or lossless"),
+        (
+            {"format": Format.webp, "quality": True},
+            "output.quality=True: write a whole number from 1 to 100 or lossless",
+        ),
+        ({"format": Format.webp, "png_compress_level": 6}, "output.png_compress_level=6 has no effect on webp"),
+    ],
+)
+def test_options_that_have_no_effect_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        Output(**options)
 
 
 @pytest.mark.parametrize("level", [0, 1, 9])

@@ -281,4 +281,4 @@ def test_records_hold_any_text(tmp_path):
         run.writer.close()
     record = json.loads((tmp_path / "items/0000_a/seed_1/record.json").read_bytes())
     assert record["prompt"] == nasty
-    assert Output().image_name in {p.name for p in (tmp_path / "items/0000_a/seed_1").iterdir()}
+    assert "image.png" in {p.name for p in (tmp_path / "items/0000_a/seed_1").iterdir()}
