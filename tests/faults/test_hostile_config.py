@@ -154,7 +154,7 @@ class TestExperiments:
         assert_refused(*cli("--config-path", str(tmp_path / "base"), "prompt=a cat"), "hydra.searchpath")
 
     def test_a_package_outside_is_named_outside(self, cli) -> None:
-        from zimage_runner.cli.help import CONFIG_DIR
+        from zimage_runner.config.paths import CONFIG_DIR
 
         file = write(Path("far/evil.yaml").absolute(), f"# @package hydra.callbacks.x\n_target_: {CODE}\n")
         up = "../" * (len(CONFIG_DIR.parts) + 1)

@@ -11,6 +11,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from tests.conftest import command
+from zimage_runner.collect.__main__ import main as collect
 from zimage_runner.errors import UserError
 from zimage_runner.outputs.metadata import JSON_KEY, read_metadata
 from zimage_runner.reproduce import main, read_recipe, recipe_config
@@ -53,6 +54,25 @@ def test_identical(picture: Path, capfd: pytest.CaptureFixture[str], tmp_path: P
     assert capfd.readouterr().out == f"{picture}: identical\n"
     with Image.open(picture) as was, Image.open(tmp_path / "again.png") as again:
         assert was.tobytes() == again.tobytes()
+
+
+@pytest.mark.parametrize("options", [["output.format=jpeg"], ["output.format=webp", "output.quality=80"]])
+def test_a_picture_of_another_format(options, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The whole way: drawn, resumed with nothing to do, collected, and drawn again from what its file says."""
+    words = ["prompt=a red apple", "seeds=7", "sampling.num_inference_steps=1", "warmup=none", *options]
+    code, out, err = command(tmp_path, *words)
+    assert code == 0, err
+    run = Path(out.strip())
+    (image,) = run.glob("items/*/*/image.*")
+    assert image.suffix in (".jpg", ".webp")
+    code, out, err = command(tmp_path, f"resume={run}", "verify=true")
+    assert (code, "nothing to draw: 1 pictures are done" in err) == (0, True)
+    assert collect([str(run), f"into={tmp_path}/all"]) == 0
+    assert len(list((tmp_path / "all").glob(f"*{image.suffix}"))) == 1
+    capfd.readouterr()
+    assert main([str(image)]) == 0
+    assert capfd.readouterr().out == f"{image}: identical\n"
+    assert main([str(image), "seeds=8"]) == 1
 
 
 def test_what_differs_is_told(picture: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:

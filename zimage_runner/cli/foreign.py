@@ -18,8 +18,8 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import OmegaConf
 
-from zimage_runner.cli.help import CONFIG_DIR
 from zimage_runner.cli.interpolation import looks_up
+from zimage_runner.config.paths import CONFIG_DIR
 from zimage_runner.errors import UserError
 
 TRUST = "--trust-code"

@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 
 from zimage_runner.cli.foreign import names_own_field
-from zimage_runner.cli.help import CONFIG_DIR
 from zimage_runner.cli.interpolation import looks_up
 from zimage_runner.cli.words import names_config_dir
+from zimage_runner.config.paths import CONFIG_DIR
 from zimage_runner.errors import UserError, one_line
 from zimage_runner.logs import say
 from zimage_runner.outputs.beneath import Inside, NotPlain
