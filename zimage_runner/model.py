@@ -33,6 +33,11 @@ def unshifted_sigmas(steps: int) -> list[float]:
     return [1.0 - i * (1.0 - 1.0 / steps) / (steps - 1) if steps > 1 else 1.0 for i in range(steps)]
 
 
+HARMLESS = {"harmless": True}
+"""Metadata of config fields and groups that decide how a picture is made and kept, not what it shows: a resumed run may
+change them."""
+
+
 class Source(enum.Enum):
     """Where the checkpoint comes from. ``model.path`` wins over it."""
 
@@ -84,9 +89,9 @@ class Model:
     """Hub branch, tag or commit; null is the hub's default branch."""
     path: str | None = None
     """A local diffusers-format directory to use instead of the hub."""
-    cache_dir: str | None = None
+    cache_dir: str | None = field(default=None, metadata=HARMLESS)
     """Where downloads live; exported as MODELSCOPE_CACHE and HF_HOME. null keeps the hubs' own defaults."""
-    offline: bool = False
+    offline: bool = field(default=False, metadata=HARMLESS)
     """Never touch the network; say what is missing instead."""
     dtype: Dtype = Dtype.auto
     verify: Verify = Verify.first_use

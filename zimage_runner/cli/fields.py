@@ -88,3 +88,12 @@ def field_of_type(type_name: str) -> str | None:
             if any(getattr(kind, "__name__", None) == type_name for kind in kinds):
                 return name if group is None else f"{group}.{name}"
     return None
+
+
+def reader_of(suffix: str) -> str | None:
+    """Return the option of ``prompts`` that reads files of this suffix, such as ``.csv``."""
+    from zimage_runner.config.registry import SCHEMAS
+
+    return next(
+        (name for name, source in SCHEMAS["prompts"].items() if suffix in getattr(source, "suffixes", ())), None
+    )

@@ -12,7 +12,16 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
-from zimage_runner.cli.fields import closest, field_names, groups_with, kind_of, known_fields, option_of, options_with
+from zimage_runner.cli.fields import (
+    closest,
+    field_names,
+    groups_with,
+    kind_of,
+    known_fields,
+    option_of,
+    options_with,
+    reader_of,
+)
 from zimage_runner.cli.file_mistakes import (
     experiment_file,
     explain_bytes,
@@ -37,14 +46,6 @@ PLAIN_WORDS = {
     "is not a valid bool": "neither true nor false: write one of them",
 }
 """What OmegaConf says of a value, and what people understand."""
-SUFFIXES = {
-    ".txt": "text_file",
-    ".jsonl": "jsonl",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".parquet": "parquet",
-}
-"""Which option of ``prompts`` reads a file of this kind."""
 
 
 def explain(error: BaseException) -> str:
@@ -172,7 +173,7 @@ def _unknown_option(text: str) -> str | None:
         return f"{option or match['option']}: no such config group or file; --help lists the groups"
     close = difflib.get_close_matches(option, options, 1)
     hint = f"did you mean {group}={close[0]}? " if close else ""
-    if group == "prompts" and (kind := SUFFIXES.get(PurePath(option).suffix.lower())):
+    if group == "prompts" and (kind := reader_of(PurePath(option).suffix.lower())):
         return f"{group}={option}: write prompts={kind} prompts.path={option}"
     if group == "output" and PurePath(option).suffix:
         return f"{group}={option}: write output_file={option} for a single picture, or output.root=FOLDER"

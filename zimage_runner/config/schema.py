@@ -16,7 +16,7 @@ from zimage_runner.engines.embedding_cache import EmbeddingCacheConfig
 from zimage_runner.errors import UserError
 from zimage_runner.executors.base import ExecutorConfig
 from zimage_runner.memory.policies import Memory
-from zimage_runner.model import Model
+from zimage_runner.model import HARMLESS, Model
 from zimage_runner.outputs.beneath import unfit_target
 from zimage_runner.outputs.config import Format, Output
 from zimage_runner.outputs.run_dir import remove_if_empty, remove_with_name
@@ -54,39 +54,39 @@ class Report(enum.Enum):
 class RunConfig:
     """One run. Groups are typed by their abstract class; ``conf/`` says which option fills each."""
 
-    name: str = "run"
+    name: str = field(default="run", metadata=HARMLESS)
     """First folder below the output root; letters, digits, dot, dash and underscore."""
     prompt: str | None = None
     """Free text: one prompt instead of the prompts group."""
-    output_file: str | None = None
+    output_file: str | None = field(default=None, metadata=HARMLESS)
     """Also put the (single) picture here."""
     seeds: Any = 42  # not a list: YAML could not put a mapping in its place
     """List, "0-9,42", or a mapping {count, base} or {count, derive: prompt}."""
-    dry_run: bool = False
+    dry_run: bool = field(default=False, metadata=HARMLESS)
     """Print the plan and generate nothing."""
     report: Report = Report.standard
     """Figures printed at the end: standard, or article (the article's as well, in its words)."""
-    resume: str | None = None
+    resume: str | None = field(default=None, metadata=HARMLESS)
     """Finish this run directory, or ``latest``, with its own settings."""
-    retry: Retry = Retry.unfinished
+    retry: Retry = field(default=Retry.unfinished, metadata=HARMLESS)
     """With resume: draw unfinished items (missing and failed), or failed ones alone."""
-    verify: bool = False
+    verify: bool = field(default=False, metadata=HARMLESS)
     """With resume: read every finished picture and draw again those whose bytes changed."""
-    skip_existing: str | None = None
+    skip_existing: str | None = field(default=None, metadata=HARMLESS)
     """Directory or glob of earlier runs: their identical pictures are linked instead of drawn."""
 
-    embedding_cache: EmbeddingCacheConfig = field(default_factory=EmbeddingCacheConfig)
+    embedding_cache: EmbeddingCacheConfig = field(default_factory=EmbeddingCacheConfig, metadata=HARMLESS)
     """Caption features kept on disk between runs."""
 
     model: Model = MISSING
     engine: EngineConfig = MISSING
-    memory: Memory = MISSING
-    warmup: Warmup = MISSING
+    memory: Memory = field(default=MISSING, metadata=HARMLESS)
+    warmup: Warmup = field(default=MISSING, metadata=HARMLESS)
     compile: Compile = MISSING
     sampling: Sampling = MISSING
     prompts: PromptSource = MISSING
-    output: Output = MISSING
-    executor: ExecutorConfig = MISSING
+    output: Output = field(default=MISSING, metadata=HARMLESS)
+    executor: ExecutorConfig = field(default=MISSING, metadata=HARMLESS)
 
     def __post_init__(self) -> None:
         folder_name(self.name)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from zimage_runner.model import LATENT_CHANNELS, VAE_FACTOR
+from zimage_runner.model import HARMLESS, LATENT_CHANNELS, VAE_FACTOR
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,7 +38,7 @@ class EngineConfig(abc.ABC):
     """Common fields of the ``engine`` group. Subclasses add their own and create the engine."""
 
     device: Device = Device.auto
-    batch_size: Any = 1  # int | str: OmegaConf 2.3 cannot merge unions
+    batch_size: Any = field(default=1, metadata=HARMLESS)  # int | str: OmegaConf 2.3 cannot merge unions
     """Most items of one bucket denoised together; auto: as many as fit into the GPU's memory, measured on the first."""
     noise_device: Device = Device.cpu
     """Where each item's initial noise is drawn. Noise from the CPU is the same on every machine."""

@@ -6,6 +6,7 @@ import abc
 import enum
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from zimage_runner.prompts.prompt import NOTHING, Prompt
 from zimage_runner.prompts.template import Template
@@ -16,6 +17,9 @@ __all__ = ["NOTHING", "Prompt", "PromptSource", "RowSource", "Wins"]
 @dataclass(kw_only=True, slots=True)
 class PromptSource(abc.ABC):
     """An option of the ``prompts`` group. The fields here pick from what the source yields, in this order."""
+
+    suffixes: ClassVar[tuple[str, ...]] = ()
+    """Of the files that it reads, for messages."""
 
     template: Template = field(default_factory=Template)
     """Blanks and variants in the prompts; what they make is what the fields below count."""

@@ -7,7 +7,7 @@ import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from zimage_runner.errors import UserError
 from zimage_runner.prompts.base import Prompt
@@ -21,6 +21,8 @@ DELIMITERS = (",", ";", "|", "\t")
 @dataclass(kw_only=True, slots=True)
 class Csv(TableSource):
     """``prompts=csv prompts.path=FILE``: the first line names the columns; empty cells mean "not set"."""
+
+    suffixes: ClassVar[tuple[str, ...]] = (".csv", ".tsv")
 
     path: str | None = None
     """The file; relative to where the program is started."""

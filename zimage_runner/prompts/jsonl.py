@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from zimage_runner.errors import UserError
 from zimage_runner.prompts.base import Prompt
@@ -19,6 +19,8 @@ MAX_OBJECT_BYTES = 64 * 2**20
 @dataclass(kw_only=True, slots=True)
 class Jsonl(TableSource):
     """``prompts=jsonl prompts.path=FILE``: lines such as {"text": "a cat", "id": "c1", "width": 768, "seeds": [1]}."""
+
+    suffixes: ClassVar[tuple[str, ...]] = (".jsonl",)
 
     path: str | None = None
     """The file; relative to where the program is started."""

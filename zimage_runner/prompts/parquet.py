@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from zimage_runner.errors import UserError
 from zimage_runner.prompts.arrow import import_pyarrow, rows, text_columns
@@ -19,6 +19,8 @@ _ROWS_AT_ONCE = 4096
 @dataclass(kw_only=True, slots=True)
 class Parquet(TableSource):
     """``prompts=parquet prompts.path=FILE``; rows are numbered from 1 in messages."""
+
+    suffixes: ClassVar[tuple[str, ...]] = (".parquet",)
 
     path: str | None = None
     """The file; relative to where the program is started."""

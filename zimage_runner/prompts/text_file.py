@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from zimage_runner.errors import UserError
 from zimage_runner.prompts.base import NOTHING, Prompt, RowSource
@@ -17,6 +18,8 @@ TABLES = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".json": "jsonl", ".p
 @dataclass(kw_only=True, slots=True)
 class TextFile(RowSource):
     """``prompts=text_file prompts.path=FILE``: UTF-8; blank lines and lines starting with # are skipped."""
+
+    suffixes: ClassVar[tuple[str, ...]] = (".txt",)
 
     path: str | None = None
     """The file; relative to where the program is started."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +16,19 @@ from zimage_runner.cli.interpolation import lookups
 from zimage_runner.cli.resume.saved import override_key, saved_overrides
 from zimage_runner.errors import UserError
 
-HARMLESS = (
-    "name",
-    "output_file",
-    "dry_run",
-    "resume",
-    "retry",
-    "verify",
-    "skip_existing",
-    "output",
-    "executor",
-    "memory",
-    "warmup",
-    "embedding_cache",
-    "engine.batch_size",
-    "model.cache_dir",
-    "model.offline",
-)
-"""Fields and groups that decide how a picture is made and kept, not what it shows."""
+
+@functools.cache
+def harmless_fields() -> frozenset[str]:
+    """Return the fields and groups whose dataclass says that they are HARMLESS."""
+    from zimage_runner.config.registry import SCHEMAS
+    from zimage_runner.config.schema import RunConfig
+
+    nodes = [("", RunConfig), *((f"{group}.", option) for group in SCHEMAS for option in SCHEMAS[group].values())]
+    return frozenset(f"{prefix}{field.name}" for prefix, node in nodes for field in fields(node) if _is_harmless(field))
+
+
+def _is_harmless(field: Field[Any]) -> bool:
+    return field.metadata.get("harmless", False)
 
 
 def restore(config: DictConfig, directory: Path, overrides: list[str]) -> DictConfig:
@@ -94,7 +91,7 @@ def _refuse_other_pictures(directory: Path, saved: DictConfig, config: DictConfi
         f"{field} was {_shown(was, field)}, now {_shown(now, field)}"
         for field in dict.fromkeys([*was, *now])
         if was.get(field, missing) != now.get(field, missing)
-        and not _is_below(field, HARMLESS)
+        and not _is_below(field, harmless_fields())
         and _is_below(field, touched)
     ]
     if changes:
