@@ -218,7 +218,9 @@ class Writer:
             "bytes": len(data),
             "pixels_sha256": hashlib.sha256(pixels.tobytes()).hexdigest(),
         }
-        self._write_item(request, "ok", {"image": self._output.image_name, **result, "seconds": round(seconds, 6)}, data)
+        self._write_item(
+            request, "ok", {"image": self._output.image_name, **result, "seconds": round(seconds, 6)}, data
+        )
         if request.output_file is not None:
             _copy_to(Path(request.output_file), data, self._sync)
         done = Outcome(request=request, status="ok", sha256=result["sha256"], size=len(data))
