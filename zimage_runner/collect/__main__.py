@@ -22,6 +22,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from zimage_runner.cli.resume.command_line import LATEST, find_latest
 from zimage_runner.collect.contact_sheet import Layout, draw_sheets
 from zimage_runner.collect.folder import NAME, collect_into
 from zimage_runner.collect.pictures import find_runs, pictures_of
@@ -78,7 +79,7 @@ def _collect(runs: list[str], fields: dict[str, str]) -> int:
         raise UserError(f"overwrite={fields['overwrite']}: write true or false")
     layout = Layout(**{name: _count(fields, name) for name in OF_SHEET if name in fields})
     output = _output(fields.get("format"), fields.get("quality"))
-    pictures = list(pictures_of(find_runs(runs)))
+    pictures = list(pictures_of(find_runs([_folder(run) for run in runs])))
     if not pictures:
         raise UserError(f"{' '.join(runs)}: no picture is finished there yet")
     if "into" in fields:
@@ -90,6 +91,11 @@ def _collect(runs: list[str], fields: dict[str, str]) -> int:
         for page in draw_sheets(Path(fields["sheet"]).expanduser(), pictures, layout):
             print(page)
     return EXIT_OK
+
+
+def _folder(name: str) -> Path:
+    """Return the folder that a word of the command line names."""
+    return find_latest(Path("outputs")) if name == LATEST else Path(name).expanduser()
 
 
 def _output(name: str | None, quality: str | None) -> Output | None:

@@ -13,8 +13,8 @@ import logging
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Protocol
 
-from zimage_runner.cli.sweep.report import JobResult, inert
 from zimage_runner.collect.sheet import Page, clean, draw, drawable
 from zimage_runner.outputs import atomic, beneath
 from zimage_runner.outputs.beneath import Inside
@@ -28,6 +28,25 @@ MAX_ROWS = 100
 
 Item = tuple[int, int]
 """Prompt number and seed."""
+
+
+class JobResult(Protocol):
+    """What a grid wants to know of a job of a multirun; ``cli/sweep/report.py`` reads it."""
+
+    number: int
+    directory: Path
+    overrides: dict[str, str]
+
+
+def inert(text: str) -> str:
+    """Return a cell that no spreadsheet takes for a formula, as it does what begins with these; numbers are none."""
+    text = text.replace("\r", " ")
+    if text.startswith(("=", "+", "-", "@", "\t")):
+        try:
+            float(text)
+        except ValueError:
+            return f"'{text}"
+    return text
 
 
 def write_grids(root: Path, jobs: Sequence[JobResult], fields: Sequence[str], *, tile: int) -> list[Path]:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zimage_runner.cli.resume.command_line import LATEST, find_latest
 from zimage_runner.errors import UserError
 from zimage_runner.outputs import atomic
 from zimage_runner.outputs.beneath import Inside, NotPlain, Statuses
@@ -66,15 +65,14 @@ class Picture:
         return record
 
 
-def find_runs(names: Sequence[str]) -> list[Path]:
-    """Every run that is named or lies below a folder that is; each once, in this order."""
+def find_runs(folders: Sequence[Path]) -> list[Path]:
+    """Return every run that is among ``folders`` or lies below one of them; each once, in this order."""
     runs: list[Path] = []
-    for name in names:
-        given = find_latest(Path("outputs")) if name == LATEST else Path(name).expanduser()
+    for given in folders:
         found = [given] if (given / RECORDS).is_file() else sorted(file.parent for file in given.rglob(RECORDS))
         if not found:
             what = "holds no run" if given.is_dir() else "is no directory"
-            raise UserError(f"{name} {what}: give a run directory, which every run prints, or a folder of runs")
+            raise UserError(f"{given} {what}: give a run directory, which every run prints, or a folder of runs")
         runs += found
     return list(dict.fromkeys(run.absolute() for run in runs))
 

@@ -18,6 +18,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from zimage_runner.cli.hydra_patches import split_sweep
+from zimage_runner.collect.grid import inert
 from zimage_runner.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK
 from zimage_runner.logs import say
 from zimage_runner.outputs.atomic import directory, write_file
@@ -176,17 +177,6 @@ def csv_table(jobs: list[JobResult], fields: list[str]) -> str:
         cells = job.cells()
         writer.writerow([job.number, *(inert(job.overrides.get(f, "")) for f in fields), *(cells[c] for c in COLUMNS)])
     return out.getvalue()
-
-
-def inert(text: str) -> str:
-    """Spreadsheets take cells that start with these as formulas; numbers are none."""
-    text = text.replace("\r", " ")
-    if text.startswith(("=", "+", "-", "@", "\t")):
-        try:
-            float(text)
-        except ValueError:
-            return f"'{text}"
-    return text
 
 
 def markdown_table(jobs: list[JobResult], fields: list[str]) -> str:

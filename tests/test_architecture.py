@@ -1,0 +1,181 @@
+"""The floor plan holds: which room may import which, where heavy libraries may appear, and no circles.
+
+docs/architecture.md explains the rooms. Imports inside functions and for typing count like any other.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "zimage_runner"
+LOOSE_MODULES = 12
+LARGEST_CIRCLE = 2
+
+BASICS = {"errors", "logs", "signals", "__init__"}
+FILES = {"outputs.atomic", "outputs.beneath"}
+"""How a file is opened and written, for every room: without following links, whole or not at all."""
+COMPONENTS = {"model", "sampling", "compile", "warmup"}
+ARROWS: dict[str, set[str]] = {
+    "prompts": {"model", "sampling"},
+    "plan": {"model", "prompts", "sampling"},
+    "memory": set(),
+    "weights": {"model"},
+    "engines": {"compile", "memory", "model", "sampling", "warmup", "weights"},
+    "outputs": {"engines", "plan"},
+    "executors": {"engines", "memory", "plan", "session", "warmup"},
+    "config": {"engines", "executors", "memory", "outputs", "prompts", *COMPONENTS},
+    "collect": {"outputs", "plan"},
+    "view": {"collect", "outputs"},
+    "runner": {
+        "config", "engines", "executors", "memory", "outputs", "plan", "prompts", "session", "weights", *COMPONENTS
+    },
+    "cli": {"collect", "config", "outputs", "prompts", "runner"},
+    "startup": {"cli", "config", "runner", "weights"},
+    # loose modules
+    "errors": set(),
+    "logs": {"errors"},
+    "signals": {"errors", "logs"},
+    "model": {"errors"},
+    "sampling": {"errors", "model"},
+    "compile": {"errors", "weights"},
+    "warmup": {"engines", "errors", "sampling"},
+    "session": {"engines", "memory", "plan", "weights", *COMPONENTS},
+    "prepare": {"cli", "config", "model", "startup", "weights"},
+    "reproduce": {"cli", "config", "executors", "outputs", "prompts", "runner", "sampling", "startup"},
+    "collect.__main__": {"cli", "outputs"},
+    "__main__": {"cli", "startup"},
+    "__init__": set(),
+}  # fmt: skip
+"""What each room, each loose module and each command inside a room may import, besides itself, BASICS and FILES."""
+
+ONLY_IN = {
+    "hydra": {"cli", "config", "prepare", "reproduce"},
+    "omegaconf": {"cli", "config", "prepare", "reproduce"},
+    "PIL": {"outputs", "collect", "reproduce", "view"},
+}
+"""Rooms that may import a library at all."""
+NOT_WHEN_IMPORTED = {"torch", "diffusers", "transformers", "safetensors", "PIL", "pyarrow", "triton"}
+"""Libraries that no module imports when it is imported itself, but for those of ``HEAVY``."""
+HEAVY = ("engines/native/", "engines/diffusers/", "weights/packed/", "collect/", "outputs/encoders", "outputs/metadata",
+         "view/thumbs", "reproduce")  # fmt: skip
+"""Modules that are imported only once such a library is needed."""
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name below the package and path of each module; a package by its own name."""
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+        found[name] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(path: Path, *, at_import_time: bool = False) -> Iterator[str]:
+    """Absolute name of each module, or of each name of a module, that a file imports."""
+    nodes: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        if at_import_time and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if at_import_time and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            nodes += node.orelse
+            continue
+        nodes += ast.iter_child_nodes(node)
+
+
+def arrows(name: str) -> set[str]:
+    """The package's modules that module ``name`` imports."""
+    targets = set()
+    for imported in imports(MODULES[name]):
+        first, _, inside = imported.partition(".")
+        if first != "zimage_runner":
+            continue
+        while inside and inside not in MODULES:
+            inside = inside.rpartition(".")[0]
+        targets.add(inside or "__init__")
+    return targets - {name}
+
+
+def room(name: str) -> str:
+    return name.partition(".")[0]
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_a_module_imports_only_what_its_room_may(name: str) -> None:
+    allowed = ARROWS.get(name, ARROWS[room(name)]) | BASICS | {room(name)}
+    wrong = [f"{name} -> {target}" for target in sorted(arrows(name) - FILES) if room(target) not in allowed]
+    assert not wrong, f"{wrong}: see docs/architecture.md, or change ARROWS and say why"
+
+
+def test_no_circle_is_larger_than_two_files() -> None:
+    graph = {name: arrows(name) for name in MODULES}
+    too_large = [sorted(circle) for circle in circles(graph) if len(circle) > LARGEST_CIRCLE]
+    assert not too_large
+
+
+def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Sets of modules that all reach one another."""
+
+    def reachable(start: str) -> set[str]:
+        seen, todo = set(), [start]
+        while todo:
+            for target in graph.get(todo.pop(), ()):
+                if target not in seen:
+                    seen.add(target)
+                    todo.append(target)
+        return seen
+
+    reach = {name: reachable(name) for name in graph}
+    found = {frozenset({other for other in reach[name] if name in reach[other]}) for name in graph}
+    return [set(circle) for circle in found if circle]
+
+
+def test_circles_are_found() -> None:
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a", "e"}, "e": {"d"}, "f": set()}
+    assert sorted(map(sorted, circles(graph))) == [["a", "b", "c"], ["d", "e"]]
+
+
+@pytest.mark.parametrize("library", sorted(ONLY_IN))
+def test_libraries_stay_in_their_rooms(library: str) -> None:
+    users = {name for name, path in MODULES.items() if any(i.partition(".")[0] == library for i in imports(path))}
+    assert not {name for name in users if room(name) not in ONLY_IN[library]}
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_heavy_libraries_are_imported_late(name: str) -> None:
+    path = MODULES[name]
+    if path.relative_to(PACKAGE).as_posix().startswith(HEAVY):
+        return
+    early = {i.partition(".")[0] for i in imports(path, at_import_time=True)} & NOT_WHEN_IMPORTED
+    assert not early, f"{name} imports {early} when it is imported"
+
+
+def test_the_entrance_is_small() -> None:
+    loose = [path.name for path in PACKAGE.glob("*.py")]
+    assert len(loose) <= LOOSE_MODULES, sorted(loose)
+
+
+def test_every_room_says_what_it_holds() -> None:
+    for folder in PACKAGE.rglob("*"):
+        if folder.is_dir() and any(folder.glob("*.py")):
+            text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8")))
+            assert text, f"{folder.relative_to(PACKAGE)}/__init__.py has no docstring"
+
+
+def test_the_table_names_rooms_that_exist() -> None:
+    rooms = {room(name) for name in MODULES}
+    assert {name for name in ARROWS if "." not in name} == rooms
+    assert set(ARROWS) - rooms <= set(MODULES)
+    assert set().union(*ARROWS.values()) <= rooms
