@@ -42,13 +42,19 @@ REPEATS = 3
 def main(argv: list[str]) -> int:
     options = dict(word.split("=", 1) for word in argv)
     sizes = [int(size) for size in options.get("pictures", "100000,1000000").split(",")]
-    found = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}", "runs": []}
+    found: dict[str, Any] = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "runs": [],
+    }
     for size in sizes:
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder) / "outputs"
             many_lines(root / "big" / "run", size)
             environment = {**os.environ, "ZIMAGE_RUNNER_CACHE": f"{folder}/cache", "PYTHONPATH": str(ROOT)}
-            result = {"pictures": size, "ledger_mb": round((root / "big/run/records.jsonl").stat().st_size / 1e6)}
+            result: dict[str, Any] = {
+                "pictures": size,
+                "ledger_mb": round((root / "big/run/records.jsonl").stat().st_size / 1e6),
+            }
             result["first_start"] = measured(root, environment, size)
             result["next_start"] = measured(root, environment, size)
             result["index_mb"] = round(sum(f.stat().st_size for f in Path(folder, "cache").rglob("*.sqlite")) / 1e6)
