@@ -25,8 +25,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from zimage_runner.errors import UserError
-from zimage_runner.exit_codes import EXIT_OK, refuse
+from zimage_runner.errors import EXIT_OK, UserError
+from zimage_runner.logs import refuse
 
 PORT = 8188
 FIELDS = ("port", "host", "token", "cache_gb")
