@@ -29,7 +29,7 @@ ARROWS: dict[str, set[str]] = {
     "executors": {"engines", "memory", "plan", "session", "warmup"},
     "config": {"engines", "executors", "memory", "outputs", "prompts", *COMPONENTS},
     "collect": {"outputs", "plan"},
-    "view": {"collect", "outputs"},
+    "view": {"cli", "collect", "outputs", "prompts", "weights"},
     "runner": {
         "config", "engines", "executors", "memory", "outputs", "plan", "prompts", "session", "weights", *COMPONENTS
     },

@@ -47,6 +47,14 @@ class Source(enum.Enum):
     local = "local"
 
 
+class Device(enum.Enum):
+    """Where the model runs. ``auto`` is cuda where there is a GPU, else cpu."""
+
+    auto = "auto"
+    cuda = "cuda"
+    cpu = "cpu"
+
+
 class Dtype(enum.Enum):
     """Compute dtype; ``auto`` is bfloat16 on a GPU and float32 on the CPU. float16 is refused for Z-Image."""
 

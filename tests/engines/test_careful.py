@@ -10,13 +10,13 @@ import torch
 
 from tests.drawing import NANO
 from zimage_runner.compile import NoCompile
-from zimage_runner.engines.base import Device, Engine
+from zimage_runner.engines.base import Engine
 from zimage_runner.engines.diffusers.engine import DiffusersEngine
 from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.engines.request import LoadRequest
 from zimage_runner.errors import BadPictureError
 from zimage_runner.memory.policies import Resident
-from zimage_runner.model import Dtype, Model, Source
+from zimage_runner.model import Device, Dtype, Model, Source
 from zimage_runner.weights.find.checkpoint import Checkpoint
 
 

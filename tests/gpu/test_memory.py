@@ -7,7 +7,6 @@ import torch
 from drawing import draw, largest_difference
 
 from zimage_runner.compile import CompileMode, Full, Regional
-from zimage_runner.engines.base import Device
 from zimage_runner.engines.diffusers.attention import BACKENDS, this_machine, why_not
 from zimage_runner.engines.diffusers.engine import DiffusersEngine
 from zimage_runner.memory.policies import (
@@ -21,6 +20,7 @@ from zimage_runner.memory.policies import (
     Staged,
 )
 from zimage_runner.memory.readings import gpu_memory
+from zimage_runner.model import Device
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 

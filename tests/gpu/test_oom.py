@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.drawing import PARAMS, items, session_config
-from zimage_runner.engines.base import Device, EngineConfig
+from zimage_runner.engines.base import EngineConfig
 from zimage_runner.engines.diffusers.engine import DiffusersEngine
 from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.engines.native.engine import NativeEngineAdapter
@@ -22,7 +22,7 @@ from zimage_runner.executors.backoff import MemoryBackoff
 from zimage_runner.executors.base import Batch, BatchResult
 from zimage_runner.memory.policies import Resident
 from zimage_runner.memory.readings import free_gpu_bytes, release_unused
-from zimage_runner.model import Dtype, Model, Source
+from zimage_runner.model import Device, Dtype, Model, Source
 from zimage_runner.plan import WorkItem
 from zimage_runner.session import Session
 

@@ -14,14 +14,14 @@ import torch
 
 from tests.native.conftest import CHECKPOINT
 from zimage_runner.compile import Compile
-from zimage_runner.engines.base import Device, Engine, EngineConfig
+from zimage_runner.engines.base import Engine, EngineConfig
 from zimage_runner.engines.diffusers.engine import DiffusersEngine
 from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.engines.native.engine import NativeEngineAdapter
 from zimage_runner.engines.request import DenoiseRequest, LoadRequest, Needs, draw_noise
 from zimage_runner.errors import UserError
 from zimage_runner.memory.policies import Memory, ModelOffload, Resident, Staged
-from zimage_runner.model import Model, Source
+from zimage_runner.model import Device, Model, Source
 from zimage_runner.sampling import SamplingParams
 from zimage_runner.weights.find.checkpoint import Checkpoint
 

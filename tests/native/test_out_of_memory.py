@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.drawing import PARAMS, items, session_config
-from zimage_runner.engines.base import Device
 from zimage_runner.engines.native import graphs as graphs_module
 from zimage_runner.engines.native import images
 from zimage_runner.engines.native.config import NativeEngine
@@ -28,6 +27,7 @@ from zimage_runner.executors import backoff as ladder_module
 from zimage_runner.executors.backoff import MemoryBackoff
 from zimage_runner.executors.base import Batch
 from zimage_runner.memory.policies import Resident
+from zimage_runner.model import Device
 from zimage_runner.session import Session
 
 SMALL = replace(PARAMS, height=32, width=32, num_inference_steps=1)

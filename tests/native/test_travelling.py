@@ -12,10 +12,9 @@ import torch
 
 from tests.weights.test_preload import driver  # noqa: F401 (fixture)
 from tests.weights.test_source import host_tensor
-from zimage_runner.engines.base import Device
 from zimage_runner.engines.native.engine import NativeEngineAdapter
 from zimage_runner.engines.native.model import Options
-from zimage_runner.model import Model, Prepare, Source
+from zimage_runner.model import Device, Model, Prepare, Source
 from zimage_runner.weights.find.resolve import resolve
 from zimage_runner.weights.preload import preload, source
 from zimage_runner.weights.preload.cuda_driver import CudaDriver

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from zimage_runner.engines.auto import AutoEngine
-from zimage_runner.engines.base import Device
 from zimage_runner.engines.device import warn_without_gpu
-from zimage_runner.model import Model, Source
+from zimage_runner.model import Device, Model, Source
 
 TURBO = Model(name="zimage_turbo", source=Source.modelscope, repo="a/b")
 

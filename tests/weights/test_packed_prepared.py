@@ -27,11 +27,10 @@ from tests.weights.test_load import FakeEvent, FakeStream
 from tests.weights.test_preload import build_fake, on_device, pace, pinned  # noqa: F401 (pace is a fixture)
 from tests.weights.test_source import host_tensor
 from tests.weights.written_memory import megabytes_to_write
-from zimage_runner.engines.base import Device
 from zimage_runner.engines.native.assembly import load_model
 from zimage_runner.engines.native.model import Options
 from zimage_runner.errors import UserError
-from zimage_runner.model import Model, Prepare, Source
+from zimage_runner.model import Device, Model, Prepare, Source
 from zimage_runner.prepare import main
 from zimage_runner.weights.find.layout import inspect
 from zimage_runner.weights.find.resolve import resolve

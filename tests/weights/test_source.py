@@ -12,14 +12,13 @@ import torch
 
 from tests.drawing import PARAMS
 from tests.weights.test_preload import driver  # noqa: F401 (fixture)
-from zimage_runner.engines.base import Device
 from zimage_runner.engines.native import engine as native_engine
 from zimage_runner.engines.native.assembly import load_model
 from zimage_runner.engines.native.engine import NativeEngineAdapter
 from zimage_runner.engines.native.model import Options
 from zimage_runner.engines.request import DenoiseRequest
 from zimage_runner.errors import UserError
-from zimage_runner.model import Model, Prepare, Source
+from zimage_runner.model import Device, Model, Prepare, Source
 from zimage_runner.weights.find.resolve import resolve
 from zimage_runner.weights.preload import preload, source
 from zimage_runner.weights.preload.cuda_driver import CudaDriver

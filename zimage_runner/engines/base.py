@@ -6,12 +6,11 @@ Importing this module imports no torch: configs are composed and validated witho
 from __future__ import annotations
 
 import abc
-import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from zimage_runner.model import HARMLESS, LATENT_CHANNELS, VAE_FACTOR
+from zimage_runner.model import HARMLESS, LATENT_CHANNELS, VAE_FACTOR, Device
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,14 +22,6 @@ if TYPE_CHECKING:
 AUTO = "auto"
 MOST_AUTO_BATCH = 16
 """batch_size=auto goes no higher: larger batches of a model this size gain nothing more."""
-
-
-class Device(enum.Enum):
-    """Where the model runs. ``auto`` is cuda where there is a GPU, else cpu."""
-
-    auto = "auto"
-    cuda = "cuda"
-    cpu = "cpu"
 
 
 @dataclass(kw_only=True, slots=True)

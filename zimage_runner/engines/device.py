@@ -7,9 +7,9 @@ import os
 import sys
 from collections.abc import Callable
 
-from zimage_runner.engines.base import Device, EngineConfig
+from zimage_runner.engines.base import EngineConfig
 from zimage_runner.errors import UserError
-from zimage_runner.model import Dtype, Model, Source
+from zimage_runner.model import Device, Dtype, Model, Source
 
 log = logging.getLogger(__name__)
 

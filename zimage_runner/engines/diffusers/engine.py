@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from zimage_runner.engines.base import Device, Engine, EngineConfig, PendingImages, ReadyImages
+from zimage_runner.engines.base import Engine, EngineConfig, PendingImages, ReadyImages
 from zimage_runner.engines.device import choose_device, choose_dtype
 from zimage_runner.engines.diffusers.attention import MASKLESS, check_name, choose_backend, this_machine
 from zimage_runner.engines.diffusers.setup import Setup, Stage, check_compile, phase, synchronize
 from zimage_runner.engines.diffusers.vae_fallback import fallback_vae
 from zimage_runner.engines.request import DenoiseRequest, LoadRequest
 from zimage_runner.errors import UserError
-from zimage_runner.model import padded_length, unshifted_sigmas
+from zimage_runner.model import Device, padded_length, unshifted_sigmas
 
 if TYPE_CHECKING:
     import torch

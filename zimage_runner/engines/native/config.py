@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from zimage_runner.engines.base import Device, Engine, EngineConfig
+from zimage_runner.engines.base import Engine, EngineConfig
 from zimage_runner.engines.request import LoadRequest
 from zimage_runner.errors import UserError
+from zimage_runner.model import Device
 
 if TYPE_CHECKING:
     from zimage_runner.engines.request import Needs

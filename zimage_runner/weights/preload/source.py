@@ -11,9 +11,8 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from zimage_runner.engines.base import Device
 from zimage_runner.errors import UserError
-from zimage_runner.model import Dtype, Model, Prepare
+from zimage_runner.model import Device, Dtype, Model, Prepare
 from zimage_runner.weights.find.checkpoint import Checkpoint
 from zimage_runner.weights.preload.cuda_driver import CudaUnavailable, torch_is_cpu_only
 from zimage_runner.weights.preload.lanes import pinned_ahead
