@@ -25,6 +25,9 @@ SHARD = "transformer/diffusion_pytorch_model-00002-of-00003.safetensors"
 INDEX = "transformer/diffusion_pytorch_model.safetensors.index.json"
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 12309866400\n"
+
+
 def edit_json(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
@@ -47,7 +50,8 @@ SINGLE_FILE_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         r"is a file: give the diffusers-format directory that holds model_index\.json",
     ),
     "no index": (lambda p: (p / "model_index.json").unlink(), r"model_index\.json is missing \(it holds .*vae\)"),
-    "index not json": (lambda p: (p / "model_index.json").write_text("{"), r"model_index\.json cannot be read"),
+    "index not json": (lambda p: (p / "model_index.json").write_text("{'a'}"), r"model_index\.json cannot be read"),
+    "index cut": (lambda p: (p / "model_index.json").write_text("{"), r"model_index\.json is cut off"),
     "index a list": (
         lambda p: (p / "model_index.json").write_text("[]"),
         r"model_index\.json does not hold a JSON obj",
@@ -86,7 +90,20 @@ SINGLE_FILE_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda p: os.truncate(p / WEIGHTS, 0), rf"{WEIGHTS} is truncated: 0 bytes"),
     "longer": (lambda p: append(p / WEIGHTS), rf"{WEIGHTS} is altered: 10 bytes more than its header promises"),
     "garbled": (lambda p: garble_header(p / WEIGHTS), rf"{WEIGHTS} is not a safetensors file"),
-    "html instead": (lambda p: (p / WEIGHTS).write_text("<html>" * 99), rf"{WEIGHTS} is not a safetensors file"),
+    "html instead": (lambda p: (p / WEIGHTS).write_text("<html>" * 99), rf"{WEIGHTS} is a web page, not weights"),
+    "pointer instead": (lambda p: (p / WEIGHTS).write_text(POINTER), rf"{WEIGHTS} is a Git LFS pointer.*git lfs pull"),
+    "tokenizer a pointer": (
+        lambda p: (p / "tokenizer/tokenizer.json").write_text(POINTER),
+        r"tokenizer/tokenizer\.json is a Git LFS pointer, not the file itself: run 'git lfs pull'",
+    ),
+    "tokenizer empty": (
+        lambda p: os.truncate(p / "tokenizer/tokenizer.json", 0), r"tokenizer/tokenizer\.json is empty"
+    ),
+    "tokenizer cut": (
+        lambda p: os.truncate(p / "tokenizer/tokenizer.json", 100_000), r"tokenizer/tokenizer\.json is cut off"
+    ),
+    "config a pointer": (lambda p: (p / "vae/config.json").write_text(POINTER), r"vae/config\.json is a Git LFS po"),
+    "config a web page": (lambda p: (p / "vae/config.json").write_text("<!DOCTYPE html>"), r"vae/config\.json is a web"),
     "pickle only": (
         lambda p: (p / WEIGHTS).rename(p / "transformer/diffusion_pytorch_model.bin"),
         r"only pickle weights \(diffusion_pytorch_model\.bin\), which can run code and are never loaded",
@@ -100,7 +117,7 @@ SINGLE_FILE_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda p: os.truncate(p / "vae/config.json", 10**10),
         r"vae/config\.json cannot be read \(larger than 64 MiB\)",
     ),
-    "deep json": (lambda p: (p / "vae/config.json").write_text("[" * 10**5), r"vae/config\.json cannot be read"),
+    "deep json": (lambda p: (p / "vae/config.json").write_text("[" * 10**5 + "]" * 10**5), r"vae/config\.json cannot be read"),
     "control characters": (
         lambda p: edit_json(p / "model_index.json", vae=["diffusers", "A\x1b[2J\nB"]),
         r"vae is a A\\x1b\[2J\\nB, not",

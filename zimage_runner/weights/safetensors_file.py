@@ -22,6 +22,8 @@ MAX_HEADER = 100_000_000
 """The format's own bound on the header, in bytes."""
 ALIGNMENT = 4096
 """Of the first tensor's bytes, in files written here."""
+MOST_DIMENSIONS, LARGEST_NUMBER = 64, 2**62
+"""Of a tensor's shape: torch's own bounds."""
 ITEM_BITS = {
     "F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
     "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I8": 8, "U8": 8, "BOOL": 8, "F4": 4,
@@ -110,6 +112,8 @@ def _tensor(entry: dict, data_start: int) -> TensorInfo:
     dtype, shape = entry["dtype"], tuple(entry["shape"])
     if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
         raise ValueError("a negative or fractional size")
+    if len(shape) > MOST_DIMENSIONS or max(begin, end, *shape, 0) > LARGEST_NUMBER:
+        raise ValueError("an absurd size")
     if (end - begin) * 8 != math.prod(shape) * ITEM_BITS[dtype]:
         raise ValueError(f"{dtype} of shape {list(shape)} does not take {end - begin} bytes")
     return TensorInfo(dtype, shape, data_start + begin, end - begin)

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zimage_runner.errors import UserError
+from zimage_runner.errors import UserError, one_line
+from zimage_runner.weights.find.whole import check_configs, check_tensors
+from zimage_runner.weights.formats.files import LFS_POINTER, what_else
 from zimage_runner.weights.safetensors_file import BadWeightsFile, WeightsFile, read_header
 
 PIPELINES = ("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline")
@@ -29,6 +31,7 @@ WEIGHT_STEMS = {
 }
 """Components with weights, and the file name that diffusers and transformers give them."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
+_HEAD = 4096
 MAX_JSON = 64 * 2**20
 """Bytes; Z-Image-Turbo's largest index has 0.05 MB."""
 HUB_PATTERNS = [
@@ -77,10 +80,10 @@ class Layout:
 
 
 def inspect(path: Path, field: str = "model.path") -> Layout:
-    """Check a diffusers-format Z-Image directory and list its files.
+    """Check a diffusers-format Z-Image directory and list its files: all there, whole, and what its configs ask for.
 
-    Raises UserError for what cannot be repaired (not a directory, another pipeline, pickles, custom code) and
-    IncompleteCheckpoint, a UserError, when files are missing or damaged. ``field`` names the directory in messages.
+    Raises UserError for what cannot be repaired (not a directory, another pipeline, pickles, custom code, quantised
+    weights) and IncompleteCheckpoint, a UserError, when files or tensors are missing or damaged. ``field`` names the directory in messages.
     """
     index = _model_index(path, field)
     _check_classes(path, index)
@@ -93,7 +96,11 @@ def inspect(path: Path, field: str = "model.path") -> Layout:
                 f"{path / folder / 'config.json'}: auto_map asks to run code from the model directory, which is "
                 "never done: use a checkpoint of plain Z-Image"
             )
+    if not problems:
+        check_configs(path, configs, problems)
     weights = {folder: _weights(path / folder, stem, problems) for folder, stem in WEIGHT_STEMS.items()}
+    if not problems:
+        check_tensors(path, configs, weights, problems)
     tokenizer = _tokenizer_files(path / "tokenizer", problems)
     if problems:
         raise IncompleteCheckpoint(path, problems)
@@ -157,7 +164,11 @@ def _json(file: Path, problems: list[str]) -> dict[str, Any]:
     try:
         if file.stat().st_size > MAX_JSON:
             raise ValueError(f"larger than {MAX_JSON // 2**20} MiB")
-        value = json.loads(file.read_text(encoding="utf-8"))
+        raw = file.read_bytes()
+        if (wrong := _no_json(raw[:_HEAD], raw[-_HEAD:])) is not None:
+            problems.append(f"{name} {wrong}")
+            return {}
+        value = json.loads(raw)
     except (OSError, ValueError, RecursionError) as error:
         problems.append(f"{name} cannot be read ({error})")
         return {}
@@ -165,6 +176,15 @@ def _json(file: Path, problems: list[str]) -> dict[str, Any]:
         problems.append(f"{name} does not hold a JSON object")
         return {}
     return value
+
+
+def _no_json(head: bytes, tail: bytes) -> str | None:
+    """What a file is that cannot be JSON, by its first and last bytes; None where it may be."""
+    if not head.strip():
+        return "is empty"
+    if not head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"{", b"[")):
+        return what_else(head)
+    return None if tail.rstrip().endswith((b"}", b"]")) else "is cut off"
 
 
 def _weights(folder: Path, stem: str, problems: list[str]) -> list[WeightsFile]:
@@ -210,13 +230,19 @@ def _shards(folder: Path, index: Path, problems: list[str]) -> list[WeightsFile]
 
 
 def _checked(file: Path, problems: list[str]) -> WeightsFile | None:
+    name = f"{file.parent.name}/{_shown(file.name)}"
     try:
-        return read_header(file)
-    except (BadWeightsFile, OSError) as error:
-        problems.append(
-            f"{file.parent.name}/{file.name} is {error}" if isinstance(error, BadWeightsFile) else str(error)
-        )
-        return None
+        with file.open("rb") as opened:
+            head = opened.read(_HEAD)
+        wrong = what_else(head) if head else None
+        if wrong is None:
+            return read_header(file)
+        problems.append(f"{name} {wrong}")
+    except BadWeightsFile as error:
+        problems.append(f"{name} is {one_line(str(error), 300)}")
+    except OSError as error:
+        problems.append(f"{name} cannot be read: {error.strerror or error}")
+    return None
 
 
 def _tokenizer_files(folder: Path, problems: list[str]) -> list[Path]:
@@ -226,4 +252,30 @@ def _tokenizer_files(folder: Path, problems: list[str]) -> list[Path]:
         problems.append("tokenizer/tokenizer.json is missing")
     if "tokenizer_config.json" not in names:
         problems.append("tokenizer/tokenizer_config.json is missing")
+    for file in files:
+        _check_small(file, problems)
     return files
+
+
+def _check_small(file: Path, problems: list[str]) -> None:
+    """Report a tokenizer file that is no such file, by its ends: parsing 11 MB of JSON would take a tenth of a second.
+
+    What else is wrong inside shows when the tokenizer is made, before anything is loaded.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as opened:
+            head = opened.read(_HEAD)
+            opened.seek(max(0, size - _HEAD))
+            tail = opened.read(_HEAD)
+    except OSError as error:
+        problems.append(f"tokenizer/{_shown(file.name)} cannot be read: {error.strerror or error}")
+        return
+    if size > MAX_JSON:
+        problems.append(f"tokenizer/{_shown(file.name)} is larger than {MAX_JSON // 2**20} MiB")
+    elif (wrong := _no_json(head, tail) if file.suffix == ".json" else _pointer(head)) is not None:
+        problems.append(f"tokenizer/{_shown(file.name)} {wrong}")
+
+
+def _pointer(head: bytes) -> str | None:
+    return what_else(head) if head.startswith(LFS_POINTER) else None

@@ -140,10 +140,12 @@ def _blocks(shapes: Iterable[str], prefix: str) -> int:
 
 
 def _transformer_shapes(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
-    dim, patch, width = config["dim"], 4 * config["in_channels"], min(config["dim"], ADALN_WIDTH)
-    yield from _linear("all_x_embedder.2-1", dim, patch)
-    yield from _linear("all_final_layer.2-1.linear", patch, dim)
-    yield from _linear("all_final_layer.2-1.adaLN_modulation.1", dim, width)
+    dim, width = config["dim"], min(config["dim"], ADALN_WIDTH)
+    for side, frames in zip(config["all_patch_size"], config["all_f_patch_size"]):
+        patch = side**2 * frames * config["in_channels"]
+        yield from _linear(f"all_x_embedder.{side}-{frames}", dim, patch)
+        yield from _linear(f"all_final_layer.{side}-{frames}.linear", patch, dim)
+        yield from _linear(f"all_final_layer.{side}-{frames}.adaLN_modulation.1", dim, width)
     yield from _linear("t_embedder.mlp.0", TIMESTEP_HIDDEN, FREQUENCIES)
     yield from _linear("t_embedder.mlp.2", width, TIMESTEP_HIDDEN)
     yield "cap_embedder.0.weight", (config["cap_feat_dim"],)
@@ -161,7 +163,7 @@ def _transformer_block(name: str, config: Config, width: int | None) -> Iterator
     dim, hidden = config["dim"], int(config["dim"] / 3 * 8)
     for part in ("to_q", "to_k", "to_v", "to_out.0"):
         yield f"{name}.attention.{part}.weight", (dim, dim)
-    for part in ("norm_q", "norm_k"):
+    for part in ("norm_q", "norm_k") if config["qk_norm"] else ():
         yield f"{name}.attention.{part}.weight", (dim // config["n_heads"],)
     for part in ("w1", "w3"):
         yield f"{name}.feed_forward.{part}.weight", (hidden, dim)
@@ -182,7 +184,11 @@ def _text_encoder_shapes(config: Config) -> Iterator[tuple[str, tuple[int, ...]]
             yield f"layers.{i}.{norm}.weight", (hidden,)
         for part, shape in (("q_proj", (query, hidden)), ("k_proj", (key, hidden)), ("v_proj", (key, hidden))):
             yield f"layers.{i}.self_attn.{part}.weight", shape
+            if config["attention_bias"]:
+                yield f"layers.{i}.self_attn.{part}.bias", shape[:1]
         yield f"layers.{i}.self_attn.o_proj.weight", (hidden, query)
+        if config["attention_bias"]:
+            yield f"layers.{i}.self_attn.o_proj.bias", (hidden,)
         for norm in ("q_norm", "k_norm"):
             yield f"layers.{i}.self_attn.{norm}.weight", (head,)
         for part in ("gate_proj", "up_proj"):

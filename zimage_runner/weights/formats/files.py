@@ -16,8 +16,9 @@ from zimage_runner.weights.safetensors_file import MAX_HEADER, BadWeightsFile, T
 MAX_TENSORS = 100_000
 """Z-Image with its text encoder and quantisation scales has about 3,000."""
 _HEAD = 4096
+LFS_POINTER = b"version https://git-lfs"
 _SIGNS = (
-    (b"version https://git-lfs", "is a Git LFS pointer, not the weights: fetch them with 'git lfs pull'"),
+    (LFS_POINTER, "is a Git LFS pointer, not the file itself: run 'git lfs pull' where it was cloned"),
     (b"7z\xbc\xaf\x27\x1c", "is a 7z archive: unpack it and give the .safetensors or .gguf file"),
     (b"Rar!", "is a RAR archive: unpack it and give the .safetensors or .gguf file"),
     (b"\x1f\x8b", "is a gzip archive: unpack it and give the .safetensors or .gguf file"),
@@ -52,7 +53,7 @@ def open_stored(path: Path, label: str = "") -> StoredFile:
         head = _head(path)
         if head[:4] == b"GGUF":
             stored = StoredFile(path, path.stat().st_size, "gguf", *read_gguf_header(path))
-        elif (wrong := _what_else(head)) is not None:
+        elif (wrong := what_else(head)) is not None:
             raise BadWeightsFile(wrong)
         else:
             file = read_header(path)
@@ -82,7 +83,7 @@ def _head(path: Path) -> bytes:
     return head
 
 
-def _what_else(head: bytes) -> str | None:
+def what_else(head: bytes) -> str | None:
     """What a file is that is neither safetensors nor GGUF, and the remedy; None where it may be safetensors."""
     if len(head) > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] <= MAX_HEADER:
         return None
