@@ -23,6 +23,10 @@ class UserError(Exception):
     """
 
 
+class UnsupportedCheckpoint(UserError):
+    """Whole weights of a kind that one engine does not compute and another may."""
+
+
 class RunStopped(RuntimeError):
     """The run cannot go on; what is finished is kept and resuming does the rest. One line, exit code 130."""
 

@@ -97,13 +97,18 @@ SINGLE_FILE_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         r"tokenizer/tokenizer\.json is a Git LFS pointer, not the file itself: run 'git lfs pull'",
     ),
     "tokenizer empty": (
-        lambda p: os.truncate(p / "tokenizer/tokenizer.json", 0), r"tokenizer/tokenizer\.json is empty"
+        lambda p: os.truncate(p / "tokenizer/tokenizer.json", 0),
+        r"tokenizer/tokenizer\.json is empty",
     ),
     "tokenizer cut": (
-        lambda p: os.truncate(p / "tokenizer/tokenizer.json", 100_000), r"tokenizer/tokenizer\.json is cut off"
+        lambda p: os.truncate(p / "tokenizer/tokenizer.json", 100_000),
+        r"tokenizer/tokenizer\.json is cut off",
     ),
     "config a pointer": (lambda p: (p / "vae/config.json").write_text(POINTER), r"vae/config\.json is a Git LFS po"),
-    "config a web page": (lambda p: (p / "vae/config.json").write_text("<!DOCTYPE html>"), r"vae/config\.json is a web"),
+    "config a web page": (
+        lambda p: (p / "vae/config.json").write_text("<!DOCTYPE html>"),
+        r"vae/config\.json is a web",
+    ),
     "pickle only": (
         lambda p: (p / WEIGHTS).rename(p / "transformer/diffusion_pytorch_model.bin"),
         r"only pickle weights \(diffusion_pytorch_model\.bin\), which can run code and are never loaded",
@@ -117,7 +122,10 @@ SINGLE_FILE_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda p: os.truncate(p / "vae/config.json", 10**10),
         r"vae/config\.json cannot be read \(larger than 64 MiB\)",
     ),
-    "deep json": (lambda p: (p / "vae/config.json").write_text("[" * 10**5 + "]" * 10**5), r"vae/config\.json cannot be read"),
+    "deep json": (
+        lambda p: (p / "vae/config.json").write_text("[" * 10**5 + "]" * 10**5),
+        r"vae/config\.json cannot be read",
+    ),
     "control characters": (
         lambda p: edit_json(p / "model_index.json", vae=["diffusers", "A\x1b[2J\nB"]),
         r"vae is a A\\x1b\[2J\\nB, not",

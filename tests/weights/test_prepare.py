@@ -245,8 +245,8 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
 
 def test_odd_dtypes_are_refused(nano: Path) -> None:
     file = nano / "vae/diffusion_pytorch_model.safetensors"
-    save_file(load_file(file) | {"decoder.steps": torch.arange(3)}, file)
-    with pytest.raises(UserError, match=r"tensor 'decoder\.steps' is I64: only F32, BF16, F16 can be prepared"):
+    save_file(load_file(file) | {"decoder.conv_in.bias": torch.zeros(96).double()}, file)
+    with pytest.raises(UserError, match=r"tensor 'decoder\.conv_in\.bias' is F64: only F32, BF16, F16 can be prepared"):
         prepare.build(Checkpoint(path=nano, revision="r", digest="d" * 64), local(nano))
 
 

@@ -132,7 +132,9 @@ def test_a_shard_without_one_of_its_tensors(sharded: Path) -> None:
 
 
 def test_names_of_a_causal_language_model_are_whole(nano: Path) -> None:
-    edit: Callable[[Tensors], Tensors] = lambda t: {f"model.{n}": v for n, v in t.items()} | {"lm_head.weight": t[QUERY]}  # noqa: E731
+    edit: Callable[[Tensors], Tensors] = lambda t: (
+        {f"model.{n}": v for n, v in t.items()} | {"lm_head.weight": t[QUERY]}
+    )  # noqa: E731
     change(nano, ENCODER, lambda tensors: {name: value.clone() for name, value in edit(tensors).items()})
     assert len(inspect(nano).weights["text_encoder"][0].tensors) > 10
 

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from zimage_runner.engines.base import Engine, EngineConfig
-from zimage_runner.engines.device import choose_device
 from zimage_runner.engines.diffusers.engine import DiffusersEngine
 from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.engines.request import LoadRequest, Needs
-from zimage_runner.errors import UserError
+from zimage_runner.errors import UnsupportedCheckpoint, UserError
 
 if TYPE_CHECKING:
     from zimage_runner.compile import Compile
@@ -26,7 +25,11 @@ COMMON_ATTENTION = ("auto", "native")
 
 @dataclass(kw_only=True, slots=True)
 class AutoEngine(EngineConfig):
-    """Native where it supports the checkpoint and what the run needs; the log says which one and why."""
+    """Native where it supports the checkpoint and what the run needs; the log says which one and why.
+
+    A checkpoint is diffusers' only where its weights are whole and of a kind that the native engine does not compute;
+    what is damaged is refused by both.
+    """
 
     def __post_init__(self) -> None:
         if self.attention not in COMMON_ATTENTION:
@@ -48,11 +51,8 @@ class AutoEngine(EngineConfig):
         if reason is None:
             try:
                 return NativeEngine(**self._fields()).create(request)
-            except UserError as error:
+            except UnsupportedCheckpoint as error:
                 reason = str(error)
-        # Not before the native engine, whose weights are on their way before torch is imported. Where the GPU that was
-        # asked for is absent, no engine helps: one refusal, not two.
-        choose_device(self.device)
         log.warning("engine=auto takes diffusers: %s", reason)
         return DiffusersEngine(**self._fields()).create(request)
 

@@ -18,7 +18,7 @@ from zimage_runner.engines.native.images import HostCopy, Ready
 from zimage_runner.engines.native.model import Options
 from zimage_runner.engines.native.sampler import Guidance
 from zimage_runner.engines.request import DenoiseRequest, LoadRequest
-from zimage_runner.errors import UserError
+from zimage_runner.errors import UnsupportedCheckpoint, UserError
 from zimage_runner.weights.preload.source import WeightsSource
 
 
@@ -165,7 +165,8 @@ class NativeEngineAdapter(Engine):
         try:
             yield
         except (ValueError, KeyError) as error:
-            raise UserError(f"engine=native cannot run {self._path}: {error}; use engine=diffusers") from error
+            kind = UnsupportedCheckpoint if name == "open" else UserError
+            raise kind(f"engine=native cannot run {self._path}: {error}; use engine=diffusers") from error
         if torch.cuda.is_initialized():
             # The whole device would be waited for with all copies of weights on their way that were begun by then, and
             # the bus is never idle before the last.

@@ -14,7 +14,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from zimage_runner.engines.native.chat_template import render
-from zimage_runner.errors import UserError
+from zimage_runner.errors import UnsupportedCheckpoint, UserError, one_line
 
 USER_TURN = ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
 """What Qwen3's template puts before and after a single user message."""
@@ -32,8 +32,10 @@ class CaptionTokenizer:
     def __init__(self, folder: Path) -> None:
         path = folder / "tokenizer.json"
         if not path.is_file():
-            raise UserError(f"{path} is missing: engine=native needs it; use engine=diffusers for this checkpoint")
-        self._tokenizer = _parsed(path.read_bytes())
+            raise UnsupportedCheckpoint(
+                f"{path} is missing: engine=native needs it; use engine=diffusers for this checkpoint"
+            )
+        self._tokenizer = _parsed(path)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self.before, self.after = user_turn(read_chat_template(folder), str(folder))
@@ -45,12 +47,17 @@ class CaptionTokenizer:
         return [encoding.ids for encoding in encodings]
 
 
-def _parsed(tokenizer_json: bytes) -> Tokenizer:
+def _parsed(path: Path) -> Tokenizer:
     """The tokenizer, kept while no other is read: planning and encoding need the same, and it takes 0.3 s to make."""
+    tokenizer_json = path.read_bytes()
     digest = hashlib.sha256(tokenizer_json).hexdigest()
     if digest not in _kept:
         _kept.clear()
-        _kept[digest] = Tokenizer.from_buffer(tokenizer_json)
+        try:
+            _kept[digest] = Tokenizer.from_buffer(tokenizer_json)
+        except Exception as error:  # the library raises Exception itself
+            reason = one_line(str(error), 200)
+            raise UserError(f"{path} is not a tokenizer ({reason}): copy or download it again") from error
     return _kept[digest]
 
 
@@ -60,16 +67,20 @@ def read_chat_template(folder: Path) -> str:
     if separate.is_file():
         return separate.read_text(encoding="utf-8")
     config = folder / "tokenizer_config.json"
-    template = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
+    try:
+        content = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{config} cannot be read ({one_line(str(error), 200)}): copy or download it again") from error
+    template = content.get("chat_template") if isinstance(content, dict) else None
     if not isinstance(template, str):
-        raise UserError(f"{folder} holds no chat template: use engine=diffusers for this checkpoint")
+        raise UnsupportedCheckpoint(f"{folder} holds no chat template: use engine=diffusers for this checkpoint")
     return template
 
 
 def user_turn(template: str, where: str) -> tuple[str, str]:
     """What the template puts before and after a lone user message.
 
-    Raises UserError if the template cannot be rendered or changes the message itself.
+    Raises UnsupportedCheckpoint if the template cannot be rendered or changes the message itself.
     """
     known = KNOWN_TEMPLATES.get(hashlib.sha256(template.encode()).hexdigest())
     if known is not None:
@@ -77,8 +88,10 @@ def user_turn(template: str, where: str) -> tuple[str, str]:
     try:
         probes = [(message, render(template, message)) for message in ("a probe", "<other>  probe\n2 ")]
     except Exception as error:  # a template is a program; whatever it raises, the user is told what to do
-        raise UserError(f"{where}: chat template cannot be rendered ({error}): use engine=diffusers") from None
+        raise UnsupportedCheckpoint(
+            f"{where}: chat template cannot be rendered ({one_line(str(error), 200)}): use engine=diffusers"
+        ) from None
     before, found, after = probes[0][1].partition(probes[0][0])
     if not found or any(rendered != before + message + after for message, rendered in probes):
-        raise UserError(f"{where}: chat template changes the message it wraps: use engine=diffusers")
+        raise UnsupportedCheckpoint(f"{where}: chat template changes the message it wraps: use engine=diffusers")
     return before, after

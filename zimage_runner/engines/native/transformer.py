@@ -68,6 +68,11 @@ class TransformerConfig:
         return self.dim // self.n_heads
 
     @property
+    def adaLN_width(self) -> int:
+        """Features of a step's time; config.json does not say it."""
+        return min(self.dim, ADALN_WIDTH)
+
+    @property
     def hidden_dim(self) -> int:
         return int(self.dim / 3 * 8)
 
@@ -140,7 +145,7 @@ class Block(nn.Module):
         self.attention_norm2 = nn.Parameter(torch.empty(config.dim))
         self.ffn_norm1 = nn.Parameter(torch.empty(config.dim))
         self.ffn_norm2 = nn.Parameter(torch.empty(config.dim))
-        self.adaLN_modulation = Linear(ADALN_WIDTH, 4 * config.dim) if modulated else None
+        self.adaLN_modulation = Linear(config.adaLN_width, 4 * config.dim) if modulated else None
 
     def adaLN(self) -> Linear:
         """The layer that makes a step's scales and gates, of a block that has one."""
@@ -181,14 +186,14 @@ class Transformer(nn.Module):
         self.x_embedder = Linear(patch_dim, config.dim)
         self.x_pad_token = nn.Parameter(torch.empty(1, config.dim))
         self.t_embedder_in = Linear(FREQUENCIES, TIMESTEP_HIDDEN)
-        self.t_embedder_out = Linear(TIMESTEP_HIDDEN, ADALN_WIDTH)
+        self.t_embedder_out = Linear(TIMESTEP_HIDDEN, config.adaLN_width)
         self.cap_norm = nn.Parameter(torch.empty(config.cap_feat_dim))
         self.cap_embedder = Linear(config.cap_feat_dim, config.dim)
         self.cap_pad_token = nn.Parameter(torch.empty(1, config.dim))
         self.noise_refiner = nn.ModuleList(Block(config, True) for _ in range(config.n_refiner_layers))
         self.context_refiner = nn.ModuleList(Block(config, False) for _ in range(config.n_refiner_layers))
         self.layers = nn.ModuleList(Block(config, True) for _ in range(config.n_layers))
-        self.final_modulation = Linear(ADALN_WIDTH, config.dim)
+        self.final_modulation = Linear(config.adaLN_width, config.dim)
         self.final_linear = Linear(config.dim, patch_dim)
 
     def modulation(self, embedded_times: torch.Tensor) -> list[StepModulation]:

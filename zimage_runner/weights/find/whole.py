@@ -163,9 +163,7 @@ def _contradictions(configs: Mapping[str, Config]) -> list[str]:
     found = []
     axes, head = transformer["axes_dims"], transformer["dim"] / transformer["n_heads"]
     if sum(axes) != head or any(size % 2 for size in axes):
-        found.append(
-            f"transformer/config.json: axes_dims={axes}: need even numbers whose sum is dim/n_heads, {head:g}"
-        )
+        found.append(f"transformer/config.json: axes_dims={axes}: need even numbers whose sum is dim/n_heads, {head:g}")
     patches = [transformer.get(name) or [1] for name in ("all_patch_size", "all_f_patch_size")]
     if len(patches[0]) != len(patches[1]):
         found.append(f"transformer/config.json: all_patch_size={patches[0]} and all_f_patch_size={patches[1]} differ")
