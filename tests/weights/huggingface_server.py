@@ -21,6 +21,12 @@ class HuggingFaceServer:
     files: dict[str, bytes]
     cut_after: dict[str, int] = field(default_factory=dict)
     """File -> bytes after which the connection is closed; each entry is used once."""
+    cut_always: int | None = None
+    """Bytes after which every connection that delivers a file is closed."""
+    dead_after: int | None = None
+    """Cut deliveries after which no more byte of a file is sent."""
+    silent: bool = False
+    """Connections are taken, and nothing is ever said on them."""
     garbled: set[str] = field(default_factory=set)
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     """Method, path and Range of each request."""
@@ -57,6 +63,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         state, path = self.server_state, unquote(urlsplit(self.path).path)
         state.requests.append((self.command, path, self.headers.get("Range")))
+        if state.silent:
+            threading.Event().wait(60)
         file = path.removeprefix(f"/{state.repo}/resolve/{COMMIT}/")
         if path in (f"/api/models/{state.repo}/revision/main", f"/api/models/{state.repo}/revision/{COMMIT}"):
             self._json({"id": state.repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in state.files]})
@@ -96,7 +104,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        limit = state.cut_after.pop(file, None)
+        limit = state.cut_after.pop(file, state.cut_always)
+        if limit is not None and limit < len(content) - start and state.dead_after is not None:
+            state.dead_after -= 1
+            limit = limit if state.dead_after >= 0 else 0
         self.wfile.write(content[start:] if limit is None else content[start : start + limit])
         if limit is not None:
             self.close_connection = True

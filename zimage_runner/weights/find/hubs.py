@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from zimage_runner.errors import UserError
+from zimage_runner.errors import UserError, one_line
 from zimage_runner.model import Model, Source
+from zimage_runner.weights.find.hugging_face import check_answers, keep_partial_files
 from zimage_runner.weights.find.layout import HUB_PATTERNS
 
 HUB_NAMES = {Source.modelscope: "ModelScope", Source.huggingface: "Hugging Face"}
@@ -18,6 +19,18 @@ DEFAULT_CACHES = {
     Source.huggingface: ("HF_HOME", ".cache/huggingface"),
 }
 """The variable that names a hub's cache, and where it is without it, from the home directory."""
+
+
+TIME_LIMITS = {
+    "MODELSCOPE_API_TIMEOUT": "20",
+    "MODELSCOPE_API_MAX_RETRIES": "2",
+    "MODELSCOPE_DOWNLOAD_TIMEOUT": "20",
+    "MODELSCOPE_DOWNLOAD_MAX_RETRIES": "3",
+    "HF_HUB_ETAG_TIMEOUT": "15",
+    "HF_HUB_DOWNLOAD_TIMEOUT": "15",
+}
+"""Seconds and numbers of tries after which a hub that says nothing is given up; what the user has set wins."""
+PROXIES = ("ALL_PROXY", "all_proxy", "HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy")
 
 
 class NotCached(UserError):
@@ -47,34 +60,42 @@ def snapshot(model: Model, *, local_files_only: bool) -> Path:
     Raises UserError when the cache has nothing (local_files_only) or the hub cannot deliver.
     """
     export_cache_dir(model.cache_dir)
+    for variable, seconds in TIME_LIMITS.items():
+        os.environ.setdefault(variable, seconds)
     fetch = _from_modelscope if model.source is Source.modelscope else _from_huggingface
-    return Path(fetch(model, local_files_only)).absolute()
+    try:
+        return Path(fetch(model, local_files_only)).absolute()
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # their transport libraries raise whatever they like: httpx, requests, urllib3, ssl
+        raise _failed(model, error, local_files_only) from error
 
 
 def _from_modelscope(model: Model, local_files_only: bool) -> str:
     from modelscope import snapshot_download
-    from modelscope_hub.errors import HubError
 
-    try:
-        return snapshot_download(
-            model.repo,
-            # Without a revision the client would take any single cached one for the default branch.
-            revision=model.revision or (None if model.offline else "master"),
-            # The client's own default differs from MODELSCOPE_CACHE in older versions, so it is always explicit.
-            cache_dir=str(cache_dir_of(model)),
-            local_files_only=local_files_only,
-            allow_patterns=HUB_PATTERNS,
-        )
-    except (HubError, OSError, ValueError) as error:
-        raise _failed(model, error, local_files_only) from error
+    return snapshot_download(
+        model.repo,
+        # Without a revision the client would take any single cached one for the default branch.
+        revision=model.revision or (None if model.offline else "master"),
+        # The client's own default differs from MODELSCOPE_CACHE in older versions, so it is always explicit.
+        cache_dir=str(cache_dir_of(model)),
+        local_files_only=local_files_only,
+        allow_patterns=HUB_PATTERNS,
+    )
 
 
 def _from_huggingface(model: Model, local_files_only: bool) -> str:
     if model.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, IncompleteSnapshotError, LocalEntryNotFoundError
+    from huggingface_hub import get_token, snapshot_download
+    from huggingface_hub.errors import IncompleteSnapshotError
 
+    if not local_files_only:
+        if not (get_token() or "").isascii():
+            raise UserError("HF_TOKEN, or the token of `hf auth login`, holds letters that no token has: set it again")
+        check_answers(str(model.repo))
+        keep_partial_files()
     assert model.repo is not None  # Model's own check
     try:
         return snapshot_download(
@@ -87,9 +108,7 @@ def _from_huggingface(model: Model, local_files_only: bool) -> str:
     except IncompleteSnapshotError as error:
         if local_files_only:
             return error.snapshot_path  # the caller looks for itself what is missing there
-        raise _failed(model, error, local_files_only) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise _failed(model, error, local_files_only) from error
+        raise
 
 
 def _failed(model: Model, error: Exception, local_files_only: bool) -> UserError:
@@ -99,12 +118,17 @@ def _failed(model: Model, error: Exception, local_files_only: bool) -> UserError
             f"model.offline=true and {what} is not in {HUB_NAMES[model.source]}'s cache {cache_dir_of(model)}: "
             "run once with model.offline=false, or set model.cache_dir or model.path to where it is"
         )
-    return UserError(f"cannot download {what} from {HUB_NAMES[model.source]}: {_reason(error)}")
+    proxy = next((name for name in PROXIES if os.environ.get(name, "").startswith("socks")), None)
+    if isinstance(error, ImportError) and proxy is not None:
+        remedy = f"{proxy}={os.environ[proxy]} needs the package socksio: pip install socksio, or unset {proxy}"
+    else:
+        remedy = "the next start goes on from there"
+    return UserError(f"cannot download {what} from {HUB_NAMES[model.source]}: {_reason(error)}: {remedy}")
 
 
 def _reason(error: BaseException) -> str:
     """The client's own words in one line, and which files failed where it says so."""
-    text = " ".join(str(error).split())
+    text = one_line(" ".join(str(error).split()))
     failed = getattr(error, "failed_files", None)
     if failed:
         text += "; " + "; ".join(f"{name}: {' '.join(str(cause).split())}" for name, cause in list(failed.items())[:3])
