@@ -4,6 +4,7 @@ from __future__ import annotations
 
 # The types that diffusers and torch declare here are narrower than what they take.
 # pyright: reportPrivateImportUsage=false
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +15,8 @@ from diffusers import ZImagePipeline
 
 from training.config import TrainingConfig, command
 from training.models import build_scheduler
+from zimage_runner.weights.find.layout import inspect
+from zimage_runner.weights.find.resolve import CHECKSUMS
 
 ASSETS = Path("zimage_runner/assets/zimage_nano")
 LOADING = {"_name_or_path", "is_local", "local_files_only"}
@@ -54,7 +57,16 @@ def install(source: Path, target: Path) -> int:
         partial = place.with_name(place.name + ".partial")
         partial.write_bytes(content)
         partial.replace(place)
+    write_checksums(target)
     return sum(f.stat().st_size for f in target.rglob("*") if f.is_file())
+
+
+def write_checksums(folder: Path) -> None:
+    """List the sha256 of every file that a picture depends on, as `sha256sum` does."""
+    layout = inspect(folder)
+    files = sorted([*layout.weight_paths, *layout.config_files])
+    lines = [f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.relative_to(folder).as_posix()}\n" for f in files]
+    (folder / CHECKSUMS).write_text("".join(lines))
 
 
 def main(cfg: TrainingConfig) -> None:

@@ -113,15 +113,16 @@ def _verify(model: Model) -> int:
 
 def _download(model: Model) -> int:
     layout = download(model)
-    forget(layout.weight_paths)  # the client has just compared them with the hub's own sha256
+    forget([*layout.weight_paths, *layout.config_files])  # the client has just compared them with the hub's own sha256
     print(f"downloaded: {layout.path} ({layout.weight_bytes / 1e9:.2f} GB of weights)")
     return EXIT_OK
 
 
 def _accept(model: Model) -> int:
     layout = locate(model)
-    forget(layout.weight_paths)
-    for digest in file_digests(layout.weight_paths, force=True):
+    files = [*layout.weight_paths, *layout.config_files]
+    forget(files)
+    for digest in file_digests(files, force=True):
         print(f"{digest.path.relative_to(layout.path)}: sha256 {digest.sha256} accepted")
     return EXIT_OK
 

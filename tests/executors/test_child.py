@@ -38,3 +38,13 @@ def test_without_last_words_it_is_the_exit_code(gone):
     theirs.close()
     with pytest.raises(WorkerDied, match="ended with exit code 1"):
         child.send("the next item")
+
+
+def test_modules_of_the_current_folder_are_not_the_workers(tmp_path, monkeypatch):
+    """A16: a json.py beside the prompts was imported instead of Python's own."""
+    (tmp_path / "json.py").write_text("raise SystemExit('imported from the current folder')")
+    monkeypatch.chdir(tmp_path)
+    child = Child()
+    child._connection.close()
+    assert child._process.wait(30) == 0
+    child.kill()

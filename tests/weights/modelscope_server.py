@@ -69,7 +69,7 @@ class ModelScopeServer:
         return [request.file for request in self.requests if request.file]
 
 
-DOCUMENTS = ("MODEL_CARD.md", "NOTICES")
+DOCUMENTS = ("MODEL_CARD.md", "NOTICES", "SHA256SUMS")
 """They lie beside the embedded model and are no part of a checkpoint."""
 
 

@@ -60,8 +60,9 @@ def test_first_and_last_byte_count(nano: Path) -> None:
 
 def test_header_counts(nano: Path) -> None:
     raw = (nano / WEIGHTS).read_bytes()
-    assert raw.count(b'"layers.0.mlp.up_proj.weight"') == 1
-    (nano / WEIGHTS).write_bytes(raw.replace(b'"layers.0.mlp.up_proj.weight"', b'"layers.0.mlp.up_proj.Weight"'))
+    query, key = b'"layers.0.self_attn.q_norm.weight"', b'"layers.0.self_attn.k_norm.weight"'
+    assert (raw.count(query), raw.count(key)) == (1, 1)
+    (nano / WEIGHTS).write_bytes(raw.replace(query, b"<swapped>").replace(key, query).replace(b"<swapped>", key))
     assert digest(nano) != digest(EMBEDDED)
 
 

@@ -102,7 +102,7 @@ def test_unknown_revision(server: HuggingFaceServer, tmp_path: Path) -> None:
 
 
 def test_a_server_that_cuts_every_answer(server: HuggingFaceServer, tmp_path: Path) -> None:
-    """N1 and A11: where it then says nothing at all the client gives up with one line; the next start goes on where it stopped and leaves nothing."""
+    """N1 and A11: one line where nothing more comes at all; the next start goes on there and leaves nothing behind."""
     cache = tmp_path / "hub"
     server.cut_always = 3_000_000
     server.dead_after = 4

@@ -132,7 +132,7 @@ SINGLE_FILE_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "control characters in a name": (
         lambda p: ((p / "model_index.json").unlink(), (p / "\x1b[31m\n").touch()),
-        r"holds \\x1b\[31m\\n, ",
+        r"holds SHA256SUMS, \\x1b\[31m\\n, ",
     ),
     "two forms": (
         lambda p: (p / INDEX).write_text("{}"),

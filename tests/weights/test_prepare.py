@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -18,13 +20,15 @@ from safetensors.torch import load_file, save_file
 
 from tests.weights.written_memory import megabytes_to_write
 from zimage_runner.errors import UserError
-from zimage_runner.model import Model, Prepare, Source
+from zimage_runner.model import Model, Prepare, Source, Verify
 from zimage_runner.weights.find.checkpoint import Checkpoint
+from zimage_runner.weights.find.digest import sampled_digests
 from zimage_runner.weights.find.layout import inspect
 from zimage_runner.weights.find.resolve import resolve
 from zimage_runner.weights.prepared import prepare, prepared
 from zimage_runner.weights.prepared.compare import compare
 from zimage_runner.weights.prepared.names import prepared_tensors
+from zimage_runner.weights.safetensors_file import read_header
 
 
 def local(path: Path, **options: object) -> Model:
@@ -137,6 +141,83 @@ def test_damaged_one_is_not_used_and_remade(nano: Path, damage: str) -> None:
         (found.path / "manifest.json").write_text(json.dumps(found.manifest | {"version": 0}))
     assert prepared.find(checkpoint, local(nano)) is None
     assert compare(inspect(nano), prepare.build(checkpoint, local(nano))).differences == []
+
+
+@pytest.mark.parametrize("option", [Verify.first_use, Verify.always])
+def test_one_altered_with_its_manifest_is_not_used(nano: Path, option: Verify) -> None:
+    """A5: the digests of its making are kept in the runner's cache."""
+    checkpoint = resolve(local(nano))
+    found = prepare.build(checkpoint, local(nano))
+    file = prepared.component_file(found.path, "transformer")
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    component = found.manifest["components"]["transformer"]
+    component["sha256"] = hashlib.sha256(raw).hexdigest()
+    component["sampled_sha256"] = sampled_digests([read_header(file)])[0]
+    (found.path / "manifest.json").write_text(json.dumps(found.manifest))
+    prepared.open_prepared(found.path)  # consistent with itself
+    assert prepared.find(checkpoint, local(nano, verify=option)) is None
+    assert compare(inspect(nano), prepare.build(checkpoint, local(nano))).differences == []
+
+
+def test_altered_configs_are_not_used(nano: Path) -> None:
+    checkpoint = resolve(local(nano))
+    found = prepare.build(checkpoint, local(nano))
+    config = found.path / "transformer/config.json"
+    config.write_text(config.read_text().replace("256.0", "255.0"))
+    assert prepared.find(checkpoint, local(nano, verify=Verify.headers)) is None
+    assert compare(inspect(nano), prepare.build(checkpoint, local(nano))).differences == []
+
+
+def test_nobody_else_can_write_to_it_and_all_may_read(nano: Path) -> None:
+    """A10, A1: whatever the umask is."""
+    before = os.umask(0o002)
+    try:
+        found = prepare.build(resolve(local(nano)), local(nano))
+    finally:
+        os.umask(before)
+    for path in [found.path, *found.path.rglob("*")]:
+        assert path.stat().st_mode & 0o022 == 0, path
+        assert path.stat().st_mode & 0o044 == 0o044, path
+
+
+@pytest.mark.parametrize("place", ["", "transformer", "manifest.json", "transformer/config.json", ".."])
+def test_one_that_others_can_write_to_is_not_used(nano: Path, caplog: pytest.LogCaptureFixture, place: str) -> None:
+    checkpoint = resolve(local(nano))
+    found = prepare.build(checkpoint, local(nano))
+    (found.path / place).chmod(0o777)
+    assert prepared.find(checkpoint, local(nano)) is None
+    assert prepared.find(checkpoint, local(nano)) is None
+    assert caplog.text.count("other users can write to it or to a folder above it: chmod -R go-w") == 1
+    if place == "..":
+        with pytest.raises(UserError, match=r"prepared can be written by others, who could change what is drawn"):
+            prepare.build(checkpoint, local(nano))
+
+
+def test_waiting_for_a_stopped_process_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A16."""
+    lock = tmp_path / ".z-0123-packed.lock"
+    code = (
+        "from pathlib import Path\nfrom zimage_runner.weights.prepared.prepare import _lock\n"
+        f"with _lock(Path({str(lock)!r})): print('held', flush=True); input()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], text=True, **pipes) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        holder.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, holder.pid, os.WSTOPPED)
+        monkeypatch.setattr(prepare, "TELL_SECONDS", 0.2)
+        timer = threading.Timer(0.7, lambda: (holder.send_signal(signal.SIGCONT), holder.communicate("\n")))
+        timer.start()
+        with prepare._lock(lock):
+            assert lock.read_text().startswith(f"{os.getpid()} on ")
+        timer.join()
+    says = f"z-0123-packed: process {holder.pid}, which prepares it, is stopped: kill -CONT {holder.pid} lets it go on"
+    assert caplog.text.count(says) >= 2
 
 
 def test_comparison_sees_one_changed_bit(nano: Path) -> None:

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_layout import edit_json
 
 from zimage_runner.errors import UserError
 from zimage_runner.model import Model, Source, Verify
 from zimage_runner.weights.find import verify
-from zimage_runner.weights.find.resolve import resolve
+from zimage_runner.weights.find.layout import inspect
+from zimage_runner.weights.find.resolve import check_digests, resolve
 
 WEIGHTS = "vae/diffusion_pytorch_model.safetensors"
 
@@ -75,10 +77,19 @@ def test_altered_file_is_refused_until_accepted(model: Model, nano: Path) -> Non
     resolve(model)
 
 
-def test_silent_corruption_is_found_on_request(model: Model, nano: Path) -> None:
+def test_a_change_is_seen_though_its_mtime_was_put_back(model: Model, nano: Path) -> None:
+    """A5."""
     resolve(model)
     flip_unsampled_byte(nano / WEIGHTS, keep_mtime=True)
-    resolve(model)  # size, mtime and inode are the same: not looked at
+    with pytest.raises(UserError, match=rf"{WEIGHTS} was altered"):
+        resolve(model)
+
+
+def test_silent_corruption_is_found_on_request(model: Model, nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "_stat", lambda path: {"size": path.stat().st_size})
+    resolve(model)
+    flip_unsampled_byte(nano / WEIGHTS, keep_mtime=True)
+    resolve(model)  # as a failing disk changes it, without a trace: not looked at
     model.verify = Verify.always
     with pytest.raises(UserError, match=rf"{WEIGHTS} was altered"):
         resolve(model)
@@ -103,9 +114,41 @@ def test_headers_only(model: Model, nano: Path, hashed: list[str]) -> None:
         resolve(model)
 
 
-def test_embedded_model_is_not_hashed(hashed: list[str]) -> None:
-    resolve(Model(name="n", source=Source.embedded))
-    assert hashed == []
+def test_always_looks_at_everything_that_is_read(model: Model, nano: Path, hashed: list[str]) -> None:
+    model.verify = Verify.always
+    resolve(model)
+    resolve(model)
+    everything = [*inspect(nano).weight_paths, *inspect(nano).config_files]
+    assert sorted(hashed) == sorted(path.name for path in everything * 2)
+    with (nano / "tokenizer/tokenizer_config.json").open("a") as file:
+        file.write(" ")
+    with pytest.raises(UserError, match=r"tokenizer_config\.json was altered"):
+        resolve(model)
+
+
+def test_a_hubs_small_files_are_checked_too(nano: Path) -> None:
+    """A5: an edited config in a hub's cache draws other pictures; in a folder of one's own it may be on purpose."""
+    hub = Model(name="z", source=Source.modelscope, repo="a/b")
+    check_digests(hub, inspect(nano))
+    edit_json(nano / "scheduler/scheduler_config.json", shift=6.0)
+    with pytest.raises(UserError, match=r"scheduler_config\.json was altered.*repair it with .*prepare download"):
+        check_digests(hub, inspect(nano))
+
+
+def test_the_embedded_model_is_what_its_list_says(
+    nano: Path, hashed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A5."""
+    embedded = Model(name="n", source=Source.embedded)
+    resolve(embedded)
+    assert len(hashed) == 11
+    resolve(embedded)
+    assert len(hashed) == 11
+    monkeypatch.setattr("zimage_runner.weights.find.resolve.EMBEDDED", nano)
+    resolve(embedded)
+    flip_unsampled_byte(nano / WEIGHTS, keep_mtime=True)
+    with pytest.raises(UserError, match=rf"{WEIGHTS} was altered: reinstall zimage-runner"):
+        resolve(embedded)
 
 
 @pytest.mark.parametrize("size", [0, 1, 2**23, 2**23 + 5])
@@ -151,7 +194,7 @@ def test_cache_that_cannot_be_written(
     assert "cannot be written, so sha256 of the weights is not checked" in caplog.text
     model.verify = Verify.always
     resolve(model)
-    assert len(hashed) == 3
+    assert len(hashed) == 11
 
 
 def test_damaged_cache_entries_are_ignored(model: Model, runner_cache: Path, hashed: list[str]) -> None:

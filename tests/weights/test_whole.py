@@ -54,7 +54,7 @@ FAULTS: dict[str, tuple[str, Callable[[Tensors], Tensors | None], str]] = {
     "W1 a tensor gone": (
         ENCODER, without(QUERY), rf"{ENCODER} lacks tensor {QUERY} that its config\.json asks for"
     ),
-    "W2 float8 with scales": (TRANSFORMER, to_float8, rf"{TRANSFORMER}: tensor \S+ is (F32|F8_E4M3): quantised weights"),
+    "W2 float8 with scales": (TRANSFORMER, to_float8, rf"{TRANSFORMER}: tensor \S+ is (F32|F8_E4M3): quantised"),
     "W5 int8": (TRANSFORMER, to_int8, r"tensor layers\.0\.attention\.to_q\.weight is I8: quantised weights are not"),
     "W5 scales alone": (
         VAE, lambda t: t | {"decoder.conv_in.scale": torch.ones(1)}, r"tensor decoder\.conv_in\.scale is F32: quantised"
@@ -88,14 +88,14 @@ CONFIGS: dict[str, tuple[str, dict, str]] = {
     "a digit sea": ("text_encoder", {"vocab_size": int("9" * 4000)}, r"vocab_size=9{97}\.\.\.: need a whole"),
     "null": ("vae", {"latent_channels": None}, r"vae/config\.json: latent_channels=None: need a whole number"),
     "no list": ("transformer", {"axes_dims": 48}, r"axes_dims=48: need a list of 3 to 16 numbers"),
-    "other axes": ("transformer", {"axes_dims": [16, 16, 32]}, r"axes_dims=\[16, 16, 32\]: need even .* dim/n_heads, 48"),
+    "other axes": ("transformer", {"axes_dims": [16, 16, 32]}, r"axes_dims=\[16, 16, 32\]: need even .* dim/n_heads"),
     "a flag as text": ("vae", {"use_quant_conv": "no"}, r"use_quant_conv=no: need true or false"),
     "no number": ("vae", {"scaling_factor": float("nan")}, r"scaling_factor=nan: need a number above 0"),
     "odd groups": ("vae", {"norm_num_groups": 7}, r"block_out_channels=.*: need multiples of norm_num_groups=7"),
-    "another encoder": ("text_encoder", {"hidden_size": 2560}, r"hidden_size=2560, but .* cap_feat_dim=192: it is anot"),
+    "another encoder": ("text_encoder", {"hidden_size": 2560}, r"hidden_size=2560, but .* cap_feat_dim=192: it is"),
     "another VAE": ("vae", {"latent_channels": 4}, r"latent_channels=4, but the transformer has in_channels=16: it is"),
     "W5 quantised": (
-        "transformer", {"quantization_config": {"quant_method": "sdnq"}}, r"quantization_config: quantised weights are not"
+        "transformer", {"quantization_config": {"quant_method": "sdnq"}}, r"quantization_config: quantised weights"
     ),
     "omni": ("transformer", {"siglip_feat_dim": 1152}, r"siglip_feat_dim=1152: an Omni transformer"),
 }  # fmt: skip
@@ -132,10 +132,8 @@ def test_a_shard_without_one_of_its_tensors(sharded: Path) -> None:
 
 
 def test_names_of_a_causal_language_model_are_whole(nano: Path) -> None:
-    edit: Callable[[Tensors], Tensors] = lambda t: (
-        {f"model.{n}": v for n, v in t.items()} | {"lm_head.weight": t[QUERY]}
-    )  # noqa: E731
-    change(nano, ENCODER, lambda tensors: {name: value.clone() for name, value in edit(tensors).items()})
+    head = {"lm_head.weight": torch.ones(1)}
+    change(nano, ENCODER, lambda tensors: {f"model.{name}": tensor for name, tensor in tensors.items()} | head)
     assert len(inspect(nano).weights["text_encoder"][0].tensors) > 10
 
 

@@ -23,6 +23,7 @@ _BOOT = (
     "from zimage_runner.executors.worker import main; main(fd, parent)"
 )
 """What a worker process executes: a process entry, like ``__main__``."""
+"""Run with -P: what the current folder holds (a json.py) is not imported before the parent's own path is set."""
 CLOSE_SECONDS = 5.0
 
 
@@ -46,7 +47,7 @@ class Child:
         with contextlib.closing(theirs):
             arguments = json.dumps([theirs.fileno(), os.getpid(), sys.path])
             self._process = subprocess.Popen(
-                [sys.executable, "-X", "faulthandler", "-c", _BOOT, arguments],
+                [sys.executable, "-P", "-X", "faulthandler", "-c", _BOOT, arguments],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 process_group=0,  # a terminal's Ctrl-C is for the parent; the group is what gets killed

@@ -82,10 +82,17 @@ def trusted_folder(path: Path) -> bool:
     return True
 
 
+def make_folders(path: Path) -> None:
+    """Make a folder and those above it that are missing, which only this user may write to whatever the umask is."""
+    for folder in [*reversed(path.parents), path]:
+        if not folder.is_dir():
+            folder.mkdir(mode=0o755, exist_ok=True)
+
+
 def is_writable() -> bool:
     """Whether entries can be kept; makes the folder."""
     try:
-        cache_root().mkdir(parents=True, exist_ok=True)
+        make_folders(cache_root())
     except OSError:
         return False
     return os.access(cache_root(), os.W_OK)
@@ -116,10 +123,11 @@ def write_entry(kind: str, key: str, values: dict[str, Any]) -> bool:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file so that readers see the old one or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folders(path.parent)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
+            os.fchmod(file.fileno(), 0o666 & ~umask())  # mkstemp's own mode keeps those out who share the cache
             json.dump(value, file, indent=1, ensure_ascii=False)
             file.flush()
             os.fsync(file.fileno())
@@ -129,6 +137,15 @@ def write_json(path: Path, value: Any) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def umask() -> int:
+    """This process's umask, read where that changes nothing: setting it would be seen by other threads."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+    except OSError:
+        return 0o077
+    return next((int(line[6:], 8) for line in status.splitlines() if line.startswith("Umask:")), 0o077)
 
 
 def _entry_path(kind: str, key: str) -> Path:

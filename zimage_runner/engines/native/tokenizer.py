@@ -88,7 +88,7 @@ def user_turn(template: str, where: str) -> tuple[str, str]:
     try:
         probes = [(message, render(template, message)) for message in ("a probe", "<other>  probe\n2 ")]
     except Exception as error:  # a template is a program; whatever it raises, the user is told what to do
-        raise UnsupportedCheckpoint(
+        raise UserError(
             f"{where}: chat template cannot be rendered ({one_line(str(error), 200)}): use engine=diffusers"
         ) from None
     before, found, after = probes[0][1].partition(probes[0][0])

@@ -16,6 +16,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from zimage_runner.weights.cache import umask
+
 log = logging.getLogger(__name__)
 
 CHUNK = 64 * 1024
@@ -73,7 +75,7 @@ def _resume(**given: Any) -> None:
         if resumed and _SHA256.fullmatch(given["etag"]) and _sha256(file) != given["etag"]:
             partial.unlink()
             raise OSError(f"{given['filename']}: other bytes arrived than the hub's sha256 says")
-        os.fchmod(file.fileno(), 0o666 & ~_umask())
+        os.fchmod(file.fileno(), 0o666 & ~umask())
         os.replace(partial, destination)
     return None
 
@@ -103,13 +105,3 @@ def _complete(given: dict[str, Any], file: Any, size: int) -> bool:
 def _sha256(file: Any) -> str:
     file.seek(0)
     return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _umask() -> int:
-    """Read without changing it, which other threads would see: /proc says it."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return 0o077
-    match = re.search(r"^Umask:\s*([0-7]+)", status, re.MULTILINE)
-    return int(match[1], 8) if match else 0o077

@@ -83,7 +83,8 @@ def inspect(path: Path, field: str = "model.path") -> Layout:
     """Check a diffusers-format Z-Image directory and list its files: all there, whole, and what its configs ask for.
 
     Raises UserError for what cannot be repaired (not a directory, another pipeline, pickles, custom code, quantised
-    weights) and IncompleteCheckpoint, a UserError, when files or tensors are missing or damaged. ``field`` names the directory in messages.
+    weights) and IncompleteCheckpoint, a UserError, when files or tensors are missing or damaged. ``field``
+    names the directory in messages.
     """
     index = _model_index(path, field)
     _check_classes(path, index)

@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 
 _INCOMPLETE_HUB = "the hub's own copy is incomplete, or model.revision predates these files"
 
+CHECKSUMS = "SHA256SUMS"
+"""The embedded model's own list, as ``sha256sum`` writes it."""
 EMBEDDED = Path(__file__).resolve().parent.parent.parent / "assets" / "zimage_nano"
 
 
@@ -65,17 +67,41 @@ def download(model: Model) -> Layout:
 
 def check_digests(model: Model, layout: Layout) -> None:
     """Compare sha256 with the hub's or the first use's, as ``model.verify`` says. Raises UserError naming the file."""
-    embedded = model.path is None and model.source is Source.embedded  # a part of this package, as pip installed it
-    if embedded or model.verify is Verify.headers:
+    if model.verify is Verify.headers:
+        return
+    if model.path is None and model.source is Source.embedded:
+        _check_embedded(model, layout)
         return
     if model.verify is Verify.first_use and not is_writable():
         log.warning(
             "%s cannot be written, so sha256 of the weights is not checked: set ZIMAGE_RUNNER_CACHE", cache_root()
         )
         return
-    altered = [d for d in file_digests(layout.weight_paths, force=model.verify is Verify.always) if d.is_altered]
+    altered = [d for d in file_digests(checked_files(model, layout), model.verify is Verify.always) if d.is_altered]
     if altered:
         raise UserError(f"{_describe(altered)}: {_repair(model, layout)}")
+
+
+def checked_files(model: Model, layout: Layout) -> list[Path]:
+    """The files whose digests are compared: all that is read of a hub's snapshot; a folder's weights alone.
+
+    A local folder's configs are its owner's to edit; ``model.verify=always`` looks at them too.
+    """
+    own = model.path is not None or model.source is Source.local
+    small = [] if own and model.verify is not Verify.always else layout.config_files
+    return [*layout.weight_paths, *small]
+
+
+def _check_embedded(model: Model, layout: Layout) -> None:
+    """Compare the embedded model's files with the list that comes with them. Raises UserError naming the file."""
+    force = model.verify is Verify.always
+    if not force and not is_writable():
+        return
+    lines = (layout.path / CHECKSUMS).read_text(encoding="utf-8").splitlines()
+    expected = {name: sha256 for sha256, name in (line.split("  ", 1) for line in lines)}
+    for digest in file_digests([*layout.weight_paths, *layout.config_files], force):
+        if digest.sha256 != expected.get(digest.path.relative_to(layout.path).as_posix()):
+            raise UserError(f"model.source=embedded: {digest.path} was altered: reinstall zimage-runner")
 
 
 def _local(path: Path) -> Layout:

@@ -1,6 +1,6 @@
 """Full sha256 of weights files: on request and on first use, remembered in the runner's cache.
 
-A digest is remembered under the file's path together with its size, mtime and inode, so that an unchanged file is
+A digest is remembered under the file's path together with its size, times and inode, so that an unchanged file is
 hashed once. Nothing is ever written beside the weights.
 """
 
@@ -128,7 +128,13 @@ def _unchanged_entry(path: Path) -> dict[str, Any] | None:
 
 def _stat(path: Path) -> dict[str, int]:
     stat = path.stat()
-    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "inode": stat.st_ino}
+    # ctime_ns too: mtime can be put back after a change, and ctime cannot.
+    return {
+        "size": stat.st_size,
+        "mtime_ns": stat.st_mtime_ns,
+        "ctime_ns": stat.st_ctime_ns,
+        "inode": stat.st_ino,
+    }
 
 
 def _hub_sha256(path: Path) -> str | None:

@@ -19,8 +19,8 @@ FLOATS = ("BF16", "F16", "F32", "F64")
 UNUSED = {"text_encoder": ("lm_head.", "rotary_emb.inv_freq")}
 """Parts of tensor names that checkpoints carry beside the model itself and that change no picture."""
 MARKS = (
-    "scale_weight", "weight_scale", "weight_scale_2", "input_scale", "scale_input", "scaled_fp8", "comfy_quant", "scale",
-    "zero_point", "SCB", "absmax", "quant_map", "nested_absmax", "nested_quant_map", "qweight", "qzeros", "svd_up",
+    "scale_weight", "weight_scale", "weight_scale_2", "input_scale", "scale_input", "scaled_fp8", "comfy_quant", "SCB",
+    "scale", "zero_point", "absmax", "quant_map", "nested_absmax", "nested_quant_map", "qweight", "qzeros", "svd_up",
     "svd_down", "weight_format", "proj_down", "smooth_factor",
 )  # fmt: skip
 """Last parts of the names that quantisers give to what belongs to a quantised weight."""

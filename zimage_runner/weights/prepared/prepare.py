@@ -12,13 +12,15 @@ import json
 import logging
 import os
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
-from zimage_runner.errors import UserError
+from zimage_runner.errors import UserError, one_line
 from zimage_runner.model import Model, Prepare
-from zimage_runner.weights.cache import cache_root, write_json
+from zimage_runner.weights.cache import OTHERS_MAY_WRITE, cache_root, make_folders, trusted_folder, write_json
 from zimage_runner.weights.find.checkpoint import Checkpoint
 from zimage_runner.weights.find.layout import Layout, inspect
 from zimage_runner.weights.find.verify import remember, sha256_of
@@ -39,6 +41,8 @@ SPARE_BYTES = 512 * 1024 * 1024
 AUTO_BYTES = 1_000_000_000
 """``model.prepare=auto`` leaves smaller checkpoints as they are: they load in no time."""
 
+TELL_SECONDS, POLL_SECONDS = 30.0, 0.1
+"""How often who waits for another process's copy says so, and looks."""
 ROOM_TO_TRY_AGAIN = 1_000_000_000
 """Bytes that must have become free before a copy that failed is tried again."""
 REMEDY = "free some space, set ZIMAGE_RUNNER_CACHE to a larger disk, or set model.prepare=never"
@@ -112,7 +116,7 @@ def build(checkpoint: Checkpoint, model: Model, packed: bool | None = None) -> P
     with _lock(root / f".{target.name}.lock"):
         try:
             found = prepared.open_prepared(target, checkpoint.digest)
-            prepared.check_digests(found, model)
+            prepared.check_digests(found, model, checkpoint)
             return found
         except UnusablePrepared:
             try:
@@ -146,6 +150,7 @@ def _make(
         digests = {component: future.result() for component, future in sha256.items()}
         names = _copy_configs(layout, temporary)
         write_json(temporary / prepared.MANIFEST, describe(checkpoint, layout, plan, temporary, digests, names, packed))
+        close_to_others(temporary)
         os.rename(temporary, target)
         _sync_folder(target.parent)
         for component, digest in digests.items():
@@ -211,13 +216,15 @@ def _root_with_room(model: Model, nbytes: int) -> Path:
     reasons = []
     for root in prepared.roots(model):
         try:
-            root.mkdir(parents=True, exist_ok=True)
+            make_folders(root)
         except OSError as error:
             reasons.append(f"{root} cannot be made ({error.strerror})")
             continue
         free = prepared.free_bytes(root)
         if not os.access(root, os.W_OK):
             reasons.append(f"{root} cannot be written")
+        elif not trusted_folder(root):
+            reasons.append(f"{root} can be written by others, who could change what is drawn from it")
         elif free < nbytes + SPARE_BYTES:
             reasons.append(f"{root} has {free / 1e9:.1f} GB free of the {(nbytes + SPARE_BYTES) / 1e9:.1f} GB needed")
         else:
@@ -225,12 +232,45 @@ def _root_with_room(model: Model, nbytes: int) -> Path:
     raise UserError(f"cannot prepare {model.name}: {'; '.join(reasons)}: {REMEDY}")
 
 
+def close_to_others(folder: Path) -> None:
+    """Take the right to write from all but the user, whatever the umask is; readable as the umask says."""
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(path.stat().st_mode & ~OTHERS_MAY_WRITE)
+
+
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Held by one process at a time; the kernel lets go of it when the process dies."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """Held by one process at a time; the kernel lets go of it when the process dies. Waiting is told, and for whom."""
+    with path.open("a+", encoding="utf-8") as file:
+        waited, tell_at = 0.0, 0.0
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if waited >= tell_at:
+                    log.warning("%s: %s; waiting for it", path.with_suffix("").name.strip("."), _holder(file))
+                    tell_at = waited + TELL_SECONDS
+                time.sleep(POLL_SECONDS)
+                waited += POLL_SECONDS
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {socket.gethostname()}")
+        file.flush()
         yield
+
+
+def _holder(file: TextIO) -> str:
+    """Who prepares the copy meanwhile, as the lock file says, and whether that process is stopped (Ctrl-Z)."""
+    file.seek(0)
+    text = one_line(file.read(100))
+    pid, _, host = text.partition(" on ")
+    if not pid.isdigit() or host != socket.gethostname():
+        return f"process {text} prepares it" if text else "another process prepares it"
+    with contextlib.suppress(OSError, IndexError):
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(") ")[2][0]
+        if state in "Tt":
+            return f"process {pid}, which prepares it, is stopped: kill -CONT {pid} lets it go on"
+    return f"process {pid} prepares it"
 
 
 def _remove_superseded(checkpoint: Checkpoint, target: Path) -> None:

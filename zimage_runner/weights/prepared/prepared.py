@@ -9,6 +9,7 @@ two copies either will do, and an older plain one goes on being used.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from zimage_runner.model import Model, Verify
-from zimage_runner.weights.cache import cache_root, is_writable
+from zimage_runner.weights.cache import OTHERS_MAY_WRITE, ROOT_USER, cache_root, is_writable, trusted_folder
 from zimage_runner.weights.find.checkpoint import Checkpoint
 from zimage_runner.weights.find.digest import sampled_digests
 from zimage_runner.weights.find.layout import WEIGHT_STEMS
@@ -88,13 +89,47 @@ def find(checkpoint: Checkpoint, model: Model, packed: bool | None = None) -> Pr
     suffixes = [_suffix(checkpoint.digest, form) for form in forms]
     candidates = [path for suffix in suffixes for root in roots(model) for path in sorted(root.glob(f"[!.]*{suffix}"))]
     for path in candidates:
+        if not _is_trusted(path):
+            _tell_once(path)
+            continue
         try:
             found = open_prepared(path, checkpoint.digest)
-            check_digests(found, model)
+            check_digests(found, model, checkpoint)
             return found
         except UnusablePrepared as error:
             log.warning("not using the prepared checkpoint %s: %s", path, error)
     return None
+
+
+def _is_trusted(path: Path) -> bool:
+    """Whether nobody else can have made or changed the copy."""
+    if not trusted_folder(path):
+        return False
+    for part in path.rglob("*"):
+        status = part.lstat()
+        if status.st_mode & OTHERS_MAY_WRITE or status.st_uid not in (os.geteuid(), ROOT_USER):
+            return False
+    return True
+
+
+@functools.cache
+def _tell_once(path: Path) -> None:
+    log.warning(
+        "not using the prepared checkpoint %s: other users can write to it or to a folder above it: chmod -R go-w, or "
+        "set ZIMAGE_RUNNER_CACHE to a folder of your own",
+        path,
+    )
+
+
+def _check_configs(found: Prepared, checkpoint: Checkpoint) -> None:
+    """Compare the copy's configs and tokenizer with their originals, byte by byte. Raises UnusablePrepared."""
+    for name in found.manifest["config_files"]:
+        try:
+            differs = (found.path / name).read_bytes() != (checkpoint.path / name).read_bytes()
+        except OSError as error:
+            raise UnusablePrepared(str(error)) from error
+        if differs:
+            raise UnusablePrepared(f"{name} was altered")
 
 
 class UnusablePrepared(Exception):
@@ -128,11 +163,14 @@ def open_prepared(path: Path, source_digest: str | None = None) -> Prepared:
     return Prepared(path=path, manifest=manifest, weights=weights, packings=packings)
 
 
-def check_digests(found: Prepared, model: Model) -> None:
-    """Compare the files' sha256 with the manifest's, as ``model.verify`` says. Raises UnusablePrepared.
+def check_digests(found: Prepared, model: Model, checkpoint: Checkpoint) -> None:
+    """Compare the files' sha256 with the manifest's and with those of their making, as ``model.verify`` says.
+
+    Configs and tokenizer are always compared with the checkpoint's own. Raises UnusablePrepared naming the file.
 
     Making them remembers their digests, so that ``first_use`` reads nothing here as long as they stay untouched.
     """
+    _check_configs(found, checkpoint)
     if model.verify is Verify.headers or (model.verify is Verify.first_use and not is_writable()):
         return
     paths = {component: file.path for component, file in found.weights.items()}
@@ -140,6 +178,8 @@ def check_digests(found: Prepared, model: Model) -> None:
     for component, digest in zip(paths, digests, strict=True):
         if digest.sha256 != found.manifest["components"].get(component, {}).get("sha256"):
             raise UnusablePrepared(f"{digest.path.relative_to(found.path)} was altered")
+        if digest.is_altered:  # and the manifest with it
+            raise UnusablePrepared(f"{digest.path.relative_to(found.path)} was altered since {digest.expected_from}")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
