@@ -57,7 +57,7 @@ class Reuse:
         wanted: dict[str, WorkItem] = {}
         for item in todo:
             wanted.setdefault(self._fingerprint(item), item)  # its twins are served by it
-        found = earlier_pictures(pattern, set(wanted), self._job.config.output.image_name, but=self._run_dir.path)
+        found = earlier_pictures(pattern, set(wanted), self._spec.config.output.image_name, but=self._run_dir.path)
         for fingerprint, existing in found.items():
             self._adopt(wanted[fingerprint], fingerprint, existing)
         return [wanted[fingerprint].item_dir for fingerprint in found]

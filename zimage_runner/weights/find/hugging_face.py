@@ -35,7 +35,7 @@ def keep_partial_files() -> None:
     theirs = getattr(file_download, "_download_to_tmp_and_move", None)
     if theirs is _resume or theirs is None:
         return
-    if not _TAKES <= inspect.signature(theirs).parameters.keys() or not hasattr(file_download, "http_get"):
+    if not inspect.signature(theirs).parameters.keys() >= _TAKES or not hasattr(file_download, "http_get"):
         log.debug("huggingface_hub is of an unknown version: interrupted files start again")
         return
     _original = theirs
