@@ -64,7 +64,8 @@ def test_the_command_lines_prompt_stands_for_the_experiments(
     folder.mkdir(parents=True)
     (folder / "mine.yaml").write_text(f"# @package _global_\n{yaml}\n")
     code, out, err = cli("--config-dir", "my_conf", "+experiment=mine", "dry_run=true", *argv)
-    assert (code, err) == (0, "")
+    assert code == 0, err
+    assert all(" replaces " in line for line in err.splitlines())
     assert f"{pictures} pictures of {pictures} prompts" in out
 
 
@@ -74,7 +75,7 @@ def test_an_experiments_own_contradiction_is_refused(cli, tmp_path: Path) -> Non
     (folder / "mine.yaml").write_text("# @package _global_\nprompt: a fox\nprompts: {texts: [a]}\n")
     code, _, err = cli("--config-dir", "my_conf", "+experiment=mine", "dry_run=true")
     assert code == 2
-    assert "prompt and prompts are both set" in err
+    assert "experiment/mine.yaml: prompt and prompts.texts are both set" in err
 
 
 def test_a_home_directory_is_found(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from zimage_runner.cli.foreign import TRUST, files_are_data
 from zimage_runner.cli.hydra_patches import composed_once, to_yaml
 from zimage_runner.cli.interpolation import literal
+from zimage_runner.cli.layers import later_choices_replace
 from zimage_runner.cli.messages import CONFIG_ERRORS, explain, typed
 from zimage_runner.cli.quoting import quote_free_text
 from zimage_runner.cli.resume.command_line import resume_command_line
@@ -66,7 +67,7 @@ def main(argv: Sequence[str], take: Callable[[Composed], int | Future[int]] = _r
         words = quote_free_text(readable(resume_command_line(typed_words)))
         sys.argv = [sys.argv[0], *words]
         own = names_config_dir(typed_words) or not names_config_dir(words)
-        with files_are_data(trusted=TRUST in argv, own=own), composed_once(words):
+        with files_are_data(trusted=TRUST in argv, own=own), later_choices_replace(words), composed_once(words):
             job()
     except UserError as error:
         return refuse(str(error))

@@ -18,6 +18,7 @@ from zimage_runner.cli.resume.saved import (
     saved_overrides,
     saved_runtime,
     tell_what_is_left_out,
+    without_replaced,
 )
 from zimage_runner.cli.resume.sweep import check_resumable, is_sweep, settings_file, sweep_command_line
 from zimage_runner.errors import UserError
@@ -47,7 +48,7 @@ def resume_command_line(argv: Sequence[str]) -> list[str]:
     saved = saved_overrides(directory)
     tell_what_is_left_out(directory, [entry for entry in read_yaml(directory, SETTINGS) if not is_own(entry)])
     mine = {override_key(arg) for arg in others}
-    kept = [override for override in saved if override_key(override) not in mine]
+    kept = [override for override in without_replaced(saved, others) if override_key(override) not in mine]
     quoted = hydra_quote(str(directory))
     return [
         *(config_dirs(saved_runtime(directory), others) if choices_of_others(kept) else ()),

@@ -56,6 +56,20 @@ def with_choices(directory: Path, name: str, overrides: Any, runtime: Any) -> li
     return [*choices, *(entry for entry in overrides if override_key(entry) not in OF_THIS_PROCESS)]
 
 
+def without_replaced(saved: Sequence[str], others: Sequence[str]) -> list[str]:
+    """The saved overrides without the fields of options in whose place ``others`` choose another one; told."""
+    options = {override_key(entry): entry.partition("=")[2] for entry in others}
+    was = {override_key(entry): entry.partition("=")[2] for entry in saved}
+    groups = [group for group in _groups() if group in options and options[group] != was.get(group)]
+    gone = [entry for entry in saved if override_key(entry).partition(".")[0] in groups and "." in override_key(entry)]
+    for group in groups:
+        names = [override_key(entry) for entry in gone if override_key(entry).startswith(f"{group}.")]
+        if names:
+            old = f"{group}={was[group]}" if group in was else "what the run had"
+            say(f"{group}={options[group]} replaces {old}: left out {', '.join(names)} of the earlier run")
+    return [entry for entry in saved if entry not in gone]
+
+
 def texts(directory: Path, name: str, overrides: Any) -> list[str]:
     """The list of overrides that the file ``name`` holds. Raises UserError if it is none."""
     if not isinstance(overrides, list) or not all(isinstance(entry, str) for entry in overrides):

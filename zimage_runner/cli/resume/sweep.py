@@ -22,6 +22,7 @@ from zimage_runner.cli.resume.saved import (
     tell_what_is_left_out,
     texts,
     with_choices,
+    without_replaced,
 )
 from zimage_runner.errors import UserError
 from zimage_runner.outputs import atomic, beneath
@@ -85,7 +86,7 @@ def sweep_command_line(directory: Path, others: Sequence[str]) -> list[str]:
     left_out = [text for text in task if not is_own(text)] + [text for text in hydra if text not in taken]
     tell_what_is_left_out(directory, left_out)
     mine = {override_key(text) for text in others}
-    saved = with_choices(directory, SWEEP, task, runtime)
+    saved = without_replaced(with_choices(directory, SWEEP, task, runtime), others)
     kept = [text for text in [*saved, *taken] if override_key(text) not in mine]
     if asked := next((text for text in kept if looks_up(text)), None):
         raise UserError(

@@ -1,0 +1,214 @@
+"""A later choice replaces the one before it: the command line over experiments over the base they build on.
+
+Hydra merges what every file says, whatever option of a group it was said for. Here the fields of a group that a file
+gave go when a later layer chooses another option of that group, and ``prompt`` and ``prompts`` replace each other in
+the same way. What is left out is told in one line; what one file says against itself is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra._internal import config_loader_impl
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.defaults_list import DefaultsList
+from hydra.core.default_element import ConfigDefault, GroupDefault, ResultDefault
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.plugins.config_source import ConfigResult
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from zimage_runner.cli.fields import field_names
+from zimage_runner.errors import UserError
+from zimage_runner.logs import say
+
+PROMPTS_SAID = ("texts", "path", "glob")
+"""Fields of ``prompts`` that say what is drawn."""
+PLAIN_OPTION = "inline"
+"""The option of ``prompts`` that says nothing of what is drawn."""
+
+
+@dataclass(kw_only=True)
+class Layer:
+    """What one file of the run says: a base of the user's own, or an experiment."""
+
+    path: str
+    config: dict[str, Any]
+    choices: dict[str, str]
+    """Group to the option that the file itself chooses."""
+    options: dict[str, str] = field(default_factory=dict)
+    """Group to the option that stands when the file is read."""
+
+    @property
+    def file(self) -> str:
+        return f"{self.path}.yaml"
+
+    def says_prompt(self) -> bool:
+        return self.config.get("prompt") is not None
+
+    def says_prompts(self) -> bool:
+        return self.choices.get("prompts", PLAIN_OPTION) != PLAIN_OPTION or bool(self.texts())
+
+    def texts(self) -> list[str]:
+        """Names of the fields that say what is drawn."""
+        prompts = self.config.get("prompts")
+        return [name for name in PROMPTS_SAID if prompts.get(name)] if isinstance(prompts, dict) else []
+
+
+@contextlib.contextmanager
+def later_choices_replace(words: Sequence[str]) -> Iterator[None]:
+    """While this lasts, what Hydra composes follows the rule. ``words``: the command line, which is the last layer."""
+    given = {word.partition("=")[0].lstrip("+"): word.partition("=")[2] for word in words if "=" in word}
+    rule = _Rule(given)
+    create, load = config_loader_impl.create_defaults_list, ConfigLoaderImpl._load_single_config
+
+    def create_defaults_list(
+        repo: Any, config_name: str | None, overrides_list: list[Override], **options: Any
+    ) -> DefaultsList:
+        made = create(repo, config_name, overrides_list, **options)
+        if rule.needs_plain_prompts(made, repo):
+            parsed = OverridesParser.create().parse_override(f"prompts={PLAIN_OPTION}")
+            made = create(repo, config_name, [*overrides_list, parsed], **options)
+        rule.look_at(made, repo)
+        return made
+
+    def load_single_config(self: ConfigLoaderImpl, default: ResultDefault, repo: Any) -> ConfigResult:
+        return rule.without_what_is_replaced(load(self, default, repo), default)
+
+    config_loader_impl.create_defaults_list = create_defaults_list
+    ConfigLoaderImpl._load_single_config = load_single_config
+    try:
+        yield
+    finally:
+        config_loader_impl.create_defaults_list = create
+        ConfigLoaderImpl._load_single_config = load
+
+
+class _Rule:
+    """Which fields of which file go, for the composition that is under way."""
+
+    def __init__(self, given: dict[str, str]) -> None:
+        self._given = given
+        self._left_out: dict[str, list[str]] = {}
+        self._told: set[str] = set()
+
+    def needs_plain_prompts(self, made: DefaultsList, repo: Any) -> bool:
+        """Whether ``prompt`` is said after an option of ``prompts`` was chosen."""
+        if "prompts" in self._given or made.overrides.known_choices.get("prompts") in (None, PLAIN_OPTION):
+            return False
+        said = [layer for layer in _layers(made, repo) if layer.says_prompt() or layer.says_prompts()]
+        if self._says_prompt():
+            return not self._says_prompts() and bool(said)
+        return bool(said) and said[-1].says_prompt() and not said[-1].says_prompts()
+
+    def look_at(self, made: DefaultsList, repo: Any) -> None:
+        """Find what is replaced. Raises UserError for a file that says ``prompt`` and ``prompts`` at once."""
+        self._left_out = {}
+        layers = _layers(made, repo)
+        final = {key: value for key, value in made.overrides.known_choices.items() if isinstance(value, str)}
+        for layer in layers:
+            for group, old in layer.options.items():
+                new, said = final.get(group), layer.config.get(group)
+                if new is None or new == old or not isinstance(said, dict):
+                    continue
+                known = _fields_of(group, old, repo)
+                names = [f"{group}.{name}" for name in said if not known or name in known]
+                self._leave_out(layer, names, f"{group}={new} replaces {group}={old}")
+        self._replace_prompts(layers)
+
+    def without_what_is_replaced(self, result: ConfigResult, default: ResultDefault) -> ConfigResult:
+        names = self._left_out.get(default.config_path or "", []) if default.package in ("", None) else []
+        if not names or not isinstance(result.config, DictConfig):
+            return result
+        result = copy.copy(result)
+        result.config = copy.deepcopy(result.config)
+        for name in names:
+            group, _, key = name.rpartition(".")
+            node = result.config[group] if group else result.config
+            if isinstance(node, DictConfig) and key in node:
+                with open_dict(node):
+                    del node[key]
+        return result
+
+    def _replace_prompts(self, layers: list[Layer]) -> None:
+        """The last layer that says what is drawn says all of it."""
+        by_prompt, by_prompts = self._says_prompt(), self._says_prompts()
+        winner = "prompt" if by_prompt else "prompts"
+        for layer in reversed(layers):
+            gone = self._left_out.get(layer.path, [])
+            texts = [f"prompts.{name}" for name in layer.texts() if f"prompts.{name}" not in gone]
+            if by_prompts and not by_prompt and layer.says_prompt():
+                self._leave_out(layer, ["prompt"], f"{winner} replaces prompt")
+            elif by_prompt and not by_prompts and texts:
+                self._leave_out(layer, texts, f"prompt replaces {', '.join(texts)}")
+            elif not (by_prompt or by_prompts):
+                by_prompt, by_prompts = layer.says_prompt(), layer.says_prompts()
+                winner = "prompt" if by_prompt else "prompts"
+                if by_prompt and by_prompts:
+                    which = texts[0] if texts else f"prompts={layer.choices['prompts']}"
+                    raise UserError(
+                        f"{layer.file}: prompt and {which} are both set: use prompt for one prompt, or prompts for many"
+                    )
+
+    def _leave_out(self, layer: Layer, names: list[str], why: str) -> None:
+        if names:
+            self._left_out.setdefault(layer.path, []).extend(names)
+            line = f"{why}: left out {', '.join(names)} of {layer.file}"
+            if line not in self._told:
+                self._told.add(line)
+                say(line)
+
+    def _says_prompt(self) -> bool:
+        return self._given.get("prompt", "null") != "null"
+
+    def _says_prompts(self) -> bool:
+        fields = any(f"prompts.{name}" in self._given for name in PROMPTS_SAID)
+        return fields or self._given.get("prompts", PLAIN_OPTION) != PLAIN_OPTION
+
+
+def _layers(made: DefaultsList, repo: Any) -> list[Layer]:
+    """The files that speak of the whole run, in the order in which they are merged."""
+    layers: list[Layer] = []
+    standing: dict[str, str] = {}
+    for default in made.defaults:
+        path = default.config_path
+        if path is None or default.package not in ("", None) or path.startswith(("schema/", "hydra/")):
+            continue
+        loaded = repo.load_config(config_path=path)
+        if loaded is None or not isinstance(loaded.config, DictConfig):
+            continue
+        config = OmegaConf.to_container(loaded.config, resolve=False)
+        assert isinstance(config, dict)
+        choices = {
+            str(entry.group).lstrip("/"): entry.value
+            for entry in loaded.defaults_list or ()
+            if isinstance(entry, GroupDefault) and isinstance(entry.value, str) and entry.package is None
+        }
+        standing = standing | choices
+        named = {str(key): value for key, value in config.items()}
+        layers.append(Layer(path=path, config=named, choices=choices, options=dict(standing)))
+    return layers
+
+
+def _fields_of(group: str, option: str, repo: Any) -> set[str]:
+    """The fields that an option has, by the schema that its file names; nothing where it names none."""
+    from zimage_runner.config.registry import SCHEMAS
+
+    waiting, seen = [f"{group}/{option}"], set()
+    while waiting:
+        path = waiting.pop()
+        schema = (
+            SCHEMAS.get(group, {}).get(path.removeprefix(f"schema/{group}/")) if path.startswith("schema/") else None
+        )
+        if schema is not None:
+            return set(field_names(schema))
+        loaded = None if path in seen else repo.load_config(config_path=path)
+        seen.add(path)
+        for entry in (loaded.defaults_list or ()) if loaded is not None else ():
+            if isinstance(entry, ConfigDefault) and entry.path and entry.path != "_self_":
+                waiting.append(entry.path[1:] if entry.path.startswith("/") else f"{group}/{entry.path}")
+    return set()
