@@ -335,29 +335,6 @@ def test_callbacks_see_a_code_that_is_not_known_yet(cli: Cli, gpu: Callable[[int
         assert str(pickled.return_value) == "not known yet"
 
 
-def test_a_relative_output_file_is_the_jobs_wherever_the_next_one_works(
-    cli: Cli, gpu: Callable[[int], Gpu], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    gpu(2)
-    (tmp_path / "mine" / "experiment").mkdir(parents=True)
-    for name, text in (("first", "output_file: here.png"), ("second", "name: second")):
-        (tmp_path / "mine" / "experiment" / f"{name}.yaml").write_text(f"# @package _global_\n{text}\n")
-    folders = []
-
-    def write(self: Writer, job: Any, *rest: Any) -> None:
-        folders.append(os.getcwd())
-        write_picture(self, job, *rest)
-
-    write_picture = Writer._write_picture
-    monkeypatch.setattr(Writer, "_write_picture", write)
-    mine = ("--config-dir", "mine", "+experiment=first,second")
-    code, out, err = cli(*SWEEP, *mine, "hydra.job.chdir=true", f"hydra.sweep.dir={tmp_path}/sweep")
-    assert code == 0, err
-    sweep = sweep_of(out)
-    assert Path(folders[0]) != sweep / "0"
-    assert (sweep / "0" / "here.png").is_file()
-
-
 def test_two_jobs_write_one_output_file_one_after_the_other(
     cli: Cli, gpu: Callable[[int], Gpu], tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import types
 import typing
 
@@ -11,6 +12,7 @@ from zimage_runner.prompts.vocabulary import CONFIG_NAMES, LETTERS, NAMES, TOP_N
 
 ALIASES = {name: field for field, names in NAMES.items() for name in names} | LETTERS | CONFIG_NAMES
 """What other tools call the fields of groups."""
+_TEXT_KINDS = {"str": "text", "str | None": "text", "list[str]": "list", "dict[str, str]": "dict"}
 
 
 def known_fields(parent: str) -> list[str]:
@@ -37,6 +39,28 @@ def kind_of(key: str) -> str:
     options = SCHEMAS.get(group, {}).values() if group else [RunConfig]
     kinds = [str(field.type) for option in options for field in dataclasses.fields(option) if field.name == name]
     return kinds[0] if kinds else "Any"
+
+
+@functools.cache
+def texts() -> dict[str, str]:
+    """Each field that holds text, by its dotted name: ``text``, ``list`` (of texts) or ``dict`` (with texts as values).
+
+    A field counts if it is a text in one of its group's options.
+    """
+    from zimage_runner.config.registry import SCHEMAS
+    from zimage_runner.config.schema import RunConfig
+
+    found: dict[str, str] = {}
+    waiting: list[tuple[str, type]] = [("", RunConfig)]
+    waiting += [(f"{group}.", option) for group, options in SCHEMAS.items() for option in options.values()]
+    for prefix, schema in waiting:
+        for field in dataclasses.fields(schema):
+            kind = _TEXT_KINDS.get(str(field.type))
+            if kind is not None:
+                found[f"{prefix}{field.name}"] = kind
+            if isinstance(field.default_factory, type) and dataclasses.is_dataclass(field.default_factory):
+                waiting.append((f"{prefix}{field.name}.", field.default_factory))
+    return found
 
 
 def closest(name: str, parent: str) -> str | None:

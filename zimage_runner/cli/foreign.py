@@ -90,7 +90,7 @@ def files_are_data(*, trusted: bool, own: bool) -> Iterator[None]:
 
 
 def _check(result: ConfigResult, config_path: str, own: bool) -> None:
-    file = _foreign_file(result, config_path)
+    file = foreign_file(result, config_path)
     if file is None:
         return
     remedy = f"remove it, or add {TRUST} to the command line if you trust whoever wrote the file"
@@ -109,7 +109,7 @@ def _check(result: ConfigResult, config_path: str, own: bool) -> None:
             )
 
 
-def _foreign_file(result: ConfigResult, config_path: str) -> str | None:
+def foreign_file(result: ConfigResult, config_path: str) -> str | None:
     """The file's name if it is not of the package or of one that is installed."""
     scheme, _, root = result.path.partition("://")
     leaves_its_source = config_path.startswith("/") or ".." in config_path.split("/")

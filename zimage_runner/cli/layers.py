@@ -11,6 +11,7 @@ import contextlib
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hydra._internal import config_loader_impl
@@ -23,6 +24,8 @@ from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from zimage_runner.cli.fields import field_names
+from zimage_runner.cli.foreign import foreign_file
+from zimage_runner.cli.typed_texts import keep_texts
 from zimage_runner.errors import UserError
 from zimage_runner.logs import say
 
@@ -64,7 +67,8 @@ def later_choices_replace(words: Sequence[str]) -> Iterator[None]:
     """While this lasts, what Hydra composes follows the rule. ``words``: the command line, which is the last layer."""
     given = {word.partition("=")[0].lstrip("+"): word.partition("=")[2] for word in words if "=" in word}
     rule = _Rule(given)
-    create, load = config_loader_impl.create_defaults_list, ConfigLoaderImpl._load_single_config
+    loader: Any = config_loader_impl
+    create, load = loader.create_defaults_list, ConfigLoaderImpl._load_single_config
 
     def create_defaults_list(
         repo: Any, config_name: str | None, overrides_list: list[Override], **options: Any
@@ -77,14 +81,18 @@ def later_choices_replace(words: Sequence[str]) -> Iterator[None]:
         return made
 
     def load_single_config(self: ConfigLoaderImpl, default: ResultDefault, repo: Any) -> ConfigResult:
-        return rule.without_what_is_replaced(load(self, default, repo), default)
+        result = load(self, default, repo)
+        path = foreign_file(result, default.config_path or "")
+        if path is not None and Path(path).is_file() and isinstance(result.config, DictConfig):
+            keep_texts(result.config, default.package or "", Path(path), f"{default.config_path}.yaml")
+        return rule.without_what_is_replaced(result, default)
 
-    config_loader_impl.create_defaults_list = create_defaults_list
+    loader.create_defaults_list = create_defaults_list
     ConfigLoaderImpl._load_single_config = load_single_config
     try:
         yield
     finally:
-        config_loader_impl.create_defaults_list = create
+        loader.create_defaults_list = create
         ConfigLoaderImpl._load_single_config = load
 
 

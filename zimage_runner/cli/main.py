@@ -92,6 +92,12 @@ def job(cfg: DictConfig) -> int | Future[int]:
     _exit_codes.append(EXIT_ITEMS_FAILED)  # unless it gets further
     code: int | Future[int] = EXIT_ITEMS_FAILED
     try:
+        if HydraConfig.get().job.chdir:
+            os.chdir(HydraConfig.get().runtime.cwd)
+            raise UserError(
+                "hydra.job.chdir=true: relative paths are read from where the program was started, and so are those of "
+                "a run resumed: leave it out"
+            )
         command_line_wins(cfg, HydraConfig.get().overrides.task)
         if cfg.resume is not None:
             cfg = restore(cfg, directory, list(HydraConfig.get().overrides.task))
@@ -101,7 +107,7 @@ def job(cfg: DictConfig) -> int | Future[int]:
     except (UserError, *CONFIG_ERRORS) as error:  # here and not in main: Hydra would print a line of its own
         code = refuse(explain(error))
     finally:
-        remove_if_empty(directory, Path(str(cfg.output.root)).expanduser())
+        remove_if_empty(directory, Path(os.path.expanduser(str(cfg.output.root))))
     _exit_codes[number] = code
     return code
 

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from zimage_runner.cli.fields import texts
 from zimage_runner.errors import UserError
 
 FREE_TEXT_FIELDS = frozenset(
@@ -44,6 +45,9 @@ _CLOSING = {"(": ")", "[": "]", "{": "}"}
 _QUOTED = re.compile(r'(?s)"(?:[^"\\]|\\.)*"|\'(?:[^\'\\]|\\.)*\'')
 _PLAIN = re.compile(r"(?!(?:true|false|null|nan|inf)$)[A-Za-z][A-Za-z0-9_.+-]*|0|[1-9][0-9]{0,17}", re.IGNORECASE)
 """What means the same to Hydra without quotes. Of other numbers it would lose what was typed (3.10, 007, 1_000)."""
+_PLAIN_WORDS = re.compile(r"[^\[\]{}()\"'$\\=]+")
+"""No list, no mapping, no function, no interpolation, nothing quoted."""
+MISSING = "???"
 _ESCAPED = re.compile(r"\\([\\()\[\]{}:=, \t])")
 """Hydra's escapes outside of quotes."""
 _KEY = re.compile(r"[A-Za-z_][\w.-]*", re.ASCII)
@@ -71,21 +75,38 @@ def _quote(arg: str, multirun: bool) -> str:
     if match and field_of(name := match["key"].lstrip("+")):
         key = f"++{name}" if _is_open(name) else match["key"]
         return f"{key}={quote_entries(name, match['value'], multirun, hydra_quote)}"
-    is_free_text = match is not None and match["key"].lstrip("+") in FREE_TEXT_FIELDS
-    if match and not is_free_text and _is_foreign(match["value"]):
-        values = match["value"].split(",") if multirun else [match["value"]]
-        return f"{match['key']}={','.join(hydra_quote(value.strip()) for value in values)}"
-    if not match or not is_free_text:
+    if not match:
         return arg
-    value = match["value"]
-    if value == "null" or _is_quoted(value) or (multirun and _is_sweep(value)):
-        return arg
-    return f"{match['key']}={hydra_quote(value)}"
+    key, value = match["key"], match["value"]
+    name = key.lstrip("+")
+    if texts().get(name) == "text":
+        refuse_missing_mark(name, value)
+    if name in FREE_TEXT_FIELDS:
+        keep = value == "null" or _is_quoted(value) or (multirun and _is_sweep(value))
+        return arg if keep else f"{key}={hydra_quote(value)}"
+    is_one = multirun or "," not in value  # else Hydra tells how a text with a comma is written
+    if texts().get(name) == "text" and is_one and _PLAIN_WORDS.fullmatch(value):
+        return f"{key}={','.join(_text(part.strip()) for part in value.split(','))}"
+    if _is_foreign(value):
+        values = value.split(",") if multirun else [value]
+        return f"{key}={','.join(hydra_quote(value.strip()) for value in values)}"
+    return arg
+
+
+def _text(word: str) -> str:
+    """A word of a field that holds text: quoted where Hydra would read a number or a truth value."""
+    return word if word in ("", "null") or _PLAIN.fullmatch(word) else hydra_quote(word)
+
+
+def refuse_missing_mark(key: str, value: str) -> None:
+    """Raise UserError for ``???``, which means "no value yet" in a config and cannot be a text."""
+    if value.strip().strip("\"'").strip() == MISSING:
+        raise UserError(f"{key}={value}: ??? alone stands for a value that is missing: write other words")
 
 
 def _is_foreign(value: str) -> bool:
     """True for plain words with a sign that Hydra's grammar has not, such as a folder's Chinese name, or ``~/x``."""
-    return (not value.isascii() or value.startswith("~/")) and re.fullmatch(r"[^\[\]{}()\"'$\\=]+", value) is not None
+    return (not value.isascii() or value.startswith("~/")) and _PLAIN_WORDS.fullmatch(value) is not None
 
 
 def _is_open(key: str) -> bool:
@@ -162,6 +183,7 @@ def _entry(text: str, key: str, quote: Callable[[str], str], refusal: _Refusal) 
     """An entry of a list: always a text."""
     if not text:
         refusal("an entry is empty")
+    refuse_missing_mark(key, text)
     if text[0] in "\"'" and not _QUOTED.fullmatch(text):
         refusal(f"{text} is quoted in part only")
     if text.startswith("[") and text.endswith("]"):

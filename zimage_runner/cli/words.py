@@ -112,8 +112,11 @@ def _no_such_option(name: str, value: str) -> str:
 
 def _override(word: str) -> str:
     from zimage_runner.config.registry import SCHEMAS
+    from zimage_runner.config.schema import at_home
 
     name, _, value = word.partition("=")
+    if name in ("hydra.run.dir", "hydra.sweep.dir"):
+        return f"{name}={at_home(value, name)}"
     if name in SCHEMAS and value in ("null", "~"):
         without = (
             f": {name}=none does without" if "none" in SCHEMAS[name] else ": choose one of its options, see --help"

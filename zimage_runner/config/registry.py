@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import cache
 
 from hydra.core.config_store import ConfigStore
@@ -10,7 +9,7 @@ from omegaconf import OmegaConf
 
 from zimage_runner.compile import Full, NoCompile, Regional
 from zimage_runner.config.paths import CONFIG_DIR
-from zimage_runner.config.schema import RunConfig, WarmLauncherConfig, folder_name
+from zimage_runner.config.schema import RunConfig, WarmLauncherConfig, at_home, folder_name
 from zimage_runner.engines.auto import AutoEngine
 from zimage_runner.engines.diffusers.engine import DiffusersEngine
 from zimage_runner.engines.native.config import NativeEngine
@@ -61,7 +60,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
 def register() -> None:
     """Store the schemas under schema/<group>/<option>; calling it twice is harmless."""
     OmegaConf.register_new_resolver("folder_name", lambda name: folder_name(str(name)), replace=True)
-    OmegaConf.register_new_resolver("home", lambda path: os.path.expanduser(str(path)), replace=True)
+    OmegaConf.register_new_resolver("home", lambda path: at_home(str(path), "output.root"), replace=True)
     OmegaConf.register_new_resolver("conf_file", lambda name: str(CONFIG_DIR / name), replace=True)
     _store_schemas()
 

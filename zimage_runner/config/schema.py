@@ -90,6 +90,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         folder_name(self.name)
+        check_home(self)
         if self.prompt is not None and not self.prompt.strip():
             raise UserError("prompt='' is empty: write prompt='what the picture should show'")
         if self.output_file is not None:
@@ -118,6 +119,31 @@ class Composed:
     def remove_unused_directory_at_once(self) -> None:
         """As above, in the least time: for a signal that ends the process."""
         remove_with_name(self.directory)
+
+
+PATHS = (
+    "output_file", "output.root", "prompts.path", "prompts.glob", "prompts.template.wildcards", "model.path",
+    "model.cache_dir", "compile.cache_dir", "embedding_cache.path", "skip_existing",
+)  # fmt: skip
+"""Fields that hold a path: ``~`` is the home directory, others are relative to where the program was started."""
+
+
+def check_home(config: RunConfig) -> None:
+    """Raise UserError for a path that begins with ``~`` where nobody knows what the home directory is."""
+    for name in PATHS:
+        value: Any = config
+        for step in name.split("."):
+            value = getattr(value, step, None)
+        if isinstance(value, str):
+            at_home(value, name)
+
+
+def at_home(path: str, field: str) -> str:
+    """The path with ``~`` written out. Raises UserError where there is no home directory."""
+    expanded = os.path.expanduser(path)
+    if expanded == path and (path == "~" or path.startswith("~/")):
+        raise UserError(f"{field}={path}: ~ has no meaning here, because HOME is not set: write the whole path")
+    return expanded
 
 
 def folder_name(name: str) -> str:
