@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.executors.test_ladder import drawn
+from tests.executors.test_backoff import drawn
 
 from tests.drawing import session_config
 from tests.faults.session import FaultySession, item
