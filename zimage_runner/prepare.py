@@ -2,7 +2,8 @@
 
     python -m zimage_runner.prepare [build|verify|download|accept|info] model=zimage_turbo [model.field=value ...]
 
-build     make the prepared checkpoint: bf16, one file a component, in use order (default)
+build     make the prepared checkpoint: bf16, one file a component, in use order (default);
+          engine.precision=fp8 or int8: the transformer in eight bits, the rest in bf16
 verify    full sha256 of the published files; proof that the prepared checkpoint, if there is one, equals them
 download  bring the hub's snapshot up to date; damaged files are fetched again
 accept    take the files as they are now for the undamaged ones (after changing them on purpose)
@@ -17,6 +18,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from hydra import compose, initialize_config_dir
 
@@ -25,6 +27,8 @@ from zimage_runner.cli.quoting import quote_free_text
 from zimage_runner.cli.sweep.launcher import register_launcher
 from zimage_runner.config.paths import CONFIG_DIR
 from zimage_runner.config.registry import register
+from zimage_runner.engines.base import EngineConfig
+from zimage_runner.engines.precision import check_precision
 from zimage_runner.errors import EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK, UserError
 from zimage_runner.logs import log_to_terminal, refuse
 from zimage_runner.model import Model
@@ -52,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
                 f"{' '.join(words)}: say one of {', '.join(ACTIONS)}, then options such as model=zimage_turbo"
             )
         with graceful_stop() as stop:
-            return ACTIONS[words[0] if words else "build"](compose_model([arg for arg in argv if "=" in arg]), stop)
+            return ACTIONS[words[0] if words else "build"](compose_wanted([arg for arg in argv if "=" in arg]), stop)
     except UserError as error:
         return refuse(str(error))
     except CONFIG_ERRORS as error:
@@ -61,32 +65,43 @@ def main(argv: Sequence[str]) -> int:
         return EXIT_INTERRUPTED
 
 
-def compose_model(overrides: Sequence[str]) -> Model:
-    """The ``model`` group of the configuration that the same overrides give the main command."""
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which prepared checkpoint is meant."""
+
+    model: Model
+    precision: str
+
+
+def compose_wanted(overrides: Sequence[str]) -> Wanted:
+    """What the same overrides would have the main command use. Raises UserError."""
     register()
     register_launcher()  # conf/config.yaml names it
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
         config = compose("config", overrides=quote_free_text(overrides))
-    model = typed(config.model)
+    model, engine = typed(config.model), typed(config.engine)
     assert isinstance(model, Model)
-    return model
+    assert isinstance(engine, EngineConfig)
+    check_precision(engine.precision, engine.device, model)
+    return Wanted(model, engine.precision.value)
 
 
-def _build(model: Model, stop: StopRequest) -> int:
+def _build(wanted: Wanted, stop: StopRequest) -> int:
     from zimage_runner.weights.prepared.prepare import build
 
     with stop.interruptible(PATIENCE):
-        checkpoint = resolve(model)
+        checkpoint = resolve(wanted.model)
     with stop.interruptible():  # without a deadline: it removes what it has half made
-        found = build(checkpoint, model)
+        found = build(checkpoint, wanted.model, precision=wanted.precision)
     sizes = ", ".join(f"{name} {file.size / 1e9:.2f} GB" for name, file in found.weights.items())
     print(f"prepared: {found.path} ({sizes})")
     return EXIT_OK
 
 
-def _verify(model: Model) -> int:
+def _verify(wanted: Wanted) -> int:
     from zimage_runner.weights.prepared.compare import compare
 
+    model = wanted.model
     layout = locate(model)
     digests = file_digests(layout.weight_paths, force=True)
     for digest in digests:
@@ -95,7 +110,7 @@ def _verify(model: Model) -> int:
         verdict = f"ALTERED since {digest.expected_from}, was {expected}" if digest.is_altered else "as expected"
         print(f"{name}: sha256 {digest.sha256} {verdict if expected else 'recorded: nothing known to compare with'}")
     checkpoint = _checkpoint(model)
-    found = prepared.find(checkpoint, model)
+    found = prepared.find(checkpoint, model, precision=wanted.precision)
     if found is None:
         print("prepared: none of these weights")
         return EXIT_DIFFERENT if any(digest.is_altered for digest in digests) else EXIT_OK
@@ -103,22 +118,25 @@ def _verify(model: Model) -> int:
     for difference in comparison.differences:
         print(f"prepared: {difference}")
     verdict = "DIFFERS from" if comparison.differences else "equals"
+    rounded = "bfloat16" if wanted.precision == prepared.BF16 else f"bfloat16, its transformer to {wanted.precision},"
     print(
-        f"prepared: {found.path} {verdict} the source rounded to bfloat16 "
+        f"prepared: {found.path} {verdict} the source rounded to {rounded} "
         f"({comparison.tensors} tensors, {comparison.nbytes / 1e9:.2f} GB compared bit by bit)"
     )
     altered = comparison.differences or any(digest.is_altered for digest in digests)
     return EXIT_DIFFERENT if altered else EXIT_OK
 
 
-def _download(model: Model) -> int:
+def _download(wanted: Wanted) -> int:
+    model = wanted.model
     layout = download(model)
     forget([*layout.weight_paths, *layout.config_files])  # the client has just compared them with the hub's own sha256
     print(f"downloaded: {layout.path} ({layout.weight_bytes / 1e9:.2f} GB of weights)")
     return EXIT_OK
 
 
-def _accept(model: Model) -> int:
+def _accept(wanted: Wanted) -> int:
+    model = wanted.model
     layout = locate(model)
     files = [*layout.weight_paths, *layout.config_files]
     forget(files)
@@ -127,10 +145,11 @@ def _accept(model: Model) -> int:
     return EXIT_OK
 
 
-def _info(model: Model) -> int:
+def _info(wanted: Wanted) -> int:
+    model = wanted.model
     checkpoint = _checkpoint(model)
     layout = locate(model)
-    found = prepared.find(checkpoint, model)
+    found = prepared.find(checkpoint, model, precision=wanted.precision)
     print(f"checkpoint: {layout.path} ({layout.weight_bytes / 1e9:.2f} GB of weights)")
     print(f"digest: {checkpoint.digest}")
     print(f"prepared: {found.path if found else 'none; would be in ' + str(prepared.roots(model)[0])}")
@@ -144,17 +163,17 @@ def _checkpoint(model: Model) -> Checkpoint:
     return Checkpoint(path=layout.path, revision=digest[:12], digest=digest)
 
 
-def _at_once(action: Callable[[Model], int]) -> Callable[[Model, StopRequest], int]:
+def _at_once(action: Callable[[Wanted], int]) -> Callable[[Wanted, StopRequest], int]:
     """An action that the first signal ends, whatever it is doing."""
 
-    def run(model: Model, stop: StopRequest) -> int:
+    def run(wanted: Wanted, stop: StopRequest) -> int:
         with stop.interruptible(PATIENCE):
-            return action(model)
+            return action(wanted)
 
     return run
 
 
-ACTIONS: dict[str, Callable[[Model, StopRequest], int]] = {
+ACTIONS: dict[str, Callable[[Wanted, StopRequest], int]] = {
     "build": _build,
     "verify": _at_once(_verify),
     "download": _at_once(_download),

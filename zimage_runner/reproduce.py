@@ -133,6 +133,11 @@ def _options(recipe: Mapping[str, Any]) -> dict[str, str]:
     for field, name in (("model.dtype", "dtype"), ("engine.noise_device", "noise_device")):
         if str(numerics.get(name)) in ("float32", "bfloat16", "cpu", "cuda"):
             found[field] = numerics[name]
+    if numerics.get("precision") in ("fp8", "int8"):
+        found["engine.precision"] = numerics["precision"]
+    layers = numerics.get("bf16_layers")
+    if isinstance(layers, list) and all(type(layer) is int for layer in layers):
+        found["engine.bf16_layers"] = f"[{','.join(map(str, layers))}]"
     return found
 
 

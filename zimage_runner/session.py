@@ -133,6 +133,10 @@ class Session:
         freed = [self.engine.free_memory(), self.captions.free_memory()]
         return any(freed)
 
+    def useful_batch(self) -> int | None:
+        """Most pictures at a time that gain anything, as the last batch showed; None: as many as memory allows."""
+        return self.engine.useful_batch()
+
     @property
     def tiles(self) -> bool:
         """Whether decoding in tiles saves memory."""

@@ -84,6 +84,9 @@ class FaultySession:
 
     tiles = True
 
+    def useful_batch(self) -> int | None:
+        return None
+
     def free_memory(self) -> bool:
         self.calls.append((0, 0, False))
         return False

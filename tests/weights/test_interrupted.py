@@ -90,9 +90,9 @@ def test_preparing_removes_what_is_half_made(
     nano: Path, runner_cache: Path, tmp_path: Path, number: signal.Signals, module: str, packed: bool
 ) -> None:
     slow = (
-        f"import zimage_runner.weights.{module} as module\nread = module.read_bfloat16\n"
+        f"import zimage_runner.weights.{module} as module\nread = module.read_piece\n"
         f"from zimage_runner.weights.prepared import prepared\nprepared.reads_packed = lambda: {packed}\n"
-        "module.read_bfloat16 = lambda piece: (time.sleep(0.5), read(piece))[1]"
+        "module.read_piece = lambda piece: (time.sleep(0.5), read(piece))[1]"
     )
     half_made = runner_cache / "prepared"
     argv = ["build", "model=local", f"model.path={nano}", "model.verify=headers"]

@@ -228,7 +228,7 @@ def test_a_plain_file_has_no_packing() -> None:
         (GOOD, {"frame_values": 100}),
         (GOOD, {"frame_values": 1 << 30}),
         (GOOD, {"frame_values": "8192"}),
-        (GOOD, {"tensors": {"a": {"dtype": "F32", "shape": [10240], "data_offsets": [0, 40960]}}}),
+        (GOOD, {"tensors": {"a": {"dtype": "F16", "shape": [20480], "data_offsets": [0, 40960]}}}),
         (GOOD, {"tensors": {"a": {"dtype": "BF16", "shape": [20480], "data_offsets": [2, 40962]}}}),
         (GOOD, {"tensors": {"a": {"dtype": "BF16", "shape": [20480]}}}),
         (GOOD, {"tensors": None}),

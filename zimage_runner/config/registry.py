@@ -15,7 +15,7 @@ from zimage_runner.engines.diffusers.engine import DiffusersEngine
 from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.executors.inline import InlineExecutorConfig
 from zimage_runner.executors.process import ProcessExecutorConfig
-from zimage_runner.memory.policies import GroupOffload, ModelOffload, Resident, SequentialOffload, Staged
+from zimage_runner.memory.policies import GroupOffload, ModelOffload, Resident, SequentialOffload, Staged, Streamed
 from zimage_runner.model import Model
 from zimage_runner.outputs.config import Output
 from zimage_runner.prompts.csv_file import Csv
@@ -35,6 +35,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "memory": {
         "resident": Resident,
         "staged": Staged,
+        "streamed": Streamed,
         "model_offload": ModelOffload,
         "sequential_offload": SequentialOffload,
         "group_offload": GroupOffload,

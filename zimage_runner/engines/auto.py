@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from zimage_runner.engines.base import Engine, EngineConfig
 from zimage_runner.engines.diffusers.engine import DiffusersEngine
 from zimage_runner.engines.native.config import NativeEngine
+from zimage_runner.engines.precision import Precision
 from zimage_runner.engines.request import LoadRequest, Needs
 from zimage_runner.errors import UnsupportedCheckpoint, UserError
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+COMMON_FIELDS = ("device", "batch_size", "noise_device", "precision", "attention")
+"""What both engines are created with."""
 COMMON_ATTENTION = ("auto", "native")
 """Backends that both engines know by the same name."""
 
@@ -42,8 +45,14 @@ class AutoEngine(EngineConfig):
         """Whether these options are the native engine's to draw with; the checkpoint may still not be."""
         return self._why_not_native(Needs(model=model, memory=memory, compile=compile)) is None
 
+    def needs_native(self, memory: Memory) -> bool:
+        """Whether what is asked for is nothing that diffusers does."""
+        return self.precision is not Precision.bf16 or "diffusers" not in memory.engines
+
     def check(self, needs: Needs) -> None:
-        if self._why_not_native(needs) is not None:
+        if self.needs_native(needs.memory):
+            NativeEngine(**self._fields()).check(needs)
+        elif self._why_not_native(needs) is not None:
             DiffusersEngine(**self._fields()).check(needs)
 
     def create(self, request: LoadRequest) -> Engine:
@@ -52,6 +61,8 @@ class AutoEngine(EngineConfig):
             try:
                 return NativeEngine(**self._fields()).create(request)
             except UnsupportedCheckpoint as error:
+                if self.needs_native(request.memory):
+                    raise
                 reason = str(error)
         log.warning("engine=auto takes diffusers: %s", reason)
         return DiffusersEngine(**self._fields()).create(request)
@@ -64,4 +75,4 @@ class AutoEngine(EngineConfig):
         return None
 
     def _fields(self) -> dict:
-        return {name: getattr(self, name) for name in ("device", "batch_size", "noise_device", "attention")}
+        return {name: getattr(self, name) for name in COMMON_FIELDS}

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from zimage_runner.engines.precision import Precision
 from zimage_runner.model import HARMLESS, LATENT_CHANNELS, VAE_FACTOR, Device
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class EngineConfig(abc.ABC):
     """Most items of one bucket denoised together; auto: as many as fit into the GPU's memory, measured on the first."""
     noise_device: Device = Device.cpu
     """Where each item's initial noise is drawn. Noise from the CPU is the same on every machine."""
+    precision: Precision = Precision.bf16
+    """Of the transformer's matrix products: bf16; fp8 or int8 draw a picture close to it in less time and memory."""
     attention: str = "auto"
     """Attention backend by its diffusers name, or auto: the fastest that this machine has."""
 
@@ -124,6 +127,10 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     def synchronize(self) -> None:
         """Block until the device has finished all submitted work (for timing)."""
+
+    def useful_batch(self) -> int | None:
+        """Most pictures at a time that gain anything, as the last batch showed; None: as many as memory allows."""
+        return None
 
     def free_memory(self) -> bool:
         """Drop whatever can be made again (recordings, caches), after running out of memory.

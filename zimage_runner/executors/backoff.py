@@ -76,7 +76,8 @@ class MemoryBackoff:
             message, exhausted, lost = error_text(error), is_out_of_memory(error), is_device_lost(error)
         else:
             if memory is not None:
-                self._limits[shape] = memory.pictures_that_fit(MOST_AUTO_BATCH)
+                most = self._session.useful_batch() or MOST_AUTO_BATCH
+                self._limits[shape] = memory.pictures_that_fit(min(most, MOST_AUTO_BATCH))
                 log.info("engine.batch_size=auto: %d pictures of %dx%d", self._limits[shape], shape[1], shape[0])
             reading = gpu_memory()
             details = {"batch_size": len(items), **({"gpu_memory": reading} if reading else {}), **done.details}

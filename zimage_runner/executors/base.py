@@ -82,6 +82,10 @@ class SessionLike(Protocol):
         """Drop whatever can be made again, after generate ran out of memory; whether the same call may fit now."""
         ...
 
+    def useful_batch(self) -> int | None:
+        """Most pictures at a time that gain anything; None: as many as fit. Asked after the first batch of a size."""
+        ...
+
     @property
     def tiles(self) -> bool:
         """Whether ``tiled`` saves memory."""

@@ -53,6 +53,8 @@ class Memory:
     """Engines that can do it."""
     staged: ClassVar[bool] = False
     """The text encoder is freed before the denoiser is loaded."""
+    streamed: ClassVar[bool] = False
+    """The engine itself brings weights to the GPU just before it uses them."""
     offloads: ClassVar[bool] = False
     """Weights wait in host memory and travel to the GPU during generation."""
     compiles: ClassVar[bool] = True
@@ -120,6 +122,17 @@ class Staged(Memory):
 
     placement: ClassVar[str] = "staged"
     staged: ClassVar[bool] = True
+
+
+@dataclass(kw_only=True, slots=True)
+class Streamed(Memory):
+    """Weights wait in host memory and come to the GPU block by block while the blocks before compute: the least memory
+    at which a batch of pictures still takes about full speed."""
+
+    placement: ClassVar[str] = "streamed"
+    engines: ClassVar[tuple[str, ...]] = ("native",)
+    staged: ClassVar[bool] = True
+    streamed: ClassVar[bool] = True
 
 
 @dataclass(kw_only=True, slots=True)

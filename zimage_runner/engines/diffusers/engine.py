@@ -12,6 +12,7 @@ from zimage_runner.engines.device import choose_device, choose_dtype
 from zimage_runner.engines.diffusers.attention import MASKLESS, check_name, choose_backend, this_machine
 from zimage_runner.engines.diffusers.setup import Setup, Stage, check_compile, phase, synchronize
 from zimage_runner.engines.diffusers.vae_fallback import fallback_vae
+from zimage_runner.engines.precision import Precision
 from zimage_runner.engines.request import DenoiseRequest, LoadRequest
 from zimage_runner.errors import UserError
 from zimage_runner.model import Device, padded_length, unshifted_sigmas
@@ -32,6 +33,11 @@ class DiffusersEngine(EngineConfig):
     def check(self, needs: Needs) -> None:
         if self.device is Device.cpu and self.noise_device is Device.cuda:
             raise UserError("engine.noise_device=cuda needs engine.device=cuda: use engine.noise_device=cpu")
+        if self.precision is not Precision.bf16:
+            raise UserError(
+                f"engine.precision={self.precision.value} is not for engine=diffusers, which computes in model.dtype: "
+                "use engine=native, or leave it out"
+            )
         check_name(self.attention)
         if "diffusers" not in needs.memory.engines:
             raise UserError(f"memory={needs.memory.placement} is not for engine=diffusers: use engine=native with it")

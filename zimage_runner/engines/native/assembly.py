@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,10 +19,13 @@ from zimage_runner.engines.native.loading import (
     VAE_RULES,
     VAE_UNUSED,
     assign,
+    in_place,
+    open_parts,
     open_tensors,
 )
 from zimage_runner.engines.native.model import NativeModel, Options
 from zimage_runner.engines.native.sampler import read_shift
+from zimage_runner.engines.native.streamed_encoder import StreamedTextEncoder
 from zimage_runner.engines.native.text_encoder import TextEncoder, TextEncoderConfig
 from zimage_runner.engines.native.tokenizer import CaptionTokenizer
 from zimage_runner.engines.native.transformer import Transformer, TransformerConfig
@@ -82,6 +86,10 @@ def load_model(path: Path, options: Options, loaded: LoadedTensors = from_files)
 def load_text_encoder(model: NativeModel, path: Path, loaded: LoadedTensors = from_files) -> None:
     """Set the model's caption encoder from the checkpoint's text_encoder folder."""
     options, config = model.options, model.description.text_encoder
+    if options.streamed:
+        opened = functools.partial(open_parts, path / "text_encoder", options.device)
+        model.text_encoder = StreamedTextEncoder(config, opened, options.device, options.dtype)
+        return
     with torch.device("meta"):
         module = TextEncoder(config)
     tensors = component_tensors("text_encoder", path, options, loaded)
@@ -95,11 +103,16 @@ def load_transformer(model: NativeModel, path: Path, loaded: LoadedTensors = fro
     """Set the model's transformer from the checkpoint's transformer folder."""
     options = model.options
     with torch.device("meta"):
-        module = Transformer(model.description.transformer, model.ops, model.attention.attend)
-    tensors = component_tensors("transformer", path, options, loaded)
-    model.transformer = assign(
-        module, tensors, TRANSFORMER_RULES, TRANSFORMER_UNUSED, options.device, options.dtype, "transformer"
-    )
+        attention, config = model.attention, model.description.transformer
+        module = Transformer(config, model.ops, attention.attend, options.arithmetic, attention.attend_fp8)
+    if options.streamed:
+        tensors, place = open_parts(path / "transformer", options.device), module.stream_blocks(model.device)
+    else:
+        tensors, place = component_tensors("transformer", path, options, loaded), in_place
+    kind = (options.device, options.dtype, "transformer")
+    model.transformer = assign(module, tensors, TRANSFORMER_RULES, TRANSFORMER_UNUSED, *kind, place=place)
+    if module.stream is not None:
+        module.stream.tell()
 
 
 def load_vae(model: NativeModel, path: Path, loaded: LoadedTensors = from_files) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from zimage_runner.engines.base import Engine, EngineConfig
+from zimage_runner.engines.precision import Precision, check_precision
 from zimage_runner.engines.request import LoadRequest
 from zimage_runner.errors import UserError
 from zimage_runner.model import Device
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from zimage_runner.engines.request import Needs
     from zimage_runner.weights.preload.source import WeightsSource
 
-ATTENTION_NAMES = ("auto", "native", "flash3", "cudnn", "flash", "efficient", "math")
+ATTENTION_NAMES = ("auto", "native", "flash3", "cudnn", "flash", "efficient", "math", "flash3_fp8")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -23,18 +24,26 @@ class NativeEngine(EngineConfig):
 
     fused_kernels: bool = True
     """Triton kernels for what lies between two matrix products; off: plain PyTorch, as on machines without Triton."""
+    bf16_layers: list[int] = field(default_factory=list)
+    """With engine.precision=fp8 or int8: main transformer blocks, counted from 0, that compute in bf16 all the same."""
     cuda_graphs: int = 4
     """Most picture shapes recorded as CUDA graphs at a time; 0: none. Only small ones (512x512) are: they gain."""
 
     def __post_init__(self) -> None:
         if self.cuda_graphs < 0:
             raise UserError(f"engine.cuda_graphs={self.cuda_graphs} is negative: use 0 for none, or a number of shapes")
+        if self.bf16_layers and self.precision is Precision.bf16:
+            raise UserError(
+                f"engine.bf16_layers={self.bf16_layers} says nothing without engine.precision=fp8 or int8: "
+                "leave it out, or set engine.precision"
+            )
         if self.attention not in ATTENTION_NAMES:
             names = ", ".join(ATTENTION_NAMES)
             raise UserError(f"engine.attention={self.attention} is unknown to engine=native: use one of {names}")
 
     def check(self, needs: Needs) -> None:
         memory, compile = needs.memory, needs.compile
+        check_precision(self.precision, self.device, needs.model)
         if self.device is Device.cpu and self.noise_device is Device.cuda:
             raise UserError("engine.noise_device=cuda needs engine.device=cuda: use engine.noise_device=cpu")
         if "native" not in memory.engines:
@@ -70,8 +79,9 @@ class NativeEngine(EngineConfig):
         from zimage_runner.weights.prepared import prepared
 
         checkpoint, model, memory = request.checkpoint, request.model, request.memory
+        precision = self.precision.value
         if memory.staged or memory.per_process_fraction is not None:
             # All networks at once on the device is what staging avoids; a limit of torch's binds its allocator alone.
-            found = None if model.prepare is Prepare.never else prepared.find(checkpoint, model)
-            return source.WeightsSource(checkpoint, model, found, preload=None)
-        return source.begin(checkpoint, model, self.device, request.encodes)
+            found = None if model.prepare is Prepare.never else prepared.find(checkpoint, model, precision=precision)
+            return source.WeightsSource(checkpoint, model, found, preload=None, precision=precision)
+        return source.begin(checkpoint, model, self.device, request.encodes, precision)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +19,14 @@ from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.engines.native.images import HostCopy, Ready
 from zimage_runner.engines.native.model import Options
 from zimage_runner.engines.native.sampler import Guidance
+from zimage_runner.engines.native.streaming import BlockStream
+from zimage_runner.engines.precision import Precision, check_device
 from zimage_runner.engines.request import DenoiseRequest, LoadRequest
 from zimage_runner.errors import UnsupportedCheckpoint, UserError
 from zimage_runner.weights.preload.source import WeightsSource
+
+HIDDEN = 1.1
+"""With memory=streamed: computing should take this many times as long as the copying that it hides."""
 
 
 class NativePending(PendingImages):
@@ -75,9 +82,13 @@ class NativeEngineAdapter(Engine):
             dtype=getattr(torch, dtype),
             attention=config.attention,
             fused_kernels=config.fused_kernels,
+            precision=config.precision.value,
+            bf16_layers=frozenset(config.bf16_layers),
             cuda_graphs=config.cuda_graphs,
+            streamed=memory.streamed,
             rehearse_decoder=device == "cuda" and not memory.staged,
         )
+        check_device(config.precision, device, dtype)
         memory.apply_limits(device)
         weights.settle(device, dtype)
         return cls(weights, options, memory.staged, request.encodes)
@@ -94,6 +105,7 @@ class NativeEngineAdapter(Engine):
             normalization=params.cfg_normalization,
             truncation=params.cfg_truncation,
         )
+        self._drawn = len(request.noise)
         return self.model.denoise(
             request.prompt_embeds, request.noise, params.num_inference_steps, guidance, request.negative_prompt_embeds
         )
@@ -114,6 +126,20 @@ class NativeEngineAdapter(Engine):
         else:  # weights on their way are no work of this engine's yet
             torch.cuda.current_stream().synchronize()
 
+    def numerics(self) -> dict[str, Any]:
+        options, numerics = self.model.options, super().numerics()
+        if options.precision != Precision.bf16.value:
+            numerics["precision"] = options.precision
+            if options.bf16_layers:
+                numerics["bf16_layers"] = sorted(options.bf16_layers)
+        return numerics
+
+    def useful_batch(self) -> int | None:
+        stream = self.model.transformer.stream
+        if stream is None:
+            return None
+        return max(1, math.ceil(HIDDEN * self._drawn * stream.copying_over_computing()))
+
     def free_memory(self) -> bool:
         held = self.model.graphs.give_up()
         self.model.forget()
@@ -127,7 +153,7 @@ class NativeEngineAdapter(Engine):
     def _load_encoder(self) -> None:
         if hasattr(self.model, "text_encoder"):
             return
-        if self._staged and hasattr(self.model, "transformer"):
+        if self._staged and hasattr(self.model, "transformer") and not self.model.options.streamed:
             self.model.forget()
             self._free("transformer")
             self._free("vae")
@@ -137,7 +163,7 @@ class NativeEngineAdapter(Engine):
     def _load_denoiser(self) -> None:
         if hasattr(self.model, "transformer"):
             return
-        if self._staged:
+        if self._staged and not self.model.options.streamed:
             self._free("text_encoder")
         with self._phase("transformer"):
             load_transformer(self.model, self._path, self._tensors)
@@ -152,6 +178,9 @@ class NativeEngineAdapter(Engine):
         return self._weights.tensors(component)
 
     def _free(self, network: str) -> None:
+        stream = getattr(getattr(self.model, network, None), "stream", None)
+        if isinstance(stream, BlockStream):
+            stream.close()
         if hasattr(self.model, network):
             delattr(self.model, network)
         gc.collect()

@@ -43,6 +43,23 @@ def load_flash3() -> Forward:
     return _through_interface()
 
 
+def load_flash3_fp8() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """(query, key, value of e4m3, their scales [3, heads]) to bfloat16. Raises ImportError if not installed."""
+    operators = [operator for package in EXTENSIONS if (operator := _operator(package)) is not None]
+    if not operators:
+        raise ImportError("FlashAttention 3's operator is not installed: pip install fa3-fwd")
+    operator = operators[0]
+
+    def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        q, k, v = scales[:, None].expand(3, len(query), -1).unbind(0)
+        return operator(
+            query, key, value, q_descale=q, k_descale=k, v_descale=v,
+            softmax_scale=query.shape[-1] ** -0.5, num_splits=1,
+        )[0]  # fmt: skip
+
+    return forward
+
+
 def _operator(package: str) -> Any:
     """The package's operator ``fwd``, None if there is none or it takes other arguments."""
     library = _library(package)

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from zimage_runner.engines.native.quantised import FORMATS, SCALE, QuantisedLinear
 from zimage_runner.errors import UserError
 from zimage_runner.weights.packed.format import TENSOR as PACKED
+from zimage_runner.weights.parts import packed_parts
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -34,7 +36,7 @@ TRANSFORMER_RULES: Rules = (
     (r"final_linear\.(\w+)", (r"all_final_layer.2-1.linear.\1",)),
     (r"(.+\.attention)\.qkv\.weight", (r"\1.to_q.weight", r"\1.to_k.weight", r"\1.to_v.weight")),
     (r"(.+\.attention)\.norm_qk", (r"\1.norm_q.weight", r"\1.norm_k.weight")),
-    (r"(.+\.attention)\.out\.weight", (r"\1.to_out.0.weight",)),
+    (r"(.+\.attention)\.out\.(weight\w*)", (r"\1.to_out.0.\2",)),
     (r"(.+\.feed_forward)\.w1w3\.weight", (r"\1.w1.weight", r"\1.w3.weight")),
     (r"(.+_norm[12])", (r"\1.weight",)),
     (r"(.+\.adaLN_modulation)\.(\w+)", (r"\1.0.\2",)),
@@ -65,8 +67,11 @@ VAE_UNUSED = r"encoder\..+|quant_conv\..+"
 FUSED = ("attention.qkv.weight", "self_attn.qkv_proj.weight")
 """Endings that tell the modules' own layout from the published one."""
 
-FLOAT32 = re.compile(r".*(norm_qk|layernorm\.weight|[qk]_norm\.weight)$")
+FLOAT32 = re.compile(r".*(norm_qk|layernorm\.weight|[qk]_norm\.weight|weight_scale)$")
 """Small vectors that the modules want in float32 whatever the compute dtype."""
+
+
+EIGHT_BITS = tuple(form.dtype for form in FORMATS.values())
 
 
 class TensorFiles(Mapping[str, torch.Tensor]):
@@ -129,6 +134,18 @@ def open_tensors(folder: Path, device: str) -> Mapping[str, torch.Tensor]:
     return load_tensors(tensor_files(folder), device)
 
 
+def in_place(owner: nn.Module, leaf: str, value: torch.Tensor) -> torch.Tensor:
+    """The tensor itself."""
+    return value
+
+
+def open_parts(folder: Path, device: str) -> Mapping[str, torch.Tensor]:
+    """A component's tensors on the device, each read when it is asked for: there is no room for all of them."""
+    files = tensor_files(folder)
+    parts = packed_parts(files[0], device) if len(files) == 1 else None
+    return TensorFiles(folder, device) if parts is None else parts
+
+
 def assign(
     module: M,
     tensors: Mapping[str, torch.Tensor],
@@ -137,34 +154,61 @@ def assign(
     device: str,
     dtype: torch.dtype,
     label: str,
+    part: str = "",
+    place: Callable[[nn.Module, str, torch.Tensor], torch.Tensor] = in_place,
 ) -> M:
     """Give every parameter of a meta-device module its tensor.
+
+    ``part``: what the names of this module's tensors begin with, if it is a part of a component whose others are left
+    alone. ``place`` is told of each tensor, its module and its name there, and says what to take instead.
 
     Raises UserError naming tensors that are missing, of the wrong shape, or known neither to the module nor to
     ``unused`` (a pattern of whole names): a checkpoint of another architecture must not draw quietly wrong pictures.
     """
     taken: set[str] = set()
     missing: list[str] = []
-    for name, parameter in module.named_parameters():
+    for name, parameter in list(module.named_parameters()):
+        owner, leaf = owner_of(module, name)
+        if leaf == SCALE and owner.weight_scale is not parameter:
+            continue  # made when its weight was rounded
+        name = part + name
         sources = [name] if name in tensors else published_names(name, rules)
         absent = [source for source in sources if source not in tensors]
         missing += absent
         taken.update(sources)
         if absent:
             continue
-        kind = torch.float32 if FLOAT32.match(name) else dtype
-        value = _gather([tensors[source] for source in sources], device, kind, parameter.ndim)
+        parts = [tensors[source] for source in sources]
+        kind = _kind(name, parts[0], parameter, dtype)
+        value = _gather(parts, device, kind, parameter.ndim)
         if value.shape != parameter.shape:
             shape, expected = list(value.shape), list(parameter.shape)
             raise UserError(f"{label}: {_some(sources)} has shape {shape}, its config.json says {expected}")
-        owner, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+        if isinstance(owner, QuantisedLinear) and kind != parameter.dtype:
+            owner.take(value)
+            value = owner.weight.data
+        setattr(owner, leaf, nn.Parameter(place(owner, leaf, value), requires_grad=False))
     if missing:
         raise UserError(f"{label}: {len(missing)} tensors are missing: {_some(missing)}")
-    extra = [name for name in tensors if name not in taken and not re.fullmatch(unused, name)]
+    extra = [] if part else [name for name in tensors if name not in taken and not re.fullmatch(unused, name)]
     if extra:
         raise UserError(f"{label}: {len(extra)} tensors belong to no known part of the model: {_some(extra)}")
     return module.eval()
+
+
+def owner_of(module: nn.Module, name: str) -> tuple[Any, str]:
+    """The submodule that a parameter belongs to, and its name there."""
+    owner, _, leaf = name.rpartition(".")
+    return module.get_submodule(owner), leaf
+
+
+def _kind(name: str, stored: torch.Tensor, parameter: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a stored tensor is taken. Raises ValueError for eight bits that the module does not take."""
+    if stored.dtype in EIGHT_BITS:
+        if stored.dtype != parameter.dtype:
+            raise ValueError(f"tensor {name} is stored as {stored.dtype}, wanted is {parameter.dtype}")
+        return stored.dtype
+    return torch.float32 if FLOAT32.match(name) else dtype
 
 
 def published_names(name: str, rules: Rules) -> list[str]:

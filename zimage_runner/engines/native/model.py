@@ -13,6 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from zimage_runner.engines.native.graphs import GraphCache
 from zimage_runner.engines.native.images import HostCopy, Ready, page_locked
 from zimage_runner.engines.native.kernels import choose_operations
+from zimage_runner.engines.native.quantised import FORMATS
 from zimage_runner.engines.native.rehearsal import Rehearsals, advance
 from zimage_runner.engines.native.rope import (
     RotaryTable,
@@ -25,9 +26,10 @@ from zimage_runner.engines.native.rope import (
 )
 from zimage_runner.engines.native.sampler import Guidance, Schedule, euler, make_schedule
 from zimage_runner.engines.native.sdpa import choose_attention
+from zimage_runner.engines.native.streamed_encoder import StreamedTextEncoder
 from zimage_runner.engines.native.text_encoder import TextEncoder
 from zimage_runner.engines.native.tokenizer import CaptionTokenizer
-from zimage_runner.engines.native.transformer import StepModulation, Transformer, embed_times
+from zimage_runner.engines.native.transformer import Arithmetic, StepModulation, Transformer, embed_times
 from zimage_runner.engines.native.vae_decoder import VaeDecoder
 from zimage_runner.model import PATCH
 
@@ -55,9 +57,20 @@ class Options:
     """Triton's fused operations, where there are a GPU and Triton."""
     cuda_graphs: int = 0
     """Most shapes recorded as CUDA graphs at a time."""
+    precision: str = "bf16"
+    """Of the factors of the transformer blocks' products: bf16 (whatever ``dtype`` is), fp8 or int8."""
+    bf16_layers: frozenset[int] = frozenset()
+    """Main blocks that multiply in ``dtype`` whatever the precision."""
+    streamed: bool = False
+    """Weights of the text encoder and of the transformer's blocks come to the device just before they are used."""
     rehearse_decoder: bool = False
     """Run the decoder's layers for a new size while the GPU is busy with the forwards before. For a GPU that holds the
     decoder and a forward's memory at the same time."""
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """The transformer's."""
+        return Arithmetic(self.dtype, FORMATS.get(self.precision), self.bf16_layers)
 
 
 class NativeModel:
@@ -66,7 +79,7 @@ class NativeModel:
     The three networks are attributes to be set (see assembly.py) and deleted: not all need be in memory at a time.
     """
 
-    text_encoder: TextEncoder
+    text_encoder: TextEncoder | StreamedTextEncoder
     transformer: Transformer
     vae: VaeDecoder
 
@@ -93,9 +106,13 @@ class NativeModel:
         One text a call of the network: the products' rounding depends on the batch, and a caption's features must
         not depend on its neighbours. Equal texts share one tensor.
         """
-        unique = dict.fromkeys(texts)
+        unique = list(dict.fromkeys(texts))
+        captions = self.tokenizer(unique, max_sequence_length)
+        if isinstance(self.text_encoder, StreamedTextEncoder):
+            features = dict(zip(unique, self.text_encoder.encode(captions, self.ops)))
+            return [features[text] for text in texts]
         features = {}
-        for text, ids in zip(unique, self.tokenizer(list(unique), max_sequence_length)):
+        for text, ids in zip(unique, captions):
             turns = self.text_encoder.rotary(len(ids))
             token_ids = self._to_device(torch.tensor([ids]))
             features[text] = self.text_encoder(token_ids, self._to_device(turns), self.ops)[0]
@@ -184,9 +201,11 @@ class NativeModel:
         def forward(latents: torch.Tensor, caption: torch.Tensor, *step: torch.Tensor) -> torch.Tensor:
             return self.transformer(latents, caption, StepModulation(*step), image_rope, unified_rope)
 
-        if len(latents) * len(unified_rope.cos) > RECORDED_TOKENS:
-            return forward(latents, caption, *step)
-        return self.graphs.call(key, forward, (latents, caption, *step), first)
+        vectors = step.tensors()
+
+        if len(latents) * len(unified_rope.cos) > RECORDED_TOKENS or self.options.streamed:
+            return forward(latents, caption, *vectors)
+        return self.graphs.call(key, forward, (latents, caption, *vectors), first)
 
     def _caption(self, embeds: torch.Tensor) -> torch.Tensor:
         """Refined caption [padded tokens, dim]; remembered as long as ``embeds`` itself lives."""

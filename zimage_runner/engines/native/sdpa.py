@@ -20,9 +20,13 @@ import torch.nn.functional as F
 
 from zimage_runner.engines.native import flash3
 from zimage_runner.weights import cache
+from zimage_runner.weights.eight_bits import FP8, to_format
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(query, key, value), each [batch, tokens, heads, head_dim], to [batch, tokens, heads, head_dim]."""
+
+AttendFp8 = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""The same of e4m3 numbers; the fourth argument has their scales [3, heads] float32. The result is bfloat16."""
 
 SDPA_BACKENDS = {
     "cudnn": "CUDNN_ATTENTION",
@@ -30,8 +34,12 @@ SDPA_BACKENDS = {
     "efficient": "EFFICIENT_ATTENTION",
     "math": "MATH",
 }
+LARGEST_ERROR = {False: 0.05, True: 0.2}
+"""Absolute, of an attention over normally distributed numbers; True: in eight bits."""
 CUDA_ORDER = ("flash3", "cudnn", "flash", "efficient", "math")
-BACKENDS = ("auto", "native", *CUDA_ORDER)
+FP8_BACKEND = "flash3_fp8"
+"""FlashAttention 3 of e4m3 numbers. It draws another picture, so that ``auto`` never takes it."""
+BACKENDS = ("auto", "native", *CUDA_ORDER, FP8_BACKEND)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +49,8 @@ class Attention:
     name: str
     attend: Attend
     context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+    attend_fp8: AttendFp8 | None = None
+    """What the transformer's blocks use instead, where it is there."""
 
 
 def scaled_dot_product(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -93,6 +103,8 @@ def _machine_key(dtype: torch.dtype, head_dim: int) -> str:
 
 
 def _backend(name: str) -> Attention:
+    if name == FP8_BACKEND:
+        return Attention(name, flash3.load_flash3(), attend_fp8=flash3.load_flash3_fp8())
     return Attention("flash3", flash3.load_flash3()) if name == "flash3" else _sdpa(name)
 
 
@@ -104,13 +116,26 @@ def try_attention(name: str, dtype: torch.dtype, head_dim: int) -> tuple[Attenti
         shape = (1, 96, 2, head_dim)
         query, key, value = (torch.randn(shape, device="cuda", dtype=dtype, generator=generator) for _ in range(3))
         with attention.context():
-            got = attention.attend(query, key, value)
+            got = _attended(attention, query, key, value)
     except (ImportError, RuntimeError) as error:
         return None, " ".join(str(error).split())[:200] or type(error).__name__
     expected = plain_attention(query, key, value)
     difference = (got.float() - expected).abs().max().item()
     # NaN must not pass, hence the form of the comparison.
-    return (attention, "") if difference < 0.05 else (None, f"its result is off by {difference:.3g}")
+    return (
+        (attention, "")
+        if difference < LARGEST_ERROR[attention.attend_fp8 is not None]
+        else (None, f"its result is off by {difference:.3g}")
+    )
+
+
+def _attended(attention: Attention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """The backend's result, which rounds what it is given first if that is its way."""
+    if attention.attend_fp8 is None:
+        return attention.attend(query, key, value)
+    scales = torch.stack([x.float().abs().amax((0, 1, 3)) / FP8.largest for x in (query, key, value)])
+    eight = [to_format(x / scale[:, None], FP8) for x, scale in zip((query, key, value), scales)]
+    return attention.attend_fp8(eight[0], eight[1], eight[2], scales)
 
 
 def plain_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

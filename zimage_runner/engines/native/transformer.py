@@ -8,9 +8,11 @@ between each two of them.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -19,8 +21,10 @@ from torch import nn
 
 from zimage_runner.engines.native.kernels import Operations
 from zimage_runner.engines.native.layers import Linear, PackedLinear
+from zimage_runner.engines.native.quantised import FP8, Format, Quantised, QuantisedLinear, Scaled
 from zimage_runner.engines.native.rope import RotaryTable, padded_length
-from zimage_runner.engines.native.sdpa import Attend
+from zimage_runner.engines.native.sdpa import Attend, AttendFp8
+from zimage_runner.engines.native.streaming import BlockStream
 from zimage_runner.model import PATCH
 
 ADALN_WIDTH = 256
@@ -28,6 +32,11 @@ TIMESTEP_HIDDEN = 1024
 FREQUENCIES = 256
 QK_NORM_EPS = 1e-5
 FINAL_NORM_EPS = 1e-6
+ROUNDING = 17 / 16
+"""A number rounded to e4m3 is no larger than this times what it was."""
+
+Attends = Callable[..., torch.Tensor]
+"""An Attend, or an AttendFp8 where scales are there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,52 +90,128 @@ class BlockModulation(NamedTuple):
     """A block's four float32 vectors [dim], learned norm weights multiplied in.
 
     Scales are weight * (1 + scale), gates weight * tanh(gate); without adaLN both are the weight alone.
+    ``attention_input``: scales [3, heads] of query, key and value where attention multiplies in eight bits.
     """
 
     attention_scale: torch.Tensor
     attention_gate: torch.Tensor
     ffn_scale: torch.Tensor
     ffn_gate: torch.Tensor
+    attention_input: torch.Tensor | None = None
 
 
 class StepModulation(NamedTuple):
-    """One step's vectors: blocks [noise refiner + main, 4, dim] and the final layer's scale [dim], float32."""
+    """One step's vectors: blocks [noise refiner + main, 4, dim] and the final layer's scale [dim], float32.
+
+    ``attention_input`` [noise refiner + main, 3, heads]: see BlockModulation.
+    """
 
     blocks: torch.Tensor
     final: torch.Tensor
+    attention_input: torch.Tensor | None = None
 
     def block(self, index: int) -> BlockModulation:
-        return BlockModulation(*self.blocks[index].unbind(0))
+        scales = None if self.attention_input is None else self.attention_input[index]
+        return BlockModulation(*self.blocks[index].unbind(0), scales)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Those there are: ``StepModulation(*step.tensors())`` is the step again."""
+        return [tensor for tensor in self if tensor is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """In what the transformer's blocks multiply."""
+
+    dtype: torch.dtype = torch.float32
+    """Of the residual stream and of everything that ``form`` is not for."""
+    form: Format | None = None
+    """Of the factors of the noise refiner's and the main blocks' products; None: ``dtype``."""
+    plain_layers: frozenset[int] = frozenset()
+    """Main blocks that multiply in ``dtype`` all the same."""
+
+    def of_layer(self, number: int) -> Arithmetic:
+        """A main block's own."""
+        return replace(self, form=None) if number in self.plain_layers else self
+
+    def linear(self, inputs: int, outputs: int, folded: bool = False) -> nn.Module:
+        """A product without bias. ``folded``: what follows it applies scales, where there are any."""
+        if self.form is None:
+            return PackedLinear(inputs, outputs, bias=False)
+        return QuantisedLinear(inputs, outputs, self.form, self.dtype, folded)
+
+
+PLAIN = Arithmetic()
 
 
 class SelfAttention(nn.Module):
     """Query, key and value in one product, RMS norm per head, rotary embedding, attention, output product."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, arithmetic: Arithmetic) -> None:
         super().__init__()
-        self.qkv = PackedLinear(config.dim, 3 * config.dim, bias=False)
+        self.form = arithmetic.form
+        self.qkv = arithmetic.linear(config.dim, 3 * config.dim)
         self.norm_qk = nn.Parameter(torch.empty(2, config.head_dim))
-        self.out = PackedLinear(config.dim, config.dim, bias=False)
+        self.out = arithmetic.linear(config.dim, config.dim, folded=True)
 
     def forward(
-        self, h: torch.Tensor, rope: RotaryTable, ops: Operations, attend: Attend, keep: int | None
-    ) -> torch.Tensor:
-        """Of the first ``keep`` tokens only, where given; all tokens are attended to."""
-        query, key, value = ops.qk_norm_rope(self.qkv(h), self.norm_qk, rope.cos, rope.sin, QK_NORM_EPS)
+        self,
+        h: torch.Tensor | Quantised,
+        rope: RotaryTable,
+        ops: Operations,
+        attend: Attends,
+        keep: int | None,
+        scales: torch.Tensor | None,
+    ) -> torch.Tensor | Scaled:
+        """Of the first ``keep`` tokens only, where given; all tokens are attended to.
+
+        ``scales``: of query, key and value in eight bits, which ``attend`` takes then.
+        """
+        qkv = self.qkv(h)
+        if scales is None:
+            attended = attend(*ops.qk_norm_rope(qkv, self.norm_qk, rope.cos, rope.sin, QK_NORM_EPS))
+        else:
+            eight = ops.qk_norm_rope_quantised(qkv, self.norm_qk, rope.cos, rope.sin, QK_NORM_EPS, scales)
+            attended = attend(*eight, scales)
         # Dropped afterwards: cuDNN takes longer to plan for another number of queries than to compute a few more.
-        return self.out(attend(query, key, value)[:, :keep].flatten(2))
+        return self.out(ops.product_input(attended[:, :keep].flatten(2), self.form))
+
+    def input_scales(self, norm_scales: torch.Tensor) -> torch.Tensor:
+        """Scales [steps, 3, heads] with which query, key and value surely fit into e4m3.
+
+        norm_scales [steps, dim]: what the input was normed and multiplied by, so that it is no longer than its largest
+        magnitude times the root of dim. A normed query is no longer than the root of head_dim times its norm's largest
+        weight, a value no larger than its weights' length times the input's. e4m3 is as precise over a range of
+        thousands: no closer bound is needed, and none that depends on the picture.
+        """
+        dim, head_dim = norm_scales.shape[-1], self.norm_qk.shape[-1]
+        heads = dim // head_dim
+        longest = ROUNDING * norm_scales.abs().amax(-1) * dim**0.5
+        lengths = row_lengths(self.qkv, 2 * dim, norm_scales.device).unflatten(0, (heads, head_dim)).amax(-1)
+        value = longest[:, None] * lengths
+        query_key = head_dim**0.5 * self.norm_qk.abs().amax(-1)
+        both = query_key[None, :, None].expand(len(value), 2, heads)
+        return torch.cat([both, value[:, None]], dim=1) / FP8.largest
+
+
+def row_lengths(linear: nn.Module, begin: int, device: torch.device) -> torch.Tensor:
+    """Lengths of a product's weight rows from ``begin`` on, float32, on the device."""
+    weight = linear.get_parameter("weight")[begin:].to(device)  # a streamed one is on the host
+    lengths = torch.linalg.vector_norm(weight.float(), dim=-1)
+    return lengths * linear.weight_scale[begin:] if isinstance(linear, QuantisedLinear) else lengths
 
 
 class FeedForward(nn.Module):
     """w2(silu(w1 x) * w3 x), w1 and w3 in one product."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, arithmetic: Arithmetic) -> None:
         super().__init__()
-        self.w1w3 = PackedLinear(config.dim, 2 * config.hidden_dim, bias=False)
-        self.w2 = PackedLinear(config.hidden_dim, config.dim, bias=False)
+        self.form = arithmetic.form
+        self.w1w3 = arithmetic.linear(config.dim, 2 * config.hidden_dim)
+        self.w2 = arithmetic.linear(config.hidden_dim, config.dim, folded=True)
 
-    def forward(self, h: torch.Tensor, ops: Operations) -> torch.Tensor:
-        return self.w2(ops.swiglu(self.w1w3(h)))
+    def forward(self, h: torch.Tensor | Quantised, ops: Operations) -> torch.Tensor | Scaled:
+        return self.w2(ops.swiglu(self.w1w3(h), self.form))
 
 
 class Block(nn.Module):
@@ -136,11 +221,13 @@ class Block(nn.Module):
     adding to x and norming it for what follows is one pass over memory.
     """
 
-    def __init__(self, config: TransformerConfig, modulated: bool) -> None:
+    def __init__(self, config: TransformerConfig, modulated: bool, arithmetic: Arithmetic = PLAIN) -> None:
         super().__init__()
         self.eps = config.norm_eps
-        self.attention = SelfAttention(config)
-        self.feed_forward = FeedForward(config)
+        self.form = arithmetic.form
+        """Of the h that it takes."""
+        self.attention = SelfAttention(config, arithmetic)
+        self.feed_forward = FeedForward(config, arithmetic)
         self.attention_norm1 = nn.Parameter(torch.empty(config.dim))
         self.attention_norm2 = nn.Parameter(torch.empty(config.dim))
         self.ffn_norm1 = nn.Parameter(torch.empty(config.dim))
@@ -159,26 +246,41 @@ class Block(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        h: torch.Tensor,
+        h: torch.Tensor | Quantised,
         modulation: BlockModulation,
-        next_scale: torch.Tensor | None,
+        following: tuple[torch.Tensor, Format | None] | None,
         rope: RotaryTable,
         ops: Operations,
-        attend: Attend,
+        attend: Attends,
         keep: int | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``keep`` drops all but the first tokens on the way, where nothing later reads the others."""
-        update = self.attention(h, rope, ops, attend, keep)
+    ) -> tuple[torch.Tensor, torch.Tensor | Quantised]:
+        """``following``: the next block's norm scale and the form of the h that it takes; None after the last one.
+
+        ``keep`` drops all but the first tokens on the way, where nothing later reads the others.
+        """
+        update = self.attention(h, rope, ops, attend, keep, modulation.attention_input)
         x = x[:, :keep]
-        x, h = ops.add_gated_norm(x, update, modulation.attention_gate, modulation.ffn_scale, self.eps)
-        return ops.add_gated_norm(x, self.feed_forward(h, ops), modulation.ffn_gate, next_scale, self.eps)
+        x, h = ops.add_gated_norm(x, update, modulation.attention_gate, modulation.ffn_scale, self.eps, self.form)
+        scale, form = following or (None, None)
+        return ops.add_gated_norm(x, self.feed_forward(h, ops), modulation.ffn_gate, scale, self.eps, form)
 
 
 class Transformer(nn.Module):
     """Velocity prediction: image latents and a refined caption in, latents' velocity out."""
 
-    def __init__(self, config: TransformerConfig, ops: Operations, attend: Attend) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        ops: Operations,
+        attend: Attend,
+        arithmetic: Arithmetic = PLAIN,
+        attend_fp8: AttendFp8 | None = None,
+    ) -> None:
+        """``attend_fp8``: attention of the noise refiner and the main blocks, instead of ``attend``."""
         super().__init__()
+        self.attend_fp8 = attend_fp8
+        self.dtype = arithmetic.dtype
+        self.stream: BlockStream | None = None
         self.config = config
         self.ops = ops
         self.attend = attend
@@ -190,11 +292,23 @@ class Transformer(nn.Module):
         self.cap_norm = nn.Parameter(torch.empty(config.cap_feat_dim))
         self.cap_embedder = Linear(config.cap_feat_dim, config.dim)
         self.cap_pad_token = nn.Parameter(torch.empty(1, config.dim))
-        self.noise_refiner = nn.ModuleList(Block(config, True) for _ in range(config.n_refiner_layers))
+        self.noise_refiner = nn.ModuleList(Block(config, True, arithmetic) for _ in range(config.n_refiner_layers))
         self.context_refiner = nn.ModuleList(Block(config, False) for _ in range(config.n_refiner_layers))
-        self.layers = nn.ModuleList(Block(config, True) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(Block(config, True, arithmetic.of_layer(n)) for n in range(config.n_layers))
         self.final_modulation = Linear(config.adaLN_width, config.dim)
         self.final_linear = Linear(config.dim, patch_dim)
+
+    def stream_blocks(self, device: torch.device) -> Callable[[nn.Module, str, torch.Tensor], torch.Tensor]:
+        """Have the large weights of noise refiner and main blocks in host memory, to come one block at a time.
+
+        Returns what is to be told of each tensor when it is loaded (see loading.assign).
+        """
+        stream = self.stream = BlockStream([*self.noise_refiner, *self.layers], device, self.dtype)
+
+        def place(owner: nn.Module, leaf: str, value: torch.Tensor) -> torch.Tensor:
+            return stream.put(owner, value) if leaf == "weight" and stream.holds(owner) else value
+
+        return place
 
     def modulation(self, embedded_times: torch.Tensor) -> list[StepModulation]:
         """What each step's time does to the network; embedded_times [steps, FREQUENCIES] (see ``embed_times``).
@@ -214,7 +328,10 @@ class Transformer(nn.Module):
         factors[:, :, 1::2].tanh_()
         factors.mul_(norms_of(modulated)[:, None])
         final = self._linear_float32(self.final_modulation, F.silu(adaln_input)).add_(1)
-        return [StepModulation(*step) for step in zip(factors.unbind(1), final.unbind(0))]
+        if self.attend_fp8 is None:
+            return [StepModulation(*step) for step in zip(factors.unbind(1), final.unbind(0))]
+        scales = torch.stack([block.attention.input_scales(own[:, 0]) for block, own in zip(modulated, factors)])
+        return [StepModulation(*step) for step in zip(factors.unbind(1), final.unbind(0), scales.unbind(1))]
 
     def _linear_float32(self, linear: Linear, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         return self.ops.linear_float32(x, linear.weight, linear.bias, out)
@@ -244,9 +361,10 @@ class Transformer(nn.Module):
         height, width = latents.shape[-2:]
         refiners = len(self.noise_refiner)
         vectors = [modulation.block(i) for i in range(refiners + len(self.layers))]
-        x = self._run(self.noise_refiner, self.embed_image(latents), vectors[:refiners], image_rope)
+        x = self._run(self.noise_refiner, self.embed_image(latents), vectors[:refiners], image_rope, None, 0)
         x = torch.cat([x, caption], dim=1)
-        x = self._run(self.layers, x, vectors[refiners:], unified_rope, keep=height * width // PATCH**2)
+        tokens = height * width // PATCH**2
+        x = self._run(self.layers, x, vectors[refiners:], unified_rope, tokens, refiners)
         return self.unembed(x, modulation.final, height, width)
 
     def embed_image(self, latents: torch.Tensor) -> torch.Tensor:
@@ -275,15 +393,26 @@ class Transformer(nn.Module):
         vectors: list[BlockModulation],
         rope: RotaryTable,
         keep: int | None = None,
+        number: int | None = None,
     ) -> torch.Tensor:
-        """All blocks in turn; of the last one only the first ``keep`` tokens, where given."""
+        """All blocks in turn; of the last one only the first ``keep`` tokens, where given.
+
+        ``number``: of the first block among those that may be streamed; None for blocks that never are.
+        """
         if not vectors:
             return x[:, :keep]
-        h = self.ops.scaled_rms_norm(x, vectors[0].attention_scale, self.config.norm_eps)
-        next_scales = [v.attention_scale for v in vectors[1:]] + [None]
-        for block, vector, next_scale in zip(blocks_of(blocks), vectors, next_scales):
-            x, h = block(x, h, vector, next_scale, rope, self.ops, self.attend, keep if next_scale is None else None)
+        members = blocks_of(blocks)
+        h = self.ops.scaled_rms_norm(x, vectors[0].attention_scale, self.config.norm_eps, members[0].form)
+        following = [(vector.attention_scale, block.form) for vector, block in zip(vectors[1:], members[1:])]
+        for step, (block, vector, then) in enumerate(zip(members, vectors, [*following, None])):
+            attend = self.attend if vector.attention_input is None else self.attend_fp8
+            with self._present(None if number is None else number + step):
+                x, h = block(x, h, vector, then, rope, self.ops, attend, keep if then is None else None)
         return x
+
+    def _present(self, number: int | None) -> AbstractContextManager[None]:
+        """While a block's weights are on the device."""
+        return contextlib.nullcontext() if self.stream is None or number is None else self.stream.block(number)
 
 
 def blocks_of(modules: nn.ModuleList) -> list[Block]:

@@ -43,6 +43,9 @@ FRAME_VALUES = 8 << 20
 ALIGNMENT = 4096
 """Bytes: frames begin at multiples of it."""
 
+DTYPES = ("BF16", "F8_E4M3", "I8", "F32")
+"""Of the tensors in a packed file. Only the first gains from packing: frames of the others are stored as they are."""
+
 Counts = tuple[int, int, int]
 """Codes of level 2, codes of level 3 and distances of a frame."""
 
@@ -127,8 +130,8 @@ def _parse(file: WeightsFile, packing: dict[str, Any]) -> Packing:
     if packing["version"] != VERSION:
         raise ValueError(f"version {packing['version']}, not {VERSION}")
     tensors = parse_tensors(packing["tensors"], 0)
-    if any(info.dtype != "BF16" for info in tensors.values()):
-        raise ValueError("tensors that are not BF16")
+    if any(info.dtype not in DTYPES or info.nbytes % 2 for info in tensors.values()):
+        raise ValueError(f"tensors that are not of {', '.join(DTYPES)}, or of odd sizes")
     nbytes, frame_values = end_of(tensors, 0), packing["frame_values"]
     if type(frame_values) is not int or not 0 < frame_values <= FRAME_VALUES or frame_values % BLOCK:
         raise ValueError(f"frames of {frame_values} values")

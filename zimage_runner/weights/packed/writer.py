@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from zimage_runner.weights.io import Threads, write_exactly
 from zimage_runner.weights.packed import format as packed
 from zimage_runner.weights.packed.format import TENSOR, Counts, aligned, metadata_of
-from zimage_runner.weights.prepared.pieces import Piece, PlannedTensor, cut, pieces, places_of, read_bfloat16
+from zimage_runner.weights.prepared.pieces import Piece, PlannedTensor, cut, pieces, places_of, read_piece
 from zimage_runner.weights.safetensors_file import header_bytes
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def write_packed(path: Path, plan: list[PlannedTensor], threads: int, advance: C
                 counts.append(count)
                 write_exactly(handle, place, data.data)
                 place += aligned(len(data))
-                advance(2 * sum(piece.count for piece in frame))
+                advance(sum(piece.nbytes for piece in frame))
         os.ftruncate(handle, place)
         write_exactly(handle, 0, memoryview(_header(plan, counts, place - size, size)))
         os.fsync(handle)
@@ -51,7 +51,7 @@ def _header(plan: list[PlannedTensor], counts: list[Counts | None], stored: int,
     places = places_of(plan)
     tensors = {
         tensor.name: {
-            "dtype": "BF16",
+            "dtype": tensor.dtype,
             "shape": list(tensor.shape),
             "data_offsets": [places[tensor.name], places[tensor.name] + tensor.nbytes],
         }
@@ -78,14 +78,16 @@ def _packed_frames(plan: list[PlannedTensor], threads: int) -> Generator[tuple[l
 
 def _pack(frame: list[Piece], pool: Threads) -> Packed:
     import numpy as np
-    import torch
 
     from zimage_runner.weights.packed.pack import pack_frame
 
-    values = np.empty(sum(piece.count for piece in frame), np.uint16)
+    data = np.empty(sum(piece.nbytes for piece in frame), np.uint8)
     done = 0
     for piece in frame:
         pool.check()
-        values[done : done + piece.count] = read_bfloat16(piece).view(torch.int16).numpy().view(np.uint16)
-        done += piece.count
+        data[done : done + piece.nbytes] = read_piece(piece).numpy()
+        done += piece.nbytes
+    values = data.view(np.uint16)
+    if all(piece.stored != "BF16" for piece in frame):
+        return data, None
     return pack_frame(values)

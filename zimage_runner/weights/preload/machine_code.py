@@ -12,8 +12,8 @@ import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-ARCHITECTURES = (80, 90, 100, 120)
-"""A100, A10, L4, RTX 30 and 40; H100, H200; B200; RTX 50."""
+ARCHITECTURES = (80, 89, 90, 100, 120)
+"""A100, A10, RTX 30; L4, RTX 40; H100, H200; B200; RTX 50."""
 WARP = 32
 """Threads."""
 ALIGNMENT = 16
@@ -22,8 +22,8 @@ ALIGNMENT = 16
 
 def architecture_for(major: int, minor: int) -> int:
     """The architecture whose machine code a GPU of this compute capability takes, whether there is some or not."""
-    # Machine code of 8.0 runs on all of 8.x; that of 9 and later is for its own architecture alone.
-    return 80 if major == 8 else 10 * major + minor
+    # Machine code of 8.0 runs on all of 8.x, of which 8.9 has more; that of 9 and later is for its own alone.
+    return 80 if (major, minor) < (8, 9) and major == 8 else 10 * major + minor
 
 
 def read_header(data: bytes | memoryview) -> tuple[dict[str, Any], int]:

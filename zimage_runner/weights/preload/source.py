@@ -19,7 +19,7 @@ from zimage_runner.weights.preload.lanes import pinned_ahead
 from zimage_runner.weights.preload.page_cache import CudaContext, read_ahead
 from zimage_runner.weights.preload.preload import Preload
 from zimage_runner.weights.prepared import prepared
-from zimage_runner.weights.prepared.prepared import Prepared
+from zimage_runner.weights.prepared.prepared import BF16, Prepared
 from zimage_runner.weights.safetensors_file import BadWeightsFile
 
 if TYPE_CHECKING:
@@ -33,8 +33,16 @@ TEXT_ENCODER = "text_encoder"
 class WeightsSource:
     """A checkpoint's tensors, component by component, by the fastest way this machine has."""
 
-    def __init__(self, checkpoint: Checkpoint, model: Model, found: Prepared | None, preload: Preload | None) -> None:
-        self._checkpoint = checkpoint
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        model: Model,
+        found: Prepared | None,
+        preload: Preload | None,
+        precision: str = BF16,
+    ) -> None:
+        """``precision``: of the transformer's products, and of the prepared copy."""
+        self._checkpoint, self._precision = checkpoint, precision
         self._model = model
         self._prepared = found
         self._preload = preload
@@ -54,7 +62,7 @@ class WeightsSource:
         elif device == "cuda":
             from zimage_runner.weights.prepared.prepare import ensure_prepared
 
-            self._prepared = ensure_prepared(self._checkpoint, self._model, dtype)
+            self._prepared = ensure_prepared(self._checkpoint, self._model, dtype, self._precision)
         if self._preload is not None and (device != "cuda" or self._prepared is None):
             self._preload.close()
             self._preload = None
@@ -94,10 +102,12 @@ class WeightsSource:
             raise UserError(f"{file.path} is damaged: {error}: {remedy}") from error
 
 
-def begin(checkpoint: Checkpoint, model: Model, device: Device, encodes: bool = True) -> WeightsSource:
+def begin(
+    checkpoint: Checkpoint, model: Model, device: Device, encodes: bool = True, precision: str = BF16
+) -> WeightsSource:
     """Start what can be started without torch, and return at once. ``encodes``: the text encoder is wanted too."""
     wants_gpu = device is not Device.cpu and not torch_is_cpu_only()
-    found = None if model.prepare is Prepare.never else prepared.find(checkpoint, model)
+    found = None if model.prepare is Prepare.never else prepared.find(checkpoint, model, precision=precision)
     preload = None
     if wants_gpu and found is not None and model.dtype in (Dtype.auto, Dtype.bfloat16):
         files = [file for name, file in found.weights.items() if encodes or name != TEXT_ENCODER]
@@ -108,7 +118,7 @@ def begin(checkpoint: Checkpoint, model: Model, device: Device, encodes: bool = 
         CudaContext()
         files = sorted(checkpoint.path.glob("*/*.safetensors"))
         read_ahead([file for file in files if encodes or file.parent.name != TEXT_ENCODER])
-    return WeightsSource(checkpoint, model, found, preload)
+    return WeightsSource(checkpoint, model, found, preload, precision)
 
 
 def _wrap(preload: Preload, path: Path) -> torch.Tensor:

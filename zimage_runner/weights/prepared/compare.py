@@ -12,9 +12,9 @@ from zimage_runner.weights.find.layout import Layout
 from zimage_runner.weights.io import Threads, read_exactly
 from zimage_runner.weights.packed.format import Packing
 from zimage_runner.weights.prepared.names import COMPONENTS
-from zimage_runner.weights.prepared.pieces import Piece, cut, pieces, plan_component, read_bfloat16
+from zimage_runner.weights.prepared.pieces import Piece, cut, pieces, plan_component, read_piece
 from zimage_runner.weights.prepared.prepare import THREADS
-from zimage_runner.weights.prepared.prepared import Prepared
+from zimage_runner.weights.prepared.prepared import BF16, Prepared
 from zimage_runner.weights.safetensors_file import BadWeightsFile
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ class Comparison:
 
 
 def compare(layout: Layout, prepared: Prepared) -> Comparison:
-    """Compare every prepared byte with the source rounded to bfloat16, and every config file with its original."""
+    """Compare every prepared byte with the source rounded to bfloat16 (and then, where the copy is in eight bits, to
+    those), and every config file with its original."""
     result = Comparison()
     for component in COMPONENTS:
         _compare_component(layout, prepared, component, result)
@@ -42,14 +43,15 @@ def compare(layout: Layout, prepared: Prepared) -> Comparison:
 
 
 def _compare_component(layout: Layout, prepared: Prepared, component: str, result: Comparison) -> None:
-    plan, file, packing = plan_component(layout, component), prepared.weights[component], None
+    precision = prepared.manifest.get("precision", BF16)
+    plan, file, packing = plan_component(layout, component, precision), prepared.weights[component], None
     if component in prepared.packings:
         packing = prepared.packings[component]
         file = packing.unpacked
     common = []
     for tensor in plan:
         info = file.tensors.get(tensor.name)
-        if info is None or info.shape != tensor.shape or info.dtype != "BF16":
+        if info is None or info.shape != tensor.shape or info.dtype != tensor.dtype:
             result.differences.append(f"{component}: {tensor.name} is missing or of another shape or dtype")
         else:
             common.append(tensor)
@@ -64,7 +66,7 @@ def _compare_component(layout: Layout, prepared: Prepared, component: str, resul
     different: dict[str, None] = {}
     with Threads(THREADS) as pool:
         for piece, equal in pool.map(lambda piece: (piece, _equal(piece, stored)), todo):
-            result.nbytes += 2 * piece.count
+            result.nbytes += piece.nbytes
             if not equal:
                 different[piece.tensor] = None
     result.differences += [f"{component}: {name} differs from the source" for name in different]
@@ -75,7 +77,7 @@ def _equal(piece: Piece, stored: Callable[[Piece], torch.Tensor]) -> bool:
     import torch
 
     try:
-        return torch.equal(read_bfloat16(piece).view(torch.uint8), stored(piece))
+        return torch.equal(read_piece(piece), stored(piece))
     except BadWeightsFile:  # a frame that contradicts itself
         return False
 
@@ -84,7 +86,7 @@ def _read_plain(path: Path, piece: Piece) -> torch.Tensor:
     """The piece's bytes in the prepared file."""
     import torch
 
-    stored = torch.empty(2 * piece.count, dtype=torch.uint8)
+    stored = torch.empty(piece.nbytes, dtype=torch.uint8)
     with path.open("rb", buffering=0) as file:
         read_exactly(file.fileno(), piece.offset, stored.numpy().data, path)
     return stored
@@ -102,6 +104,6 @@ def _packed_reader(packing: Packing) -> Callable[[Piece], torch.Tensor]:
 
     def read(piece: Piece) -> torch.Tensor:
         begin = piece.offset % packing.frame_bytes
-        return frame_at(piece.offset - begin)[begin : begin + 2 * piece.count]
+        return frame_at(piece.offset - begin)[begin : begin + piece.nbytes]
 
     return read

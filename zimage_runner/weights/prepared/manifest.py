@@ -24,6 +24,7 @@ def describe(
     sha256: dict[str, str],
     config_files: list[str],
     packed: bool,
+    precision: str = prepared.BF16,
 ) -> dict[str, Any]:
     """The manifest of what was made in ``folder``, whose files have these sha256."""
     import torch
@@ -40,8 +41,9 @@ def describe(
             "files": {path.relative_to(layout.path).as_posix(): path.stat().st_size for path in layout.weight_paths},
         },
         "dtype": "bfloat16",
+        "precision": precision,
         "packed": packed,
-        "lossless": is_bfloat16(layout),
+        "lossless": precision == prepared.BF16 and is_bfloat16(layout),
         "versions": {"zimage_runner": __version__, "torch": torch.__version__},
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "config_files": config_files,
@@ -53,6 +55,7 @@ def describe(
                 "sampled_sha256": sampled[component],
                 "tensors": len(tensors),
                 "fused": {t.name: [name for name, _, _ in t.sources] for t in tensors if len(t.sources) > 1},
+                "in_eight_bits": sum(t.dtype != "BF16" and t.dtype != "F32" for t in tensors),
                 "left_out": _left_out(layout, component, tensors),
             }
             for component, tensors in plan.items()

@@ -29,6 +29,9 @@ FUSIONS = {
 The fused names are those of engine=native's modules; all other tensors keep their published names.
 """
 
+QUANTISED = re.compile(r"(noise_refiner|layers)\.\d+\.(attention\.(qkv|to_out\.0)|feed_forward\.(w1w3|w2))\.weight")
+"""Prepared names of the transformer's weights that a copy in eight bits holds in eight bits."""
+
 _FIRST = {
     "text_encoder": ("embed_tokens.", "layers."),
     "transformer": (

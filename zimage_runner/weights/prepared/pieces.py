@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,8 +13,8 @@ from typing import TYPE_CHECKING
 from zimage_runner.errors import UserError
 from zimage_runner.weights.find.layout import Layout
 from zimage_runner.weights.io import read_exactly
-from zimage_runner.weights.prepared.names import prepared_tensors
-from zimage_runner.weights.safetensors_file import TensorInfo
+from zimage_runner.weights.prepared.names import QUANTISED, prepared_tensors
+from zimage_runner.weights.safetensors_file import ITEM_BITS, TensorInfo
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +24,10 @@ PIECE = 8 * 1024 * 1024
 ALIGNMENT = 256
 """Bytes: what CUDA's own allocator gives."""
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+EIGHT_BITS = {"fp8": "F8_E4M3", "int8": "I8"}
+"""Precisions of prepared copies besides bf16, and how safetensors names their numbers."""
+SCALE = "_scale"
+"""Behind a weight's name: the tensor of its rows' scales."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +37,13 @@ class PlannedTensor:
     name: str
     shape: tuple[int, ...]
     sources: tuple[tuple[str, Path, TensorInfo], ...]
+    dtype: str = "BF16"
+    scales: RowScales | None = None
+    """Of a weight in eight bits and of the tensor of its scales."""
 
     @property
     def nbytes(self) -> int:
-        return 2 * math.prod(self.shape)
+        return ITEM_BITS[self.dtype] // 8 * math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +57,29 @@ class Piece:
     count: int
     offset: int
     """In bytes; of a packed file, in its unpacked data."""
+    stored: str = "BF16"
+    """The dtype in the prepared file."""
+    first: int = 0
+    """The piece's first element, counted in the prepared tensor."""
+    scales: RowScales | None = None
 
     @property
     def item_bytes(self) -> int:
         """Bytes of an element in the source."""
         return 4 if self.dtype == "F32" else 2
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of an element in the prepared file."""
+        return ITEM_BITS[self.stored] // 8
 
-def plan_component(layout: Layout, component: str) -> list[PlannedTensor]:
+    @property
+    def nbytes(self) -> int:
+        """In the prepared file."""
+        return self.count * self.stored_bytes
+
+
+def plan_component(layout: Layout, component: str, precision: str = "bf16") -> list[PlannedTensor]:
     """The tensors of one prepared component, in file order. Raises UserError for dtypes that are not floats."""
     stored = {name: (file.path, info) for file in layout.weights[component] for name, info in file.tensors.items()}
     for name, (path, info) in stored.items():
@@ -69,8 +92,22 @@ def plan_component(layout: Layout, component: str) -> list[PlannedTensor]:
         shapes = [info.shape for _, _, info in sources]
         shape = shapes[0] if len(shapes) == 1 else (sum(s[0] for s in shapes), *shapes[0][1:])
         planned.append(PlannedTensor(tensor.name, shape, sources))
+    if component == "transformer" and precision != "bf16":
+        planned = list(_in_eight_bits(planned, precision))
     # A tensor of odd size would put all that follow it on addresses that matrix kernels do not like: those go last.
-    return sorted(planned, key=lambda tensor: tensor.nbytes % ALIGNMENT != 0)
+    # Those in eight bits come together, so that frames of packed files hold either kind.
+    return sorted(planned, key=lambda tensor: (tensor.nbytes % ALIGNMENT != 0, tensor.dtype in EIGHT_BITS.values()))
+
+
+def _in_eight_bits(planned: Iterable[PlannedTensor], precision: str) -> Iterator[PlannedTensor]:
+    """The tensors, those that can be in eight bits followed by their scales."""
+    for tensor in planned:
+        if QUANTISED.fullmatch(tensor.name) is None:
+            yield tensor
+            continue
+        scales = RowScales(tensor, precision)
+        yield replace(tensor, dtype=EIGHT_BITS[precision], scales=scales)
+        yield replace(tensor, name=tensor.name + SCALE, shape=tensor.shape[:1], dtype="F32", scales=scales)
 
 
 def places_of(plan: Iterable[PlannedTensor]) -> dict[str, int]:
@@ -82,25 +119,44 @@ def places_of(plan: Iterable[PlannedTensor]) -> dict[str, int]:
 def pieces(plan: Iterable[PlannedTensor], places: Mapping[str, int]) -> Iterator[Piece]:
     """Cut the tensors into pieces; ``places`` has the file offset of each prepared tensor."""
     for tensor in plan:
-        offset = places[tensor.name]
+        offset, first = places[tensor.name], 0
+        if tensor.dtype == "F32":  # scales: their rows' weights are the source
+            _, path, info = tensor.sources[0]
+            yield Piece(tensor.name, path, info.start, "F32", tensor.shape[0], offset, "F32", 0, tensor.scales)
+            continue
+        item = ITEM_BITS[tensor.dtype] // 8
         for _, path, info in tensor.sources:
             total, size = math.prod(info.shape), 4 if info.dtype == "F32" else 2
             for begin in range(0, total, PIECE):
-                count = min(PIECE, total - begin)
-                yield Piece(tensor.name, path, info.start + begin * size, info.dtype, count, offset + 2 * begin)
-            offset += 2 * total
+                yield Piece(
+                    tensor.name, path, info.start + begin * size, info.dtype, min(PIECE, total - begin),
+                    offset + item * begin, tensor.dtype, first + begin, tensor.scales,
+                )  # fmt: skip
+            offset, first = offset + item * total, first + total
 
 
 def cut(whole: Iterable[Piece], nbytes: int) -> Iterator[Piece]:
     """The pieces, cut where they cross a multiple of ``nbytes`` (even) of the prepared data."""
     for piece in whole:
-        done = 0
+        done, item = 0, piece.stored_bytes
         while done < piece.count:
-            offset = piece.offset + 2 * done
-            count = min(piece.count - done, (nbytes - offset % nbytes) // 2)
+            offset = piece.offset + item * done
+            count = min(piece.count - done, (nbytes - offset % nbytes) // item)
             source_offset = piece.source_offset + piece.item_bytes * done
-            yield replace(piece, source_offset=source_offset, count=count, offset=offset)
+            first = piece.first + done
+            yield replace(piece, source_offset=source_offset, count=count, offset=offset, first=first)
             done += count
+
+
+def read_piece(piece: Piece) -> torch.Tensor:
+    """The piece's bytes in the prepared file, uint8."""
+    import torch
+
+    if piece.scales is None:
+        return read_bfloat16(piece).view(torch.uint8)
+    if piece.stored == "F32":
+        return piece.scales()[piece.first : piece.first + piece.count].contiguous().view(torch.uint8)
+    return piece.scales.rounded(read_bfloat16(piece), piece.first).view(torch.uint8)
 
 
 def read_bfloat16(piece: Piece) -> torch.Tensor:
@@ -112,3 +168,53 @@ def read_bfloat16(piece: Piece) -> torch.Tensor:
     with piece.source.open("rb", buffering=0) as file:
         read_exactly(file.fileno(), piece.source_offset, tensor.view(torch.uint8).numpy().data, piece.source)
     return tensor.to(torch.bfloat16)
+
+
+class RowScales:
+    """The scales of a weight's rows, computed from its published tensors when they are first asked for.
+
+    Weights are rounded to bfloat16 first: a copy in eight bits is what an engine makes of the copy in bfloat16.
+    """
+
+    def __init__(self, tensor: PlannedTensor, precision: str) -> None:
+        self._tensor, self._precision = tensor, precision
+        self._columns = math.prod(tensor.shape[1:])
+        self._lock = threading.Lock()
+        self._scales: torch.Tensor | None = None
+
+    def __call__(self) -> torch.Tensor:
+        """[rows] float32. Threads that ask at the same time wait for one that computes."""
+        import torch
+
+        with self._lock:
+            if self._scales is None:
+                self._scales = torch.cat([self._of(path, info) for _, path, info in self._tensor.sources])
+            return self._scales
+
+    def _of(self, path: Path, info: TensorInfo) -> torch.Tensor:
+        import torch
+
+        from zimage_runner.weights.eight_bits import FORMATS, quantise_rows
+
+        rows = max(1, PIECE // self._columns)
+        scales = []
+        for begin in range(0, info.shape[0], rows):
+            count = min(rows, info.shape[0] - begin) * self._columns
+            item = 4 if info.dtype == "F32" else 2
+            piece = Piece(self._tensor.name, path, info.start + begin * self._columns * item, info.dtype, count, 0)
+            scales.append(quantise_rows(read_bfloat16(piece).view(-1, self._columns), FORMATS[self._precision])[1])
+        return torch.cat(scales)
+
+    def rounded(self, weights: torch.Tensor, first: int) -> torch.Tensor:
+        """Consecutive weights in eight bits; ``first`` is the first one's number in the tensor."""
+        import torch
+
+        from zimage_runner.weights.eight_bits import FORMATS, round_rows
+
+        begin, lead = divmod(first, self._columns)
+        rows = -(-(lead + len(weights)) // self._columns)
+        whole = torch.zeros(rows * self._columns)
+        whole[lead : lead + len(weights)] = weights
+        scales = self()[begin : begin + rows]
+        values = round_rows(whole.view(rows, -1), scales, FORMATS[self._precision])
+        return values.flatten()[lead : lead + len(weights)].contiguous()

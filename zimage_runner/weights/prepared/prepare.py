@@ -14,7 +14,8 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -29,8 +30,8 @@ from zimage_runner.weights.packed.writer import write_packed
 from zimage_runner.weights.prepared import prepared
 from zimage_runner.weights.prepared.manifest import describe, is_bfloat16
 from zimage_runner.weights.prepared.names import COMPONENTS
-from zimage_runner.weights.prepared.pieces import Piece, PlannedTensor, pieces, plan_component, read_bfloat16
-from zimage_runner.weights.prepared.prepared import Prepared, UnusablePrepared
+from zimage_runner.weights.prepared.pieces import Piece, PlannedTensor, pieces, plan_component, read_piece
+from zimage_runner.weights.prepared.prepared import BF16, Prepared, UnusablePrepared
 from zimage_runner.weights.safetensors_file import create
 
 log = logging.getLogger(__name__)
@@ -45,10 +46,22 @@ TELL_SECONDS, POLL_SECONDS = 30.0, 0.1
 """How often who waits for another process's copy says so, and looks."""
 ROOM_TO_TRY_AGAIN = 1_000_000_000
 """Bytes that must have become free before a copy that failed is tried again."""
+TRANSFORMER = "transformer"
 REMEDY = "free some space, set ZIMAGE_RUNNER_CACHE to a larger disk, or set model.prepare=never"
 
 
-def ensure_prepared(checkpoint: Checkpoint, model: Model, dtype: str) -> Prepared | None:
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Which copy."""
+
+    precision: str
+    packed: bool
+
+    def __str__(self) -> str:
+        return (f", {self.precision}" if self.precision != BF16 else "") + (", packed" if self.packed else "")
+
+
+def ensure_prepared(checkpoint: Checkpoint, model: Model, dtype: str, precision: str = BF16) -> Prepared | None:
     """The prepared form of ``checkpoint`` for an engine computing in ``dtype``, made now if ``model.prepare`` allows.
 
     None when the published files should be loaded: ``model.prepare=never``; a checkpoint that is small (auto); float32
@@ -56,7 +69,7 @@ def ensure_prepared(checkpoint: Checkpoint, model: Model, dtype: str) -> Prepare
     """
     if model.prepare is Prepare.never:
         return None
-    found = prepared.find(checkpoint, model)
+    found = prepared.find(checkpoint, model, precision=precision)
     if found is None:
         layout = inspect(checkpoint.path)
         if model.prepare is Prepare.auto and layout.weight_bytes < AUTO_BYTES:
@@ -66,7 +79,7 @@ def ensure_prepared(checkpoint: Checkpoint, model: Model, dtype: str) -> Prepare
         if _has_failed_before(checkpoint, model):
             return None
         try:
-            found = build(checkpoint, model)
+            found = build(checkpoint, model, precision=precision)
         except (UserError, OSError) as error:
             log.warning("loading the published files, which is slower: %s", error)
             _remember_failure(checkpoint, model)
@@ -97,42 +110,55 @@ def _most_free(model: Model) -> int:
     return max((prepared.free_bytes(root) for root in prepared.roots(model) if root.is_dir()), default=0)
 
 
-def build(checkpoint: Checkpoint, model: Model, packed: bool | None = None) -> Prepared:
+def build(checkpoint: Checkpoint, model: Model, packed: bool | None = None, precision: str = BF16) -> Prepared:
     """Find or make the prepared form. Raises UserError when no place has room or the checkpoint cannot be prepared.
 
-    ``packed``: that form alone; None makes the one that suits this machine, and takes any that is there.
+    ``packed``: that form alone; None makes the one that suits this machine, and takes any that is there. A copy in
+    eight bits is always packed.
 
     Appears under its name only when complete; a second process making the same one waits and takes the first's.
     """
-    found = prepared.find(checkpoint, model, packed)
+    found = prepared.find(checkpoint, model, packed, precision)
     if found is not None:
         return found
-    if packed is None:
-        packed = prepared.reads_packed()
+    if packed is None or precision != BF16:
+        packed = precision != BF16 or prepared.reads_packed()
     layout = inspect(checkpoint.path)
-    plan = {component: plan_component(layout, component) for component in COMPONENTS}
+    plan = {component: plan_component(layout, component, precision) for component in COMPONENTS}
     root = _root_with_room(model, sum(tensor.nbytes for tensors in plan.values() for tensor in tensors))
-    target = root / prepared.folder_name(model, checkpoint.digest, packed)
+    target = root / prepared.folder_name(model, checkpoint.digest, packed, precision)
     with _lock(root / f".{target.name}.lock"):
         try:
-            found = prepared.open_prepared(target, checkpoint.digest)
+            found = prepared.open_prepared(target, checkpoint.digest, precision)
             prepared.check_digests(found, model, checkpoint)
             return found
         except UnusablePrepared:
             try:
-                _make(checkpoint, layout, plan, target, packed)
+                like = _same_networks(checkpoint, model) if precision != BF16 else {}
+                _make(checkpoint, layout, plan, target, Kind(precision, packed), like)
             except OSError as error:  # a disk that another process has filled meanwhile, a file that cannot be read
                 raise UserError(f"cannot prepare {model.name} in {target}: {error}: {REMEDY}") from error
         _remove_superseded(checkpoint, target)
     return prepared.open_prepared(target, checkpoint.digest)
 
 
+def _same_networks(checkpoint: Checkpoint, model: Model) -> dict[str, Path]:
+    """Files of the packed copy in bf16 that a copy in eight bits would hold as well, where that copy is."""
+    found = prepared.find(checkpoint, model, packed=True)
+    return {} if found is None else {name: file.path for name, file in found.weights.items() if name != TRANSFORMER}
+
+
 def _make(
-    checkpoint: Checkpoint, layout: Layout, plan: dict[str, list[PlannedTensor]], target: Path, packed: bool
+    checkpoint: Checkpoint,
+    layout: Layout,
+    plan: dict[str, list[PlannedTensor]],
+    target: Path,
+    kind: Kind,
+    like: Mapping[str, Path],
 ) -> None:
+    """Make the copy. ``like``: files of another copy that are the same, of some components."""
     began = time.perf_counter()
     total = sum(tensor.nbytes for tensors in plan.values() for tensor in tensors)
-    kind = ", packed" if packed else ""
     log.info("preparing %s (%.1f GB, once%s) in %s", layout.path, total / 1e9, kind, target)
     # The lock is held, so a temporary folder of this name is what a killed process left.
     temporary = target.with_name(f".{target.name}.tmp")
@@ -145,11 +171,13 @@ def _make(
             sha256 = {}
             for component, tensors in plan.items():
                 path = prepared.component_file(temporary, component)
-                _write_component(path, component, tensors, packed)
+                if component not in like or not _linked(like[component], path):
+                    _write_component(path, component, tensors, kind.packed)
                 sha256[component] = hashing.submit(sha256_of, path, lambda count: hashing.check())
         digests = {component: future.result() for component, future in sha256.items()}
         names = _copy_configs(layout, temporary)
-        write_json(temporary / prepared.MANIFEST, describe(checkpoint, layout, plan, temporary, digests, names, packed))
+        manifest = describe(checkpoint, layout, plan, temporary, digests, names, kind.packed, kind.precision)
+        write_json(temporary / prepared.MANIFEST, manifest)
         close_to_others(temporary)
         os.rename(temporary, target)
         _sync_folder(target.parent)
@@ -161,10 +189,20 @@ def _make(
     log.info("prepared in %.1f s", time.perf_counter() - began)
 
 
+def _linked(source: Path, path: Path) -> bool:
+    """Give a file a second name, where both are on one disk that can; whether that was done."""
+    path.parent.mkdir(exist_ok=True)
+    try:
+        os.link(source, path)
+    except OSError:
+        return False
+    return True
+
+
 def _write_component(path: Path, component: str, plan: list[PlannedTensor], packed: bool = False) -> None:
     from tqdm import tqdm
 
-    path.parent.mkdir()
+    path.parent.mkdir(exist_ok=True)
     bar = tqdm(
         total=sum(tensor.nbytes for tensor in plan),
         unit="B",
@@ -180,12 +218,10 @@ def _write_component(path: Path, component: str, plan: list[PlannedTensor], pack
 
 
 def _write_plain(path: Path, plan: list[PlannedTensor], advance: Callable[[int], object]) -> None:
-    import torch
-
-    places = create(path, {tensor.name: ("BF16", tensor.shape) for tensor in plan}, {"format": "pt"})
+    places = create(path, {tensor.name: (tensor.dtype, tensor.shape) for tensor in plan}, {"format": "pt"})
 
     def convert(piece: Piece) -> int:
-        data = read_bfloat16(piece).view(torch.uint8).numpy().data
+        data = read_piece(piece).numpy().data
         write_exactly(handle, piece.offset, data)
         return len(data)
 

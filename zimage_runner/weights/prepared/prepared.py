@@ -4,7 +4,8 @@ Layout, beside nothing that was downloaded:
 ``<root>/<model name>-<source digest>/`` with ``manifest.json``, ``tokenizer/``, ``scheduler/scheduler_config.json``
 and, for each of text_encoder, transformer and vae, ``config.json`` and one safetensors file under its published name.
 A packed one (weights/packed/) is another folder, ``...-packed``. New copies are packed where a CUDA GPU reads them; of
-two copies either will do, and an older plain one goes on being used.
+two copies either will do, and an older plain one goes on being used. One whose transformer is in eight bits, and which
+is packed as far as that gains, is a third folder, ``...-fp8`` or ``...-int8``.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ FORMAT = "zimage-runner-prepared"
 VERSION = 2
 """Raised whenever the rules in names.py change what a prepared file holds."""
 MANIFEST = "manifest.json"
+BF16 = "bf16"
+"""The precision of copies that hold the weights as they are, rounded to bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,13 +69,14 @@ def roots(model: Model) -> list[Path]:
     return [Path(model.cache_dir).expanduser().absolute() / "zimage_runner" / "prepared", own]
 
 
-def folder_name(model: Model, digest: str, packed: bool) -> str:
-    """Name of the folder that holds the plain or the packed copy of the weights with this digest."""
-    return re.sub(r"[^\w.-]+", "_", model.name) + _suffix(digest, packed)
+def folder_name(model: Model, digest: str, packed: bool, precision: str = BF16) -> str:
+    """Name of the folder that holds this copy of the weights with this digest."""
+    return re.sub(r"[^\w.-]+", "_", model.name) + _suffix(digest, packed, precision)
 
 
-def _suffix(digest: str, packed: bool) -> str:
-    return f"-{digest[:16]}" + ("-packed" if packed else "")
+def _suffix(digest: str, packed: bool, precision: str) -> str:
+    kind = ("-packed" if packed else "") if precision == BF16 else f"-{precision}"
+    return f"-{digest[:16]}{kind}"
 
 
 def reads_packed() -> bool:
@@ -80,20 +84,20 @@ def reads_packed() -> bool:
     return not torch_is_cpu_only()
 
 
-def find(checkpoint: Checkpoint, model: Model, packed: bool | None = None) -> Prepared | None:
-    """The prepared copy of exactly this checkpoint, if there is one, and whole.
+def find(checkpoint: Checkpoint, model: Model, packed: bool | None = None, precision: str = BF16) -> Prepared | None:
+    """The prepared copy of exactly this checkpoint in this precision, if there is one, and whole.
 
     ``packed``: the packed or the plain one alone; None takes either, first the form that this machine reads sooner.
     """
     forms = [reads_packed(), not reads_packed()] if packed is None else [packed]
-    suffixes = [_suffix(checkpoint.digest, form) for form in forms]
+    suffixes = dict.fromkeys(_suffix(checkpoint.digest, form, precision) for form in forms)
     candidates = [path for suffix in suffixes for root in roots(model) for path in sorted(root.glob(f"[!.]*{suffix}"))]
     for path in candidates:
         if not _is_trusted(path):
             _tell_once(path)
             continue
         try:
-            found = open_prepared(path, checkpoint.digest)
+            found = open_prepared(path, checkpoint.digest, precision)
             check_digests(found, model, checkpoint)
             return found
         except UnusablePrepared as error:
@@ -136,7 +140,7 @@ class UnusablePrepared(Exception):
     """A prepared checkpoint that is damaged, of another source or of another version."""
 
 
-def open_prepared(path: Path, source_digest: str | None = None) -> Prepared:
+def open_prepared(path: Path, source_digest: str | None = None, precision: str | None = None) -> Prepared:
     """Read the manifest and check sizes, headers and sampled digests of the files against it.
 
     Raises UnusablePrepared naming the file and what is wrong.
@@ -146,6 +150,8 @@ def open_prepared(path: Path, source_digest: str | None = None) -> Prepared:
         raise UnusablePrepared(f"{MANIFEST} is of version {manifest.get('version')}, not {VERSION}")
     if source_digest is not None and manifest["source"]["digest"] != source_digest:
         raise UnusablePrepared("it was made from other weights")
+    if precision is not None and manifest.get("precision", BF16) != precision:
+        raise UnusablePrepared(f"it is in {manifest.get('precision')}, not in {precision}")
     try:
         weights = {component: read_header(component_file(path, component)) for component in COMPONENTS}
         packings = {component: found for component, file in weights.items() if (found := packing_of(file)) is not None}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+
+from zimage_runner.engines.native.quantised import Format, Quantised, Scaled
 
 
 class Operations(Protocol):
@@ -13,17 +15,35 @@ class Operations(Protocol):
 
     FUSES_BIAS: bool
 
-    def scaled_rms_norm(self, x: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor: ...
+    def scaled_rms_norm(self, x: torch.Tensor, scale: torch.Tensor, eps: float, into: Format | None = None) -> Any: ...
 
     def add_gated_norm(
-        self, x: torch.Tensor, update: torch.Tensor, gate: torch.Tensor, next_scale: torch.Tensor | None, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+        self,
+        x: torch.Tensor,
+        update: torch.Tensor | Scaled,
+        gate: torch.Tensor,
+        next_scale: torch.Tensor | None,
+        eps: float,
+        into: Format | None = None,
+    ) -> tuple[torch.Tensor, Any]: ...
+
+    def product_input(self, x: torch.Tensor, into: Format | None) -> torch.Tensor | Quantised: ...
 
     def qk_norm_rope(
-        self, qkv: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float
+        self, qkv: torch.Tensor | Scaled, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
 
-    def swiglu(self, w1w3: torch.Tensor) -> torch.Tensor: ...
+    def qk_norm_rope_quantised(
+        self,
+        qkv: torch.Tensor | Scaled,
+        weight: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        eps: float,
+        scales: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+
+    def swiglu(self, w1w3: torch.Tensor | Scaled, into: Format | None = None) -> Any: ...
 
     def linear_float32(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, out: torch.Tensor | None = None

@@ -1,6 +1,6 @@
 """Compile the kernels for the published models' widths: ``python -m zimage_runner.engines.native.kernels.build``.
 
-Needs Triton, but no GPU. Run it after every change of definitions.py or of the block sizes in fused_ops.py; a test
+Needs Triton, but no GPU. Run it after every change of the definitions or of the block sizes in fused_ops.py; a test
 compares both with what the files were made of.
 """
 
@@ -19,13 +19,17 @@ from unittest import mock
 import torch
 
 from zimage_runner.engines.native.kernels import fused_ops, prebuilt
+from zimage_runner.engines.native.kernels.launch import definition
+from zimage_runner.engines.native.quantised import FP8, INT8, Format, Scaled
 from zimage_runner.engines.native.transformer import ADALN_WIDTH
 from zimage_runner.weights.preload import machine_code
 from zimage_runner.weights.preload.machine_code import ARCHITECTURES
 
-WIDTHS = ("dim", "hidden", "channels")
+WIDTHS = ("dim", "hidden", "channels", "features")
 """Integer arguments that the published models have in multiples of 16."""
-SOURCE = Path(__file__).parent / "definitions.py"
+SOURCES = [Path(__file__).parent / name for name in ("definitions.py", "quantised_definitions.py")]
+FP8_ARCHITECTURE = 89
+"""The first that computes in eight-bit floating point."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +92,15 @@ def calls() -> dict[str, Call]:
     with mock.patch.object(fused_ops, "kernel", recorder):
         for widths, dtype in product((Z_IMAGE, Z_IMAGE_NANO), (torch.bfloat16, torch.float32)):
             _draw_with(widths, dtype)
+        for widths, form in product((Z_IMAGE, Z_IMAGE_NANO), (FP8, INT8)):
+            _draw_in_eight_bits(widths, form)
     return recorder.calls
+
+
+def calls_for(architecture: int) -> dict[str, Call]:
+    """Those of them that an architecture can run."""
+    has_fp8 = architecture >= FP8_ARCHITECTURE
+    return {key: call for key, call in calls().items() if has_fp8 or prebuilt.KINDS[FP8.dtype] not in key}
 
 
 def _draw_with(widths: Widths, dtype: torch.dtype) -> None:
@@ -113,6 +125,36 @@ def _draw_with(widths: Widths, dtype: torch.dtype) -> None:
         _decode_with(tensor, channels, widths.groups)
 
 
+def _draw_in_eight_bits(widths: Widths, form: Format) -> None:
+    """The same for a transformer that multiplies in this format."""
+
+    def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def product(outputs: int) -> Scaled:
+        raw = tensor(1, tokens, outputs, dtype=torch.bfloat16 if form is FP8 else torch.int32)
+        vectors = [tensor(size, dtype=torch.float32) for size in (tokens, outputs)]
+        return Scaled(raw, vectors[0], vectors[1], torch.bfloat16)
+
+    tokens, vector = 64, tensor(widths.dim, dtype=torch.float32)
+    x, w1w3 = tensor(1, tokens, widths.dim), product(2 * widths.hidden)
+    fused_ops.scaled_rms_norm(x, vector, 1e-5, form)
+    fused_ops.product_input(x, form)
+    for into in (form, None):  # None: a block that multiplies in bfloat16 follows
+        fused_ops.add_gated_norm(x, product(widths.dim), vector, vector, 1e-5, into)
+    fused_ops.add_gated_norm(x, product(widths.dim), vector, None, 1e-5)
+    fused_ops.add_gated_norm(x, x, vector, vector, 1e-5, form)
+    fused_ops.swiglu(w1w3.raw if form is FP8 else w1w3, form)
+    angles = tensor(tokens, widths.head_dim // 2, dtype=torch.float32)
+    weight = tensor(2, widths.head_dim, dtype=torch.float32)
+    width = 3 * widths.heads * widths.head_dim
+    if form is FP8:
+        scales = tensor(3, widths.heads, dtype=torch.float32)
+        fused_ops.qk_norm_rope_quantised(tensor(1, tokens, width), weight, angles, angles, 1e-5, scales)
+    else:
+        fused_ops.qk_norm_rope(product(width), weight, angles, angles, 1e-5)
+
+
 def _decode_with(tensor: Callable[..., torch.Tensor], channels: int, groups: int) -> None:
     picture, vector = tensor(1, channels, 8, 8), tensor(channels)
     for silu, before in product((True, False), (vector, None)):
@@ -124,9 +166,7 @@ def _decode_with(tensor: Callable[..., torch.Tensor], channels: int, groups: int
 
 def compiled(call: Call, architecture: int) -> tuple[bytes, dict[str, Any]]:
     """(machine code, its entry without start and size)."""
-    from zimage_runner.engines.native.kernels import definitions
-
-    function = getattr(definitions, call.name)
+    function = definition(call.name)
     kinds = call.key.split("(", 1)[1].split(")", 1)[0].split(",")
     widths = [place for place, name in enumerate(function.arg_names) if name in WIDTHS]
     assert all(call.args[place] % machine_code.ALIGNMENT == 0 for place in widths), call
@@ -148,15 +188,14 @@ def build(architecture: int, wanted: dict[str, Call]) -> bytes:
 
 def source_digest() -> str:
     """sha256 of the kernels' source text."""
-    return hashlib.sha256(SOURCE.read_bytes()).hexdigest()
+    return hashlib.sha256(b"".join(source.read_bytes() for source in SOURCES)).hexdigest()
 
 
 def main() -> None:
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # a third of the size, and no paths of this machine
-    wanted = calls()
     prebuilt.FOLDER.mkdir(exist_ok=True)
     for architecture in map(int, sys.argv[1:] or ARCHITECTURES):
-        path = prebuilt.FOLDER / f"sm_{architecture}.bin"
+        path, wanted = prebuilt.FOLDER / f"sm_{architecture}.bin", calls_for(architecture)
         path.write_bytes(build(architecture, wanted))
         print(f"{path.name}: {len(wanted)} kernels, {path.stat().st_size / 1024:.0f} KiB")
 

@@ -14,7 +14,7 @@ from zimage_runner.engines.native.kernels import prebuilt
 
 log = logging.getLogger(__name__)
 
-DEFINITIONS = "zimage_runner.engines.native.kernels.definitions"
+DEFINITIONS = tuple(f"zimage_runner.engines.native.kernels.{name}" for name in ("definitions", "quantised_definitions"))
 
 
 class Kernel:
@@ -35,8 +35,16 @@ class Kernel:
             if ready is not None and ready.launch(self.name, grid, args, constants, num_warps, stream):
                 return
             _tell(prebuilt.specialization(self.name, args, constants, num_warps) or self.name)
-        definitions = importlib.import_module(DEFINITIONS)
-        getattr(definitions, self.name)[grid](*args, num_warps=num_warps, **constants)
+        definition(self.name)[grid](*args, num_warps=num_warps, **constants)
+
+
+def definition(name: str) -> Any:
+    """The kernel as Triton knows it. Imports Triton."""
+    for module in DEFINITIONS:
+        found = getattr(importlib.import_module(module), name, None)
+        if found is not None:
+            return found
+    raise AttributeError(f"no kernel {name}")
 
 
 @functools.cache

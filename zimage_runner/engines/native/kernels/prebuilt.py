@@ -21,7 +21,13 @@ from zimage_runner.weights.preload.cuda_driver import LIBRARY
 from zimage_runner.weights.preload.machine_code import ALIGNMENT, WARP, architecture_for, code_at, read_header
 
 FOLDER = Path(__file__).parent / "prebuilt"
-KINDS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+KINDS = {
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.int8: "i8",
+    torch.int32: "i32",
+}
 INT32_LIMIT = 2**31
 LAUNCH_TYPES = (ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * 3)
 """cuLaunchKernel's: function, grid, block, shared memory, stream, parameters, nothing."""

@@ -7,39 +7,59 @@ Every norm's learned weight and the step's modulation are multiplied beforehand 
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from zimage_runner.engines.native.quantised import FP8, Format, Scaled, quantised, rescaled, to_format
 
 FUSES_BIAS: bool = False
 """Whether a convolution's bias is better added by the operation after it than by the convolution itself."""
 
 
-def scaled_rms_norm(x: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / rms(x) * scale. x [..., dim]; scale [dim] float32; result in x's dtype."""
-    return _rms_norm(x.float(), scale, eps).to(x.dtype)
+def scaled_rms_norm(x: torch.Tensor, scale: torch.Tensor, eps: float, into: Format | None = None) -> Any:
+    """x / rms(x) * scale. x [..., dim]; scale [dim] float32; result in x's dtype, or in eight bits."""
+    return _product_input(_rms_norm(x.float(), scale, eps), x.dtype, into)
 
 
 def add_gated_norm(
-    x: torch.Tensor, update: torch.Tensor, gate: torch.Tensor, next_scale: torch.Tensor | None, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: torch.Tensor,
+    update: torch.Tensor | Scaled,
+    gate: torch.Tensor,
+    next_scale: torch.Tensor | None,
+    eps: float,
+    into: Format | None = None,
+) -> tuple[torch.Tensor, Any]:
     """The residual step and the norm that follows it.
 
     x' = x + update / rms(update) * gate; h = x' / rms(x') * next_scale. x, update [..., dim]; gate, next_scale [dim]
-    float32. Returns (x', h); h is x' itself without next_scale. x may be overwritten.
+    float32. Returns (x', h), h in x's dtype or in eight bits; h is x' itself without next_scale. x may be overwritten.
     """
-    x = torch.addcmul(x.float(), normalised(update.float(), eps), gate).to(x.dtype)
-    return x, x if next_scale is None else scaled_rms_norm(x, next_scale, eps)
+    plain = rescaled(update, torch.float32).float()
+    x = torch.addcmul(x.float(), normalised(plain, eps), gate).to(x.dtype)
+    return x, x if next_scale is None else scaled_rms_norm(x, next_scale, eps, into)
+
+
+def product_input(x: torch.Tensor, into: Format | None) -> Any:
+    """x [..., features] as it is, or in eight bits."""
+    return x if into is None else quantised(x, into)
+
+
+def _product_input(x: torch.Tensor, dtype: torch.dtype, into: Format | None) -> Any:
+    """Float32 x in ``dtype`` or in eight bits; to be rotated in a pass of its own, it is rounded to ``dtype`` first."""
+    return product_input(x if into is not None and not into.rotates else x.to(dtype), into)
 
 
 def qk_norm_rope(
-    qkv: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float
+    qkv: torch.Tensor | Scaled, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Normalise each head of query and key, then rotate its channel pairs (2i, 2i + 1) by the token's angles.
 
     qkv [batch, tokens, 3 * heads * head_dim]; weight [2, head_dim] float32 (query's, key's);
     cos, sin [tokens, head_dim / 2] float32. Returns query, key, value, each [batch, tokens, heads, head_dim].
     """
+    qkv = rescaled(qkv)
     split = qkv.unflatten(-1, (3, -1, weight.shape[-1]))
     query, key, value = split.unbind(2)
     turns = torch.complex(cos, sin)[:, None, :]
@@ -50,6 +70,20 @@ def qk_norm_rope(
     return query, key, value
 
 
+def qk_norm_rope_quantised(
+    qkv: torch.Tensor | Scaled,
+    weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float,
+    scales: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same, query, key and value in e4m3; ``scales`` [3, heads] float32 are theirs."""
+    plain = qk_norm_rope(qkv, weight, cos, sin, eps)
+    query, key, value = (to_format(x.float() / scale[:, None], FP8) for x, scale in zip(plain, scales))
+    return query, key, value
+
+
 def _turned(x: torch.Tensor, weight: torch.Tensor, turns: torch.Tensor, eps: float) -> torch.Tensor:
     """x [..., heads, head_dim] normed, then rotated by turns = cos + i sin [..., 1, head_dim / 2]; x's dtype."""
     normed = _rms_norm(x.float(), weight, eps)
@@ -57,12 +91,13 @@ def _turned(x: torch.Tensor, weight: torch.Tensor, turns: torch.Tensor, eps: flo
     return torch.view_as_real(pairs.mul_(turns)).flatten(-2).to(x.dtype)
 
 
-def swiglu(w1w3: torch.Tensor) -> torch.Tensor:
+def swiglu(w1w3: torch.Tensor | Scaled, into: Format | None = None) -> Any:
     """silu(w1 x) * (w3 x) of the fused product [..., 2 * hidden]: w1's half first."""
+    w1w3 = rescaled(w1w3)
     gate, value = w1w3.chunk(2, dim=-1)
     if w1w3.dtype == torch.float32:
-        return F.silu(gate).mul_(value)
-    return (F.silu(gate.float()) * value.float()).to(w1w3.dtype)
+        return product_input(F.silu(gate).mul_(value), into)
+    return _product_input(F.silu(gate.float()) * value.float(), w1w3.dtype, into)
 
 
 def linear_float32(

@@ -1,0 +1,117 @@
+"""memory=streamed computes bit for bit what resident weights do, whatever order the blocks are asked for in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.native.conftest import CHECKPOINT, noise
+from zimage_runner.engines.native import streamed_encoder, streaming
+from zimage_runner.engines.native.assembly import load_model
+from zimage_runner.engines.native.model import Options
+from zimage_runner.engines.native.sampler import Guidance
+from zimage_runner.engines.native.streaming import BlockStream
+from zimage_runner.engines.native.transformer import Block
+from zimage_runner.memory.policies import Streamed
+from zimage_runner.model import Model, Prepare, Source
+from zimage_runner.weights.find.resolve import resolve
+from zimage_runner.weights.packed.format import packing_of
+from zimage_runner.weights.parts import PackedParts, packed_parts
+from zimage_runner.weights.prepared.prepare import build
+from zimage_runner.weights.safetensors_file import read_header
+
+TEXTS = ["a red fox in the snow", "a cat", "two red cubes on a blue table"]
+
+
+def test_bfloat16_too() -> None:
+    options = [Options(dtype=torch.bfloat16, streamed=streamed) for streamed in (False, True)]
+    resident, streamed = (load_model(CHECKPOINT, option) for option in options)
+    embeds, z = resident.encode(TEXTS[:1], 512), noise(1, 32, 32)
+    assert torch.equal(streamed.denoise(embeds, z, 1), resident.denoise(embeds, z, 1))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "int8"])
+def test_captions_and_latents_are_those_of_resident_weights(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streamed_encoder, "TOKENS_AT_ONCE", 40)  # not all captions at once
+    resident, streamed = (load_model(CHECKPOINT, Options(precision=precision, streamed=s)) for s in (False, True))
+    embeds, same = (model.encode(TEXTS, 512) for model in (resident, streamed))
+    assert all(torch.equal(a, b) for a, b in zip(embeds, same, strict=True))
+    for batch, guidance in ((1, Guidance()), (2, Guidance(scale=2.0))):
+        args = (embeds[:batch], noise(batch, 96, 64), 2, guidance, embeds[1 : 1 + batch])
+        assert torch.equal(resident.denoise(*args), streamed.denoise(*args))
+
+
+def test_an_error_in_the_middle_of_a_forward_spoils_no_later_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    resident, streamed = (load_model(CHECKPOINT, Options(streamed=s)) for s in (False, True))
+    embeds, z = resident.encode(TEXTS[:1], 512), noise(1, 64, 64)
+    forward, calls = Block.forward, []
+
+    def failing(self: Block, *args: object) -> object:
+        calls.append(self)
+        if len(calls) == 5:
+            raise RuntimeError("out of memory, say")
+        return forward(self, *args)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(Block, "forward", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        streamed.denoise(embeds, z, 1)
+    monkeypatch.setattr(Block, "forward", forward)
+    assert torch.equal(streamed.denoise(embeds, z, 2), resident.denoise(embeds, z, 2))
+
+
+def test_no_more_than_a_few_blocks_are_on_the_device() -> None:
+    model = load_model(CHECKPOINT, Options(streamed=True))
+    model.denoise(model.encode(TEXTS[:1], 512), noise(1, 64, 64), 1)
+    stream = model.transformer.stream
+    assert isinstance(stream, BlockStream)
+    assert len(stream._places) == streaming.PLACES
+    largest = max(stream._sizes)
+    assert all(place.memory.nbytes == largest for place in stream._places)
+    blocks = [*model.transformer.noise_refiner, *model.transformer.layers]
+    assert sum(stream._sizes) >= sum(
+        weight.nbytes for block in blocks for weight in streaming.large_weights(block, torch.float32)
+    )
+
+
+def test_short_host_memory_is_told_and_made_up_for_by_the_disk(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("ZIMAGE_RUNNER_CACHE", str(tmp_path))
+    monkeypatch.setattr(streaming, "available_memory", lambda: 1 << 20)
+    streamed, resident = load_model(CHECKPOINT, Options(streamed=True)), load_model(CHECKPOINT, Options())
+    (warning,) = caplog.messages
+    assert warning.startswith("memory=streamed: 0.0 GB of weights, 0.0 GB of host memory free: they are read from")
+    assert list(tmp_path.iterdir()) == []  # a file without a name, gone with the process
+    embeds, z = resident.encode(TEXTS[:1], 512), noise(1, 64, 64)
+    assert torch.equal(streamed.denoise(embeds, z, 1), resident.denoise(embeds, z, 1))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_packed_files_are_read_part_by_part(precision: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ZIMAGE_RUNNER_CACHE", str(tmp_path))
+    monkeypatch.setattr("zimage_runner.weights.packed.format.FRAME_VALUES", 1 << 16)  # many frames, which parts share
+    model = Model(name="n", source=Source.local, path=str(CHECKPOINT), prepare=Prepare.always)
+    found = build(resolve(model), model, True, precision)
+    path = found.weights["transformer"].path
+    parts, packing = packed_parts(path, "cpu"), packing_of(read_header(path))
+    assert isinstance(parts, PackedParts)
+    assert packing is not None
+    assert len(packing.frames) > 20
+    options = Options(precision=precision)
+    plain, streamed = (
+        load_model(CHECKPOINT, options),
+        load_model(found.path, Options(precision=precision, streamed=True)),
+    )
+    for name, tensor in plain.transformer.named_parameters():
+        assert torch.equal(tensor.float(), streamed.transformer.get_parameter(name).float()), name
+
+
+def test_a_packed_file_has_to_be_one() -> None:
+    assert packed_parts(CHECKPOINT / "vae" / "diffusion_pytorch_model.safetensors", "cpu") is None
+
+
+def test_the_option() -> None:
+    memory = Streamed()
+    assert (memory.placement, memory.staged, memory.streamed, memory.offloads) == ("streamed", True, True, False)
