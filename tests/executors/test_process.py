@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.executors.test_backoff import drawn
 
 from tests.drawing import session_config
+from tests.executors.test_backoff import drawn
 from tests.faults.session import FaultySession, item
 from zimage_runner.engines.diffusers.engine import DiffusersEngine
 from zimage_runner.errors import BadPictureError, RunStopped, UserError

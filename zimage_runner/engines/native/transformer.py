@@ -112,7 +112,7 @@ class StepModulation(NamedTuple):
 
     def block(self, index: int) -> BlockModulation:
         scales = None if self.attention_input is None else self.attention_input[index]
-        return BlockModulation(*self.blocks[index].unbind(0), scales)
+        return BlockModulation(*self.blocks[index].unbind(0), attention_input=scales)
 
     def tensors(self) -> list[torch.Tensor]:
         """Those there are: ``StepModulation(*step.tensors())`` is the step again."""
