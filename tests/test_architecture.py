@@ -44,7 +44,7 @@ ARROWS: dict[str, set[str]] = {
     "compile": {"errors", "weights"},
     "warmup": {"engines", "errors", "sampling"},
     "session": {"engines", "memory", "plan", "weights", *COMPONENTS},
-    "prepare": {"cli", "config", "model", "startup", "weights"},
+    "prepare": {"cli", "config", "engines", "model", "startup", "weights"},
     "reproduce": {"cli", "config", "executors", "outputs", "prompts", "runner", "sampling", "startup"},
     "collect.__main__": {"cli", "outputs"},
     "__main__": {"cli", "startup"},
