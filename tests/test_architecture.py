@@ -61,7 +61,7 @@ ONLY_IN = {
 NOT_WHEN_IMPORTED = {"torch", "diffusers", "transformers", "safetensors", "PIL", "pyarrow", "triton"}
 """Libraries that no module imports when it is imported itself, but for those of ``HEAVY``."""
 HEAVY = ("engines/native/", "engines/diffusers/", "weights/packed/", "collect/", "outputs/encoders", "outputs/metadata",
-         "view/thumbs", "reproduce")  # fmt: skip
+         "view/thumbs", "reproduce", "weights/eight_bits", "weights/parts")  # fmt: skip
 """Modules that are imported only once such a library is needed."""
 
 
