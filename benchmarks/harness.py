@@ -202,7 +202,7 @@ def run_once(
                 shutil.rmtree(folder, ignore_errors=True)
         if cache == "dropped" and not machine.drop_page_cache():
             raise SystemExit("cannot drop the page cache: run as root, or leave out --cache dropped")
-        command, environment = variant.command(work, out, kept), variant.environment()
+        command, environment = variant.command(work, out, kept), variant.environment(kept)
         use = DeviceUse(environment)
         began, clock = time.time(), time.perf_counter()
         with log.open("wb") as stream, use:

@@ -40,8 +40,8 @@ class Variant:
     """States of the page cache under which it takes part."""
     env: dict[str, str] = field(default_factory=dict)
     keeps: dict[str, str] = field(default_factory=dict)
-    """Option of this runner -> folder that lasts as long as the scenario; variants that name the same folder share it:
-    prompt embeddings and compiled code of an earlier run."""
+    """Option of this runner (of a peer: environment variable) -> folder that lasts as long as the scenario; variants
+    that name the same folder share it: prompt embeddings and compiled code of an earlier run."""
     starts_empty: bool = False
     """Its folders are emptied before each process: as on the first run on a machine."""
     primed: bool = False
@@ -76,11 +76,16 @@ class Variant:
         """Its folders that outlive the process."""
         return [kept / name for name in self.keeps.values()]
 
-    def environment(self) -> dict[str, str]:
-        """The child's environment: this checkout importable, no progress bars, the variant's own settings."""
+    def environment(self, kept: Path | None = None) -> dict[str, str]:
+        """The child's environment: this checkout importable, no progress bars, the variant's own settings.
+
+        ``kept``: where the folders of ``keeps`` are.
+        """
         paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         # GPUs in the driver's order, so that an index in CUDA_VISIBLE_DEVICES means the GPU that is read.
         own = {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+        if self.script is not None and kept is not None:
+            own |= {name: str(folder) for name, folder in zip(self.keeps, self.folders(kept))}
         return os.environ | own | self.env
 
 
@@ -95,5 +100,13 @@ def peer(name: str, script: str, **options: Any) -> Variant:
 
 
 NAIVE = peer("naive diffusers", "naive_diffusers.py")
+NAIVE_BYTECODE = peer(
+    "naive diffusers, bytecode kept",
+    "naive_diffusers.py",
+    env={"PYTHONDONTWRITEBYTECODE": ""},
+    keeps={"PYTHONPYCACHEPREFIX": "bytecode"},
+    primed=True,
+)
+"""The same where Python keeps the bytecode of its imports, as most installations do: the fair baseline of a start."""
 DEVICE_MAP = peer("diffusers device_map", "device_map.py")
 TUNED = peer("tuned diffusers", "tuned_diffusers.py")
