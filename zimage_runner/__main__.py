@@ -57,8 +57,14 @@ def _stop(number: int, _frame: FrameType | None) -> None:
 def _run(argv: list[str]) -> int:
     if {"--help", "-h"} & set(argv):
         from zimage_runner.cli.help import help_text
+        from zimage_runner.errors import UserError
 
-        print(help_text(argv), end="")
+        try:
+            print(help_text(argv), end="")
+        except UserError as error:
+            from zimage_runner.logs import refuse
+
+            return refuse(str(error))
         return 0
     if "--version" in argv:
         from zimage_runner import __version__

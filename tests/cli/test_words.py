@@ -41,7 +41,7 @@ def test_an_option_after_the_overrides(cli, tmp_path: Path) -> None:
     (folder / "mine.yaml").write_text("# @package _global_\nprompt: a fox\n")
     code, out, err = cli("dry_run=true", "--config-dir", "my_conf", "experiment=mine", "-m", "seeds=[1,2],[3]")
     assert (code, err) == (0, "")
-    assert out.count("pictures of 1 prompts") == 2
+    assert out.count(" of 1 prompt\n") == 2
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_the_command_lines_prompt_stands_for_the_experiments(
     code, out, err = cli("--config-dir", "my_conf", "+experiment=mine", "dry_run=true", *argv)
     assert code == 0, err
     assert all(" replaces " in line for line in err.splitlines())
-    assert f"{pictures} pictures of {pictures} prompts" in out
+    assert f"{pictures} picture" in out
 
 
 def test_an_experiments_own_contradiction_is_refused(cli, tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ class TestExperiments:
 
     def test_data_of_ones_own_works_as_ever(self, cli) -> None:
         experiment(
-            "defaults: [{override /hydra/launcher: basic}]\nname: ${oc.env:SECRET}\nprompt: a cat\n"
+            "name: ${oc.env:SECRET}\nprompt: a cat\n"
             "hydra: {run: {dir: here}, sweep: {dir: there, subdir: 'j${hydra.job.num}'}, job: {name: mine},"
             " sweeper: {params: {seeds: '1,2'}}, callbacks: {sweep_report: {grid: false, tile: 16}}}\n"
         )

@@ -186,7 +186,7 @@ def test_seeds_of_the_command_line(cli, tmp_path):
     assert (code, "3 pictures" in out) == (0, True)
     assert "p.jsonl:1 sets seeds: this wins over the command line; prompts.wins=command_line if not" in err
     code, out, err = cli(*argv, "prompts.wins=command_line")
-    assert (code, "1 pictures" in out) == (0, True)
+    assert (code, "1 picture of" in out) == (0, True)
     assert "p.jsonl:1 sets seeds: the command line wins" in err
 
 
@@ -203,5 +203,5 @@ def test_a_mapping_as_json_writes_it(cli, tmp_path):
     (tmp_path / "p.csv").write_text("caption,no 1\na,b\n")
     for columns in ('{"text":"caption","id":"no 1"}', "{'text': 'caption', id: no 1}", "{text: caption, id: 'no 1'}"):
         code, out, err = cli("prompts=csv", "prompts.path=p.csv", f"prompts.columns={columns}", "dry_run=true")
-        assert (code, "1 pictures" in out) == (0, True), err
+        assert (code, "1 picture of" in out) == (0, True), err
     assert Jsonl(columns={"text": "x"}).columns == {"text": "x"}

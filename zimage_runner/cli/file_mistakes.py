@@ -109,6 +109,8 @@ def _defaults_list(text: str) -> str | None:
 
 
 def _dangling_reference(text: str) -> str | None:
+    if unset := re.search(r"Environment variable '(?P<name>[^']*)' not found", text):
+        return _unset_variable(unset["name"], text)
     match = re.search(r"Interpolation key '(?P<key>[^']*)' not found", text)
     if match is None:
         match = re.search(r"Unsupported interpolation type (?P<key>\w+)", text)
@@ -117,6 +119,26 @@ def _dangling_reference(text: str) -> str | None:
         return None
     where = f"{field[1]}: " if field else ""
     return f"{where}${{{match['key']}}} refers to no field: write \\${{ for these two characters as they are"
+
+
+def _unset_variable(name: str, text: str) -> str:
+    """``${oc.env:USER}`` where the environment has none such; the file is found by looking."""
+    field = re.search(r"full_key: (\S+)", text)
+    asked = f"${{oc.env:{name}"
+    where = next(
+        (
+            f"{path}:{number}: "
+            for path in _files()
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+            if asked in line
+        ),
+        "",
+    )
+    of = f"{field[1]}=" if field else ""
+    return (
+        f"{where}{of}{asked}}}: the environment variable {name} is not set: set it, or write {asked},DEFAULT}} for a "
+        "value to use instead"
+    )
 
 
 def _no_such_file(text: str) -> str | None:

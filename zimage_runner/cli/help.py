@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from zimage_runner.config.paths import CONFIG_DIR
+from zimage_runner.errors import UserError
 
 HEAD = """\
 zimage_runner: batches of pictures with Z-Image-Turbo - prompts x seeds, loaded and warmed once.
@@ -42,6 +43,8 @@ Every field can be set on the command line, such as sampling.height=512 or seeds
   Hydra's own options:     --hydra-help
 """
 
+WITH_VALUE = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c", "--package", "-p")
+"""Options whose value may stand as a word of its own."""
 RUN = "run"
 """Stands for the fields outside of all groups."""
 WIDTH = 110
@@ -51,10 +54,14 @@ def help_text(argv: Sequence[str]) -> str:
     """What --help prints; options of a --config-dir on the same command line included.
 
     With the name of a group beside it: that group's fields, for which the schemas (and with them Hydra) are imported.
+    Raises UserError for the name of something else.
     """
     words = [word for word in argv if word.partition("=")[0].isidentifier()]
     if groups := [word for word in words if is_group(word)]:
         return fields_text(groups) + "\n"
+    bare = [word for before, word in itertools.pairwise(["", *argv]) if word in words and before not in WITH_VALUE]
+    if unknown := [word for word in bare if "=" not in word]:
+        raise UserError(f"--help {unknown[0]}: no such group; the groups are {', '.join([RUN, *_schemas()])}")
     lines = []
     for group in sorted({path.parent.name for root in config_dirs(argv) for path in root.glob("*/*.yaml")}):
         lines.append(f"\n  {group}")

@@ -53,7 +53,7 @@ class SweepComposer:
         return made.pop() if made else self._new(master_config, sweep_overrides)
 
     def _new(self, master_config: DictConfig, sweep_overrides: Sequence[str]) -> DictConfig:
-        parsed = [_parse(text) for text in sweep_overrides]
+        parsed = [parse_override(text) for text in sweep_overrides]
         values = [override for override in parsed if self._is_value(override)]
         choices = [override for override in parsed if not self._is_value(override)]
         key = tuple(override.input_line or "" for override in choices)
@@ -80,7 +80,8 @@ class SweepComposer:
 
 
 @functools.lru_cache(maxsize=4096)
-def _parse(text: str) -> Override:
+def parse_override(text: str) -> Override:
+    """One word of a command line as Hydra reads it. Raises HydraException."""
     return OverridesParser.create().parse_override(text)
 
 

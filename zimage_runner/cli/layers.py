@@ -119,6 +119,7 @@ class _Rule:
         layers = _layers(made, repo)
         final = {key: value for key, value in made.overrides.known_choices.items() if isinstance(value, str)}
         for layer in layers:
+            self._refuse_hydras_own(layer, final)
             for group, old in layer.options.items():
                 new, said = final.get(group), layer.config.get(group)
                 if new is None or new == old or not isinstance(said, dict):
@@ -127,6 +128,15 @@ class _Rule:
                 names = [f"{group}.{name}" for name in said if not known or name in known]
                 self._leave_out(layer, names, f"{group}={new} replaces {group}={old}")
         self._replace_prompts(layers)
+
+    def _refuse_hydras_own(self, layer: Layer, final: dict[str, str]) -> None:
+        """The package's own config has chosen these already: a file that is read after it would say it in vain."""
+        for group, option in layer.choices.items():
+            if group.startswith("hydra/") and option != final.get(group) and group not in self._given:
+                raise UserError(
+                    f"{layer.file}: override /{group}: {option}: an experiment cannot choose this: remove it, and put "
+                    f"{group}={option} on the command line"
+                )
 
     def without_what_is_replaced(self, result: ConfigResult, default: ResultDefault) -> ConfigResult:
         names = self._left_out.get(default.config_path or "", []) if default.package in ("", None) else []

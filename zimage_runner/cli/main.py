@@ -98,6 +98,10 @@ def job(cfg: DictConfig) -> int | Future[int]:
                 "hydra.job.chdir=true: relative paths are read from where the program was started, and so are those of "
                 "a run resumed: leave it out"
             )
+        if HydraConfig.get().verbose:
+            raise UserError(
+                "hydra.verbose is not used: every run writes run.log, with all there is to say; leave it out"
+            )
         command_line_wins(cfg, HydraConfig.get().overrides.task)
         if cfg.resume is not None:
             cfg = restore(cfg, directory, list(HydraConfig.get().overrides.task))

@@ -141,9 +141,16 @@ def _bad_value(chain: list[BaseException]) -> str | None:
 
 def _sweep_without_multirun(text: str) -> str | None:
     match = re.search(r"Ambiguous value for argument '(?P<key>[^=']+)=(?P<value>[^']*)'", text)
+    match = match or re.search(r"Sweep parameters '(?P<key>[^=']+)=(?P<value>.*)' requires --multirun", text)
     if match is None:
         return None
     key, value = match["key"], match["value"]
+    if called := re.fullmatch(r"range\((\d+),\s*(\d+)\)", value):
+        first, last = int(called[1]), int(called[2]) - 1
+        list_form = f"write {key}={first}-{last} for these seeds in one run, or " if key == "seeds" else ""
+        return f"{key}={value}: {list_form}add -m to sweep over these values"
+    if re.fullmatch(r"\w+\(.*\)", value, re.S):
+        return f"{key}={value}: add -m to sweep over these values"
     kind = kind_of(key)
     remedies = [f"write {key}='[{value}]' for a list"] if "list" in kind or "Any" in kind else []
     remedies += [f"write {key}='\"{value}\"' for text"] if "str" in kind or "Any" in kind else []

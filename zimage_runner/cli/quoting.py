@@ -47,6 +47,7 @@ _PLAIN = re.compile(r"(?!(?:true|false|null|nan|inf)$)[A-Za-z][A-Za-z0-9_.+-]*|0
 """What means the same to Hydra without quotes. Of other numbers it would lose what was typed (3.10, 007, 1_000)."""
 _PLAIN_WORDS = re.compile(r"[^\[\]{}()\"'$\\=]+")
 """No list, no mapping, no function, no interpolation, nothing quoted."""
+_QUOTED_CHOICE = re.compile(rf"(?s)choice\(\s*((?:{_QUOTED.pattern[4:]})(?:\s*,\s*(?:{_QUOTED.pattern[4:]}))*)\s*\)")
 MISSING = "???"
 _ESCAPED = re.compile(r"\\([\\()\[\]{}:=, \t])")
 """Hydra's escapes outside of quotes."""
@@ -82,6 +83,8 @@ def _quote(arg: str, multirun: bool) -> str:
     if texts().get(name) == "text":
         refuse_missing_mark(name, value)
     if name in FREE_TEXT_FIELDS:
+        if multirun and (choice := _QUOTED_CHOICE.fullmatch(value)):
+            return f"{key}={choice[1]}"  # the same, and Hydra keeps the quotation marks of these
         keep = value == "null" or _is_quoted(value) or (multirun and _is_sweep(value))
         return arg if keep else f"{key}={hydra_quote(value)}"
     is_one = multirun or "," not in value  # else Hydra tells how a text with a comma is written

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePath
 
 from omegaconf import DictConfig
 
-from zimage_runner.cli.fields import closest, groups_with, known_fields
+from zimage_runner.cli.fields import closest, groups_with, known_fields, reader_of
 from zimage_runner.errors import UserError
 from zimage_runner.prompts.text import shown
 from zimage_runner.prompts.vocabulary import in_our_words
@@ -29,6 +30,11 @@ def readable(argv: Sequence[str]) -> list[str]:
 
     Raises UserError for words of other command lines: ``--prompt "a cat"``, ``model=null``.
     """
+    if sum(names_config_dir([word]) for word in argv) > 1:
+        raise UserError(
+            "--config-dir is given twice, and only one folder can be added: put the files of both into one, below "
+            "experiment/, prompts/ and so on"
+        )
     options: list[str] = []
     overrides: list[str] = []
     words = iter(argv)
@@ -117,9 +123,26 @@ def _override(word: str) -> str:
     name, _, value = word.partition("=")
     if name in ("hydra.run.dir", "hydra.sweep.dir"):
         return f"{name}={at_home(value, name)}"
+    if name in SCHEMAS and (told := _a_file_for_an_option(name, value)):
+        raise UserError(f"{word}: {told}")
     if name in SCHEMAS and value in ("null", "~"):
         without = (
             f": {name}=none does without" if "none" in SCHEMAS[name] else ": choose one of its options, see --help"
         )
         raise UserError(f"{word} is no option{without}")
     return f"+{word}" if word.startswith("experiment=") else word
+
+
+def _a_file_for_an_option(group: str, value: str) -> str | None:
+    """What to write instead where a file, a folder or a hub's repository is named in place of a group's option."""
+    path = PurePath(value)
+    if group == "prompts" and (kind := reader_of(path.suffix.lower())):
+        return f"write prompts={kind} prompts.path={value}"
+    if group != "model" or "/" not in value:
+        return None
+    if value.startswith(("/", "~", ".")) or Path(value).is_dir():
+        return f"write model=local model.path={value}"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", value):
+        known = {"Tongyi-MAI/Z-Image-Turbo": "model=zimage_turbo", "Tongyi-MAI/Z-Image": "model=zimage_base"}
+        return f"write {known.get(value, f'model=zimage_turbo model.repo={value}')}"
+    return None

@@ -19,7 +19,9 @@ from zimage_runner.plan import Bucket, WorkItem
 from zimage_runner.runner.spec import NOT_DOWNLOADED, RunSpec
 
 LISTED = 5
-"""Truncations and duplicates that are named; the rest are counted."""
+"""Prompts, truncations and duplicates that are named; the rest are counted."""
+PROMPT_LENGTH = 80
+"""Characters of a prompt in the plan."""
 SHAPES_LISTED = 20
 """Shapes that are named, the largest first."""
 RUNS_READ = 200
@@ -30,6 +32,7 @@ def describe(spec: RunSpec, done: Callable[[WorkItem], bool] | None = None) -> s
     """The plan as a table. ``done`` tells which items an earlier process finished."""
     items = spec.plan.items if done is None else [item for item in spec.plan.items if not done(item)]
     rows = [("items", _items(spec, len(items)))]
+    rows += _prompt_rows(spec)
     rows += _bucket_rows(spec, done)
     rows.append(("prompts to encode", f"{sum(1 for _ in spec.plan.encodings()):,}"))
     rows.append(("caption tokens", _tokens(spec)))
@@ -55,10 +58,23 @@ def mean_work(items: Iterable[WorkItem]) -> float:
     return statistics.fmean([work(item) for item in items] or [0.0])
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """``1 picture``, ``2,000 pictures``."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
 def _items(spec: RunSpec, remaining: int) -> str:
     total, prompts = len(spec.plan), len(spec.plan.prompts)
-    text = f"{total:,} pictures of {prompts:,} prompts"
+    text = f"{counted(total, 'picture')} of {counted(prompts, 'prompt')}"
     return text if remaining == total else f"{text}; {total - remaining:,} are done, {remaining:,} remain"
+
+
+def _prompt_rows(spec: RunSpec) -> list[tuple[str, str]]:
+    """The first prompts, as they are drawn."""
+    prompts = spec.plan.prompts
+    told = [one_line(prompt.text, PROMPT_LENGTH) for prompt in prompts[:LISTED]]
+    told += [f"... and {len(prompts) - LISTED:,} more"] if len(prompts) > LISTED else []
+    return [("" if n else "prompts", text) for n, text in enumerate(told)]
 
 
 def _bucket_rows(spec: RunSpec, done: Callable[[WorkItem], bool] | None) -> list[tuple[str, str]]:
@@ -67,8 +83,16 @@ def _bucket_rows(spec: RunSpec, done: Callable[[WorkItem], bool] | None) -> list
     for batch in spec.plan.batches(batch_size, done):
         items, count = batches.get(batch[0].bucket, (0, 0))
         batches[batch[0].bucket] = (items + len(batch), count + 1)
-    rows = [("batches", f"{sum(n for _, n in batches.values()):,} of at most {batch_size}, {len(batches)} shapes")]
-    told = [f"{items:,} items in {count:,} batches: {bucket}" for bucket, (items, count) in batches.items()]
+    rows = [
+        (
+            "batches",
+            f"{sum(n for _, n in batches.values()):,} of at most {batch_size}, {counted(len(batches), 'shape')}",
+        )
+    ]
+    told = [
+        f"{counted(items, 'item')} in {counted(count, 'batch', 'batches')}: {bucket}"
+        for bucket, (items, count) in batches.items()
+    ]
     rows += [("", line) for line in told[:SHAPES_LISTED]]
     return rows + ([("", f"... and {len(told) - SHAPES_LISTED:,} more shapes")] if len(told) > SHAPES_LISTED else [])
 
@@ -78,7 +102,9 @@ def _tokens(spec: RunSpec) -> str:
     if not counts:
         missing = "the weights are not there" if spec.checkpoint is NOT_DOWNLOADED else "there is no tokenizer.json"
         return f"not counted, and so not what is cut off: {missing}"
-    return f"{min(counts)} to {max(counts)}, median {statistics.median(counts):g} (chat template included)"
+    low, high = min(counts), max(counts)
+    told = f"{low} each" if low == high else f"{low} to {high}, median {statistics.median(counts):g}"
+    return f"{told if len(counts) > 1 else low} (chat template included)"
 
 
 def _listed(name: str, lines: list[str]) -> list[tuple[str, str]]:

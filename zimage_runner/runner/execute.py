@@ -41,7 +41,7 @@ def execute(composed: Composed) -> int | Future[int]:
         with executor_of_run() as shared:
             spec = _plan(composed.config, shared)
             if composed.config.dry_run:
-                return _describe(spec, composed.directory)
+                return _describe(spec, composed.directory, shared)
             with contextlib.ExitStack() as held:
                 run_dir = held.enter_context(_open(composed.config, composed.directory))
                 ledger = Ledger.load(run_dir.records_path)
@@ -69,9 +69,12 @@ def _plan(config: RunConfig, shared: SharedExecutor) -> RunSpec:
     return spec
 
 
-def _describe(spec: RunSpec, directory: Path) -> int:
+def _describe(spec: RunSpec, directory: Path, shared: SharedExecutor) -> int:
     """Print what the run would do. Return the exit code."""
     progress = progress_of(spec, directory, Ledger.load(directory / RECORDS))
+    shared.planned.append(sum(not progress.is_settled(item) for item in spec.plan.items))
+    if shared.label:
+        say(f"{shared.label}:", sys.stdout)
     say(describe(spec, progress.is_settled), sys.stdout)
     return EXIT_OK
 

@@ -43,6 +43,8 @@ class SharedExecutor:
         """What ``plan_run`` need not find out again for the next run."""
         self.label = ""
         """How the run at hand is called on the terminal; empty where it is the only one."""
+        self.planned: list[int] = []
+        """Pictures to be drawn of each run that was planned only (dry_run)."""
         self.arrivals = ArrivalClock()
         self._overlaps = overlaps
         self._executor: Executor | None = None

@@ -48,6 +48,8 @@ def with_choices(directory: Path, name: str, overrides: Any, runtime: Any) -> li
     overrides = [entry for entry in texts(directory, name, overrides) if is_own(entry)]
     given = {override_key(entry) for entry in overrides}
     chosen = _entry(runtime, "choices", {})
+    if "experiment" in given and isinstance(chosen, dict) and "experiment" not in chosen:
+        chosen = {}  # a sweep over experiments, each with options of its own
     choices = [
         f"{group}={option}"
         for group, option in (chosen.items() if isinstance(chosen, dict) else ())

@@ -85,15 +85,8 @@ def _load(directory: Path) -> DictConfig:
 
 
 def _refuse_other_pictures(directory: Path, saved: DictConfig, config: DictConfig, touched: set[str]) -> None:
-    missing = object()
-    was, now = dict(_leaves(saved)), dict(_leaves(config))
-    changes = [
-        f"{field} was {_shown(was, field)}, now {_shown(now, field)}"
-        for field in dict.fromkeys([*was, *now])
-        if was.get(field, missing) != now.get(field, missing)
-        and not _is_below(field, harmless_fields())
-        and _is_below(field, touched)
-    ]
+    was, now = dict(leaves(saved)), dict(leaves(config))
+    changes = changed_fields(was, now, touched)
     if changes:
         raise UserError(
             f"resume={directory}: these settings would mix other pictures into the run: {'; '.join(changes)}: "
@@ -101,17 +94,29 @@ def _refuse_other_pictures(directory: Path, saved: DictConfig, config: DictConfi
         )
 
 
+def changed_fields(was: dict[str, Any], now: dict[str, Any], touched: set[str] | None = None) -> list[str]:
+    """What differs and decides what pictures show: ``field was 1, now 2``. ``touched``: look at these fields alone."""
+    missing = object()
+    return [
+        f"{field} was {_shown(was, field)}, now {_shown(now, field)}"
+        for field in dict.fromkeys([*was, *now])
+        if was.get(field, missing) != now.get(field, missing)
+        and not _is_below(field, harmless_fields())
+        and (touched is None or _is_below(field, touched))
+    ]
+
+
 def _is_below(field: str, parents: Any) -> bool:
     return any(field == parent or field.startswith(f"{parent}.") for parent in parents)
 
 
-def _leaves(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted name and value of everything that is not a mapping; lists as a whole."""
     for key in config:
         name = f"{prefix}{key}"
         node = config._get_node(key)
         if isinstance(node, DictConfig) and not node._is_none() and not node._is_missing():
-            yield from _leaves(node, f"{name}.")
+            yield from leaves(node, f"{name}.")
         else:
             value = None if OmegaConf.is_missing(config, key) else config[key]
             value = OmegaConf.to_container(value) if isinstance(value, ListConfig) else value

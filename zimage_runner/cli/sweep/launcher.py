@@ -21,6 +21,7 @@ from omegaconf import DictConfig, open_dict
 
 from zimage_runner.cli.hydra_patches import compose_quickly
 from zimage_runner.cli.messages import CONFIG_ERRORS
+from zimage_runner.cli.resume.jobs import check_unchanged, keep_jobs
 from zimage_runner.cli.resume.sweep import job_to_resume, keep_first_settings
 from zimage_runner.cli.sweep.report import JobResult, exit_codes, known_code, split_overrides, varying_fields
 from zimage_runner.config.schema import PLUGIN_MODULE
@@ -58,6 +59,7 @@ class WarmLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run all jobs; their returns in the order given."""
+        from zimage_runner.runner.dry_run import counted
         from zimage_runner.runner.pool import shared_executor
 
         setup_globals()
@@ -66,7 +68,11 @@ class WarmLauncher(Launcher):
         if self.config.resume is None:
             keep_first_settings(directory)
         configs = [self._compose(list(o), initial_job_idx + n) for n, o in enumerate(job_overrides)]
-        if self.config.resume is None:
+        if self.config.resume is not None:
+            check_unchanged(directory, [c for c in configs if c.resume is None and c.retry is not Retry.failed])
+        else:
+            if not self.config.dry_run:
+                keep_jobs(directory, configs)
             self._tell_complaints(configs)
         labels = job_labels(job_overrides, initial_job_idx)
         returns: dict[int, JobReturn] = {}
@@ -79,6 +85,9 @@ class WarmLauncher(Launcher):
                 if not self.keep_going and returns[n].return_value:
                     log.warning("job %d failed: the jobs after it are not run (keep_going=false)", initial_job_idx + n)
                     break
+            if executor.planned:
+                jobs, pictures = counted(len(executor.planned), "job"), counted(sum(executor.planned), "picture")
+                say(f"{jobs}, {pictures} to draw in all", sys.stdout)
         for result in returns.values():
             result.return_value = known_code(result.return_value)
         if stop and self.signal_name is None:

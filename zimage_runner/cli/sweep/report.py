@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import logging
+import re
 import sys
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -14,10 +15,12 @@ from typing import Any
 
 import yaml
 from hydra.core.utils import JobReturn
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from zimage_runner.cli.hydra_patches import split_sweep
+from zimage_runner.cli.hydra_patches import parse_override, split_sweep
+from zimage_runner.cli.quoting import hydra_quote
 from zimage_runner.collect.grid import inert
 from zimage_runner.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK
 from zimage_runner.logs import say
@@ -88,6 +91,13 @@ class SweepReport(Callback):
         self._tile = tile
         self._exit_codes: dict[int, int | Future[int]] = {}
         self._overrides: dict[int, list[str]] = {}
+        self._directories: dict[int, Path] = {}
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Keep all jobs in one directory: what a job varies (its name, its experiment) would else lead it elsewhere."""
+        directory = str(config.hydra.sweep.dir)
+        others = [text for text in config.hydra.overrides.hydra if not text.lstrip("+").startswith("hydra.sweep.dir=")]
+        config.hydra.overrides.hydra = [*others, f"hydra.sweep.dir={hydra_quote(directory)}"]
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Only jobs of this process are heard of; the others are read from disk."""
@@ -96,6 +106,7 @@ class SweepReport(Callback):
             code = job_return._return_value
             self._exit_codes[number] = code if isinstance(code, int | Future) else EXIT_ITEMS_FAILED
             self._overrides[number] = list(config.hydra.overrides.task)
+            self._directories[number] = Path(str(config.hydra.sweep.dir)) / str(config.hydra.sweep.subdir)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Write summary.csv, summary.md and the grid into the sweep's directory."""
@@ -118,9 +129,11 @@ class SweepReport(Callback):
         say(str(root.absolute()), sys.stdout)
 
     def _jobs(self, root: Path, expected: list[dict[str, str]]) -> list[JobResult]:
-        found = {int(path.name): read_job(path) for path in root.iterdir() if _is_job(path)}
+        own = {number: path for number, path in self._directories.items() if path.is_dir()}
+        others = {int(path.name): path for path in root.iterdir() if _is_job(path)}
+        found = {number: read_job(path, number) for number, path in (others | own).items()}
         for number, code in self._exit_codes.items():
-            job = found.setdefault(number, JobResult(number=number, directory=root / str(number)))
+            job = found.setdefault(number, JobResult(number=number, directory=self._directories[number]))
             job.exit_code = known_code(code)
             job.overrides = job.overrides or split_overrides(self._overrides[number])
         for number, overrides in enumerate(expected):
@@ -140,7 +153,7 @@ def _is_job(path: Path) -> bool:
     return path.name.isdigit() and path.is_dir() and not path.is_symlink()
 
 
-def read_job(path: Path) -> JobResult:
+def read_job(path: Path, number: int | None = None) -> JobResult:
     """A job from its directory; what is missing or unreadable stays empty."""
     try:
         overrides = split_overrides(yaml.safe_load(Inside(path, ".hydra/overrides.yaml").read_bytes().decode()))
@@ -150,13 +163,25 @@ def read_job(path: Path) -> JobResult:
         summary = json.loads(Inside(path, "summary.json").read_bytes())
     except (OSError, ValueError):
         summary = {}
-    return JobResult(number=int(path.name), directory=path, overrides=overrides, summary=summary)
+    number = int(path.name) if number is None else number
+    return JobResult(number=number, directory=path, overrides=overrides, summary=summary)
 
 
 def split_overrides(overrides: list[str]) -> dict[str, str]:
-    """field -> value of ``field=value`` texts, without the quotes that the command line needs."""
-    pairs = (text.lstrip("+").partition("=") for text in overrides)
-    return {key: value.strip("\"'") for key, _, value in pairs}
+    """field -> value of ``field=value`` texts, without the quotes and backslashes that the command line needs."""
+    return {text.lstrip("+").partition("=")[0]: _plain(text) for text in overrides}
+
+
+def _plain(override: str) -> str:
+    """The value as a person would write it."""
+    value = override.partition("=")[2]
+    if not re.search(r"[\"'\\]", value) or value.startswith(("[", "{")):
+        return value
+    try:
+        read = parse_override(override).value()
+    except HydraException:
+        return value.strip("\"'")
+    return read.replace("\\${", "${") if isinstance(read, str) else value
 
 
 def varying_fields(jobs: list[JobResult]) -> list[str]:

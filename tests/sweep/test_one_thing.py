@@ -1,0 +1,122 @@
+"""A sweep is one thing whatever it varies: one directory, table, grid and plan, and it is resumed as it began."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from zimage_runner.cli.sweep.launcher import job_labels
+from zimage_runner.cli.sweep.report import split_overrides
+
+Cli = Callable[..., tuple[int, str, str]]
+FAST = ["sampling.num_inference_steps=1", "seeds=1", "output.fsync=never"]
+
+
+def experiments(**files: str) -> str:
+    folder = Path("c/experiment")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(f"# @package _global_\n{text}\n")
+    return "--config-dir=c"
+
+
+def table_of(sweep: Path) -> list[dict[str, str]]:
+    with (sweep / "summary.csv").open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize(
+    ("words", "field", "values", "folders"),
+    [
+        (["name=a,b", "prompt=x"], "name", ["a", "b"], ["0", "1"]),
+        (["+experiment=a,b"], "experiment", ["a", "b"], ["0", "1"]),
+        (["prompt=x", "output.root=p,q"], "output.root", ["p", "q"], ["0", "1"]),
+        (["prompt='a cat','a dog'", "hydra.sweep.subdir=s_${hydra.job.num}"], "prompt", ["a cat", "a dog"],
+         ["s_0", "s_1"]),
+        (['prompt=choice("a cat","a sign \\"OPEN\\"")'], "prompt", ["a cat", 'a sign "OPEN"'], ["0", "1"]),
+    ],
+)  # fmt: skip
+def test_one_directory_table_and_grid(
+    cli: Cli, words: list[str], field: str, values: list[str], folders: list[str]
+) -> None:
+    mine = experiments(a="name: a\nprompt: x", b="name: b\nprompt: y")
+    code, out, err = cli("-m", mine, *FAST, *words)
+    assert code == 0, err
+    sweep = Path(out.splitlines()[-1])
+    assert [path.parents[1] for path in sorted(Path.cwd().rglob(".hydra/config.yaml"))] == [sweep / f for f in folders]
+    assert [path.parent for path in Path.cwd().rglob("multirun.yaml") if path.parent.name != ".hydra"] == [sweep]
+    rows = table_of(sweep)
+    assert [row[field] for row in rows] == values
+    assert [(row["status"], row["done"]) for row in rows] == [("complete", "1")] * 2
+    assert (sweep / "grid.png").is_file()
+    pictures = {path: path.stat().st_ino for path in sweep.rglob("image.png")}
+    code, out, err = cli(f"resume={sweep}")
+    assert code == 0, err
+    assert {path: path.stat().st_ino for path in sweep.rglob("image.png")} == pictures, "nothing is drawn again"
+    assert [row[field] for row in table_of(sweep)] == values
+
+
+def test_labels_are_what_was_typed() -> None:
+    words = [r"prompt=a\ cat", 'prompt="a sign \\"OPEN\\""', "prompt='a, b'", "prompt=a", "seeds=[1,2]"]
+    plain = ["a cat", 'a sign "OPEN"', "a, b", "a", "[1,2]"]
+    assert [next(iter(split_overrides([word]).values())) for word in words] == plain
+    assert job_labels([[words[0]], [words[1]]], 0) == ["job 0 (prompt=a cat)", 'job 1 (prompt=a sign "OPEN")']
+
+
+def test_the_plan_of_a_sweep(cli: Cli) -> None:
+    code, out, err = cli("-m", 'prompt="a cat","a dog"', "seeds=[1,2],[3]", "dry_run=true")
+    assert code == 0, err
+    lines = out.splitlines()
+    assert [line for line in lines if line.startswith("job ")] == [
+        "job 0 (prompt=a cat, seeds=[1,2]):", "job 1 (prompt=a cat, seeds=[3]):",
+        "job 2 (prompt=a dog, seeds=[1,2]):", "job 3 (prompt=a dog, seeds=[3]):",
+    ]  # fmt: skip
+    assert [line.split(maxsplit=1)[1] for line in lines if line.strip().startswith("prompts  ")] == [
+        "a cat", "a cat", "a dog", "a dog",
+    ]  # fmt: skip
+    assert lines[-1] == "4 jobs, 6 pictures to draw in all"
+
+
+@pytest.mark.parametrize("where", ["experiment", "file"])
+def test_a_job_that_was_never_begun_is_as_it_was_or_refused(cli: Cli, where: str) -> None:
+    texts = Path("p.txt")
+    texts.write_text("a cat\n")
+    before = {"experiment": "prompts: {texts: [a cat]}"}.get(where, "prompts: {path: p.txt}")
+    choose = "" if where == "experiment" else "defaults: [{override /prompts: text_file}]\n"
+    mine = experiments(cats=choose + before)
+    code, _, err = cli("-m", mine, "+experiment=cats", *FAST[:1], *FAST[2:], "seeds=1,2", "hydra.sweep.dir=sw")
+    assert code == 0, err
+    shutil.rmtree("sw/1")
+    if where == "experiment":
+        experiments(cats="prompts: {texts: [a dog]}")
+        changed = "prompts.texts was ['a cat'], now ['a dog']"
+    else:
+        texts.write_text("a dog\n")
+        changed = "p.txt has changed"
+    code, _, err = cli("resume=sw")
+    assert code == 2
+    assert (
+        f"job 1 was never begun, and would not draw what it was to draw when the multirun began: {changed}: put" in err
+    )
+    assert not Path("sw/1").exists()
+    experiments(cats=choose + before)
+    texts.write_text("a cat\n")
+    code, _, err = cli("resume=sw")
+    assert code == 0, err
+    record = json.loads(next(Path("sw/1").glob("items/*/*/record.json")).read_text())
+    assert (record["prompt"], record["seed"]) == ("a cat", 2)
+
+
+def test_a_launcher_chosen_in_an_experiment_is_refused(cli: Cli) -> None:
+    mine = experiments(mine="defaults: [{override /hydra/launcher: basic}]\nprompt: a")
+    code, _, err = cli("-m", mine, "+experiment=mine", "seeds=1,2")
+    assert code == 2
+    assert err == (
+        "zimage_runner: experiment/mine.yaml: override /hydra/launcher: basic: an experiment cannot choose this: "
+        "remove it, and put hydra/launcher=basic on the command line\n"
+    )

@@ -1,0 +1,99 @@
+"""What each job of a multirun was going to draw when the multirun began, for jobs that begin when it is resumed.
+
+Config files and prompt files may have been edited since; a table of old and new pictures would not say so.
+"""
+
+from __future__ import annotations
+
+import functools
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from zimage_runner.cli.resume.settings import changed_fields, leaves
+from zimage_runner.errors import UserError
+from zimage_runner.outputs import atomic, beneath
+from zimage_runner.outputs.beneath import Inside
+
+JOBS = ".hydra/jobs.jsonl"
+
+
+def keep_jobs(directory: Path, configs: Sequence[DictConfig]) -> None:
+    """Write a line for each job that begins now; a sweeper may come with more of them later."""
+    described = [_described(config) for config in configs]
+    lines = [json.dumps(entry, ensure_ascii=False) for entry in described if entry is not None]
+    with atomic.directory(directory) as folder:
+        beneath.make_dirs(folder, str(PurePosixPath(JOBS).parent))
+        before = Inside(directory, JOBS).read_bytes() if (directory / JOBS).is_file() else b""
+        atomic.write_file(folder, JOBS, before + "".join(f"{line}\n" for line in lines).encode())
+
+
+def check_unchanged(directory: Path, configs: Sequence[DictConfig]) -> None:
+    """Raise UserError if a job among ``configs`` would draw something else than when the multirun began."""
+    began = _read(directory)
+    for config in configs:
+        number = config.hydra.job.num
+        was, now = began.get(number), _described(config)
+        if was is None or now is None:
+            continue
+        changes = changed_fields(was["config"], now["config"])
+        for file in sorted({*was["files"], *now["files"]}):
+            if was["files"].get(file) != now["files"].get(file):
+                what = (
+                    "is gone" if file not in now["files"] else "is new" if file not in was["files"] else "has changed"
+                )
+                changes.append(f"{file} {what}")
+        if changes:
+            raise UserError(
+                f"resume={directory}: job {number} was never begun, and would not draw what it was to draw when the "
+                f"multirun began: {'; '.join(changes)}: put that back, or start a new multirun"
+            )
+
+
+def _described(config: DictConfig) -> dict[str, Any] | None:
+    """Number, settings and prompt files of a job; None for one that will be refused."""
+    try:
+        own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+        settings = json.loads(json.dumps(dict(leaves(own)), default=str))
+    except OmegaConfBaseException:
+        return None
+    files = {path: _digest(path) for path in _prompt_files(settings)}
+    return {"num": config.hydra.job.num, "config": settings, "files": files}
+
+
+def _prompt_files(settings: dict[str, Any]) -> list[str]:
+    path, pattern = settings.get("prompts.path"), settings.get("prompts.glob")
+    found = [path] if isinstance(path, str) else []
+    found += sorted(glob.glob(os.path.expanduser(pattern), recursive=True)) if isinstance(pattern, str) else []
+    return [file for file in found if os.path.isfile(os.path.expanduser(file))]
+
+
+def _digest(path: str) -> str:
+    file = os.path.expanduser(path)
+    status = os.stat(file)
+    return _digest_of(file, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1024)
+def _digest_of(path: str, size: int, mtime_ns: int) -> str:
+    """Each job of a multirun reads the same file: it is looked at once."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read(directory: Path) -> dict[int, dict[str, Any]]:
+    """The lines by number; nothing for a multirun of an earlier version."""
+    try:
+        lines = Inside(directory, JOBS).read_bytes().decode().splitlines()
+        return {entry["num"]: entry for entry in map(json.loads, lines)}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"resume={directory}: {JOBS} cannot be read: {error}") from None
