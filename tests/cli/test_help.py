@@ -52,7 +52,6 @@ def test_defaults_are_shown_as_one_types_them() -> None:
     text = help_text(["--help", "output=default", "run"])
     for line in ("output.fsync=item    (never, run, item)", "output.metadata=true", "  prompt=null", "  seeds=42"):
         assert line in text
-    assert help_text(["--help", "nosuch"]) == help_text(["--help"])
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,3 +78,28 @@ def test_a_config_error_imports_no_torch() -> None:
         "assert not {'torch', 'diffusers', 'transformers', 'modelscope', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("words", [["--help", "foo"], ["foo", "-h"]])
+def test_the_name_of_no_group_is_refused(words, capsys):
+    from zimage_runner import __main__
+
+    assert __main__._run(words) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("zimage_runner: --help foo: no such group; the groups are run, model, engine")
+
+
+@pytest.mark.parametrize("words", [["--help", "prompt=a"], ["--config-dir", "mine", "--help"], ["-h", "a.b"]])
+def test_other_words_beside_help(words, capsys):
+    from zimage_runner import __main__
+
+    assert __main__._run(words) == 0
+    assert capsys.readouterr().out.startswith("zimage_runner: batches of pictures")
+
+
+def test_information_that_is_not_read_to_its_end():
+    command = f"{sys.executable} -m zimage_runner --info defaults-tree | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert "Traceback" not in done.stderr
+    assert "Error" not in done.stderr

@@ -134,9 +134,10 @@ def _unset_variable(name: str, text: str) -> str:
         ),
         "",
     )
-    of = f"{field[1]}=" if field else ""
+    typed = next((word for word in sys.argv[1:] if asked in word), None)
+    said = typed or (f"{where}{field[1]}={asked}}}" if field else f"{where}{asked}}}")
     return (
-        f"{where}{of}{asked}}}: the environment variable {name} is not set: set it, or write {asked},DEFAULT}} for a "
+        f"{said}: the environment variable {name} is not set: set it, or write {asked},DEFAULT}} for a "
         "value to use instead"
     )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -67,6 +68,8 @@ def main(argv: Sequence[str], take: Callable[[Composed], int | Future[int]] = _r
         words = quote_free_text(readable(resume_command_line(typed_words)))
         sys.argv = [sys.argv[0], *words]
         own = names_config_dir(typed_words) or not names_config_dir(words)
+        # Hydra prints --info through logging, which would tell of each line that `head` did not wait for.
+        logging.raiseExceptions = not any(word.startswith(("--info", "-i")) for word in words)
         with files_are_data(trusted=TRUST in argv, own=own), later_choices_replace(words), composed_once(words):
             job()
     except UserError as error:
