@@ -64,6 +64,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> NativeModel:
     native = load_model(CHECKPOINT, Options(dtype=torch.bfloat16))
     native.device = torch.device("meta")
     for network in (native.text_encoder, native.transformer, native.vae):
+        assert isinstance(network, torch.nn.Module)
         network.to("meta")
     return native
 
