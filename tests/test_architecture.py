@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "zimage_runner"
-LOOSE_MODULES = 12
+LOOSE_MODULES = 13
 LARGEST_CIRCLE = 2
 
 BASICS = {"errors", "logs", "signals", "__init__"}
@@ -45,6 +45,7 @@ ARROWS: dict[str, set[str]] = {
     "warmup": {"engines", "errors", "sampling"},
     "session": {"engines", "memory", "plan", "weights", *COMPONENTS},
     "prepare": {"cli", "config", "engines", "model", "startup", "weights"},
+    "compare": {"collect", "engines", "weights"},
     "reproduce": {"cli", "config", "executors", "outputs", "prompts", "runner", "sampling", "startup"},
     "collect.__main__": {"cli", "outputs"},
     "__main__": {"cli", "startup"},
@@ -55,7 +56,7 @@ ARROWS: dict[str, set[str]] = {
 ONLY_IN = {
     "hydra": {"cli", "config", "prepare", "reproduce"},
     "omegaconf": {"cli", "config", "prepare", "reproduce"},
-    "PIL": {"outputs", "collect", "reproduce", "view"},
+    "PIL": {"outputs", "collect", "compare", "reproduce", "view"},
 }
 """Rooms that may import a library at all."""
 NOT_WHEN_IMPORTED = {"torch", "diffusers", "transformers", "safetensors", "PIL", "pyarrow", "triton"}

@@ -14,11 +14,13 @@ from zimage_runner.engines.base import Engine, EngineConfig, GeneratedBatch
 from zimage_runner.engines.caption_features import Caption, CaptionFeatures
 from zimage_runner.engines.embedding_cache import EmbeddingCache, EmbeddingCacheConfig, foresees
 from zimage_runner.engines.faults import is_out_of_memory
+from zimage_runner.engines.precision import likeness_key
 from zimage_runner.engines.request import LoadRequest, Needs, WarmupShape, denoise_request
 from zimage_runner.memory import readings as monitor
 from zimage_runner.memory.policies import HealthCheck, Memory
 from zimage_runner.model import Model
 from zimage_runner.warmup import WARMUP_PROMPT, Warmup
+from zimage_runner.weights.cache import read_entry
 from zimage_runner.weights.find.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -188,6 +190,9 @@ class Session:
             "numerics": self.numerics(),
             "versions": monitor.versions(),
         }
+        key = likeness_key(config.checkpoint.digest, self._report["numerics"])
+        if key is not None:
+            self._report["likeness"] = read_entry("likeness", key)
         if config.embedding_cache.path is not None:
             identity = {name: self._report[name] for name in ("numerics", "versions")}
             weights = {"weights": config.checkpoint.digest}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from zimage_runner.errors import UserError
 
@@ -66,6 +67,14 @@ def check_device(precision: Precision, device: str, dtype: str) -> None:
     reason = try_product(precision.value)
     if reason is not None:
         raise UserError(f"{name} does not run here (torch {torch.__version__}, {card}: {reason}): use {instead}")
+
+
+def likeness_key(digest: str | None, numerics: Mapping[str, Any]) -> str | None:
+    """Under which name the cache has what ``compare`` found out of these weights in this precision; None in bf16."""
+    names = ("precision", "bf16_layers", "attention")
+    said = {name: numerics[name] for name in names if name in numerics}
+    eight = "precision" in said or str(said.get("attention", "")).endswith("_fp8")
+    return repr((digest, sorted(said.items()))) if eight and digest is not None else None
 
 
 def _on_cpu(name: str) -> str:

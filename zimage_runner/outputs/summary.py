@@ -150,6 +150,7 @@ def table(summary: dict[str, Any]) -> str:
         )
         rows.append(("throughput", f"{images['images_per_second']:.2f} images/s"))
     rows += _memory_rows(summary["session"])
+    rows += _likeness_rows(summary["session"])
     rows.append(("total", f"{summary['total_seconds']:.2f} s"))
     rows.append(("items", _counts(items)))
     width = max(len(name) for name, _ in rows)
@@ -198,6 +199,19 @@ def _memory_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     if host:
         rows.append(("peak host memory", f"{host:.2f} GB"))
     return rows
+
+
+def _likeness_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """How near these weights' pictures in eight bits are to those in bf16, as ``compare`` found."""
+    if "likeness" not in report:
+        return []
+    known = report["likeness"]
+    if known is None:
+        return [("likeness to bf16", "not measured: python -m zimage_runner.compare --help")]
+    psnr, flip = (known["likeness"][name] for name in ("psnr", "flip"))
+    floor = f"; noise floor {known['floor']['psnr']['mean']:.1f} dB" if "floor" in known else ""
+    figures = f"PSNR {psnr['mean']:.1f} dB (worst {psnr['worst']:.1f}), FLIP {flip['mean']:.3f} ({flip['worst']:.3f})"
+    return [("likeness to bf16", f"{figures}, {known['pictures']} pictures{floor}")]
 
 
 def _recoveries(report: dict[str, Any]) -> list[str]:
