@@ -39,6 +39,7 @@ from zimage_runner.weights.find.resolve import download, locate, resolve
 from zimage_runner.weights.find.verify import file_digests, forget
 from zimage_runner.weights.prepared import prepared
 
+COMPARE = 'python -m zimage_runner.compare "engine.precision=bf16" "engine.precision={precision}" -- OPTIONS OF A RUN'
 EXIT_DIFFERENT = EXIT_ITEMS_FAILED
 
 
@@ -95,6 +96,8 @@ def _build(wanted: Wanted, stop: StopRequest) -> int:
         found = build(checkpoint, wanted.model, precision=wanted.precision)
     sizes = ", ".join(f"{name} {file.size / 1e9:.2f} GB" for name, file in found.weights.items())
     print(f"prepared: {found.path} ({sizes})")
+    if wanted.precision != prepared.BF16:
+        print(f"how near its pictures are to bf16's: {COMPARE.format(precision=wanted.precision)}")
     return EXIT_OK
 
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.native.conftest import CHECKPOINT, noise
+from zimage_runner.cli.main import main
 from zimage_runner.engines.native.assembly import load_model
 from zimage_runner.engines.native.kernels import torch_ops
 from zimage_runner.engines.native.model import NativeModel, Options
 from zimage_runner.engines.native.quantised import QuantisedLinear, quantised, rescaled
 from zimage_runner.engines.native.sdpa import Attention, scaled_dot_product
 from zimage_runner.engines.native.transformer import Transformer
+from zimage_runner.engines.precision import Precision, check_device, likeness_key
+from zimage_runner.errors import UserError
 from zimage_runner.weights.eight_bits import FLOOR, FP8, INT8, Format, quantise_rows, rotate, rotation_group
 
 FORMS = [pytest.param(form, id=form.name) for form in (FP8, INT8)]
@@ -172,3 +178,61 @@ def test_attention_of_eight_bits() -> None:
     assert 0 < relative(eight.denoise(embeds, z, 4), exact.denoise(embeds, z, 4)) < 0.1
     assert max(seen) < FP8.largest  # nothing was cut off
     assert min(seen) > 1  # and nothing lost at the lower end
+
+
+ON_CPU = "needs a CUDA GPU: it would be slower than engine.precision=bf16 on a CPU; leave it out"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["engine=native", "engine.precision=fp8"], f"engine.precision=fp8 {ON_CPU}"),
+        (["engine.precision=int8"], f"engine.precision=int8 {ON_CPU}"),  # engine=auto does not draw it another way
+        (["engine.precision=int8", "engine.device=cpu"], f"engine.precision=int8 {ON_CPU}"),
+        (["engine.precision=int4"], "engine.precision=int4 draws another picture than the model's: use engine."),
+        (
+            ["engine=native", "engine.precision=fp8", "model.dtype=float32"],
+            "engine.precision=fp8 and model.dtype=float32 ",
+        ),
+        (["engine=diffusers", "engine.precision=fp8"], "engine.precision=fp8 is not for engine=diffusers, which "),
+        (["engine=native", "engine.bf16_layers=[1]"], "engine.bf16_layers=[1] says nothing without engine.precision="),
+        (["engine=native", "engine.precision=fp9"], "engine.precision=fp9: expected one of [bf16, fp8, int8, int4]"),
+        (["engine=diffusers", "memory=streamed"], "memory=streamed is not for engine=diffusers: use engine=native"),
+    ],
+)
+def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
+    assert main(["prompt=a", f"output.root={tmp_path}", *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"zimage_runner: {message}")
+
+
+@pytest.mark.parametrize(
+    ("precision", "capability", "message"),
+    [
+        (
+            Precision.fp8,
+            (8, 6),
+            "engine.precision=fp8 needs a GPU of compute capability 8.9, X has 8.6: use engine.precision=int8",
+        ),
+        (
+            Precision.int8,
+            (7, 5),
+            "engine.precision=int8 needs a GPU of compute capability 8.0, X has 7.5: use engine.precision=bf16",
+        ),
+    ],
+)
+def test_cards_that_lack_it(
+    monkeypatch: pytest.MonkeyPatch, precision: Precision, capability: tuple[int, int], message: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "X")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    with pytest.raises(UserError, match=re.escape(message)):
+        check_device(precision, "cuda", "bfloat16")
+
+
+def test_a_precision_is_part_of_what_decides_a_picture() -> None:
+    keys = {likeness_key("abc", numerics) for numerics in (
+        {}, {"precision": "fp8"}, {"precision": "int8"}, {"precision": "fp8", "bf16_layers": [1]},
+        {"attention": "flash3_fp8"}, {"attention": "flash3"},
+    )}  # fmt: skip
+    assert len(keys) == 5  # flash3 in bf16 has no key, as the first
