@@ -12,11 +12,13 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:  # importing typing would come before signals are listened to
     from types import FrameType
 
+EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
 
 def entry_point() -> None:
     """Run the command line and exit with its code. --help is answered without importing Hydra."""
+    _use_utf8()
     listen()
     _replace_closed_streams()
     code = _run(sys.argv[1:])
@@ -24,9 +26,24 @@ def entry_point() -> None:
     leave(code)
 
 
+def _use_utf8() -> None:
+    """Begin anew in Python's UTF-8 mode under a locale that has few letters: prompts and file names have any.
+
+    The command line was read as the locale says, and what is printed is written as it says.
+    """
+    if sys.getfilesystemencoding().lower() in ("utf-8", "utf8") or os.environ.get("PYTHONUTF8") == "1":
+        return
+    terminal = getattr(sys.stdout, "encoding", None) or "ascii"
+    environment = {**os.environ, "PYTHONUTF8": "1"}
+    environment.setdefault("PYTHONIOENCODING", f"{terminal}:backslashreplace")
+    words = [word.encode("utf-8", "surrogateescape") for word in (sys.executable, *sys.orig_argv[1:])]
+    with contextlib.suppress(OSError):  # else as well as it goes
+        os.execve(sys.executable, words, environment)
+
+
 def listen() -> None:
-    """Answer SIGINT and SIGTERM with one line and code 130 until a run listens to them itself (signals.py)."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """Answer a request to end with one line and code 130 until a run listens itself (signals.py)."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGXCPU):
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, _stop)
 
@@ -54,23 +71,32 @@ def _stop(number: int, _frame: FrameType | None) -> None:
     os._exit(EXIT_INTERRUPTED)
 
 
+_stop.is_for_the_start = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def _print(text: str) -> int:
+    """Print an answer; the exit code."""
+    from zimage_runner.logs import say
+
+    return 0 if say(text, sys.stdout) else EXIT_BAD_INPUT
+
+
 def _run(argv: list[str]) -> int:
     if {"--help", "-h"} & set(argv):
         from zimage_runner.cli.help import help_text
         from zimage_runner.errors import UserError
 
         try:
-            print(help_text(argv), end="")
+            text = help_text(argv)
         except UserError as error:
             from zimage_runner.logs import refuse
 
             return refuse(str(error))
-        return 0
+        return _print(text.removesuffix("\n"))
     if "--version" in argv:
         from zimage_runner import __version__
 
-        print(f"zimage_runner {__version__}")
-        return 0
+        return _print(f"zimage_runner {__version__}")
     from zimage_runner.startup.process import begin
 
     if begin():

@@ -60,6 +60,12 @@ def error_text(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
+def is_refused(error: BaseException) -> bool:
+    """Whether the system refused memory, a thread or a process: nothing is wrong with the program or its input."""
+    refused = ("can't start new thread", "can't allocate lock", "can't create new thread")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in refused)
+
+
 def visible(text: str) -> str:
     """Text of any origin for a terminal or log: control and bidi characters as ``\\x1b``, line breaks and tabs kept."""
     return _COMMANDS.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode("ascii"), text)

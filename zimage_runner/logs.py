@@ -48,13 +48,14 @@ def log_to_terminal() -> None:
     LOGGER.propagate = False
 
 
-def say(text: str, file: TextIO | None = None) -> None:
+def say(text: str, file: TextIO | None = None) -> bool:
     """Print a line (to stderr) for a person, above the progress bar and not through it.
 
-    If anyone can still read it: a closed terminal or pipe ends no run.
+    If anyone can still read it: a closed terminal or pipe ends no run. What the stream's encoding has no letters for is
+    written as escapes. Returns False, and says so on stderr, where the output is lost for another reason (a full disk).
     """
     stream: TextIO = file or sys.stderr
-    text = visible(text)
+    text = _in_encoding_of(stream, visible(text))
     bars = sys.modules.get("tqdm")  # without it there is no bar
     try:
         if bars is None:
@@ -63,10 +64,20 @@ def say(text: str, file: TextIO | None = None) -> None:
             bars.tqdm.write(text, file=stream)
             stream.flush()
     except OSError as error:
-        if error.errno in NOBODY_READS:
-            _silence(stream)
+        _silence(stream)
+        if error.errno not in NOBODY_READS and stream is sys.stdout:
+            say(f"zimage_runner: standard output cannot be written ({error.strerror})")
+            return False
     except ValueError:
         pass  # it is closed
+    return True
+
+
+def _in_encoding_of(stream: TextIO, text: str) -> str:
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    with contextlib.suppress(LookupError):
+        return text.encode(encoding, "backslashreplace").decode(encoding)
+    return text
 
 
 def refuse(message: str) -> int:

@@ -13,11 +13,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from zimage_runner.errors import EXIT_INTERRUPTED
 
+OF_A_QUEUE = tuple(getattr(signal, name) for name in ("SIGHUP", "SIGUSR1", "SIGXCPU") if hasattr(signal, name))
+"""Signals that a closed terminal, or a batch system before the time is up (``sbatch --signal=USR1@120``), sends. They
+are requests to stop unless somebody else has a use for them: ``nohup``, or a launcher that queues the job again."""
 PATIENCE = 3.0
 """Seconds. Hub clients finish the files that are under way, which may be gigabytes, before they let an exception out;
 what they have of a file is kept and the next download goes on from there."""
@@ -31,14 +34,17 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
-        """SIGINT, SIGTERM or SIGHUP once one has arrived."""
+        """SIGINT, SIGTERM, SIGHUP ... once one has arrived."""
         self._event = threading.Event()
         self._interruptible = False
         self._interrupted = False
+        self._count = 0
         self._imports = 0
         """Imports that were under way when an interruptible phase began."""
         self._postponed = threading.Semaphore(0)
         """Counts calls that ``on_signal`` has asked for itself: no signals of the user's."""
+        self.counts_itself = False
+        """Whether ``on_signal`` counts, because no thread could be started for it: it waits for long calls then."""
         self._deadline: tuple[threading.Event, float] | None = None
         """Of an interruptible phase: set when it is left, and how long it may take to be left after a signal."""
 
@@ -81,7 +87,7 @@ class StopRequest:
     def watch_deadline(self) -> None:
         """After a signal: end the process when the present phase takes longer than it may."""
         if self._deadline is not None:
-            threading.Thread(target=_exit_unless, args=self._deadline, name="deadline", daemon=True).start()
+            _start(_exit_unless, *self._deadline, name="deadline")
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """Python-level handler, in the main thread.
@@ -89,14 +95,29 @@ class StopRequest:
         An exception raised inside an import may be swallowed, or leave half a module behind, or abort the process: some
         of torch's modules run Python from C++. It is raised once the import is done.
         """
+        if self.counts_itself:
+            self.count(number)
         self.set(signal.Signals(number).name)
         if not self._interruptible:
             return
         if _imports_under_way(frame) > self._imports:
-            threading.Thread(target=self._call_again, args=(number,), name="postponed signal", daemon=True).start()
+            _start(self._call_again, number, name="postponed signal")
             return
         self._interruptible, self._interrupted = False, True
         raise KeyboardInterrupt
+
+    def count(self, number: int) -> None:
+        """Say what a signal of the user's leads to; the second one ends the process."""
+        if self.is_postponed():
+            return
+        self._count += 1
+        if self._count > 1:
+            _say("exiting at once; finished pictures are kept")
+            os._exit(EXIT_INTERRUPTED)
+        what = "stopping" if self.is_interruptible else "finishing the pictures in flight"
+        self.set(signal.Signals(number).name)
+        _say(f"{signal.Signals(number).name}: {what}; once more to exit at once")
+        self.watch_deadline()
 
     def _call_again(self, number: int) -> None:
         time.sleep(POSTPONED)
@@ -113,20 +134,25 @@ class StopRequest:
 def graceful_stop() -> Iterator[StopRequest]:
     """Install the handlers for a run and restore the old ones after it.
 
-    SIGHUP counts as a request to stop unless it is ignored already, which is what ``nohup`` does. Outside the main
-    thread, where Python allows no handlers, the request is simply never set.
+    Those of ``OF_A_QUEUE`` count as requests to stop where nothing else is done with them. Outside the main thread,
+    where Python allows no handlers, the request is simply never set.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
     numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
-        numbers.append(signal.SIGHUP)
+    numbers += [number for number in OF_A_QUEUE if _is_free(number)]
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    threading.Thread(target=_count, args=(reader, frozenset(numbers), request), name="signals", daemon=True).start()
-    old_wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    try:
+        counter = threading.Thread(
+            target=_count, args=(reader, frozenset(numbers), request), name="signals", daemon=True
+        )
+        counter.start()
+    except (RuntimeError, MemoryError):
+        request.counts_itself = True
+    old_wakeup = signal.set_wakeup_fd(-1 if request.counts_itself else writer, warn_on_full_buffer=False)
     old_handlers = {number: signal.signal(number, request.on_signal) for number in numbers}
     try:
         yield request
@@ -135,26 +161,34 @@ def graceful_stop() -> Iterator[StopRequest]:
             signal.signal(number, handler)
         signal.set_wakeup_fd(old_wakeup)
         os.close(writer)  # ends the thread
+        if request.counts_itself:
+            os.close(reader)
+
+
+def _is_free(number: signal.Signals) -> bool:
+    """Whether nobody has a use for a signal; ``__main__`` answers it only until a run does."""
+    handler = signal.getsignal(number)
+    return handler is signal.SIG_DFL or getattr(handler, "is_for_the_start", False)
 
 
 def _count(reader: int, numbers: frozenset[int], request: StopRequest) -> None:
-    count = 0
-    while received := os.read(reader, 64):
-        for number in received:
-            if number not in numbers:
-                continue
-            if request.is_postponed():
-                continue
-            count += 1
-            if count == 1:
-                what = "stopping" if request.is_interruptible else "finishing the pictures in flight"
-                request.set(signal.Signals(number).name)
-                _say(f"{signal.Signals(number).name}: {what}; once more to exit at once")
-                request.watch_deadline()
-            else:
-                _say("exiting at once; finished pictures are kept")
-                os._exit(EXIT_INTERRUPTED)
-    os.close(reader)
+    try:
+        while received := os.read(reader, 64):
+            for number in received:
+                if number in numbers:
+                    request.count(number)
+        os.close(reader)
+    except BaseException:  # for want of memory perhaps: the handler goes on counting, and closes the pipe
+        request.counts_itself = True
+        raise
+
+
+def _start(target: Callable[..., None], *arguments: object, name: str) -> None:
+    """Start a thread that sees to it that a phase with nothing to lose ends. Where none can be started it ends now."""
+    try:
+        threading.Thread(target=target, args=arguments, name=name, daemon=True).start()
+    except (RuntimeError, MemoryError):
+        os._exit(EXIT_INTERRUPTED)
 
 
 def _imports_under_way(frame: FrameType | None) -> int:

@@ -36,7 +36,14 @@ def interrupted(run: Run, number: signal.Signals, **variables: object) -> int | 
 
 
 @pytest.mark.parametrize(
-    ("number", "overrides"), [(signal.SIGINT, INLINE), (signal.SIGTERM, PROCESS), (signal.SIGHUP, INLINE)]
+    ("number", "overrides"),
+    [
+        (signal.SIGINT, INLINE),
+        (signal.SIGTERM, PROCESS),
+        (signal.SIGHUP, INLINE),
+        (signal.SIGUSR1, INLINE),
+        (signal.SIGXCPU, PROCESS),
+    ],
 )
 def test_the_first_signal_finishes_what_is_in_flight(tmp_path, overrides, number):
     run = Run(tmp_path, seeds=30, overrides=overrides)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.outputs.helpers import noise_pictures, open_run, request
 from zimage_runner.engines.base import PendingImages, ReadyImages
-from zimage_runner.errors import BadPictureError
+from zimage_runner.errors import BadPictureError, RunStopped
 from zimage_runner.outputs.atomic import DiskError
 from zimage_runner.outputs.ledger import Ledger
 
@@ -259,7 +259,7 @@ def test_an_error_in_the_callback_is_not_swallowed(tmp_path):
     with open_run(tmp_path) as run:
         run.writer._on_done = lambda outcome: (_ for _ in ()).throw(KeyError("callback"))
         run.writer.submit([request()], ReadyImages(noise_pictures()))
-        with pytest.raises(KeyError):
+        with pytest.raises(RunStopped, match=r"KeyError\('callback'\)"):
             run.writer.flush()
 
 

@@ -169,6 +169,7 @@ def test_pictures_of_another_kind_are_refused(cli: Cli, run: Path) -> None:
     lines = [json.loads(line) for line in ledger.read_text().splitlines()]
     for line in lines:
         line["fingerprint"] = "0" * 64
+        del line["crc32"]
     ledger.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines[:-1]))
     record = run / lines[0]["item"] / "record.json"
     changed = json.loads(record.read_text())
@@ -269,7 +270,7 @@ class TestWholeMultirun:
     def test_failed_items_alone(self, cli: Cli, sweep: Path) -> None:
         self.damage(sweep)
         code, _, err = cli(f"resume={sweep}", "retry=failed")
-        assert code == 1
+        assert code == 130  # there is more to draw than was asked for
         assert "job 2 was never begun and left alone (retry=failed)" in err
         assert not (sweep / "2").exists()
 

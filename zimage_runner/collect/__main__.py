@@ -27,7 +27,7 @@ from zimage_runner.collect.contact_sheet import Layout, draw_sheets
 from zimage_runner.collect.folder import NAME, collect_into
 from zimage_runner.collect.pictures import find_runs, pictures_of
 from zimage_runner.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, UserError
-from zimage_runner.logs import refuse
+from zimage_runner.logs import log_to_terminal, refuse
 from zimage_runner.outputs.beneath import NotPlain
 from zimage_runner.outputs.config import Format, Output, check_quality
 
@@ -40,6 +40,7 @@ def main(argv: Sequence[str]) -> int:
     if not argv or {"-h", "--help"} & set(argv):
         print(__doc__)
         return EXIT_OK if argv else EXIT_BAD_INPUT
+    log_to_terminal()
     try:
         return _collect(*_parse(argv))
     except UserError as error:

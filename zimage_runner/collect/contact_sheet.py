@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,10 +13,12 @@ from PIL import Image, ImageDraw
 
 from zimage_runner.collect.fonts import Font, font_for
 from zimage_runner.collect.pictures import Picture
-from zimage_runner.collect.sheet import ELLIPSIS, GAP, LINE, drawable, wrapped
+from zimage_runner.collect.sheet import ELLIPSIS, GAP, LINE, clean, drawable, wrapped
 from zimage_runner.errors import UserError
 from zimage_runner.outputs import atomic
 from zimage_runner.outputs.beneath import unfit_target
+
+log = logging.getLogger(__name__)
 
 CAPTION_LINES = 2
 """Of the prompt; the seed has one of its own."""
@@ -56,6 +59,14 @@ def _page(pictures: Sequence[Picture], layout: Layout) -> Image.Image:
     size = (columns * pitch_x + GAP, math.ceil(len(pictures) / columns) * pitch_y + GAP)
     sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
+    hidden = [picture for picture, (prompt, _) in zip(pictures, captions, strict=True) if not is_shown(prompt, font)]
+    if hidden:
+        log.warning(
+            "no font here shows every letter of %d of the sheet's captions (the first is %s): install one that does "
+            "(Noto Sans CJK, WenQuanYi ...), or read the prompts with into=FOLDER",
+            len(hidden),
+            hidden[0].path,
+        )
     for n, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
         left, top = GAP + n % columns * pitch_x, GAP + n // columns * pitch_y
         with picture.image.open() as source, Image.open(source) as image:
@@ -63,6 +74,11 @@ def _page(pictures: Sequence[Picture], layout: Layout) -> Image.Image:
             sheet.paste(image.convert("RGB"), (left + (tile - image.width) // 2, top + (tile - image.height) // 2))
         _write(pen, (left, top + tile), caption, tile, font)
     return sheet
+
+
+def is_shown(text: str, font: Font) -> bool:
+    """Whether the font has a picture of each letter."""
+    return drawable(text, font) == clean(text)
 
 
 def _longest_side(pictures: Sequence[Picture]) -> int:

@@ -23,6 +23,7 @@ TABLE = "metadata.jsonl"
 """The name and form that Hugging Face's imagefolder reads."""
 LONGEST = 200
 """Bytes of a name; file systems allow 255 at most."""
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 _BLOCK = 1 << 20
 
 
@@ -36,9 +37,15 @@ def collect_into(
     What is there already and the same is left; something else of that name is an error unless ``overwrite``.
     """
     rows = [_row(picture, name, _suffix(picture, output)) for picture in pictures]
+    pictures, rows = _each_once(pictures, rows)
     _check_unique(pictures, [row["file_name"] for row in rows], name)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"into={folder} is a file: name a folder")
+    if folder.suffix.lower() in ARCHIVES and not folder.exists():
+        raise UserError(
+            f"into={folder}: pictures are collected in a folder, not an archive: use into={folder.with_suffix('')}, "
+            f"then pack that"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         tasks = [
@@ -112,6 +119,20 @@ def _filled(name: str, values: dict[str, Any]) -> str:
             f"name={name} gives {filled!r:.80}, which is no plain file name: leave folders out, keep it short"
         )
     return filled
+
+
+def _each_once(
+    pictures: Sequence[Picture], rows: Sequence[dict[str, Any]]
+) -> tuple[list[Picture], list[dict[str, Any]]]:
+    """Leave out what an earlier run has under the same name already: the same file, which two runs share."""
+    kept: dict[str, tuple[Picture, dict[str, Any]]] = {}
+    others: list[tuple[Picture, dict[str, Any]]] = []
+    for picture, row in zip(pictures, rows, strict=True):
+        first = kept.setdefault(row["file_name"].lower(), (picture, row))
+        if first[0] is not picture and not os.path.samefile(first[0].path, picture.path):
+            others.append((picture, row))  # refused below
+    found = [*kept.values(), *others]
+    return [picture for picture, _ in found], [row for _, row in found]
 
 
 def _check_unique(pictures: Sequence[Picture], names: Sequence[str], name: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import os
 import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -79,7 +80,7 @@ def _font_with(characters: frozenset[str]) -> Font:
 def _usual_fonts() -> tuple[str, ...]:
     found = []
     for folder, pattern in itertools.product(FONT_DIRS, CJK_FONTS):
-        found += sorted(map(str, Path(folder).expanduser().glob(f"**/{pattern}.[to]t[fc]")))
+        found += sorted(map(str, Path(os.path.expanduser(folder)).glob(f"**/{pattern}.[to]t[fc]")))
     return tuple(found)
 
 

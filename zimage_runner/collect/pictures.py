@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from zimage_runner.errors import UserError
 from zimage_runner.outputs import atomic
 from zimage_runner.outputs.beneath import Inside, NotPlain, Statuses
 from zimage_runner.outputs.ledger import RECORD, RECORDS, Ledger
+
+log = logging.getLogger(__name__)
 
 _ITEM = re.compile(r"items/[0-9]{5,12}_[^/\\]+/seed_[0-9]+")
 """A ledger is a file that anybody may have written: nothing outside of its run is read."""
@@ -78,24 +81,32 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
 
 
 def pictures_of(runs: Iterable[Path]) -> Iterator[Picture]:
-    """Finished pictures whose file is still there: by run, then prompt, then as they were drawn."""
+    """Finished pictures whose file is still there: by run, then prompt, then as they were drawn.
+
+    Files that are shorter than when they were written (cut off, empty) are left out and told of in a warning.
+    """
     for run in runs:
-        done = [
-            (item, entry.image)
-            for item, entry in Ledger.load(run / RECORDS).entries.items()
-            if entry.ok and _ITEM.fullmatch(item)
-        ]
-        pictures = [Picture(run=run, item=item, file=file) for item, file in done]
+        entries = {item: e for item, e in Ledger.load(run / RECORDS).entries.items() if e.ok and _ITEM.fullmatch(item)}
+        pictures = [Picture(run=run, item=item, file=entry.image) for item, entry in entries.items()]
+        damaged: list[str] = []
         with atomic.directory(run) as dir_fd:
             status = Statuses(dir_fd)
-            yield from (p for p in sorted(pictures, key=lambda picture: picture.index) if _is_there(status, p))
+            for picture in sorted(pictures, key=lambda picture: picture.index):
+                size = _size(status, picture)
+                if size is not None and size >= entries[picture.item].size:
+                    yield picture
+                elif size is not None:
+                    damaged.append(f"{picture.item}: {size:,} bytes instead of {entries[picture.item].size:,}")
+        if damaged:
+            many = f"{len(damaged):,} damaged pictures are" if len(damaged) > 1 else "a damaged picture is"
+            log.warning("%s left out (%s): draw again with resume=%s", many, damaged[0], run)
 
 
-def _is_there(status: Statuses, picture: Picture) -> bool:
+def _size(status: Statuses, picture: Picture) -> int | None:
+    """Bytes of a picture's file; None where it is not there."""
     try:
-        status(picture.image.relative)
+        return status(picture.image.relative).st_size
     except NotPlain as error:
         raise UserError(f"{picture.run}: {error.strerror}") from None
     except OSError:
-        return False
-    return True
+        return None

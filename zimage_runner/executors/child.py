@@ -46,12 +46,16 @@ class Child:
         self._connection, theirs = multiprocessing.Pipe()
         with contextlib.closing(theirs):
             arguments = json.dumps([theirs.fileno(), os.getpid(), sys.path])
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-X", "faulthandler", "-c", _BOOT, arguments],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                process_group=0,  # a terminal's Ctrl-C is for the parent; the group is what gets killed
-            )
+            try:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", "-X", "faulthandler", "-c", _BOOT, arguments],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    process_group=0,  # a terminal's Ctrl-C is for the parent; the group is what gets killed
+                )
+            except BaseException:
+                self._connection.close()
+                raise
         self._pidfd = -1
         with contextlib.suppress(OSError):  # refused by some sandboxes; the closing socket tells of the end as well
             self._pidfd = os.pidfd_open(self._process.pid)

@@ -140,9 +140,11 @@ class Supervisor:
             pause = min(LONGEST_PAUSE_S, self._config.backoff_s * 2 ** (self._deaths_in_a_row - 2))
             if self._deaths_in_a_row > 1 and self.stop.wait(pause):
                 raise RunStopped("the run was asked to end while its worker process was being replaced")
-            self._child = Child()
             try:
+                self._child = Child()
                 report = self._load(self._child)
+            except OSError as error:  # no process, no memory, no descriptor
+                self._refused(error)
             except WorkerDied as death:
                 if isinstance(death, WorkerBroken) and not self._report:
                     raise RunStopped(f"the worker process cannot start: it {death}") from None
@@ -153,6 +155,15 @@ class Supervisor:
                 raise RunStopped(f"the worker process cannot be replaced: {error}") from None
             else:
                 self._welcome(self._child, report)
+
+    def _refused(self, error: OSError) -> None:
+        """The system starts no process. Raises UserError before the first picture; later it may be better soon."""
+        if not self._report:
+            raise UserError(
+                f"executor=process: the worker process cannot be started ({error.strerror or error}): raise the "
+                "limit of processes (ulimit -u) or of memory, or use executor=inline"
+            ) from None
+        self.bury(WorkerDied(f"cannot be started ({error.strerror or error})"))
 
     def _load(self, child: Child) -> dict[str, Any]:
         report = child.start(self._start, self._config.start_timeout_s)

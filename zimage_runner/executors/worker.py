@@ -9,6 +9,7 @@ import queue
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
@@ -30,6 +31,7 @@ from zimage_runner.executors.messages import (
     SteppedDown,
     Work,
 )
+from zimage_runner.signals import OF_A_QUEUE
 
 PR_SET_PDEATHSIG = 1
 UNSENT_RESULTS = 2
@@ -40,11 +42,12 @@ def main(fd: int, parent: int) -> None:
     """Entry point: serve the parent process over the socket ``fd`` until it closes."""
     die_with(parent)
     os.set_inheritable(fd, False)  # or a process that a library starts would keep the socket open after our end
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, *OF_A_QUEUE):
         # Ending the run is the parent's affair: it lets the picture in flight finish.
         signal.signal(number, signal.SIG_IGN)
     os.dup2(2, 1)  # standard output belongs to the parent
-    Worker(Connection(fd)).serve()
+    worker = Worker(Connection(fd))
+    worker.ends_with(worker.serve)
 
 
 def die_with(parent: int) -> None:
@@ -68,11 +71,11 @@ class Worker:
         start = self._first_message()
         logging.getLogger("zimage_runner").addHandler(_Forward(self))
         logging.getLogger("zimage_runner").setLevel(logging.INFO)
-        threading.Thread(target=self._read, name="reader", daemon=True).start()
+        self._start_thread(self._read, "reader")
         session = self._start(start)
         backoff = MemoryBackoff(session, auto_batch=start.auto_batch, on_step=lambda step: self.send(SteppedDown(step)))
         self.send(Ready({**session.report(), **backoff.report()}))
-        threading.Thread(target=self._send_results, name="sender", daemon=True).start()
+        self._start_thread(self._send_results, "sender")
         while True:
             match self._work.get():
                 case Extend(shapes, texts):
@@ -80,6 +83,16 @@ class Worker:
                     self.send(Ready({**session.report(), **backoff.report()}))
                 case Work() as work:
                     self._draw(work, session, backoff)
+
+    def ends_with(self, life: Callable[[], None]) -> None:
+        """Live a thread's life. What ends it early is told to the parent, and ends the process: nobody waits for it."""
+        try:
+            life()
+        except BaseException as error:
+            self._end(error_text(error))
+
+    def _start_thread(self, life: Callable[[], None], name: str) -> None:
+        threading.Thread(target=self.ends_with, args=(life,), name=name, daemon=True).start()
 
     def _extend(self, session: SessionLike, shapes: Any, texts: Any) -> None:
         try:
@@ -130,8 +143,10 @@ class Worker:
 
     def _end(self, message: str) -> NoReturn:
         # Not sys.exit: with a lost GPU, Python's and CUDA's teardown may hang.
-        self.send(Broken(message))
-        os._exit(1)
+        try:
+            self.send(Broken(message))
+        finally:
+            os._exit(1)
 
     def _read(self) -> None:
         while True:

@@ -63,6 +63,8 @@ def replace_file(path: Path, data: bytes, *, sync: bool = False, changed_ns: int
         if (kind := beneath.unfit_target(path.name, folder)) is not None:
             raise beneath.NotPlain(str(path), kind)
         write_as(folder, path.name, own_temporary(path.name), data, sync=sync, changed_ns=changed_ns)
+        if sync:
+            os.fsync(folder)
 
 
 def own_temporary(name: str) -> str:
@@ -102,10 +104,13 @@ def create(dir_fd: int, name: str) -> int:
         return os.open(name, flags, 0o666, dir_fd=dir_fd)
 
 
-def link_or_copy(source: int, source_name: str, dir_fd: int, name: str, *, tmp: str | None = None) -> None:
+def link_or_copy(
+    source: int, source_name: str, dir_fd: int, name: str, *, tmp: str | None = None, sync: bool = False
+) -> None:
     """Make ``name`` the same file as ``source_name`` of the folder ``source`` where the file system can, else a copy.
 
-    Whole or not at all; links are not followed. Raises NotPlain, OSError.
+    Whole or not at all; links are not followed. With ``sync`` its bytes are safe against power loss: those of an
+    earlier run may not be. Raises NotPlain, OSError.
     """
     tmp = tmp or name + TMP_SUFFIX
     with os.fdopen(beneath.open_file(source, source_name), "rb") as read:
@@ -115,11 +120,16 @@ def link_or_copy(source: int, source_name: str, dir_fd: int, name: str, *, tmp: 
                 os.link(source_name, tmp, src_dir_fd=source, dst_dir_fd=dir_fd, follow_symlinks=False)
                 if not os.path.samestat(os.fstat(read.fileno()), os.stat(tmp, dir_fd=dir_fd, follow_symlinks=False)):
                     raise beneath.NotPlain(source_name, "another file than a moment ago")
+                if sync:
+                    os.fsync(read.fileno())
             except OSError as error:
                 if isinstance(error, beneath.NotPlain) or error.errno not in _NO_LINK:
                     raise
                 with os.fdopen(create(dir_fd, tmp), "wb") as write:
                     shutil.copyfileobj(read, write, 1 << 20)
+                    if sync:
+                        write.flush()
+                        os.fsync(write.fileno())
             os.rename(tmp, name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
         finally:
             # Renaming a link onto the same file does nothing and leaves the temporary name.

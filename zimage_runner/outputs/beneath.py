@@ -103,8 +103,8 @@ def parent(dir_fd: int, relative: str) -> Iterator[tuple[int, str]]:
         os.close(fd)
 
 
-def make_dirs(dir_fd: int, relative: str, *, sync: bool = False) -> None:
-    """mkdir -p below ``dir_fd``; with ``sync`` each new name is safe against power loss. Raises NotPlain, OSError."""
+def make_dirs(dir_fd: int, relative: str) -> None:
+    """mkdir -p below ``dir_fd``. Raises NotPlain, OSError."""
     parts = _parts(relative)
     try:
         os.close(open_dir(dir_fd, relative))
@@ -117,9 +117,6 @@ def make_dirs(dir_fd: int, relative: str, *, sync: bool = False) -> None:
                 os.mkdir(name, dir_fd=folder)
             except FileExistsError:
                 _check_folder(folder, name, "/".join(parts[:end]))
-                continue
-            if sync:
-                os.fsync(folder)
 
 
 class Statuses:

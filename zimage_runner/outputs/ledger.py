@@ -1,6 +1,8 @@
 """records.jsonl: what is done, one JSON line for each finished or failed item, appended and never rewritten.
 
 The last line of an item wins. A process killed in the middle of a line leaves a torn tail, which the next one cuts off.
+Each line ends with a checksum of what stands before it, so that a byte that changed costs that line's item and nothing
+else. Lines of earlier versions, which have none, are taken as they are.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import os
 import re
 import sys
 import threading
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -72,8 +75,8 @@ class Ledger:
             raise UserError(f"{path} cannot be read: {error.strerror}") from None
         return cls(path, entries, damaged)
 
-    def open(self, dir_fd: int | None = None) -> Self:
-        """Open for appending, cutting off a torn last line. Raises DiskError."""
+    def open(self, dir_fd: int | None = None, *, sync: bool = False) -> Self:
+        """Open for appending, cutting off a torn last line; with ``sync``, its name is safe. Raises DiskError."""
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
         try:
             if dir_fd is not None:
@@ -82,13 +85,15 @@ class Ledger:
                 with atomic.directory(self.path.parent) as folder:
                     self._fd = open_file(folder, self.path.name, flags)
             _cut_torn_tail(self._fd)
+            if sync and dir_fd is not None:
+                os.fsync(dir_fd)
         except OSError as error:
             raise atomic.disk_error(error, str(self.path)) from error
         return self
 
     def append(self, record: dict[str, Any], *, sync: bool = False) -> None:
         """Add one line: item, status (ok or failed), sha256, bytes, fingerprint and whatever else. Raises DiskError."""
-        line = compact_json(record).encode() + b"\n"
+        line = with_checksum(compact_json(record).encode())
         item, entry = _parse(line)
         with self._lock:
             try:
@@ -136,7 +141,26 @@ _FAST = re.compile(
 )
 
 
+_CHECKSUM = re.compile(rb',"crc32":"([0-9a-f]{8})"\}\n')
+_CHECKSUM_BYTES = len(b',"crc32":"01234567"}\n')
+
+
+def with_checksum(record: bytes) -> bytes:
+    """A record (a JSON object, not empty) as a line of the ledger: with CRC-32 of all before it as its last field."""
+    head = record[:-1]
+    return b'%b,"crc32":"%08x"}\n' % (head, zlib.crc32(head))
+
+
+def _is_altered(line: bytes) -> bool:
+    """Whether a line differs from what was written, as far as its checksum tells."""
+    head = len(line) - _CHECKSUM_BYTES
+    found = _CHECKSUM.match(line, head) if head > 0 else None
+    return found is not None and int(found[1], 16) != zlib.crc32(memoryview(line)[:head])
+
+
 def _parse(line: bytes) -> tuple[str, Entry]:
+    if _is_altered(line):
+        raise ValueError("a byte has changed")
     if match := _FAST.fullmatch(line):
         item, fingerprint, image, sha256, size = match.groups()
         return item.decode(), Entry(True, sha256.decode(), int(size), fingerprint.decode(), sys.intern(image.decode()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import threading
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -35,6 +36,9 @@ class RunDirectory:
         self.dir_fd = dir_fd
         """Everything below is written relative to this descriptor; see atomic.py."""
         self._lock = lock
+        self._syncing = threading.Lock()
+        self._synced: set[str] = set()
+        """Folders whose names this process has made safe against power loss, those of single items left out."""
 
     @classmethod
     def create(cls, path: str | os.PathLike[str]) -> Self:
@@ -114,14 +118,41 @@ class RunDirectory:
             )
 
     def write_file(self, name: str, data: bytes, *, sync: bool = False) -> None:
-        """Write a file of the run directory whole or not at all. Raises DiskError."""
+        """Write a file of the run directory whole or not at all; ``sync``: safe from power cuts. Raises DiskError."""
         try:
             parent = str(PurePosixPath(name).parent)
             if parent != ".":
-                beneath.make_dirs(self.dir_fd, parent, sync=sync)
+                self.make_dirs(parent, sync=sync)
             atomic.write_file(self.dir_fd, name, data, sync=sync)
+            if sync:
+                atomic.sync_dir(self.dir_fd, parent)
         except OSError as error:
             raise atomic.disk_error(error, str(self.path / name)) from error
+
+    def make_dirs(self, relative: str, *, sync: bool = False) -> None:
+        """mkdir -p below the directory; with ``sync`` every name on the way is safe against power loss.
+
+        A folder that is there already may have been made a moment ago, by another thread or by a process that was
+        killed: its name is as unsafe as a new one's. Raises NotPlain, OSError.
+        """
+        beneath.make_dirs(self.dir_fd, relative)
+        if not sync:
+            return
+        above, _, _ = relative.rpartition("/")
+        with self._syncing:
+            parts = above.split("/") if above else []
+            for end in range(1, len(parts) + 1):
+                name = "/".join(parts[:end])
+                if name not in self._synced:
+                    atomic.sync_dir(self.dir_fd, "/".join(parts[: end - 1]) or ".")
+                    self._synced.add(name)
+        atomic.sync_dir(self.dir_fd, above or ".")
+
+    def sync_name(self) -> None:
+        """Make the directory's own name, and those of the folders above it, safe against power loss."""
+        for folder in self.path.absolute().parents:
+            with contextlib.suppress(OSError), atomic.directory(folder) as above:  # one that others own may refuse
+                os.fsync(above)
 
     def close(self) -> None:
         """Release the lock. Harmless when called twice."""

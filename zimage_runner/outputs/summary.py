@@ -45,7 +45,8 @@ class Summary:
     """Collects outcomes (from any thread) and tells the run's story.
 
     Phases are timed apart: load and warm-up come from the session's report; the first image is the time from
-    ``start_clock`` to its pixels on the host; the images after it are timed from arrival to arrival.
+    ``start_clock`` to its pixels on the host; the images after it are timed from arrival to arrival. ``total_seconds``
+    begins when the session is ready; ``process_seconds`` is everything since the program was started.
     """
 
     def __init__(self, run_dir: Path, *, planned: int, already_done: int = 0) -> None:
@@ -112,6 +113,7 @@ class Summary:
             "phases": report.get("phases", {}),
             "images": self._image_seconds(),
             "total_seconds": time.perf_counter() - self._started - self._waited,
+            "process_seconds": process_seconds(),
             "session": report,
             "failed": self.failed[:LISTED],
             "truncated": self.truncated,
@@ -151,7 +153,7 @@ def table(summary: dict[str, Any]) -> str:
         rows.append(("throughput", f"{images['images_per_second']:.2f} images/s"))
     rows += _memory_rows(summary["session"])
     rows += _likeness_rows(summary["session"])
-    rows.append(("total", f"{summary['total_seconds']:.2f} s"))
+    rows.append(("total", _total(summary)))
     rows.append(("items", _counts(items)))
     width = max(len(name) for name, _ in rows)
     return "\n".join([f"  {name:<{width}}  {value}" for name, value in rows] + _notes(summary))
@@ -165,6 +167,23 @@ def brief(summary: dict[str, Any]) -> str:
     parts += [f"then {images['mean_seconds']:.3f} s each"] if "mean_seconds" in images else []
     parts += [f"{name.replace('_', ' ')} {phases[name]:.2f} s" for name in phases if phases[name] >= SHOWN_SECONDS]
     return "\n".join([", ".join(parts), *_notes(summary)])
+
+
+def _total(summary: dict[str, Any]) -> str:
+    drawing, process = f"{summary['total_seconds']:.2f} s", summary.get("process_seconds")
+    if process is None:
+        return f"{drawing} of drawing and writing"
+    return f"{process:.2f} s since the program was started, of which {drawing} of drawing and writing"
+
+
+def process_seconds() -> float | None:
+    """Seconds since this process was started, imports and loading included; None where the system does not tell."""
+    try:
+        # The command name (field 2) may hold spaces and brackets; field 22 is the 20th after it.
+        started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+    except (OSError, ValueError, AttributeError, IndexError):
+        return None
 
 
 def _counts(items: dict[str, int]) -> str:

@@ -52,6 +52,8 @@ class Progress:
 
     def __str__(self) -> str:
         parts = [f"{len(self.done):,} pictures are done"]
+        if self.skipped:
+            parts.append(f"{len(self.skipped):,} were never drawn and are not asked for (retry=failed)")
         if self.failed:
             parts.append(f"{len(self.failed):,} failed before")
         if self.damaged:
@@ -94,7 +96,10 @@ class Pictures:
         self._status = Statuses(dir_fd)
 
     def damage(self, item_dir: str, entry: Entry, verify: bool) -> str | None:
-        """Why the file is not the picture that was written; None if it is. A link is none, wherever it leads."""
+        """Why the file is not the picture that was written; None if it is. A link is none, wherever it leads.
+
+        ``verify`` reads the picture's bytes and its record.
+        """
         path = f"{item_dir}/{entry.image}"
         try:
             size = self._status(path).st_size
@@ -102,11 +107,28 @@ class Pictures:
                 return f"{size:,} bytes instead of {entry.size:,}"
             if verify and _sha256(open_file(self._dir_fd, path)) != entry.sha256:
                 return "its bytes changed"
+            if verify:
+                return self._damage_of_record(item_dir, entry)
         except FileNotFoundError:
             return "deleted"
         except NotPlain as error:
             return f"{error.name} is {error.kind}"
+        except OSError as error:  # no other item's affair
+            return f"it cannot be read: {error.strerror}"
         return None
+
+    def _damage_of_record(self, item_dir: str, entry: Entry) -> str | None:
+        """Why the item's record.json is not the one of this picture; None if it is. Raises NotPlain, OSError."""
+        try:
+            with os.fdopen(open_file(self._dir_fd, f"{item_dir}/{RECORD}"), "rb") as file:
+                record = json.loads(file.read())
+            if (record["sha256"], record["fingerprint"]) == (entry.sha256, entry.fingerprint):
+                return None
+        except FileNotFoundError:
+            return f"its {RECORD} was deleted"
+        except (ValueError, KeyError, TypeError, RecursionError):
+            pass
+        return f"its {RECORD} changed"
 
 
 def _sha256(fd: int) -> str:

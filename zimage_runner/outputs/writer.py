@@ -1,23 +1,29 @@
 """Background writing: pictures are encoded and put on disk while the model draws the next ones.
 
-An item's files are written in this order, each whole or not at all: image.png (or .jpg, .webp), record.json, the
-ledger's line. The line is what makes the item done, so killing the process at any instant leaves no item half done.
+An item's files are written in this order, each whole or not at all: image.png (or .jpg, .webp), record.json,
+``output_file``, the ledger's line. The line is what makes the item done, so killing the process at any instant leaves
+no item half done.
+
+No thread ends unseen: whatever goes wrong in one stops the run, resumable, and nobody waits for it any longer.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
+import logging
+import os
 import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zimage_runner.errors import BadPictureError, error_text
+from zimage_runner.errors import BadPictureError, RunStopped, error_text
 from zimage_runner.outputs import atomic, beneath
 from zimage_runner.outputs.config import Fsync, Output
 from zimage_runner.outputs.encoders import check_pixels, encode
@@ -29,6 +35,14 @@ if TYPE_CHECKING:
     import numpy as np
 
     from zimage_runner.engines.base import PendingImages
+
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 5.0
+"""Seconds that pictures on their way are waited for after a fault: the GPU may be lost too."""
+OF_THE_ITEM = (errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM)
+"""What writing fails with where something else stands in the place of an item's folder, or it is closed to us."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,14 +117,16 @@ class Writer:
         self._output = output
         self._on_done = on_done
         self._sync = output.fsync is Fsync.item
-        self._fatal: BaseException | None = None
+        self._fatal: RunStopped | None = None
         self._room = threading.Condition()
         self._pending = 0
         self._arrivals = arrivals or ArrivalClock()
         self._start = time.perf_counter()
         self._batches: queue.SimpleQueue[tuple[Sequence[WriteRequest], PendingImages] | None] = queue.SimpleQueue()
-        self._pool = ThreadPoolExecutor(output.writer_threads, thread_name_prefix="writer")
-        self._receiver = threading.Thread(target=self._receive_all, name="receiver", daemon=True)
+        self._tasks: queue.SimpleQueue[tuple[WriteRequest, Callable[..., None], tuple[Any, ...]] | None]
+        self._tasks = queue.SimpleQueue()
+        self._receiver: threading.Thread | None = None
+        self._writers: list[threading.Thread] = []
 
     def start_clock(self) -> None:
         """Count the first picture's seconds from here, or from the device's last arrival if that comes later."""
@@ -118,38 +134,69 @@ class Writer:
 
     def submit(self, requests: Sequence[WriteRequest], images: PendingImages) -> None:
         """Queue a batch; image i is that of request i. Blocks while ``max_pending_images`` wait already."""
+        self._start_threads()
         self._reserve(len(requests))
-        if self._receiver.ident is None:
-            self._receiver.start()
         self._batches.put((requests, images))
 
     def fail(self, request: WriteRequest, error: str) -> None:
         """Queue the record of an item that could not be made. Never blocks, so ``on_done`` may call it."""
         self._check()
+        self._start_threads()
         with self._room:
             self._pending += 1
-        self._pool.submit(self._guarded, request, self._write_failure, request, error)
+        self._tasks.put((request, self._write_failure, (request, error)))
 
     def flush(self) -> None:
         """Wait until every queued request has its Outcome."""
         with self._room:
-            self._room.wait_for(lambda: self._pending == 0)
+            self._room.wait_for(lambda: self._pending == 0 or self._fatal is not None)
         self._check()
 
     def close(self) -> None:
-        """Finish what is queued, then end the threads. Raises DiskError if something could not be written."""
+        """Finish what is queued, then end the threads. Raises RunStopped if something could not be written."""
         with self._room:
-            self._room.wait_for(lambda: self._pending == 0)
-        if self._receiver.ident is not None:
+            self._room.wait_for(lambda: self._pending == 0 or self._fatal is not None)
+        if self._receiver is not None:
             self._batches.put(None)
-            self._receiver.join()
-        self._pool.shutdown(wait=True)
+            self._receiver.join(None if self._fatal is None else PATIENCE)
+        for _ in self._writers:
+            self._tasks.put(None)
+        for thread in self._writers:
+            thread.join()
         self._check()
         if self._output.fsync is Fsync.run:
             try:
                 atomic.sync_filesystem(self._run_dir.dir_fd)
             except OSError as error:
                 raise atomic.disk_error(error, str(self._run_dir.path)) from error
+
+    def _start_threads(self) -> None:
+        """Start what has not been started yet. Fewer writers than asked for will do. Raises RunStopped."""
+        if self._receiver is not None and self._writers:
+            return
+        try:
+            if self._receiver is None:
+                receiver = threading.Thread(target=self._seen, args=(self._receive_all,), name="receiver", daemon=True)
+                receiver.start()
+                self._receiver = receiver
+            for n in range(self._output.writer_threads):
+                writer = threading.Thread(target=self._seen, args=(self._work,), name=f"writer_{n}", daemon=True)
+                writer.start()
+                self._writers.append(writer)
+        except (RuntimeError, MemoryError) as error:
+            if not self._writers:
+                self._stop(refused_thread(error))
+                self._check()
+            log.warning(
+                "only %d of %d threads write pictures: %s", len(self._writers), self._output.writer_threads, error
+            )
+
+    def _seen(self, target: Callable[[], None]) -> None:
+        """Life of a thread: what ends it early ends the run."""
+        try:
+            target()
+        except BaseException as error:
+            self._stop(error)
 
     def _check(self) -> None:
         if self._fatal is not None:
@@ -178,30 +225,39 @@ class Writer:
                     raise RuntimeError(f"{len(requests)} pictures were announced, {len(pixels)} came")
             except Exception as error:  # the item boundary: each request hears of it
                 for request in requests:
-                    self._pool.submit(self._guarded, request, self._report_bad, request, error_text(error))
+                    self._tasks.put((request, self._report_bad, (request, error_text(error))))
                 continue
             since, arrived = self._arrivals.arrive(self._start)
             seconds = (arrived - since) / len(requests)
             for request, picture in zip(requests, pixels, strict=True):
-                times = (seconds, since, arrived)
-                self._pool.submit(self._guarded, request, self._write_picture, request, picture, *times)
+                self._tasks.put((request, self._write_picture, (request, picture, seconds, since, arrived)))
+            del batch, images, pixels, picture  # while waiting for the next
 
-    def _guarded(self, request: WriteRequest, call: Callable[..., None], *args: Any) -> None:
-        """One task of a writer thread: nothing is swallowed, and nothing is written after the first fault."""
-        try:
-            if self._fatal is None:
-                call(*args)
-        except OSError as error:
-            self._stop(atomic.disk_error(error, str(self._run_dir.path / request.item_dir)))
-        except BaseException as error:
-            self._stop(error)
-        finally:
-            self._release()
+    def _work(self) -> None:
+        """Life of a writer: task after task. Nothing is written after the first fault."""
+        while (task := self._tasks.get()) is not None:
+            request, call, arguments = task
+            try:
+                if self._fatal is None:
+                    call(*arguments)
+            except OSError as error:
+                self._stop(atomic.disk_error(error, str(self._run_dir.path / request.item_dir)))
+            except BaseException as error:
+                self._stop(error)
+            finally:
+                self._release()
+            del task, request, call, arguments
 
     def _stop(self, error: BaseException) -> None:
+        """The first fault is raised wherever somebody waits; what is no trouble of the disk's is logged as well."""
+        stopped = error if isinstance(error, RunStopped) else RunStopped(f"no more pictures can be written ({error!r})")
         with self._room:
-            self._fatal = self._fatal or error
+            self._fatal = self._fatal or stopped
             self._room.notify_all()
+        if stopped is not error:
+            stopped.__cause__ = error
+            with contextlib.suppress(Exception):  # for want of memory perhaps
+                log.error("writing pictures: %s", error_text(error), exc_info=error)
 
     def _write_picture(
         self, request: WriteRequest, pixels: np.ndarray, seconds: float, since: float, arrived: float
@@ -218,11 +274,11 @@ class Writer:
             "bytes": len(data),
             "pixels_sha256": hashlib.sha256(pixels.tobytes()).hexdigest(),
         }
-        self._write_item(
-            request, "ok", {"image": self._output.image_name, **result, "seconds": round(seconds, 6)}, data
-        )
-        if request.output_file is not None:
-            _copy_to(Path(request.output_file), data, self._sync)
+        result = {"image": self._output.image_name, **result, "seconds": round(seconds, 6)}
+        obstacle = self._write_item(request, "ok", result, data)
+        if obstacle is not None:
+            self._on_done(Outcome(request=request, status="failed", error=obstacle))
+            return
         done = Outcome(request=request, status="ok", sha256=result["sha256"], size=len(data))
         self._on_done(replace(done, seconds=seconds, since=since, arrived=arrived))
 
@@ -233,11 +289,44 @@ class Writer:
     def _report_bad(self, request: WriteRequest, error: str) -> None:
         self._on_done(Outcome(request=request, status="bad", error=error))
 
-    def _write_item(self, request: WriteRequest, status: str, result: dict[str, Any], data: bytes | None) -> None:
+    def _write_item(self, request: WriteRequest, status: str, result: dict[str, Any], data: bytes | None) -> str | None:
+        """Write an item's files and its line. Where something else is in its folder's place the item has failed.
+
+        Returns why, then.
+        """
         item_dir = checked_item_dir(request.item_dir)
         head = record_head(item_dir, status, request.index, request.seed, request.fingerprint, **result)
         written = {"written": datetime.now(UTC).isoformat(timespec="milliseconds")}
-        beneath.make_dirs(self._run_dir.dir_fd, request.item_dir, sync=self._sync)
+        record = readable_json({**head, **request.recipe, **request.details, **written})
+        obstacle = None
+        try:
+            self._write_files(request, data, record)
+        except OSError as error:
+            obstacle = self._obstacle(request.item_dir, error)
+            if obstacle is None:
+                raise
+            head = {name: value for name, value in head.items() if name not in result}
+            head |= {"status": "failed", "error": obstacle}
+        else:
+            if data is not None and request.output_file is not None:
+                copy_to(Path(request.output_file), data, sync=self._sync)
+        timings = {"timings": request.details["timings"]} if "timings" in request.details else {}
+        self._ledger.append({**head, **timings, **written}, sync=self._sync)
+        return obstacle
+
+    def _obstacle(self, item_dir: str, error: OSError) -> str | None:
+        """What is wrong with an item's folder alone; None where the whole run is concerned."""
+        if isinstance(error, beneath.NotPlain):
+            return f"{item_dir}: {error.strerror}"
+        if error.errno in OF_THE_ITEM and os.path.lexists(self._run_dir.path / item_dir):
+            return f"cannot write {item_dir} ({error.strerror}): put a folder there that you can write to, or remove it"
+        if error.errno == errno.ENOTDIR:
+            return f"cannot write {item_dir}: a file is in a folder's place: remove it"
+        return None
+
+    def _write_files(self, request: WriteRequest, data: bytes | None, record: bytes) -> None:
+        """Write the picture, or remove an earlier attempt's, then the record. Raises NotPlain, OSError."""
+        self._run_dir.make_dirs(request.item_dir, sync=self._sync)
         with atomic.directory(request.item_dir, self._run_dir.dir_fd) as folder:
             mine = None if data is None else self._output.image_name
             for name in self._earlier_images(request) - {mine}:
@@ -245,12 +334,9 @@ class Writer:
                     atomic.remove(folder, left)
             if data is not None:
                 atomic.write_file(folder, self._output.image_name, data, sync=self._sync)
-            record = readable_json({**head, **request.recipe, **request.details, **written})
             atomic.write_file(folder, RECORD, record, sync=self._sync)
             if self._sync:
                 atomic.sync_dir(folder, ".")
-        timings = {"timings": request.details["timings"]} if "timings" in request.details else {}
-        self._ledger.append({**head, **timings, **written}, sync=self._sync)
 
     def _earlier_images(self, request: WriteRequest) -> set[str]:
         """Names under which an earlier attempt, perhaps in another format, may have left the item's picture."""
@@ -258,7 +344,15 @@ class Writer:
         return {self._output.image_name} | ({entry.image} if entry is not None else set())
 
 
-def _copy_to(path: Path, data: bytes, sync: bool) -> None:
-    """The one-shot request's extra file, replaced as a whole; its folder is made if it is missing."""
+def refused_thread(error: Exception) -> RunStopped:
+    """Why a run cannot go on that was refused a thread."""
+    return RunStopped(
+        f"no thread could be started to write pictures ({error}): raise the limit of processes (ulimit -u) or of "
+        "memory, or end other programs"
+    )
+
+
+def copy_to(path: Path, data: bytes, *, sync: bool) -> None:
+    """The one-shot request's extra file, replaced as a whole; its folder is made if it is missing. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic.replace_file(path, data, sync=sync)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from zimage_runner.logs import duration
 from zimage_runner.outputs.beneath import Inside
 from zimage_runner.outputs.run_dir import RECORD_BYTES
 from zimage_runner.outputs.summary import one_line
+from zimage_runner.outputs.survey import Progress
 from zimage_runner.plan import Bucket, WorkItem
 from zimage_runner.runner.spec import NOT_DOWNLOADED, RunSpec
 
@@ -28,10 +29,18 @@ RUNS_READ = 200
 """Earlier summaries looked at for the ETA, newest first."""
 
 
-def describe(spec: RunSpec, done: Callable[[WorkItem], bool] | None = None) -> str:
-    """The plan as a table. ``done`` tells which items an earlier process finished."""
-    items = spec.plan.items if done is None else [item for item in spec.plan.items if not done(item)]
-    rows = [("items", _items(spec, len(items)))]
+def describe(spec: RunSpec, progress: Progress | None = None, linked: Collection[str] = ()) -> str:
+    """The plan as a table. ``progress``: what earlier processes did of it.
+
+    ``linked``: directories of items whose picture ``skip_existing`` has.
+    """
+    progress = progress or Progress(todo=spec.plan.items)
+
+    def done(item: WorkItem) -> bool:
+        return progress.is_settled(item) or item.item_dir in linked
+
+    items = [item for item in spec.plan.items if not done(item)]
+    rows = [("items", _items(spec, progress, len(linked), len(items)))]
     rows += _prompt_rows(spec)
     rows += _bucket_rows(spec, done)
     rows.append(("prompts to encode", f"{sum(1 for _ in spec.plan.encodings()):,}"))
@@ -63,10 +72,16 @@ def counted(number: int, one: str, many: str = "") -> str:
     return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
-def _items(spec: RunSpec, remaining: int) -> str:
+def _items(spec: RunSpec, progress: Progress, linked: int, remaining: int) -> str:
     total, prompts = len(spec.plan), len(spec.plan.prompts)
     text = f"{counted(total, 'picture')} of {counted(prompts, 'prompt')}"
-    return text if remaining == total else f"{text}; {total - remaining:,} are done, {remaining:,} remain"
+    parts = [
+        (len(progress.done), "are done"),
+        (len(progress.skipped), "are not asked for (retry=failed)"),
+        (linked, "are in skip_existing and linked, where this machine computes as that run did"),
+    ]
+    told = [f"{count:,} {what}" for count, what in parts if count]
+    return "; ".join([text, ", ".join([*told, f"{remaining:,} remain"])]) if told else text
 
 
 def _prompt_rows(spec: RunSpec) -> list[tuple[str, str]]:
@@ -77,7 +92,7 @@ def _prompt_rows(spec: RunSpec) -> list[tuple[str, str]]:
     return [("" if n else "prompts", text) for n, text in enumerate(told)]
 
 
-def _bucket_rows(spec: RunSpec, done: Callable[[WorkItem], bool] | None) -> list[tuple[str, str]]:
+def _bucket_rows(spec: RunSpec, done: Callable[[WorkItem], bool]) -> list[tuple[str, str]]:
     batch_size = spec.config.engine.largest_batch
     batches: dict[Bucket, tuple[int, int]] = {}
     for batch in spec.plan.batches(batch_size, done):

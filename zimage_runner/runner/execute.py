@@ -15,16 +15,29 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from zimage_runner.config.schema import Composed, RunConfig
-from zimage_runner.errors import EXIT_ITEMS_FAILED, EXIT_OK, RunStopped, UserError, error_text
+from zimage_runner.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_INTERRUPTED,
+    EXIT_ITEMS_FAILED,
+    EXIT_OK,
+    RunStopped,
+    UserError,
+    error_text,
+    is_refused,
+)
 from zimage_runner.logs import refuse, run_log, say
+from zimage_runner.outputs import atomic
 from zimage_runner.outputs.beneath import Inside
+from zimage_runner.outputs.config import Fsync
 from zimage_runner.outputs.json_text import readable_json
 from zimage_runner.outputs.ledger import RECORDS, Ledger
 from zimage_runner.outputs.run_dir import RunDirectory
 from zimage_runner.outputs.summary import Summary
 from zimage_runner.outputs.survey import Progress, survey
+from zimage_runner.outputs.writer import copy_to
 from zimage_runner.runner.dry_run import describe
 from zimage_runner.runner.pool import SharedExecutor, executor_of_run
+from zimage_runner.runner.reuse import foreseen
 from zimage_runner.runner.run import Run
 from zimage_runner.runner.spec import RunSpec, plan_run
 from zimage_runner.signals import PATIENCE
@@ -48,7 +61,7 @@ def execute(composed: Composed) -> int | Future[int]:
                 progress = progress_of(spec, run_dir.path, ledger)
                 if not progress.todo and composed.config.resume is not None:
                     shared.finish_previous()
-                    return _nothing_to_draw(spec, run_dir, progress)
+                    return _nothing_to_draw(spec, run_dir, ledger, progress)
                 run_dir.check_space([(i.params.height, i.params.width) for i in progress.todo], composed.config.output)
                 with shared.lease(spec) as lease, run_log(run_dir.log_path):
                     run = Run(spec, run_dir, ledger, progress, lease)
@@ -56,6 +69,12 @@ def execute(composed: Composed) -> int | Future[int]:
                 return shared.finish(lease, functools.partial(_report, run, held.pop_all()))
     except (UserError, RunStopped) as error:  # here and not in main: Hydra would print a line of its own
         return refuse(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if "home directory" in str(error):
+            return refuse("~ stands for the home directory, and this user has none: write whole paths, or set HOME")
+        if not is_refused(error):
+            raise
+        return refuse(f"{error_text(error)}: nothing was started: raise the limit (ulimit -u, ulimit -v) and try again")
     finally:
         composed.remove_unused_directory()
 
@@ -72,11 +91,11 @@ def _plan(config: RunConfig, shared: SharedExecutor) -> RunSpec:
 def _describe(spec: RunSpec, directory: Path, shared: SharedExecutor) -> int:
     """Print what the run would do. Return the exit code."""
     progress = progress_of(spec, directory, Ledger.load(directory / RECORDS))
-    shared.planned.append(sum(not progress.is_settled(item) for item in spec.plan.items))
+    linked = foreseen(spec, progress.todo)
+    shared.planned.append(len(progress.todo) - len(linked))
     if shared.label:
         say(f"{shared.label}:", sys.stdout)
-    say(describe(spec, progress.is_settled), sys.stdout)
-    return EXIT_OK
+    return EXIT_OK if say(describe(spec, progress, linked), sys.stdout) else EXIT_BAD_INPUT
 
 
 def _report(run: Run, held: contextlib.ExitStack) -> int:
@@ -94,7 +113,7 @@ def _report(run: Run, held: contextlib.ExitStack) -> int:
             return EXIT_ITEMS_FAILED
 
 
-def _nothing_to_draw(spec: RunSpec, run_dir: RunDirectory, progress: Progress) -> int:
+def _nothing_to_draw(spec: RunSpec, run_dir: RunDirectory, ledger: Ledger, progress: Progress) -> int:
     """Say so. Return the exit code.
 
     A process that was killed before its run's end has left no summary, or the one of an earlier end.
@@ -102,9 +121,23 @@ def _nothing_to_draw(spec: RunSpec, run_dir: RunDirectory, progress: Progress) -
     summary = Summary(run_dir.path, planned=len(spec.plan), already_done=len(progress.done)).to_dict({})
     if not progress.skipped and _status(Inside(run_dir.path, run_dir.summary_path.name)) != summary["status"]:
         run_dir.write_file(run_dir.summary_path.name, readable_json(summary))
+    if (target := spec.output_file) is not None and progress.done:
+        item_dir = next(iter(progress.done))
+        picture = f"{item_dir}/{ledger.entries[item_dir].image}"
+        _put_again(run_dir, picture, target, sync=spec.config.output.fsync is Fsync.item)
     say(f"nothing to draw: {progress}")
     say(str(run_dir.path), sys.stdout)
-    return EXIT_OK
+    return EXIT_INTERRUPTED if progress.skipped else EXIT_OK
+
+
+def _put_again(run_dir: RunDirectory, name: str, target: Path, *, sync: bool) -> None:
+    """Put a run's single picture at ``output_file``, where it may never have been. Raises DiskError."""
+    try:
+        picture = Inside(run_dir.path, name).read_bytes()
+        if not target.is_file() or target.read_bytes() != picture:
+            copy_to(target, picture, sync=sync)
+    except OSError as error:
+        raise atomic.disk_error(error, str(target)) from error
 
 
 def _status(file: Inside) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -42,8 +41,7 @@ class GenerationLoop:
         self._on_settled = on_settled
         self._bad: list[tuple[WorkItem, str]] = []
         """Items whose picture was bad, and why."""
-        output_file = spec.config.output_file
-        self._output_file = None if output_file is None else os.path.abspath(output_file)  # with hydra.job.chdir
+        self._output_file = None if spec.output_file is None else str(spec.output_file)
         self._items: dict[str, WorkItem] = {}
         self._writer = Writer(run_dir, ledger, spec.config.output, self._on_done, lease.arrivals)
 

@@ -49,6 +49,8 @@ class SharedExecutor:
         self._overlaps = overlaps
         self._executor: Executor | None = None
         self._key = ""
+        self._is_spent = False
+        """Whether the executor is in an unknown state and must not draw for another run."""
         self._unfinished: tuple[Callable[[], int], ExitCode] | None = None
         """How the previous run ends, and its exit code, while that end is still to come."""
 
@@ -67,9 +69,10 @@ class SharedExecutor:
             raise
 
     def _started(self, spec: RunSpec, key: str) -> Executor:
-        if self._executor is not None and self._executor.extend(spec.shapes, spec.texts):
+        if self._executor is not None and not self._is_spent and self._executor.extend(spec.shapes, spec.texts):
             return self._executor
         self.close()
+        self._is_spent = False
         config = spec.config
         self._executor = config.executor.create(
             functools.partial(Session, config.executor.adapt(spec.session), spec.shapes, spec.texts),
@@ -80,6 +83,10 @@ class SharedExecutor:
         self._key = key
         self._executor.start()
         return self._executor
+
+    def spend(self) -> None:
+        """The next run gets another executor."""
+        self._is_spent = True
 
     def finish(self, lease: Lease, report: Callable[[], int]) -> int | Future[int]:
         """End a run that the executor has all the work of. Return its exit code, or the future of it.
@@ -127,6 +134,10 @@ class Lease:
     def run(self, batches: Iterable[Batch]) -> Iterator[BatchResult]:
         """Return the results of every batch, as ``Executor.run`` does."""
         return self._executor.run(self._while_busy(batches))
+
+    def end_after_run(self) -> None:
+        """Draw for no other run with this executor: something unforeseen has happened in it."""
+        self._owner.spend()
 
     def _while_busy(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Yield the batches. When the executor has one and asks for more, there is time to end the previous run."""

@@ -18,6 +18,7 @@ FIRST_SECONDS, LONGEST_SECONDS = 60.0, 1800.0
 SHARE = 0.05
 """Of the time gone by: a night's log has dozens of lines and not a thousand."""
 
+tqdm.monitor_interval = 0  # no thread of its own: ``update`` is called for every picture
 _terminal = threading.Lock()
 """Held by the one display that shows its bar: two would write over each other."""
 

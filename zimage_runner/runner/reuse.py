@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import glob
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from zimage_runner.errors import UserError
-from zimage_runner.outputs import atomic, beneath
+from zimage_runner.outputs import atomic
 from zimage_runner.outputs.beneath import Inside
 from zimage_runner.outputs.config import Fsync
 from zimage_runner.outputs.json_text import readable_json
 from zimage_runner.outputs.ledger import RECORD, RECORDS, Entry, Ledger, record_head
 from zimage_runner.outputs.run_dir import RunDirectory
 from zimage_runner.outputs.survey import Pictures
+from zimage_runner.outputs.writer import copy_to
 from zimage_runner.plan import Fingerprints, Plan, WorkItem
 from zimage_runner.runner.spec import RunSpec
+
+RUNS_COMPARED, ITEMS_COMPARED, LARGEST_LEDGER = 3, 1000, 4_000_000
+"""How far a new run looks for its own pictures in earlier ones, in order to tell of them: it must cost nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +81,8 @@ class Reuse:
     def _adopt(self, item: WorkItem, fingerprint: str, existing: Existing) -> None:
         sync = self._spec.config.output.fsync is Fsync.item
         recipe = self._spec.recipe(item, self._report)
-        adopt(self._run_dir, self._ledger, item, fingerprint, existing, recipe, sync=sync)
+        output_file = self._spec.output_file
+        adopt(self._run_dir, self._ledger, item, fingerprint, existing, recipe, output_file=output_file, sync=sync)
 
 
 def earlier_pictures(pattern: str, wanted: set[str], image: str, *, but: Path) -> dict[str, Existing]:
@@ -87,12 +92,7 @@ def earlier_pictures(pattern: str, wanted: set[str], image: str, *, but: Path) -
     names no run.
     """
     found: dict[str, Existing] = {}
-    runs = [path for path in _runs(pattern) if path.resolve() != but.resolve()]
-    if not runs:
-        raise UserError(
-            f"skip_existing={pattern} holds no earlier run (no {RECORDS}): name a run or the folder of runs"
-        )
-    for run in runs:
+    for run in _runs_of(pattern, but):
         entries = Ledger.load(run / RECORDS).entries
         with atomic.directory(run) as dir_fd:
             pictures = Pictures(dir_fd)
@@ -108,6 +108,63 @@ def earlier_pictures(pattern: str, wanted: set[str], image: str, *, but: Path) -
                 if pictures.damage(item, entry, verify=True) is None:
                     found[entry.fingerprint] = Existing(run, item, entry)
     return found
+
+
+def foreseen(spec: RunSpec, todo: Iterable[WorkItem]) -> set[str]:
+    """Directories of the items that ``skip_existing`` would serve, if they were drawn as the runs that it names were.
+
+    No model is loaded for it, so each run's own numerics stand for this machine's. Raises UserError as
+    ``earlier_pictures``.
+    """
+    pattern = spec.config.skip_existing
+    if pattern is None:
+        return set()
+    items, found = list(todo), set()
+    for run in _runs_of(pattern):
+        numerics = _numerics(run)
+        if numerics is None:
+            continue
+        entries = Ledger.load(run / RECORDS).entries
+        image = spec.config.output.image_name
+        there = {entry.fingerprint for entry in entries.values() if entry.ok and entry.image == image}
+        fingerprint = Fingerprints(spec.checkpoint.digest, numerics)
+        found.update(item.item_dir for item in items if fingerprint(item) in there)
+    return found
+
+
+def same_elsewhere(
+    directory: Path, items: Sequence[WorkItem], fingerprint: Callable[[WorkItem], str]
+) -> tuple[int, Path] | None:
+    """How many of ``items`` one of the last runs beside ``directory`` has already, and which run; None without any."""
+    beside = [path for path in directory.parent.glob(f"*/{RECORDS}") if path.parent != directory]
+    newest = sorted(beside, key=lambda path: path.stat().st_mtime_ns, reverse=True)[:RUNS_COMPARED]
+    wanted = {fingerprint(item) for item in items[:ITEMS_COMPARED]}
+    for path in newest:
+        if path.stat().st_size > LARGEST_LEDGER:
+            continue
+        entries = Ledger.load(path).entries.values()
+        if found := wanted & {entry.fingerprint for entry in entries if entry.ok}:
+            return len(found), path.parent
+    return None
+
+
+def _numerics(run: Path) -> dict[str, Any] | None:
+    """How a run computed, as its summary says; None where it has none."""
+    try:
+        numerics = json.loads(Inside(run, "summary.json").read_bytes())["session"]["numerics"]
+        return numerics if isinstance(numerics, dict) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _runs_of(pattern: str, but: Path | None = None) -> list[Path]:
+    """The runs that ``skip_existing`` names. Raises UserError if there are none."""
+    runs = [path for path in _runs(pattern) if but is None or path.resolve() != but.resolve()]
+    if not runs:
+        raise UserError(
+            f"skip_existing={pattern} holds no earlier run (no {RECORDS}): name a run or the folder of runs"
+        )
+    return runs
 
 
 def _runs(pattern: str) -> Iterator[Path]:
@@ -139,9 +196,13 @@ def adopt(
     existing: Existing,
     recipe: dict[str, Any],
     *,
+    output_file: Path | None = None,
     sync: bool,
 ) -> None:
-    """Make ``existing`` this item's picture: a hard link where the file system can, else a copy. Raises DiskError."""
+    """Make ``existing`` this item's picture: a hard link where the file system can, else a copy. Raises DiskError.
+
+    ``output_file``: also put the picture there.
+    """
     image = existing.entry.image
     result = {"image": image, "sha256": existing.entry.sha256, "bytes": existing.entry.size}
     head = record_head(item.item_dir, "ok", item.prompt_index, item.seed, fingerprint, **result)
@@ -151,16 +212,18 @@ def adopt(
     }
     kept = _kept_fields(Inside(existing.run, f"{existing.item_dir}/{RECORD}"))
     try:
-        beneath.make_dirs(run_dir.dir_fd, item.item_dir, sync=sync)
+        run_dir.make_dirs(item.item_dir, sync=sync)
         with (
             atomic.directory(item.item_dir, run_dir.dir_fd) as folder,
             atomic.directory(existing.run) as other_run,
             atomic.directory(existing.item_dir, other_run) as source,
         ):
-            atomic.link_or_copy(source, image, folder, image)
+            atomic.link_or_copy(source, image, folder, image, sync=sync)
             atomic.write_file(folder, RECORD, readable_json({**head, **kept, **recipe, **tail}), sync=sync)
             if sync:
                 atomic.sync_dir(folder, ".")
+        if output_file is not None:
+            copy_to(output_file, Inside(run_dir.path, f"{item.item_dir}/{image}").read_bytes(), sync=sync)
     except OSError as error:
         raise atomic.disk_error(error, str(run_dir.path / item.item_dir)) from error
     ledger.append({**head, **tail}, sync=sync)

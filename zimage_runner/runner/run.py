@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from zimage_runner.config.schema import Report
-from zimage_runner.errors import EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK, RunStopped
+from zimage_runner.errors import EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK, RunStopped, UserError, error_text
 from zimage_runner.executors.base import Batch
 from zimage_runner.logs import say
+from zimage_runner.outputs.config import Fsync
 from zimage_runner.outputs.json_text import readable_json
 from zimage_runner.outputs.ledger import Ledger
 from zimage_runner.outputs.run_dir import RunDirectory
@@ -24,7 +27,7 @@ from zimage_runner.runner.dry_run import comparable
 from zimage_runner.runner.loop import GenerationLoop
 from zimage_runner.runner.pool import Lease
 from zimage_runner.runner.progress import ProgressDisplay
-from zimage_runner.runner.reuse import Reuse
+from zimage_runner.runner.reuse import Reuse, same_elsewhere
 from zimage_runner.runner.spec import RunSpec
 
 log = logging.getLogger(__name__)
@@ -32,6 +35,8 @@ log = logging.getLogger(__name__)
 OF_ONE_RUN = ("phases", "warmup_passes")
 """What a session's report says of the run that it got ready for last."""
 TRUNCATIONS_LOGGED = 10
+LAST_SETTINGS = "overrides.yaml"
+"""The file of a run's ``.hydra`` folder that resuming looks for."""
 
 
 class Run:
@@ -52,6 +57,7 @@ class Run:
         self._loop = GenerationLoop(
             spec, run_dir, ledger, lease, self.fingerprints, self.session_report, self._on_settled
         )
+        self._sync = spec.config.output.fsync is Fsync.item
         self._stopped: str | None = None
         self._open = contextlib.ExitStack()
 
@@ -61,9 +67,10 @@ class Run:
         ``files``: name and text of each file of the run's ``.hydra`` folder.
         """
         self._write_settings(files)
+        self._tell_of_same_pictures()
         self._log_truncations()
         with contextlib.ExitStack() as opened:
-            opened.enter_context(contextlib.closing(self.ledger.open(self.run_dir.dir_fd)))
+            opened.enter_context(contextlib.closing(self.ledger.open(self.run_dir.dir_fd, sync=self._sync)))
             opened.callback(self._display.close)
             opened.callback(self._guarded, self._loop.close)
             self._display.open()
@@ -88,11 +95,20 @@ class Run:
             self._count_linked(self.reuse.among_own(self.progress.is_settled))
 
     def _guarded(self, step: Callable[[], None]) -> None:
-        """Do a step of drawing and writing. Why it ended early, if it did, is kept for the summary."""
+        """Do a step of drawing and writing. Why it ended early, if it did, is kept for the summary.
+
+        What is finished is kept whatever happens, so anything that goes wrong here leaves a run to be resumed.
+        """
         try:
             step()
         except RunStopped as error:
             self._stopped = self._stopped or str(error)
+        except UserError:
+            raise
+        except Exception as error:
+            self._stopped = self._stopped or error_text(error)
+            self.lease.end_after_run()
+            log.error("the run cannot go on: %s", error_text(error), exc_info=error)
 
     def _write_settings(self, files: Mapping[str, str]) -> None:
         """Leave prompts and settings for a later ``resume``; check a resumed run against those that it has."""
@@ -100,15 +116,32 @@ class Run:
         kind = ", ".join(f"{name}={value}" for name, value in numerics.items())
         log.info("%d of %d pictures to draw (%s)", len(self.progress.todo), len(self.spec.plan), kind)
         if self.spec.config.resume is None:
-            # The settings come last: a directory that has them is complete enough to be resumed.
-            self.run_dir.write_file(SNAPSHOT_NAME, snapshot(self.spec.plan.prompts))
-            for name, text in files.items():
-                self.run_dir.write_file(f".hydra/{name}", text.encode())
+            # Before the first picture counts. The overrides come last: a directory that has them can be resumed.
+            sync = self._sync
+            self.run_dir.write_file(SNAPSHOT_NAME, snapshot(self.spec.plan.prompts), sync=sync)
+            for name in sorted(files, key=lambda name: name == LAST_SETTINGS):
+                self.run_dir.write_file(f".hydra/{name}", files[name].encode(), sync=sync)
+            if sync:
+                self.run_dir.sync_name()
             return
         check_same_pictures(self.run_dir.path, self.ledger, self.spec.plan.items, self.fingerprints, numerics)
         log.info("resumed: %s", self.progress)
         if self.progress.damaged:
             log.warning("%s", self.progress)
+
+    def _tell_of_same_pictures(self) -> None:
+        """Say which earlier run has pictures of this one, with the words that reuse them."""
+        if self.lease.label or self.spec.config.resume is not None or self.spec.config.skip_existing is not None:
+            return
+        try:
+            found = same_elsewhere(self.run_dir.path, self.progress.todo, self.fingerprints)
+        except (OSError, UserError) as error:
+            log.debug("earlier runs were not looked at: %s", error)
+            return
+        if found is not None:
+            count, run = found
+            there = f"{count:,} of these pictures {'is' if count == 1 else 'are'} in {os.path.relpath(run)} already"
+            say(f"{there}: skip_existing={os.path.relpath(run)} links instead of drawing")
 
     def _log_truncations(self) -> None:
         truncations = self.spec.plan.truncations
@@ -142,10 +175,18 @@ class Run:
         self.summary.add(outcome)
         self._display.update(self.summary.settled)
 
+    def _last_report(self) -> Mapping[str, Any]:
+        """Return what the session has to say at the end, or where it cannot what it said when it was ready."""
+        try:
+            return self.lease.report()
+        except Exception as error:
+            log.warning("the session's figures are those of its start: %s", error_text(error))
+            return self.session_report
+
     def _write_summary(self) -> int:
         """Write and print the summary. Return the exit code."""
         own = {name: self.session_report[name] for name in OF_ONE_RUN if name in self.session_report}
-        report = {**self.lease.report(), **own}  # the session may be getting the next run's pictures ready
+        report = {**self._last_report(), **own}  # the session may be getting the next run's pictures ready
         summary = self.summary.to_dict(report, stopped=self._stopped or self.lease.stop.signal_name)
         summary["comparable"] = comparable(self.spec)
         try:

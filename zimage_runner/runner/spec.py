@@ -77,6 +77,11 @@ class RunSpec:
         wanted = self.config.memory.staged or self.config.embedding_cache.path is not None
         return list(self.plan.encodings()) if wanted else []
 
+    @property
+    def output_file(self) -> Path | None:
+        """Where the single picture goes as well: a whole path, for runs that work in their own directory."""
+        return None if self.config.output_file is None else Path(os.path.abspath(self.config.output_file))
+
     def recipe(self, item: WorkItem, report: dict[str, Any]) -> dict[str, Any]:
         """All that decides the item's picture; goes into its record and its PNG."""
         model = self.config.model

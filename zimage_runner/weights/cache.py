@@ -25,12 +25,17 @@ MOST_LINKS = 40
 
 
 def cache_root() -> Path:
-    """``$ZIMAGE_RUNNER_CACHE``, else ``$XDG_CACHE_HOME/zimage_runner``, else ``~/.cache/zimage_runner``."""
+    """``$ZIMAGE_RUNNER_CACHE``, else ``$XDG_CACHE_HOME/zimage_runner``, else ``~/.cache/zimage_runner``.
+
+    A user without a home (a container's) has a folder of its own in the one for temporary files.
+    """
     own = os.environ.get("ZIMAGE_RUNNER_CACHE")
     if own:
-        return Path(own).expanduser()
-    xdg = os.environ.get("XDG_CACHE_HOME")
-    return (Path(xdg).expanduser() if xdg else Path.home() / ".cache") / "zimage_runner"
+        return Path(os.path.expanduser(own))
+    caches = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if caches.startswith("~"):  # nobody knows this user
+        return Path(tempfile.gettempdir()) / f"zimage_runner-{os.getuid()}"
+    return Path(caches) / "zimage_runner"
 
 
 def code_folder(kind: str) -> Path:

@@ -1,4 +1,7 @@
-"""``resume=DIR`` on the command line: the earlier run's or multirun's own overrides, then what the user adds."""
+"""``resume=DIR`` on the command line: the earlier run's or multirun's own overrides, then what the user adds.
+
+``continue=DIR`` is the same where DIR holds a run, and else starts one there: one command line for both.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +29,13 @@ from zimage_runner.logs import say
 from zimage_runner.prompts.text import unquoted
 
 _RESUME = re.compile(r"\+{0,2}resume=(?P<value>.*)", re.S)
+_CONTINUE = re.compile(r"\+{0,2}continue=(?P<value>.*)", re.S)
 LATEST = "latest"
 
 
 def resume_command_line(argv: Sequence[str]) -> list[str]:
     """``argv`` itself, or with ``resume=DIR`` the command line that composes that run's config in its directory."""
+    argv = _resume_or_begin(argv)
     asked = [match["value"] for arg in argv if (match := _RESUME.fullmatch(arg))]
     if not asked or asked[-1] == "null":
         return list(argv)
@@ -57,6 +62,28 @@ def resume_command_line(argv: Sequence[str]) -> list[str]:
         f"resume={quoted}",
         f"hydra.run.dir={quoted}",
     ]
+
+
+def _resume_or_begin(argv: Sequence[str]) -> Sequence[str]:
+    """``argv`` with ``continue=DIR`` replaced by ``resume=DIR``, or by the name of the directory to begin in."""
+    asked = [match["value"] for arg in argv if (match := _CONTINUE.fullmatch(arg))]
+    if not asked:
+        return argv
+    name = unquoted(asked[-1])
+    if not name.strip() or name == LATEST:
+        raise UserError(f"continue={name} names no directory: give the one that the run is, or shall be, in")
+    others = [arg for arg in argv if not _CONTINUE.fullmatch(arg)]
+    if any(_RESUME.fullmatch(arg) or override_key(arg) in ("hydra.run.dir", "hydra.sweep.dir") for arg in others):
+        raise UserError(
+            f"continue={name} says which run directory: leave out resume and hydra's run and sweep directory"
+        )
+    directory = Path(name).expanduser().absolute()
+    if os.path.lexists(directory / SETTINGS) or is_sweep(directory):
+        if is_sweep(directory):
+            others = [arg for arg in others if arg not in ("-m", "--multirun")]
+        return [*others, f"resume={name}"]
+    kind = "sweep" if is_multirun(argv) else "run"
+    return [*others, f"hydra.{kind}.dir={hydra_quote(str(directory))}"]
 
 
 def _root(argv: Sequence[str]) -> Path:
