@@ -26,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.view.made import many_lines  # noqa: E402
+from tests.support.made_runs import many_lines  # noqa: E402
 
 FILTERS = {
     "text": "q=fox+watercolour",

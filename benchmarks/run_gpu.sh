@@ -57,7 +57,7 @@ for argument in "$@"; do
   if [ "$scenario" = tests ]; then
     timeout "$seconds" $PYTHON -m pytest -m gpu -v --tb=short --durations=10 -p no:cacheprovider tests/gpu \
       tests/weights/test_load.py 2>&1 | tee "$OUT/gpu_tests.txt" | tail -n 60
-    timeout "$seconds" $PYTHON -m pytest -p no:cacheprovider tests/native/test_kernels.py 2>&1 | tail -n 20
+    timeout "$seconds" $PYTHON -m pytest -p no:cacheprovider tests/engines/native/test_kernels.py 2>&1 | tail -n 20
     say "tests done"
     continue
   fi

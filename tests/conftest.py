@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import io
 import os
 import signal
 from pathlib import Path
 
 import pytest
+
+from tests.support import NANO
 
 try:
     from hypothesis import settings
@@ -27,8 +27,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-NANO = Path(__file__).parent.parent / "zimage_runner" / "assets" / "zimage_nano"
-
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_walks_over_the_libraries() -> None:
@@ -41,16 +39,6 @@ def _no_walks_over_the_libraries() -> None:
 def nano() -> Path:
     """The embedded checkpoint."""
     return NANO
-
-
-def command(folder: Path, *argv: str) -> tuple[int, str, str]:
-    """What the fixture ``cli`` does, for fixtures that outlive a test: run one command line in that folder."""
-    from zimage_runner.cli.main import main
-
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(argv)
-    return code, out.getvalue(), err.getvalue()
 
 
 @pytest.fixture

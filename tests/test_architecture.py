@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "zimage_runner"
+TESTS = Path(__file__).parent
+PACKAGE = TESTS.parent / "zimage_runner"
 LOOSE_MODULES = 13
 LARGEST_CIRCLE = 2
 
@@ -180,3 +181,15 @@ def test_the_table_names_rooms_that_exist() -> None:
     assert {name for name in ARROWS if "." not in name} == rooms
     assert set(ARROWS) - rooms <= set(MODULES)
     assert set().union(*ARROWS.values()) <= rooms
+
+
+def test_no_test_module_imports_another() -> None:
+    """What several tests need lies in tests/support/; fixtures that pytest hands out, in a conftest.py."""
+    wrong = []
+    for path in TESTS.rglob("*.py"):
+        for imported in imports(path):
+            names = imported.split(".")
+            taken = {name for name in names if name == "conftest" or name.startswith("test_")}
+            if (names[0] == "tests" and names[1:2] != ["support"]) or (taken and names[0] != "zimage_runner"):
+                wrong.append(f"{path.relative_to(TESTS)} -> {imported}")
+    assert not wrong, f"{wrong}: move it to tests/support/"

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import NANO
+from tests.support import NANO
 from training.cases import Case, load_reference
 from training.scoring import Judge
 from zimage_runner.engines.native.assembly import load_model

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from tests.conftest import command
+from tests.support.command import command
 from zimage_runner.collect.__main__ import main as collect
 from zimage_runner.errors import UserError
 from zimage_runner.outputs.metadata import JSON_KEY, read_metadata

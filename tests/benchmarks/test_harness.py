@@ -20,7 +20,7 @@ from benchmarks.harness import Budget, Results, Scenario, in_turn, measure, run_
 from benchmarks.report import result_files
 from benchmarks.scenarios import SCENARIOS, TINY
 from benchmarks.variants import HERE, NAIVE, Variant, Work, ours
-from tests.faults.driver import all_gone
+from tests.support.fault_runs import all_gone
 
 WORK = Work(model=TINY, images=3, size=128, steps=2, device="cpu")
 DRAWS = """

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.drawing import NANO
+from tests.support import NANO
 from zimage_runner.compile import NoCompile
 from zimage_runner.engines.base import Engine
 from zimage_runner.engines.diffusers.engine import DiffusersEngine

@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from drawing import draw, largest_difference
 
+from tests.support.drawing import draw, largest_difference
 from zimage_runner.compile import CACHE_VARIABLES, CompileMode, Full, NoCompile, Regional
 from zimage_runner.engines.diffusers.engine import DiffusersEngine
 from zimage_runner.engines.request import Needs

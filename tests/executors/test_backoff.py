@@ -3,10 +3,9 @@ from __future__ import annotations
 import sys
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
-from tests.faults.session import FaultySession, item, picture
+from tests.support.faulty_session import FaultySession, drawn, item
 from zimage_runner.engines.faults import DeviceLost, is_device_lost, is_out_of_memory
 from zimage_runner.errors import BadPictureError
 from zimage_runner.executors.backoff import MemoryBackoff
@@ -25,18 +24,6 @@ def draw(batch_sizes: list[int], *, attempt: int = 1) -> tuple[FaultySession, Me
         results += backoff.run(batch)
         seed += size
     return session, backoff, results
-
-
-def drawn(results: list[BatchResult]) -> dict[int, str | None]:
-    """seed -> error, checking the pixels of those without."""
-    found = {}
-    for result in results:
-        pixels = result.images.wait() if result.images else [None] * len(result.items)
-        for i, p in zip(result.items, pixels, strict=True):
-            assert i.seed not in found
-            found[i.seed] = result.error
-            assert p is None or np.array_equal(p, picture("a cat", i.seed))
-    return found
 
 
 def test_nothing_wrong(faults):

@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.drawing import session_config
-from tests.executors.test_backoff import drawn
-from tests.faults.session import FaultySession, item
+from tests.support.drawing import session_config
+from tests.support.faulty_session import FaultySession, drawn, item
 from zimage_runner.engines.diffusers.engine import DiffusersEngine
 from zimage_runner.errors import BadPictureError, RunStopped, UserError
 from zimage_runner.executors.base import Batch, BatchResult, Executor
@@ -277,7 +276,7 @@ def test_ready_for_another_job(faults, trouble):
 
 PARENT = """
 from itertools import count
-from tests.faults.session import FaultySession, item
+from tests.support.faulty_session import FaultySession, item
 from zimage_runner.executors.base import Batch
 from zimage_runner.executors.process import ProcessExecutorConfig
 made = ProcessExecutorConfig().create(FaultySession)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.driver import Run, kill
+from tests.support.fault_runs import Run, kill
 
 PROCESS = ["executor=process"]
 

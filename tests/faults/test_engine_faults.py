@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.faults.driver import Run
+from tests.support.fault_runs import Run
 
 PROCESS = ["executor=process", "executor.backoff_s=0.01", "executor.item_timeout_s=3"]
 
@@ -68,8 +68,8 @@ def test_a_lost_gpu_only_costs_the_worker_process(tmp_path):
 
 def test_the_parent_of_a_worker_never_imports_torch(tmp_path):
     code = (
-        "import sys; from tests.faults.session import FaultySession; from zimage_runner.runner import pool as warm; "
-        "warm.Session = FaultySession; from zimage_runner.cli.main import main; code = main(sys.argv[1:]); "
+        "import sys; from tests.support.faulty_session import FaultySession; from zimage_runner.runner import pool; "
+        "pool.Session = FaultySession; from zimage_runner.cli.main import main; code = main(sys.argv[1:]); "
         "assert code == 0; assert 'torch' not in sys.modules, 'torch was imported'"
     )
     words = ["prompt=a cat", "executor=process", "warmup=none", f"hydra.run.dir={tmp_path}/run"]

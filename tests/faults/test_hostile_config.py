@@ -16,8 +16,8 @@ from hydra.experimental.callback import Callback
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from tests.conftest import command
-from tests.faults.session import FaultySession
+from tests.support.command import command
+from tests.support.faulty_session import FaultySession
 from zimage_runner.cli.foreign import TRUST
 
 CODE = f"{__name__}.pwn"

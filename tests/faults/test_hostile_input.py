@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.faults.session import FaultySession, picture
+from tests.support.faulty_session import FaultySession, picture
 from zimage_runner.outputs.metadata import read_metadata
 
 NASTY = [

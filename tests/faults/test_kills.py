@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.faults.driver import PROMPTS, Run, all_gone, children_of, kill
+from tests.support.fault_runs import PROMPTS, Run, all_gone, children_of, kill
 from zimage_runner.cli.resume.sweep import is_sweep
 
 PROCESS = ["executor=process", "executor.backoff_s=0.01", "executor.max_restarts=1000"]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.faults.driver import all_gone, children_of, kill
+from tests.support.fault_runs import all_gone, children_of, kill
 
 SEEDS = 5
 

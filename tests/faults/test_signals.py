@@ -17,7 +17,7 @@ import time
 
 import pytest
 
-from tests.faults.driver import Run, all_gone, children_of, kill
+from tests.support.fault_runs import Run, all_gone, children_of, kill
 from zimage_runner.outputs.summary import resume_command
 from zimage_runner.signals import graceful_stop
 
@@ -165,7 +165,7 @@ def test_a_terminal_that_closes_does_not_end_a_run_under_nohup(tmp_path):
 
     environment = {**os.environ, "FAULTS_ITEM_SECONDS": "0.05", "FAULTS_DIR": str(tmp_path)}
     environment.pop("PYTHONUNBUFFERED", None)  # what cannot be written waits in a buffer until the process ends
-    command = [sys.executable, "-m", "tests.faults.driver", *run.argv()]
+    command = [sys.executable, "-m", "tests.support.fault_runs", *run.argv()]
     process = subprocess.Popen(
         command, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=own_terminal, env=environment
     )  # the progress bar is on: stderr is a terminal

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from drawing import draw, largest_difference
 
+from tests.support.drawing import draw, largest_difference
 from zimage_runner.compile import CompileMode, Full, Regional
 from zimage_runner.engines.diffusers.attention import BACKENDS, this_machine, why_not
 from zimage_runner.engines.diffusers.engine import DiffusersEngine

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.drawing import PARAMS, items, session_config
+from tests.support.drawing import PARAMS, items, session_config
 from zimage_runner.engines.base import EngineConfig
 from zimage_runner.engines.diffusers.engine import DiffusersEngine
 from zimage_runner.engines.native.config import NativeEngine

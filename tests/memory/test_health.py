@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 
 import pytest
-from drawing import SMALL, draw
 
+from tests.support.drawing import SMALL, draw
 from zimage_runner.errors import UserError
 from zimage_runner.memory.policies import Action, Health, HealthCheck, Resident
 

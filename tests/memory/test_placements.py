@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from drawing import SMALL, draw, largest_difference
 
+from tests.support.drawing import SMALL, draw, largest_difference
 from zimage_runner.errors import UserError
 from zimage_runner.memory.policies import (
     GroupOffload,

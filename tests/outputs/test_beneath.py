@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.outputs.helpers import noise_pictures, open_run, request
+from tests.support.written_runs import noise_pictures, open_run, request
 from zimage_runner.engines.base import ReadyImages
 from zimage_runner.errors import UserError
 from zimage_runner.logs import LOGGER, run_log

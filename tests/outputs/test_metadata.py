@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.outputs.helpers import PARAMS, noise_pictures
+from tests.support.written_runs import PARAMS, noise_pictures
 from zimage_runner.errors import UserError
 from zimage_runner.outputs.config import Format, Output
 from zimage_runner.outputs.encoders import encode

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.outputs.helpers import request
+from tests.support.written_runs import request
 from zimage_runner.errors import one_line
 from zimage_runner.outputs.summary import Summary, resume_command, table
 from zimage_runner.outputs.writer import Outcome

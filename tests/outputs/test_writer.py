@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.outputs.helpers import noise_pictures, open_run, request
+from tests.support.written_runs import noise_pictures, open_run, request
 from zimage_runner.engines.base import PendingImages, ReadyImages
 from zimage_runner.errors import BadPictureError, RunStopped
 from zimage_runner.outputs.atomic import DiskError

@@ -232,7 +232,7 @@ class TestArrow:
         assert len(snapshot(prompts)) < 500
 
     def test_binary_cells_of_a_data_set(self, tmp_path, caplog):
-        from tests.prompts.test_sources import save_dataset
+        from tests.support.prompt_inputs import save_dataset
 
         save_dataset(tmp_path / "d", {"text": ["a"], "image": [{"bytes": b"x" * 99, "path": None}], "raw": [b"y"]})
         (prompt,) = read_prompts(HfDataset(path=str(tmp_path / "d"), metadata=["*"]))

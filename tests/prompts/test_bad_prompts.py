@@ -6,8 +6,7 @@ import re
 
 import pytest
 
-from zimage_runner.errors import UserError
-from zimage_runner.prompts import read_prompts
+from tests.support.prompt_inputs import message
 from zimage_runner.prompts.csv_file import Csv
 from zimage_runner.prompts.files import FileGlob
 from zimage_runner.prompts.hf_dataset import HfDataset
@@ -18,13 +17,6 @@ from zimage_runner.prompts.text import MAX_PROMPT_CHARACTERS
 from zimage_runner.prompts.text_file import TextFile
 
 BIG = "x" * 2**20
-
-
-def message(source) -> str:
-    with pytest.raises(UserError) as caught:
-        read_prompts(source)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_braces_that_a_template_wrote_are_meant(caplog):
 
 
 def test_flags_of_other_tools_in_text_files(tmp_path):
-    from tests.prompts.test_bad_prompts import message
+    from tests.support.prompt_inputs import message
 
     (tmp_path / "p.txt").write_text("a cat --ar 16:9\n")
     assert message(TextFile(path=str(tmp_path / "p.txt"))) == (

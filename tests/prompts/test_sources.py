@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from tests.support.prompt_inputs import save_dataset
 from zimage_runner.errors import UserError
 from zimage_runner.prompts import read_prompts
 from zimage_runner.prompts.csv_file import Csv
@@ -100,19 +101,6 @@ def test_parquet(tmp_path):
     first, second = read_prompts(Parquet(path=str(file), columns={"text": "caption"}, metadata=["score"]))
     assert (first.text, first.overrides, first.seeds, first.metadata) == ("a", {"width": 512}, (1, 2), {"score": 0.5})
     assert (second.overrides, second.seeds, second.metadata) == ({}, None, {"score": None})
-
-
-def save_dataset(directory, *parts):
-    """The files of datasets' save_to_disk, as its version 4 writes them."""
-    pyarrow = pytest.importorskip("pyarrow")
-    directory.mkdir(parents=True)
-    names = [f"data-{i:05d}-of-{len(parts):05d}.arrow" for i in range(len(parts))]
-    for name, columns in zip(names, parts, strict=True):
-        table = pyarrow.table(columns)
-        with pyarrow.ipc.new_stream(str(directory / name), table.schema) as stream:
-            stream.write_table(table)
-    state = {"_data_files": [{"filename": n} for n in names], "_fingerprint": "f", "_format_type": None, "_split": None}
-    (directory / "state.json").write_text(json.dumps(state))
 
 
 def test_hf_dataset(tmp_path):

@@ -8,24 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zimage_runner.errors import UserError
+from tests.support.prompt_inputs import refusal, texts
 from zimage_runner.prompts import read_prompts
 from zimage_runner.prompts.inline import Inline
 from zimage_runner.prompts.template import Combine, Template, _nth
 
 FILL = {"subject": ["cat", "一只狗"], "style": ["oil", "ink", "3d"]}
-
-
-def texts(text: str | list[str], **options) -> list[str]:
-    given_texts = [text] if isinstance(text, str) else text
-    return [p.text for p in read_prompts(Inline(texts=given_texts, template=Template(**options)))]
-
-
-def refusal(text: str, **options) -> str:
-    with pytest.raises(UserError) as caught:
-        texts(text, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def test_without_a_template_braces_are_text():

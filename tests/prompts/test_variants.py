@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.prompts.test_template import refusal, texts
+from tests.support.prompt_inputs import refusal, texts
 from zimage_runner.prompts.template import Combine
 from zimage_runner.prompts.wildcards import find_lists
 

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from formats_support import BLOCKS, SMALL, Weights
+
+from tests.support.weight_formats import BLOCKS, SMALL, Weights
 
 RANK, ALPHA = 4, 2.0
 ATTENTION = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tests.support import NANO
 from zimage_runner.compile import Compile, NoCompile
 from zimage_runner.engines.base import EngineConfig
 from zimage_runner.engines.diffusers.engine import DiffusersEngine
@@ -21,7 +21,6 @@ from zimage_runner.session import Session, SessionConfig
 from zimage_runner.warmup import Generate, NoWarmup, WarmupShape
 from zimage_runner.weights.find.checkpoint import Checkpoint
 
-NANO = Path(__file__).parent.parent / "zimage_runner" / "assets" / "zimage_nano"
 PARAMS = SamplingParams(
     height=128, width=128, num_inference_steps=2, guidance_scale=0.0, negative_prompt="", max_sequence_length=512,
     cfg_normalization=0.0, cfg_truncation=1.0,

@@ -21,7 +21,7 @@ import numpy as np
 from hydra.core.plugins import Plugins
 from PIL import Image
 
-from tests.faults.session import FaultySession, picture
+from tests.support.faulty_session import FaultySession, picture
 from zimage_runner.cli.main import main
 from zimage_runner.config.registry import register
 from zimage_runner.outputs.ledger import Ledger
@@ -38,7 +38,7 @@ Image.init()
 np.random.default_rng(0)
 
 _forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(["tests.faults.driver"])
+_forks.set_forkserver_preload(["tests.support.fault_runs"])
 
 
 def run_cli(argv: list[str], environment: dict[str, str], log: str) -> None:

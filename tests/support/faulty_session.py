@@ -19,7 +19,7 @@ import numpy as np
 
 from zimage_runner.engines.base import GeneratedBatch, ReadyImages
 from zimage_runner.errors import UserError
-from zimage_runner.executors.base import BrokenImages
+from zimage_runner.executors.base import BatchResult, BrokenImages
 from zimage_runner.plan import Bucket, WorkItem
 from zimage_runner.prompts.base import Prompt
 from zimage_runner.sampling import SamplingParams
@@ -150,3 +150,15 @@ def misbehave(fault: dict[str, Any]) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         case "numerics":
             pass
+
+
+def drawn(results: list[BatchResult]) -> dict[int, str | None]:
+    """seed -> error, checking the pixels of those without."""
+    found = {}
+    for result in results:
+        pixels = result.images.wait() if result.images else [None] * len(result.items)
+        for i, p in zip(result.items, pixels, strict=True):
+            assert i.seed not in found
+            found[i.seed] = result.error
+            assert p is None or np.array_equal(p, picture("a cat", i.seed))
+    return found

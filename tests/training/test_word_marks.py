@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from tests.conftest import NANO
+from tests.support import NANO
 from training.cases import load_cases
 from training.tokenizer import chat, learn_bpe
 from training.warm_start import EMBEDDING, warm_start

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.view.conftest import eventually, served
-from tests.view.made import HOSTILE, PARAMS, MadeRun, many_lines
+from tests.support.gallery import eventually, served
+from tests.support.made_runs import HOSTILE, PARAMS, MadeRun, many_lines
 from zimage_runner.view.stars import load_stars
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

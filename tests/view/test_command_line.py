@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.view.made import MadeRun
+from tests.support.made_runs import MadeRun
 from zimage_runner.view.__main__ import main, parse
 
 

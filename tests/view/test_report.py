@@ -12,7 +12,7 @@ from urllib.parse import unquote
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.view.made import HOSTILE, PARAMS, MadeRun
+from tests.support.made_runs import HOSTILE, PARAMS, MadeRun
 from zimage_runner.view.plots import _round_up, plot
 from zimage_runner.view.report import write_report
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.view.made import PARAMS, MadeRun, is_held, many_lines
+from tests.support.made_runs import PARAMS, MadeRun, is_held, many_lines
 from zimage_runner.view.stars import starred
 
 LOCAL = "http://127.0.0.1:8188"

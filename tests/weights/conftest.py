@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.fake_cuda import driver, pace  # noqa: F401 (fixtures)
 from zimage_runner.weights.find.resolve import EMBEDDED
 
 

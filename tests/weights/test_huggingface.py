@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_server import COMMIT, HuggingFaceServer
-from modelscope_server import files_of
 
+from tests.support.huggingface_server import COMMIT, HuggingFaceServer
+from tests.support.modelscope_server import files_of
 from zimage_runner.weights.find.resolve import EMBEDDED
 
 REPO = "some-maker/Z-Image"

@@ -13,8 +13,8 @@ from concurrent.futures import CancelledError
 from pathlib import Path
 
 import pytest
-from modelscope_server import ModelScopeServer, files_of
 
+from tests.support.modelscope_server import ModelScopeServer, files_of
 from zimage_runner.model import Model, Source
 from zimage_runner.weights.find.resolve import EMBEDDED, resolve
 from zimage_runner.weights.io import Threads

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.support.fake_cuda import FakeEvent, FakeStream
 from zimage_runner.weights import load
 from zimage_runner.weights.find.layout import inspect
 from zimage_runner.weights.find.resolve import EMBEDDED
@@ -80,27 +81,6 @@ def test_failing_prefetch_falls_back(monkeypatch: pytest.MonkeyPatch, caplog: py
     assert load_tensors(FILES, "cuda") == {}
     assert tried == ["prefetch", "staged"]
     assert "no CUDA runtime" in caplog.text
-
-
-class FakeStream:
-    """Stands for a CUDA stream on machines without one: work on it is done at once."""
-
-    def __init__(self, *args: Any) -> None:
-        pass
-
-    def wait_event(self, event: Any) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        pass
-
-
-class FakeEvent:
-    def record(self, *args: Any) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        pass
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 from modelscope_hub.config import set_default_config
-from modelscope_server import ModelScopeServer, files_of
 
+from tests.support.modelscope_server import ModelScopeServer, files_of
 from zimage_runner.errors import UserError
 from zimage_runner.model import Model, Source
 from zimage_runner.weights.find.resolve import EMBEDDED, download, resolve

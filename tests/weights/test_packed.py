@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
-from tests.weights.test_preload import build_fake
+from tests.support.fake_cuda import build_fake
+from tests.support.packed_values import SIZES, SPECIAL, Values, frame_of, normal
 from zimage_runner.weights.packed import build, kernel
 from zimage_runner.weights.packed.format import BLOCK, Counts, Frame, frame_bytes, packing_of, place_frames
 from zimage_runner.weights.packed.kernel import UnpackKernel
@@ -33,7 +34,6 @@ from zimage_runner.weights.preload import machine_code
 from zimage_runner.weights.preload.cuda_driver import CudaDriver, CudaUnavailable
 from zimage_runner.weights.safetensors_file import BadWeightsFile, TensorInfo, WeightsFile
 
-Values = NDArray[np.uint16]
 Unpack = Callable[[NDArray[np.uint8], Frame], Values]
 
 
@@ -73,10 +73,6 @@ def fake(tmp_path_factory: pytest.TempPathFactory) -> Unpack:
     return run
 
 
-def frame_of(values: Values, counts: Counts | None) -> Frame:
-    return Frame(0, frame_bytes(len(values), counts), 0, len(values), counts)
-
-
 def check(values: Values, *ways: Unpack) -> Counts | None:
     """Pack and unpack; the counts."""
     data, counts = pack_frame(values)
@@ -87,14 +83,6 @@ def check(values: Values, *ways: Unpack) -> Counts | None:
     for way in ways if counts is not None else ():
         assert np.array_equal(way(data, frame_of(values, counts)), values)
     return counts
-
-
-def normal(count: int, scale: float = 0.02) -> Values:
-    drawn = np.random.default_rng(count).standard_normal(count).astype(np.float32) * scale
-    return torch.from_numpy(drawn).bfloat16().view(torch.int16).numpy().view(np.uint16)
-
-
-SIZES = [1, 2, 3, 4, 5, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 77, 257 * BLOCK + 3]
 
 
 @pytest.mark.parametrize("count", SIZES)
@@ -109,16 +97,6 @@ def test_normal_weights_take_two_thirds(scale: float) -> None:
     counts = check(values)
     assert counts is not None
     assert 0.666 < frame_bytes(len(values), counts) / values.nbytes < 0.6745
-
-
-SPECIAL = {
-    "zeros": [0],
-    "negative zeros": [0x8000],
-    "denormals": [1, 0x7F, 0x80, 0x8001],
-    "infinities and NaN": [0x7F80, 0xFF80, 0x7F81, 0xFFFF, 0x7FC0],
-    "smallest and largest exponents": [0, 0x7F80, 0x0080, 0x7F00],
-    "ones": [0x3F80, 0xBF80],
-}
 
 
 @pytest.mark.parametrize("name", SPECIAL)

@@ -23,10 +23,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.weights.test_load import FakeEvent, FakeStream
-from tests.weights.test_preload import build_fake, on_device, pace, pinned  # noqa: F401 (pace is a fixture)
-from tests.weights.test_source import host_tensor
-from tests.weights.written_memory import megabytes_to_write
+from tests.support.fake_cuda import FakeEvent, FakeStream, build_fake, host_tensor, on_device, pinned
+from tests.support.written_memory import megabytes_to_write
 from zimage_runner.engines.native.assembly import load_model
 from zimage_runner.engines.native.model import Options
 from zimage_runner.errors import UserError
@@ -321,7 +319,7 @@ def launches(driver: CudaDriver) -> int:
 
 
 def test_travels_packed_and_arrives_unpacked(
-    pace: None, travelling: tuple[source.WeightsSource, Prepared], driver: CudaDriver, nano: Path  # noqa: F811
+    pace: None, travelling: tuple[source.WeightsSource, Prepared], driver: CudaDriver, nano: Path
 ) -> None:  # fmt: skip
     weights, found = travelling
     plain = build(nano, packed=False)

@@ -5,31 +5,18 @@ from __future__ import annotations
 import ctypes
 import gc
 import shutil
-import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
 
+from tests.support.fake_cuda import on_device, pinned
 from zimage_runner.weights.preload import lanes, preload
 from zimage_runner.weights.preload.cuda_driver import CudaDriver, CudaUnavailable, allocated_bytes
 from zimage_runner.weights.preload.preload import Preload
 
 pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc for the fake driver")
-
-
-def build_fake(folder: Path) -> CudaDriver:
-    """A CUDA driver of host memory, compiled into a folder."""
-    library = folder / "libcuda_fake.so"
-    source = Path(__file__).with_name("fake_cuda.c")
-    subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
-    return CudaDriver(library=str(library))
-
-
-@pytest.fixture
-def driver(tmp_path: Path) -> CudaDriver:
-    return build_fake(tmp_path)
 
 
 @pytest.fixture(autouse=True)
@@ -41,18 +28,6 @@ def content(name: str, size: int) -> bytes:
     return (name.encode() * (size // len(name) + 1))[:size]
 
 
-def on_device(buffer: preload.DeviceBuffer) -> bytes:
-    interface = buffer.__cuda_array_interface__
-    return ctypes.string_at(interface["data"][0], interface["shape"][0])
-
-
-@pytest.fixture(params=["at once", "late"])
-def pace(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the driver does what it is given: at once, or when somebody waits for it and not before."""
-    if request.param == "late":
-        monkeypatch.setenv("FAKE_CUDA_LAZY", "1")
-
-
 def test_every_byte_arrives(driver: CudaDriver, tmp_path: Path, pace: None) -> None:
     sizes = {"text_encoder": 100_001, "transformer": 1_000_000, "empty": 0, "vae": 4096}
     for name, size in sizes.items():
@@ -61,10 +36,6 @@ def test_every_byte_arrives(driver: CudaDriver, tmp_path: Path, pace: None) -> N
     for name, size in sizes.items():
         assert on_device(load.take(tmp_path / name)) == content(name, size)
     assert load.seconds.keys() == {tmp_path / name for name, size in sizes.items() if size}
-
-
-def pinned(driver: CudaDriver) -> int:
-    return ctypes.c_int.in_dll(driver._lib, "fake_pinned").value
 
 
 @pytest.mark.parametrize("taken", [0, 3])

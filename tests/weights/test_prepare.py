@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from tests.weights.written_memory import megabytes_to_write
+from tests.support.written_memory import megabytes_to_write
 from zimage_runner.errors import UserError
 from zimage_runner.model import Model, Prepare, Source, Verify
 from zimage_runner.weights.find.checkpoint import Checkpoint

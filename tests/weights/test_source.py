@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.drawing import PARAMS
-from tests.weights.test_preload import driver  # noqa: F401 (fixture)
+from tests.support.drawing import PARAMS
+from tests.support.fake_cuda import host_tensor
 from zimage_runner.engines.native import engine as native_engine
 from zimage_runner.engines.native.assembly import load_model
 from zimage_runner.engines.native.engine import NativeEngineAdapter
@@ -22,7 +21,6 @@ from zimage_runner.model import Device, Model, Prepare, Source
 from zimage_runner.weights.find.resolve import resolve
 from zimage_runner.weights.preload import preload, source
 from zimage_runner.weights.preload.cuda_driver import CudaDriver
-from zimage_runner.weights.preload.preload import Preload
 from zimage_runner.weights.prepared.prepare import build
 
 pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc for the fake driver")
@@ -34,15 +32,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
     return Model(name="zimage_nano", source=Source.embedded, prepare=Prepare.always)
 
 
-def host_tensor(load: Preload, path: Path) -> torch.Tensor:
-    """What torch.as_tensor does with real device memory; the fake driver's memory is the host's."""
-    buffer = load.take(path)
-    memory = (ctypes.c_ubyte * buffer.nbytes).from_address(buffer.address)
-    memory._buffer = buffer  # type: ignore[attr-defined]
-    return torch.frombuffer(memory, dtype=torch.uint8)
-
-
-def test_preloaded_equals_published(model: Model, driver: CudaDriver, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_preloaded_equals_published(model: Model, driver: CudaDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = resolve(model)
     build(checkpoint, model)
     monkeypatch.setattr(preload, "CudaDriver", lambda: driver)
@@ -61,7 +51,7 @@ def test_preloaded_equals_published(model: Model, driver: CudaDriver, monkeypatc
 
 
 def test_captions_are_encoded_while_the_transformer_is_still_on_its_way(
-    model: Model, driver: CudaDriver, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    model: Model, driver: CudaDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     checkpoint = resolve(model)
     build(checkpoint, model)

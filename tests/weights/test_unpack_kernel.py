@@ -15,7 +15,7 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 pytest.importorskip("triton")
 
-from tests.weights.test_packed import SIZES, SPECIAL, Values, frame_of, normal  # noqa: E402
+from tests.support.packed_values import SIZES, SPECIAL, Values, frame_of, normal  # noqa: E402
 from zimage_runner.weights.packed.definition import unpack  # noqa: E402
 from zimage_runner.weights.packed.format import BLOCK  # noqa: E402
 from zimage_runner.weights.packed.pack import pack_frame  # noqa: E402

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.support import ROOT
 from zimage_runner.outputs.metadata import read_metadata
 
-PROGRAM = Path(__file__).with_name("kill_and_resume.py")
+PROGRAM = ROOT / "tests" / "support" / "kill_and_resume.py"
 ITEMS = 6
 SEED = 3
 """Of the instants; what is under way at them differs from run to run."""

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.conftest import command
+from tests.support.command import command
 from zimage_runner.cli.resume.command_line import find_latest
 
 Cli = Callable[..., tuple[int, str, str]]

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.faults.session import FaultySession
+from tests.support.faulty_session import FaultySession
 from zimage_runner.engines.base import GeneratedBatch, PendingImages
 from zimage_runner.errors import BadPictureError, UserError
 from zimage_runner.executors.base import Executor

@@ -26,7 +26,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.faults.session import FakeOutOfMemory, FaultySession, picture
+from tests.support.faulty_session import FakeOutOfMemory, FaultySession, picture
 from zimage_runner.cli.main import main
 from zimage_runner.config.schema import Composed, RunConfig
 from zimage_runner.engines.base import GeneratedBatch, PendingImages

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests.support import ROOT
 from zimage_runner.cli.sweep.report import (
     JobResult,
     csv_table,
@@ -186,7 +187,7 @@ def test_no_picture_of_a_swept_prompt_is_lost(tmp_path):
     assert len(set(page.pictures.values())) == 4
 
 
-PICTURE = Path(__file__).parents[2] / "zimage_runner" / "assets" / "none.png"
+PICTURE = ROOT / "zimage_runner" / "assets" / "none.png"
 
 
 @pytest.fixture(autouse=True, scope="module")

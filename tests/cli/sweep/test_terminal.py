@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.faults.session import FaultySession
+from tests.support.faulty_session import FaultySession
 from zimage_runner.cli.sweep.launcher import COMPLAINTS_TOLD, LONGEST_VALUE, job_labels
 from zimage_runner.outputs.summary import brief
 

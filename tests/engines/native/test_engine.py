@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.native.conftest import CHECKPOINT
+from tests.support import NANO
 from zimage_runner.compile import Compile
 from zimage_runner.engines.base import Engine, EngineConfig
 from zimage_runner.engines.diffusers.engine import DiffusersEngine
@@ -29,10 +29,10 @@ PARAMS = SamplingParams(
     height=128, width=128, num_inference_steps=4, guidance_scale=0.0, negative_prompt="",
     max_sequence_length=512, cfg_normalization=0.0, cfg_truncation=1.0,
 )  # fmt: skip
-MODEL = Model(name="nano", source=Source.local, path=str(CHECKPOINT))
+MODEL = Model(name="nano", source=Source.local, path=str(NANO))
 
 
-def create(config: EngineConfig, path: Path = CHECKPOINT, memory: Memory | None = None) -> Any:
+def create(config: EngineConfig, path: Path = NANO, memory: Memory | None = None) -> Any:
     checkpoint = Checkpoint(path=path, revision="test", digest="test")
     request = LoadRequest(checkpoint=checkpoint, model=MODEL, memory=memory or Resident(), compile=Compile())
     return config.create(request)
@@ -90,7 +90,7 @@ def test_draws_the_diffusers_engines_picture(
 
 def test_a_checkpoint_it_does_not_compute(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint"
-    shutil.copytree(CHECKPOINT, path)
+    shutil.copytree(NANO, path)
     config = path / "scheduler" / "scheduler_config.json"
     changed = json.loads(config.read_text()) | {"use_dynamic_shifting": True}
     config.unlink()

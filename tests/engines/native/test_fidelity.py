@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.native.conftest import TOLERANCE, Reference, captions, difference, noise
+from tests.support.reference import TOLERANCE, Reference, captions, difference, noise
 from zimage_runner.engines.native.model import NativeModel
 from zimage_runner.engines.native.sampler import Guidance
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from tests.native.conftest import captions, noise
+from tests.support.reference import captions, noise
 from zimage_runner.engines.faults import is_out_of_memory
 from zimage_runner.engines.native import graphs as module
 from zimage_runner.engines.native import model as model_module

@@ -7,15 +7,16 @@ import sys
 
 import pytest
 
-from tests.native.conftest import CHECKPOINT
+from tests.support import NANO
 
 DRAW = f"""
 import sys, torch
 from pathlib import Path
+from tests.support import NANO
 from zimage_runner.engines.native.engine import NativeEngineAdapter
 from zimage_runner.engines.native.assembly import load_model
 from zimage_runner.engines.native.model import Options
-model = load_model(Path({str(CHECKPOINT)!r}), Options())
+model = load_model(Path({str(NANO)!r}), Options())
 z = torch.randn(1, 16, 8, 8)
 assert model.decode(model.denoise(model.encode(["a cat"], 512), z, 1)).wait().shape == (1, 64, 64, 3)
 """

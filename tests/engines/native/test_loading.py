@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.native.conftest import CHECKPOINT, captions, noise
+from tests.support import NANO
+from tests.support.reference import captions, noise
 from zimage_runner.engines.native.assembly import load_model
 from zimage_runner.engines.native.loading import TensorFiles
 from zimage_runner.engines.native.model import NativeModel, Options
@@ -27,7 +28,7 @@ FILES = {
 def checkpoint(tmp_path: Path) -> Path:
     """A copy of the embedded checkpoint, to be changed."""
     path = tmp_path / "checkpoint"
-    shutil.copytree(CHECKPOINT, path)
+    shutil.copytree(NANO, path)
     for file in path.rglob("*"):
         file.chmod(0o755 if file.is_dir() else 0o644)
     return path
@@ -134,7 +135,7 @@ def test_a_missing_file(checkpoint: Path, missing: str) -> None:
 
 
 def test_bfloat16_is_close(native: NativeModel) -> None:
-    model = load_model(CHECKPOINT, Options(dtype=torch.bfloat16))
+    model = load_model(NANO, Options(dtype=torch.bfloat16))
     assert model.transformer.layers[0].attention.norm_qk.dtype == torch.float32  # pyright: ignore[reportAttributeAccessIssue]
     embeds = native.encode(["a red apple"], 512)
     exact = native.denoise(embeds, noise(1, 128, 128), 8)

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.native.conftest import CHECKPOINT, TOLERANCE, Reference, captions, difference, noise
+from tests.support import NANO
+from tests.support.reference import TOLERANCE, Reference, captions, difference, noise
 from zimage_runner.engines.native import model as model_module
 from zimage_runner.engines.native import transformer as transformer_module
 from zimage_runner.engines.native.assembly import load_model
@@ -105,7 +106,7 @@ MUTATIONS: dict[str, Mutation] = {
 @pytest.fixture
 def mutant(monkeypatch: pytest.MonkeyPatch) -> NativeModel:
     """A model of its own, to be broken."""
-    return load_model(CHECKPOINT, Options())
+    return load_model(NANO, Options())
 
 
 @pytest.fixture(scope="module")

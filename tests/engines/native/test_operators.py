@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.native.conftest import CHECKPOINT, noise
+from tests.support import NANO
+from tests.support.reference import noise
 from zimage_runner.engines.native import model as model_module
 from zimage_runner.engines.native.assembly import load_model
 from zimage_runner.engines.native.kernels import build, fused_ops
@@ -61,7 +62,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> NativeModel:
     monkeypatch.setattr(fused_ops, "kernel", build.Recorder())
     monkeypatch.setattr(model_module, "choose_operations", lambda *args: fused_ops)
     monkeypatch.setattr(NativeModel, "_to_device", lambda self, x: x.to("meta"))
-    native = load_model(CHECKPOINT, Options(dtype=torch.bfloat16))
+    native = load_model(NANO, Options(dtype=torch.bfloat16))
     native.device = torch.device("meta")
     for network in (native.text_encoder, native.transformer, native.vae):
         assert isinstance(network, torch.nn.Module)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.drawing import PARAMS, items, session_config
+from tests.support.drawing import PARAMS, items, session_config
 from zimage_runner.engines.native import graphs as graphs_module
 from zimage_runner.engines.native import images
 from zimage_runner.engines.native.config import NativeEngine

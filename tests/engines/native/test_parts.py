@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.native.conftest import CHECKPOINT, Reference, difference, noise
+from tests.support import NANO
+from tests.support.reference import Reference, difference, noise
 from zimage_runner.engines.native.images import Ready
 from zimage_runner.engines.native.model import NativeModel
 from zimage_runner.engines.native.sampler import make_schedule, read_shift
@@ -105,8 +106,8 @@ def tokenizer_folder(tmp_path: Path, template: str | None) -> Path:
     """The embedded tokenizer with another template, or none."""
     folder = tmp_path / "tokenizer"
     folder.mkdir()
-    shutil.copy(CHECKPOINT / "tokenizer" / "tokenizer.json", folder)
-    config = json.loads((CHECKPOINT / "tokenizer" / "tokenizer_config.json").read_text())
+    shutil.copy(NANO / "tokenizer" / "tokenizer.json", folder)
+    config = json.loads((NANO / "tokenizer" / "tokenizer_config.json").read_text())
     if template is not None:
         config["chat_template"] = template
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -180,7 +181,7 @@ def test_templates_that_are_refused(tmp_path: Path, template: str | None, text: 
     ids=str,
 )
 def test_variants_that_are_refused(component: str, read, change: dict) -> None:
-    config = json.loads((CHECKPOINT / component / "config.json").read_text())
+    config = json.loads((NANO / component / "config.json").read_text())
     read(config)
     with pytest.raises(ValueError, match="not supported"):
         read(config | change)
@@ -193,6 +194,6 @@ def test_schedulers_that_are_refused() -> None:
 
 
 def test_qwen3_config_of_transformers_4() -> None:
-    config = json.loads((CHECKPOINT / "text_encoder" / "config.json").read_text())
+    config = json.loads((NANO / "text_encoder" / "config.json").read_text())
     del config["rope_parameters"]
     assert TextEncoderConfig.from_published(config | {"rope_theta": 1e6, "rope_scaling": None}).rope_theta == 1e6

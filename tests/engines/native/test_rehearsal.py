@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.native.conftest import CHECKPOINT, captions, noise
+from tests.support import NANO
+from tests.support.reference import captions, noise
 from zimage_runner.engines.native import engine as engine_module
 from zimage_runner.engines.native import model as model_module
 from zimage_runner.engines.native import rehearsal
@@ -27,7 +28,7 @@ STEPS = 8
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> NativeModel:
     monkeypatch.setattr(model_module, "RECORDED_TOKENS", 4)
-    return load_model(CHECKPOINT, Options(rehearse_decoder=True))
+    return load_model(NANO, Options(rehearse_decoder=True))
 
 
 @pytest.fixture

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.weights.test_preload import driver  # noqa: F401 (fixture)
-from tests.weights.test_source import host_tensor
+from tests.support.fake_cuda import host_tensor
 from zimage_runner.engines.native.engine import NativeEngineAdapter
 from zimage_runner.engines.native.model import Options
 from zimage_runner.model import Device, Model, Prepare, Source
@@ -28,7 +27,7 @@ OPTIONS = Options(dtype=torch.bfloat16)
 
 @pytest.fixture
 def travelling(
-    driver: CudaDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    driver: CudaDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[], WeightsSource]:  # fmt: skip
     """Makes a source of the embedded model whose prepared weights travel through a driver of host memory."""
     monkeypatch.setenv("ZIMAGE_RUNNER_CACHE", str(tmp_path / "cache"))

@@ -6,12 +6,12 @@ import functools
 import hashlib
 from pathlib import Path
 
-import adapter_layouts as known_layouts
-import formats_support as support
 import pytest
 import torch
-from adapter_layouts import ADALN, ATTENTION, FEED_FORWARD, Known, known, layouts
 
+from tests.support import adapter_layouts as known_layouts
+from tests.support import weight_formats as support
+from tests.support.adapter_layouts import ADALN, ATTENTION, FEED_FORWARD, Known, known, layouts
 from zimage_runner.errors import UserError
 from zimage_runner.weights.adapters.adapter import Adapter, auto_v2, lora_hash, merged, rows_in, tensors_sha256
 from zimage_runner.weights.adapters.reader import describe_adapter, read_adapter

@@ -8,10 +8,11 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-import formats_support as support
 import pytest
 import torch
 
+from tests.support import NANO
+from tests.support import weight_formats as support
 from zimage_runner.weights.formats.checkpoint_file import CheckpointFile, ComponentTensors, open_checkpoint_file
 from zimage_runner.weights.formats.decode import PublishedTensor
 
@@ -116,7 +117,7 @@ def test_transformer_config_builds_diffusers_model(tmp_path: Path) -> None:
 def test_the_base_fills_in_what_shapes_do_not_tell(nano_configs: Mapping[str, dict], tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    nano = Path(__file__).parents[2] / "zimage_runner" / "assets" / "zimage_nano"
+    nano = NANO
     weights = load_file(nano / "transformer" / "diffusion_pytorch_model.safetensors")
     path = support.write(tmp_path / "nano.safetensors", support.comfyui(weights))
     file = open_checkpoint_file(path, nano_configs)
@@ -132,7 +133,7 @@ def test_the_base_fills_in_what_shapes_do_not_tell(nano_configs: Mapping[str, di
 
 @pytest.fixture
 def nano_configs() -> Mapping[str, dict]:
-    nano = Path(__file__).parents[2] / "zimage_runner" / "assets" / "zimage_nano"
+    nano = NANO
     return {c: json.loads((nano / c / "config.json").read_text()) for c in ("transformer", "text_encoder", "vae")}
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import formats_support as support
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support import weight_formats as support
 from zimage_runner.weights.adapters.keys import split_key, target_of
 from zimage_runner.weights.formats.configs import config_of, expected_shapes
 from zimage_runner.weights.formats.names import component_of, ldm_levels, published

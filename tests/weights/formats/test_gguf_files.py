@@ -7,7 +7,6 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 
-import formats_support as support
 import gguf
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf import quants
 
+from tests.support import weight_formats as support
 from zimage_runner.errors import UserError
 from zimage_runner.weights.formats.checkpoint_file import ComponentTensors, open_checkpoint_file
 from zimage_runner.weights.formats.decode import StoredTensor

@@ -1,7 +1,7 @@
 """Quantised files: what is read is what the format's definition says that the stored bytes mean.
 
-Where a format rounds, the numbers that the encoder (formats_support) says it kept are the right ones, exactly; they
-are also compared with the weights from before, to the format's own step.
+Where a format rounds, the numbers that the encoder (tests.support.weight_formats) says it kept are the right ones,
+exactly; they are also compared with the weights from before, to the format's own step.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import formats_support as support
 import pytest
 import torch
 
+from tests.support import weight_formats as support
 from zimage_runner.errors import UserError
 from zimage_runner.weights.formats.checkpoint_file import open_checkpoint_file
 from zimage_runner.weights.formats.decode import hadamard

@@ -11,12 +11,12 @@ import struct
 import zipfile
 from pathlib import Path
 
-import formats_support as support
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support import weight_formats as support
 from zimage_runner.errors import UserError
 from zimage_runner.weights.formats.checkpoint_file import open_checkpoint_file
 
