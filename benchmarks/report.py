@@ -1,7 +1,7 @@
 """Make benchmarks/README.md and its plots from benchmarks/results/*.json: no figure is typed by hand.
 
 python -m benchmarks.report             # the page
-python -m benchmarks.report --readme    # and the summary in the project's README.md
+python -m benchmarks.report --readme    # and the table in the project's README.md
 
 In this order: the figures of a results file, verdicts on the article's claims, the page, the summary, the plots.
 """
@@ -45,6 +45,8 @@ multirun costs beside its picture (`sweep_overhead.py`), what `executor=process`
 PHASES = ("start", "import", "load", "move", "compile", "warm-up", "first picture")
 """What the time to the first picture is made of, in order."""
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+RUNNER, NAIVE_STARTS = "zimage_runner", ("naive, bytecode of its imports kept", "naive, no bytecode")
+"""Keys of first_picture/baselines.json."""
 OURS, CACHED = "ours default", "ours, prompt embeddings cached"
 BATCHED = "ours default, batch chosen by the engine"
 
@@ -53,13 +55,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--page", type=Path, default=HERE / "README.md")
-    parser.add_argument("--readme", action="store_true", help="also renew the summary in the project's README.md")
+    parser.add_argument("--readme", action="store_true", help="also renew the table in the project's README.md")
     args = parser.parse_args()
     args.page.write_text(page(args.results, args.page.parent), encoding="utf-8")
     print(args.page)
     if args.readme:
         readme = HERE.parent / "README.md"
-        readme.write_text(replaced(readme.read_text(encoding="utf-8"), summary(args.results)), encoding="utf-8")
+        readme.write_text(replaced(readme.read_text(encoding="utf-8"), front_table(args.results)), encoding="utf-8")
         print(readme)
 
 
@@ -310,8 +312,8 @@ def page(results: Path, beside: Path) -> str:
 
 
 def in_short(results: Path, files: Sequence[Path]) -> str:
-    """The summary of the project's README, and links to the sections."""
-    points = summary(results, page="").replace("](docs/", "](../docs/")
+    """The summary, and links to the sections."""
+    points = summary(results).replace("](docs/", "](../docs/")
     links = [f"- [{title(path, load(path)[0])}](#{anchor(title(path, load(path)[0]))})" for path in files]
     if not links:
         return ""
@@ -467,13 +469,63 @@ def replaced(text: str, lines: str) -> str:
     return f"{before}{BEGIN}\n{lines}{after}"
 
 
-def summary(results: Path, page: str = "benchmarks/README.md") -> str:
-    """A list of at most five points, the last one with a link to ``page``; one without figures is left out."""
+def front_table(results: Path) -> str:
+    """Return the three figures of the project's README, beside the naive script's; empty without measurements.
+
+    The naive script is given twice: most of its start is imports, which take longer where Python keeps no bytecode.
+    """
+    loaded, starts = [load(path) for path in result_files(results)], _starts(results)
+    rows = _find(loaded, "throughput", "warm", USUAL_SIZE)
+    ours, naive = (rows[name].seconds_per_image if name in rows else None for name in (OURS, NAIVE.name))
+    if not starts or ours is None or naive is None:
+        return ""
+    start, kept, none = (starts[name]["median"] for name in (RUNNER, *NAIVE_STARTS))
+    data = next(data for data, its_rows in loaded if rows[OURS] in its_rows)
+    lines = [
+        "| | naive diffusers script | zimage_runner | |",
+        "|---|---|---|---|",
+        f"| first picture on disk, from the start of the process | {kept:.1f} s; {none:.1f} s where Python keeps no "
+        f"bytecode | {start:.2f} s | **{kept / start:.1f}x**; {none / start:.1f}x |",
+        f"| each picture after it, {USUAL_SIZE}x{USUAL_SIZE} | {naive.median:.3f} s | {ours.median:.3f} s | "
+        f"**{naive.median / ours.median:.1f}x** |",
+        "| after `kill -9` | begins again with the first picture | what is on disk stays; `resume=latest` draws "
+        "exactly the rest | |",
+        "",
+        f"{_machines([data]).replace('one', 'One', 1).replace('; ', ';' + chr(10), 1)}; files in the page cache.",
+        "[All figures](benchmarks/README.md), with their spread and how to measure on your own machine.",
+    ]
+    return "\n".join(["", *lines, "", ""])
+
+
+def _starts(results: Path) -> dict[str, Any]:
+    path = results / "first_picture" / "baselines.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _baselines(results: Path) -> Iterator[str]:
+    if starts := _starts(results):
+        ours, kept, none = (starts[name] for name in (RUNNER, *NAIVE_STARTS))
+        yield (
+            f"**The same with a fairer baseline**, {starts['machine']}, {starts['measured']}: {ours['median']} s "
+            f"(n={ours['count']}) against {kept['median']} s (n={kept['count']}) where Python keeps the bytecode of "
+            f"the naive script's imports: **{kept['median'] / ours['median']:.1f}x** as fast; against "
+            f"{none['median']} s where it does not: {none['median'] / ours['median']:.1f}x"
+        )
+
+
+def summary(results: Path) -> str:
+    """Return a list of at most six points, the last one about the machine; one without figures is left out."""
     loaded = [load(path) for path in result_files(results)]
-    points = [*_first_picture(loaded), *_pictures(loaded, 1024), *_pictures(loaded, 512), *_article(loaded)]
+    points = [
+        *_first_picture(loaded),
+        *_baselines(results),
+        *_pictures(loaded, 1024),
+        *_pictures(loaded, 512),
+        *_article(loaded),
+    ]
     if not points:
         return ""
-    return "".join(f"- {point}\n" for point in [*points, _machines([data for data, _ in loaded], page)])
+    return "".join(f"- {point}\n" for point in [*points, _machines([data for data, _ in loaded])])
 
 
 Loaded = list[tuple[dict[str, Any], list[Row]]]
@@ -558,7 +610,7 @@ def _article(loaded: Loaded) -> Iterator[str]:
         yield f"**The article's steps**, measured: {'; '.join(told)}; impossible as printed: {len(IMPOSSIBLE)} claims"
 
 
-def _machines(files: list[dict[str, Any]], page: str) -> str:
+def _machines(files: list[dict[str, Any]]) -> str:
     """What the figures were taken on; several machines are all named."""
     names = []
     for data in files:
@@ -566,8 +618,7 @@ def _machines(files: list[dict[str, Any]], page: str) -> str:
         gpu = facts["gpu"]["name"] if facts["gpu"] else facts["processor"]
         names.append(f"one {gpu}, " + ", ".join(f"{n} {versions[n]}" for n in ("torch", "diffusers") if n in versions))
     unique = [name for name, _ in itertools.groupby(sorted(names))]
-    more = f": [all figures]({page})" if page else ""
-    return f"{'; '.join(unique)}; synthetic full-size weights, fresh processes, medians{more}"
+    return f"{'; '.join(unique)}; synthetic full-size weights, fresh processes, medians"
 
 
 def draw(name: str, rows: Sequence[Row], folder: Path) -> Path | None:

@@ -1,4 +1,4 @@
-"""What README and docs/howto.md tell people to type is composed as printed."""
+"""What README and docs/howto.md tell people to type is composed as printed; links on every page lead somewhere."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for folder in ("", "docs", "benchmarks", "training", "training/results", "zimage_runner/assets/zimage_nano")
+    for path in (ROOT / folder).glob("*.md")
+)
 COMMAND = "python -m zimage_runner "
 NOT_HERE = ("resume=", "--help", "--cfg", "$run", "prompts=stdin")
 """Lines that need an earlier run, or are told elsewhere."""
@@ -44,3 +49,45 @@ def test_it_is_composed_as_printed(cli, tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_there_are_commands() -> None:
     assert len(commands()) > 12
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    assert broken_links(ROOT / page) == []
+
+
+def test_broken_links_are_found(tmp_path: Path) -> None:
+    (tmp_path / "other.md").write_text("# One `two`: three\n## Again\n## Again\n```\n# no heading\n```\n")
+    (tmp_path / "page.md").write_text(
+        "[a](other.md) [b](other.md#one-two-three) [c](other.md#again-1) [d](https://example.org/x) ![e](gone.png)\n"
+        "[f](other.md#no-heading) [g](#nowhere) `[h](code.md)`\n```\n[i](block.md)\n```\n[j](other.md 'a title')\n"
+    )
+    assert broken_links(tmp_path / "page.md") == ["gone.png", "other.md#no-heading", "#nowhere"]
+
+
+def broken_links(page: Path) -> list[str]:
+    """Links of a page to files that are not there, or to headings that their page has not. The web is not asked."""
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)[^)]*\)", re.sub(r"`[^`\n]*`", "", without_blocks(page))):
+        name, _, heading = link.partition("#")
+        target = page.parent / name if name else page
+        if re.match(r"[a-z]+:", link):
+            continue
+        if not target.exists() or (heading and heading not in headings(target)):
+            broken.append(link)
+    return broken
+
+
+def headings(page: Path) -> list[str]:
+    """How GitHub names a page's headings in links: the second one of a name ends in -1, and so on."""
+    names: list[str] = []
+    for line in without_blocks(page).splitlines():
+        if match := re.match(r"#+ (.*)", line):
+            name = re.sub(r"[^\w\- ]", "", match[1].strip().lower()).replace(" ", "-")
+            again = sum(1 for other in names if re.fullmatch(re.escape(name) + r"(-[0-9]+)?", other))
+            names.append(f"{name}-{again}" if again else name)
+    return names
+
+
+def without_blocks(page: Path) -> str:
+    return re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)

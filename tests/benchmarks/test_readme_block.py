@@ -1,4 +1,4 @@
-"""The README's summary and the measurements' page say what the JSON files say."""
+"""The README's table and the measurements' page say what the JSON files say."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.report import BATCHED, BEGIN, CACHED, END, OURS, page, replaced, summary
+from benchmarks.report import BATCHED, BEGIN, CACHED, END, OURS, front_table, page, replaced, summary
 from benchmarks.variants import HERE, NAIVE, TUNED
-from tests.benchmarks.test_report import results, run
+from tests.support.measured import results, run
 
 
-def test_the_readme_holds_the_summary_of_the_results() -> None:
+def test_the_readme_holds_the_table_of_the_results() -> None:
     readme = (HERE.parent / "README.md").read_text(encoding="utf-8")
-    assert replaced(readme, summary(HERE / "results")) == readme, "run python -m benchmarks.report --readme"
+    assert replaced(readme, front_table(HERE / "results")) == readme, "run python -m benchmarks.report --readme"
 
 
 def test_the_page_is_that_of_the_results(tmp_path: Path) -> None:
@@ -46,6 +46,38 @@ def named(path: Path, name: str, *, size: int = 1024) -> None:
 
 def test_without_results_there_is_nothing_to_say(tmp_path: Path) -> None:
     assert summary(tmp_path) == ""
+
+
+def starts(folder: Path, ours: float, kept: float, none: float) -> None:
+    """Write the starts of both kinds of naive script."""
+    (folder / "first_picture").mkdir()
+    data = {
+        "measured": "2026-02-03", "machine": "one test", "zimage_runner": {"median": ours, "count": 4},
+        "naive, bytecode of its imports kept": {"median": kept, "count": 3}, "naive, no bytecode": {"median": none},
+    }  # fmt: skip
+    (folder / "first_picture" / "baselines.json").write_text(json.dumps(data))
+
+
+def test_the_table(tmp_path: Path) -> None:
+    results(tmp_path, [run(NAIVE.name, 20.0, [1.5]), run(OURS, 5.0, [0.5])], "throughput")
+    assert front_table(tmp_path) == ""
+    starts(tmp_path, 3.0, 12.0, 18.0)
+    first, picture, killed = [line for line in front_table(tmp_path).splitlines() if line.startswith("| ")][1:]
+    assert "| 12.0 s; 18.0 s where Python keeps no bytecode | 3.00 s | **4.0x**; 6.0x |" in first
+    assert "1024x1024 | 1.500 s | 0.500 s | **3.0x** |" in picture
+    assert "resume=latest" in killed
+    assert "One test, torch 2;\nsynthetic full-size weights" in front_table(tmp_path)
+    (line,) = [line for line in summary(tmp_path).splitlines() if "fairer" in line]
+    assert "3.0 s (n=4) against 12.0 s (n=3)" in line
+    assert "**4.0x** as fast; against 18.0 s where it does not: 6.0x" in line
+
+
+@pytest.mark.parametrize("gone", [NAIVE.name, OURS])
+def test_no_table_without_both(gone: str, tmp_path: Path) -> None:
+    runs = [each for each in (run(NAIVE.name, 20.0, [1.5]), run(OURS, 5.0, [0.75])) if each["variant"] != gone]
+    results(tmp_path, runs, "throughput")
+    starts(tmp_path, 3.0, 12.0, 18.0)
+    assert front_table(tmp_path) == ""
 
 
 def test_all_points(tmp_path: Path) -> None:
