@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zimage_runner.errors import UserError
+from tests.support.checkpoints import edit_json, refused
 from zimage_runner.model import Model, Source
 from zimage_runner.weights.find.layout import inspect
 from zimage_runner.weights.find.resolve import EMBEDDED, resolve
@@ -26,10 +26,6 @@ INDEX = "transformer/diffusion_pytorch_model.safetensors.index.json"
 
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 12309866400\n"
-
-
-def edit_json(path: Path, **changes: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def garble_header(path: Path) -> None:
@@ -156,12 +152,6 @@ SHARD_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "empty index": (lambda p: (p / INDEX).write_text("{}"), rf"{INDEX} has no weight_map"),
 }
-
-
-def refused(path: Path, text: str) -> None:
-    with pytest.raises(UserError, match=text) as error:
-        resolve(Model(name="l", source=Source.local, path=str(path)))
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("fault", SINGLE_FILE_FAULTS)

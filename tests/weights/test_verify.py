@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_layout import edit_json
 
+from tests.support.checkpoints import edit_json
 from zimage_runner.errors import UserError
 from zimage_runner.model import Model, Source, Verify
 from zimage_runner.weights.find import verify

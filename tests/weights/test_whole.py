@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_layout import edit_json, refused
 
+from tests.support.checkpoints import edit_json, refused
 from zimage_runner.errors import UserError
 from zimage_runner.weights.find.layout import IncompleteCheckpoint, inspect
 from zimage_runner.weights.find.resolve import EMBEDDED

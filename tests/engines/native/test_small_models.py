@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.native.conftest import CHECKPOINT
-from tests.native.test_engine import PARAMS, create, picture
+from tests.support import NANO
+from tests.support.engines import PARAMS, create, picture
 from zimage_runner.engines.auto import AutoEngine
 from zimage_runner.engines.base import Device
 from zimage_runner.engines.diffusers.engine import DiffusersEngine
@@ -54,8 +54,8 @@ def make(folder: Path, transformer: dict[str, Any]) -> Path:
         sample_size=32, scaling_factor=0.3611, shift_factor=0.1159,
     ).save_pretrained(folder / "vae")  # fmt: skip
     FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
-    shutil.copytree(CHECKPOINT / "tokenizer", folder / "tokenizer")
-    shutil.copy(CHECKPOINT / "model_index.json", folder)
+    shutil.copytree(NANO / "tokenizer", folder / "tokenizer")
+    shutil.copy(NANO / "model_index.json", folder)
     return folder
 
 
