@@ -3,22 +3,17 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
-pytest.importorskip("triton")
-
-from tests.support.packed_values import SIZES, SPECIAL, Values, frame_of, normal  # noqa: E402
-from zimage_runner.weights.packed.definition import unpack  # noqa: E402
-from zimage_runner.weights.packed.format import BLOCK  # noqa: E402
-from zimage_runner.weights.packed.pack import pack_frame  # noqa: E402
+from tests.support.packed_values import SIZES, SPECIAL, Values, frame_of, normal
+from tests.support.triton_interpreter import DEVICE  # before the kernel
+from zimage_runner.weights.packed.definition import unpack
+from zimage_runner.weights.packed.format import BLOCK
+from zimage_runner.weights.packed.pack import pack_frame
 
 GUARD = 64
 

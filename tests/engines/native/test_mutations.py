@@ -130,12 +130,12 @@ def test_mutation_is_caught(
 @pytest.fixture(scope="module")
 def expected_fp8() -> torch.Tensor:
     """What eight-bit arithmetic gives, bit by bit the same on this machine every time."""
-    return load_model(CHECKPOINT, Options(precision="fp8")).denoise(captions(12), noise(1, 144, 80), 8)
+    return load_model(NANO, Options(precision="fp8")).denoise(captions(12), noise(1, 144, 80), 8)
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_mutation_is_caught_in_fp8_too(expected_fp8: torch.Tensor, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    mutant = load_model(CHECKPOINT, Options(precision="fp8"))
+    mutant = load_model(NANO, Options(precision="fp8"))
     with torch.inference_mode():
         MUTATIONS[name](mutant, monkeypatch)
     assert difference(mutant.denoise(captions(12), noise(1, 144, 80), 8), expected_fp8) > TOLERANCE

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.native.conftest import CHECKPOINT, noise
+from tests.support import NANO
+from tests.support.reference import noise
 from zimage_runner.cli.main import main
 from zimage_runner.engines.native.assembly import load_model
 from zimage_runner.engines.native.kernels import torch_ops
@@ -107,7 +108,7 @@ def test_a_product_and_an_outlier_beside_it(form: Format, folded: bool) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_error_of_each_layer(native: NativeModel, form: Format) -> None:
     """One block after another on the same input, against float32: no layer's weights suit the format badly."""
-    model = load_model(CHECKPOINT, Options(precision=form.name))
+    model = load_model(NANO, Options(precision=form.name))
     config = native.description.transformer
     x = randn(1, 96, config.dim)
     vectors = native._steps(2)[1][0]
@@ -135,7 +136,7 @@ def pictures() -> dict[str, torch.Tensor]:
         "int8": Options(precision="int8"),
         "fp8 but for half of the layers": Options(precision="fp8", bf16_layers=frozenset(range(0, 12, 2))),
     }.items():
-        model = load_model(CHECKPOINT, options)
+        model = load_model(NANO, options)
         if embeds is None:
             embeds = model.encode(["a red fox in the snow"], 512)
         result[name] = model.denoise([e.to(options.dtype) for e in embeds], z, STEPS)
@@ -154,7 +155,7 @@ def test_layers_in_bf16_bring_a_picture_nearer(pictures: dict[str, torch.Tensor]
 
 
 def test_all_layers_in_bf16_and_both_refiners_are_what_is_left() -> None:
-    config = load_model(CHECKPOINT, Options()).description.transformer
+    config = load_model(NANO, Options()).description.transformer
     options = Options(precision="fp8", bf16_layers=frozenset(range(config.n_layers)))
     with torch.device("meta"):
         transformer = Transformer(config, torch_ops, scaled_dot_product, options.arithmetic)
@@ -170,8 +171,8 @@ def test_attention_of_eight_bits() -> None:
         seen.extend(x.float().abs().amax().item() for x in (query, key, value))
         return scaled_dot_product(*(x.float() * scale[:, None] for x, scale in zip((query, key, value), scales)))
 
-    exact = load_model(CHECKPOINT, Options())
-    eight = load_model(CHECKPOINT, Options())
+    exact = load_model(NANO, Options())
+    eight = load_model(NANO, Options())
     eight.attention = Attention("flash3_fp8", scaled_dot_product, attend_fp8=attend)
     eight.transformer.attend_fp8 = attend
     embeds, z = exact.encode(["a red fox in the snow"], 512), noise(1, 128, 128)

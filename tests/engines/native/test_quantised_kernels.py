@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.native.test_kernels import DEVICE, randn
+from tests.support.triton_interpreter import DEVICE, randn
 from zimage_runner.engines.native.kernels import fused_ops, torch_ops
 from zimage_runner.engines.native.quantised import FP8, INT8, Format, Quantised, Scaled
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.native.conftest import CHECKPOINT, noise
+from tests.support import NANO
+from tests.support.reference import noise
 from zimage_runner.engines.native import streamed_encoder, streaming
 from zimage_runner.engines.native.assembly import load_model
 from zimage_runner.engines.native.model import Options
@@ -27,7 +28,7 @@ TEXTS = ["a red fox in the snow", "a cat", "two red cubes on a blue table"]
 
 def test_bfloat16_too() -> None:
     options = [Options(dtype=torch.bfloat16, streamed=streamed) for streamed in (False, True)]
-    resident, streamed = (load_model(CHECKPOINT, option) for option in options)
+    resident, streamed = (load_model(NANO, option) for option in options)
     embeds, z = resident.encode(TEXTS[:1], 512), noise(1, 32, 32)
     assert torch.equal(streamed.denoise(embeds, z, 1), resident.denoise(embeds, z, 1))
 
@@ -35,7 +36,7 @@ def test_bfloat16_too() -> None:
 @pytest.mark.parametrize("precision", ["bf16", "fp8", "int8"])
 def test_captions_and_latents_are_those_of_resident_weights(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streamed_encoder, "TOKENS_AT_ONCE", 40)  # not all captions at once
-    resident, streamed = (load_model(CHECKPOINT, Options(precision=precision, streamed=s)) for s in (False, True))
+    resident, streamed = (load_model(NANO, Options(precision=precision, streamed=s)) for s in (False, True))
     embeds, same = (model.encode(TEXTS, 512) for model in (resident, streamed))
     assert all(torch.equal(a, b) for a, b in zip(embeds, same, strict=True))
     for batch, guidance in ((1, Guidance()), (2, Guidance(scale=2.0))):
@@ -44,7 +45,7 @@ def test_captions_and_latents_are_those_of_resident_weights(precision: str, monk
 
 
 def test_an_error_in_the_middle_of_a_forward_spoils_no_later_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    resident, streamed = (load_model(CHECKPOINT, Options(streamed=s)) for s in (False, True))
+    resident, streamed = (load_model(NANO, Options(streamed=s)) for s in (False, True))
     embeds, z = resident.encode(TEXTS[:1], 512), noise(1, 64, 64)
     forward, calls = Block.forward, []
 
@@ -62,7 +63,7 @@ def test_an_error_in_the_middle_of_a_forward_spoils_no_later_one(monkeypatch: py
 
 
 def test_no_more_than_a_few_blocks_are_on_the_device() -> None:
-    model = load_model(CHECKPOINT, Options(streamed=True))
+    model = load_model(NANO, Options(streamed=True))
     model.denoise(model.encode(TEXTS[:1], 512), noise(1, 64, 64), 1)
     stream = model.transformer.stream
     assert isinstance(stream, BlockStream)
@@ -80,7 +81,7 @@ def test_short_host_memory_is_told_and_made_up_for_by_the_disk(
 ) -> None:
     monkeypatch.setenv("ZIMAGE_RUNNER_CACHE", str(tmp_path))
     monkeypatch.setattr(streaming, "available_memory", lambda: 1 << 20)
-    streamed, resident = load_model(CHECKPOINT, Options(streamed=True)), load_model(CHECKPOINT, Options())
+    streamed, resident = load_model(NANO, Options(streamed=True)), load_model(NANO, Options())
     (warning,) = caplog.messages
     assert warning.startswith("memory=streamed: 0.0 GB of weights, 0.0 GB of host memory free: they are read from")
     assert list(tmp_path.iterdir()) == []  # a file without a name, gone with the process
@@ -92,7 +93,7 @@ def test_short_host_memory_is_told_and_made_up_for_by_the_disk(
 def test_packed_files_are_read_part_by_part(precision: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ZIMAGE_RUNNER_CACHE", str(tmp_path))
     monkeypatch.setattr("zimage_runner.weights.packed.format.FRAME_VALUES", 1 << 16)  # many frames, which parts share
-    model = Model(name="n", source=Source.local, path=str(CHECKPOINT), prepare=Prepare.always)
+    model = Model(name="n", source=Source.local, path=str(NANO), prepare=Prepare.always)
     found = build(resolve(model), model, True, precision)
     path = found.weights["transformer"].path
     parts, packing = packed_parts(path, "cpu"), packing_of(read_header(path))
@@ -101,7 +102,7 @@ def test_packed_files_are_read_part_by_part(precision: str, monkeypatch: pytest.
     assert len(packing.frames) > 20
     options = Options(precision=precision)
     plain, streamed = (
-        load_model(CHECKPOINT, options),
+        load_model(NANO, options),
         load_model(found.path, Options(precision=precision, streamed=True)),
     )
     for name, tensor in plain.transformer.named_parameters():
@@ -109,7 +110,7 @@ def test_packed_files_are_read_part_by_part(precision: str, monkeypatch: pytest.
 
 
 def test_a_packed_file_has_to_be_one() -> None:
-    assert packed_parts(CHECKPOINT / "vae" / "diffusion_pytorch_model.safetensors", "cpu") is None
+    assert packed_parts(NANO / "vae" / "diffusion_pytorch_model.safetensors", "cpu") is None
 
 
 def test_the_option() -> None:
