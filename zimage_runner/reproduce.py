@@ -2,7 +2,7 @@
 
     python -m zimage_runner.reproduce IMAGE [output_file=AGAIN.png] [model.path=DIR] [engine=...] [field=value ...]
 
-Exit codes: 0 the same pixels, 1 other pixels, 2 the file cannot be reproduced (the reason is told).
+Exit codes: 0 the same pixels, 1 other pixels, 2 the file cannot be reproduced (a line says why).
 """
 
 from __future__ import annotations

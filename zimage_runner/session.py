@@ -83,7 +83,7 @@ class Session:
         self.warm_up(self._shapes)
 
     def extend(self, shapes: Sequence[WarmupShape], texts: Sequence[Caption]) -> None:
-        """Get ready for another job: encode ahead and warm up what is new. The phases then tell of this job alone."""
+        """Get ready for another job: encode ahead and warm up what is new. The phases are then those of this job."""
         warm = {_shape_key(shape) for shape in self._shapes}
         new = [shape for shape in shapes if _shape_key(shape) not in warm]
         self._shapes += new

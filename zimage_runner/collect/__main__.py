@@ -86,7 +86,7 @@ def _collect(runs: list[str], fields: dict[str, str]) -> int:
     if "into" in fields:
         folder = Path(fields["into"]).expanduser()
         table = collect_into(folder, pictures, fields.get("name", NAME), overwrite=overwrite == "true", output=output)
-        print(f"{len(pictures):,} pictures, told of in {table}", file=sys.stderr)
+        print(f"{len(pictures):,} pictures, listed in {table}", file=sys.stderr)
         print(folder)
     if "sheet" in fields:
         for page in draw_sheets(Path(fields["sheet"]).expanduser(), pictures, layout):

@@ -172,7 +172,7 @@ def _put(conversion: Output | None, source: Inside, target: Path, *, overwrite: 
 
 
 def _is_there(picture: BinaryIO, target: Path, *, converted: bool) -> bool:
-    """Whether ``target`` is this picture already."""
+    """Return whether ``target`` is this picture already."""
     source, there = os.fstat(picture.fileno()), target.stat()
     if converted:
         return there.st_mtime_ns == source.st_mtime_ns

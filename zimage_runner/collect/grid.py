@@ -61,7 +61,7 @@ def write_grids(root: Path, jobs: Sequence[JobResult], fields: Sequence[str], *,
         with atomic.directory(root) as folder:
             atomic.write_file(folder, path.name, _labels_table(hidden).encode())
         log.warning(
-            "no font here shows every letter of the grid's labels: %s tells what each of them says; install one that "
+            "no font here shows every letter of the grid's labels: %s says what each label means; install one that "
             "does (Noto Sans CJK, WenQuanYi ...) and resume the multirun to have the grid drawn again",
             path,
         )

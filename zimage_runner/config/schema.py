@@ -38,7 +38,7 @@ class WarmLauncherConfig:
 
     _target_: str = f"{PLUGIN_MODULE}.WarmLauncher"
     keep_going: bool = True
-    """A failed job does not keep the others from running; the exit code tells."""
+    """A failed job does not stop the others; the exit code shows that it failed."""
 
 
 class Report(enum.Enum):

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from zimage_runner.errors import UserError
-from zimage_runner.prompts.carried import tell_binary
+from zimage_runner.prompts.carried import warn_binary
 
 
 def import_pyarrow(option: str) -> Any:
-    """The pyarrow package, or a UserError that says how to get it."""
+    """Return the pyarrow package. Raises UserError that says how to install it."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -20,7 +20,7 @@ def import_pyarrow(option: str) -> Any:
 
 
 def is_binary(kind: Any) -> bool:
-    """Whether a column of this Arrow type is binary data and nothing else."""
+    """Return whether a column of this Arrow type is binary data and nothing else."""
     from pyarrow import types
 
     checks = (types.is_binary, types.is_large_binary, types.is_fixed_size_binary)
@@ -29,14 +29,14 @@ def is_binary(kind: Any) -> bool:
 
 
 def text_columns(schema: Any, where: str) -> list[str]:
-    """The names of the columns that are not binary, in their order; the others are told of."""
+    """Return the names of the columns that are not binary, in their order, and warn of the others."""
     binary = [field.name for field in schema if is_binary(field.type)]
-    tell_binary(binary, where)
+    warn_binary(binary, where)
     return [name for name in schema.names if name not in binary]
 
 
 def rows(batch: Any, name: str, number: int) -> Iterator[dict[str, Any]]:
-    """The rows of a record batch; ``number`` rows of the file ``name`` were before it. Raises UserError."""
+    """Yield the rows of a record batch; ``number`` rows of the file ``name`` were before it. Raises UserError."""
     columns = {column: _values(batch.column(column), column, name, number) for column in batch.schema.names}
     for row in zip(*columns.values(), strict=True):
         yield dict(zip(columns, row, strict=True))

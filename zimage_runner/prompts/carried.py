@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from zimage_runner.errors import UserError
-from zimage_runner.prompts.notes import tell
+from zimage_runner.prompts.notes import warn_once
 
 MAX_METADATA_BYTES = 65_536
 """As JSON, for each prompt."""
@@ -38,7 +38,7 @@ def carry(values: Mapping[str, Any], where: str, limit: int = MAX_METADATA_BYTES
         return {}
     carried = {_text(str(name)): _plain(value, f"{where}: metadata {name}", 1) for name, value in values.items()}
     if binary := [name for name, value in carried.items() if value is _BINARY]:
-        tell_binary(binary, where)
+        warn_binary(binary, where)
         carried = {name: value for name, value in carried.items() if value is not _BINARY}
     size = len(json.dumps(carried))
     if size > limit:
@@ -50,10 +50,10 @@ def carry(values: Mapping[str, Any], where: str, limit: int = MAX_METADATA_BYTES
     return carried
 
 
-def tell_binary(names: Sequence[str], where: str) -> None:
-    """Say once a run that these columns or keys are left out."""
+def warn_binary(names: Sequence[str], where: str) -> None:
+    """Warn once in a run that these columns or keys are left out."""
     if names:
-        tell("binary", f"{where}: {', '.join(names)}: binary data is left out of the records")
+        warn_once("binary", f"{where}: {', '.join(names)}: binary data is left out of the records")
 
 
 def _plain(value: Any, where: str, depth: int) -> Any:
@@ -86,7 +86,7 @@ def _nested(value: Any, where: str, depth: int) -> Any:
         return kept
     if not kept:
         return _BINARY
-    tell("binary", f"{where}: binary data within it is left out of the records")
+    warn_once("binary", f"{where}: binary data within it is left out of the records")
     return kept
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from zimage_runner.errors import UserError
-from zimage_runner.prompts.notes import tell
+from zimage_runner.prompts.notes import warn_once
 from zimage_runner.prompts.template import Combine, Template, text_random
 from zimage_runner.prompts.text import shown
 from zimage_runner.prompts.wildcards import FIELD, find_lists
@@ -41,7 +41,7 @@ class DynamicText:
             yield text, {}
             return
         if word := _ONE_WORD.search(text):
-            tell(
+            warn_once(
                 "blank",
                 f"{where}: {word[0]} has one variant, the word itself: prompts.template.fill.{word[1]}=[...] fills it",
             )

@@ -14,7 +14,7 @@ from typing import Any
 
 from zimage_runner.errors import UserError
 from zimage_runner.prompts.foreign import remedy_for_flag
-from zimage_runner.prompts.notes import tell
+from zimage_runner.prompts.notes import warn_once
 from zimage_runner.prompts.rows import SAMPLING_KINDS, convert, seeds_of
 from zimage_runner.prompts.vocabulary import FIELD_OF, LETTERS, NAMES, is_cfg
 
@@ -86,7 +86,7 @@ def _apply(parsed: FlaggedText, flag: str, value: str, where: str) -> None:
     else:
         parsed.overrides[name] = convert(name, value, f"{where}: --{flag}", cfg=is_cfg(word))
         if is_cfg(word):
-            tell(
+            warn_once(
                 "cfg",
                 f"{where}: --{flag} {value} is other tools' CFG scale, where 1 is no guidance: it is drawn with "
                 f"guidance_scale={parsed.overrides[name]:g}, which is --g",

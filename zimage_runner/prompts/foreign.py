@@ -1,4 +1,4 @@
-"""Words of other programs in prompts: the model reads them as text, so each kind is told once, with what to do instead.
+"""Words of other programs in prompts, which the model reads as text: a warning of each kind says what to do instead.
 
 Z-Image's text encoder reads sentences. ComfyUI's and diffusers' Z-Image pass ``(red:1.4)`` on as it stands, too.
 """
@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from zimage_runner.prompts.notes import tell
+from zimage_runner.prompts.notes import warn_once
 from zimage_runner.prompts.prompt import Prompt
 from zimage_runner.prompts.vocabulary import FIELD_OF
 
@@ -131,7 +131,7 @@ def remedy_for_flag(flag: str, value: str) -> str | None:
     return f"flags are read on the lines of text files; {setting} is for the whole run."
 
 
-def tell_foreign(prompts: Iterable[Prompt]) -> None:
+def warn_foreign(prompts: Iterable[Prompt]) -> None:
     """Say once for each kind of foreign word where it stands first and what to do instead."""
     open_kinds = dict(KINDS)
     look = True, True
@@ -143,7 +143,7 @@ def tell_foreign(prompts: Iterable[Prompt]) -> None:
             for kind, (find, remedy) in list(open_kinds.items()):
                 if found := find(text):
                     del open_kinds[kind]
-                    tell(kind, f"{prompt.source}: {found} {DRAWN_AS_TEXT}: {remedy or _remedy(found)}")
+                    warn_once(kind, f"{prompt.source}: {found} {DRAWN_AS_TEXT}: {remedy or _remedy(found)}")
             if "template" not in prompt.metadata:  # else blanks and variants were filled, and braces are meant
                 look = _tell_blanks(prompt.source, text, look)
         if not open_kinds and not any(look):
@@ -159,10 +159,12 @@ def _tell_blanks(source: str, text: str, look: tuple[bool, bool]) -> tuple[bool,
     """Variants and blanks that nothing fills; which of the two are still looked for."""
     variants, blanks = look
     if variants and (found := _VARIANTS(text)):
-        tell("variants", f"{source}: {found} is drawn as it is: prompts.template.dynamic=true makes variants of it")
+        warn_once(
+            "variants", f"{source}: {found} is drawn as it is: prompts.template.dynamic=true makes variants of it"
+        )
         variants = False
     if blanks and (blank := _BLANK.search(text)):
         fill = f"prompts.template.fill.{blank[1]}='[one,two]'"
-        tell("blank", f"{source}: {blank[0]} {DRAWN_AS_TEXT}: {fill} fills it")
+        warn_once("blank", f"{source}: {blank[0]} {DRAWN_AS_TEXT}: {fill} fills it")
         blanks = False
     return variants, blanks

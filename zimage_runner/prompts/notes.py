@@ -1,4 +1,4 @@
-"""What is told of the prompts while they are read, each kind once a run."""
+"""Warnings about the prompts while they are read: one of each kind in a run."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 
 log = logging.getLogger(__name__)
-_told: ContextVar[set[str] | None] = ContextVar("told", default=None)
+_warned: ContextVar[set[str] | None] = ContextVar("warned", default=None)
 
 
 @contextlib.contextmanager
 def once_a_run() -> Iterator[None]:
-    """Within this block the first message of a kind is logged, and no further one."""
-    token = _told.set(set())
+    """Log only the first warning of each kind within this block."""
+    token = _warned.set(set())
     try:
         yield
     finally:
-        _told.reset(token)
+        _warned.reset(token)
 
 
-def tell(kind: str, message: str) -> None:
-    """Log ``message`` as a warning, unless one of its ``kind`` was."""
-    told = _told.get()
-    if told is not None:
-        if kind in told:
+def warn_once(kind: str, message: str) -> None:
+    """Log ``message`` as a warning, unless one of its ``kind`` was logged before."""
+    warned = _warned.get()
+    if warned is not None:
+        if kind in warned:
             return
-        told.add(kind)
+        warned.add(kind)
     log.warning("%s", message)

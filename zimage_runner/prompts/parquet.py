@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from zimage_runner.errors import UserError
 from zimage_runner.prompts.arrow import import_pyarrow, rows, text_columns
 from zimage_runner.prompts.base import Prompt
-from zimage_runner.prompts.carried import tell_binary
+from zimage_runner.prompts.carried import warn_binary
 from zimage_runner.prompts.rows import RowReader, TableSource
 from zimage_runner.prompts.text import input_path, open_input, shown
 
@@ -28,7 +28,7 @@ class Parquet(TableSource):
     def read(self) -> Iterator[Prompt]:
         file = input_path(self.path, "parquet")
         with open_input(file):
-            pass  # a missing file is told before a missing library
+            pass  # a missing file is reported before a missing library
         pyarrow = import_pyarrow("parquet")
         reader, name = RowReader(self), shown(file)
         try:
@@ -57,5 +57,5 @@ def _leaves(schema: Any, columns: list[str], name: str) -> list[str]:
         of_columns = any(column.path == one or column.path.startswith(f"{one}.") for one in columns)
         if of_columns:
             (binaries if binary and column.path not in columns else paths).append(column.path)
-    tell_binary(binaries, name)
+    warn_binary(binaries, name)
     return paths

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from zimage_runner.errors import UserError
 from zimage_runner.prompts.base import NOTHING, Prompt, RowSource
 from zimage_runner.prompts.carried import MAX_METADATA_BYTES, MAX_SNAPSHOT_BYTES, carry
-from zimage_runner.prompts.notes import tell
+from zimage_runner.prompts.notes import warn_once
 from zimage_runner.prompts.seeds import parse_seed_list
 from zimage_runner.prompts.text import check_characters, check_text
 from zimage_runner.prompts.vocabulary import FIELD_OF, PLAIN_NAMES, guidance_of_cfg, is_cfg, meant
@@ -147,9 +147,11 @@ def _tell_synonyms(roles: list[Role], mapped: Mapping[str, str], where: str) -> 
     known = {*PLAIN_NAMES, *mapped}
     found = [r for r in roles if r.field and r.column != r.field and r.column not in known and not r.cfg]
     if found:
-        tell("columns", f"{where}: column " + ", ".join(f"{r.column} is read as {r.field}" for r in found))
+        warn_once("columns", f"{where}: column " + ", ".join(f"{r.column} is read as {r.field}" for r in found))
     if cfg := next((r.column for r in roles if r.cfg), None):
-        tell("cfg", f"{where}: {cfg} is other tools' CFG scale, where 1 is no guidance: guidance_scale = {cfg} - 1")
+        warn_once(
+            "cfg", f"{where}: {cfg} is other tools' CFG scale, where 1 is no guidance: guidance_scale = {cfg} - 1"
+        )
 
 
 def _prompt(

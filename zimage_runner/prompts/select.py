@@ -11,8 +11,8 @@ from dataclasses import replace
 
 from zimage_runner.errors import UserError
 from zimage_runner.prompts.base import NOTHING, Prompt, PromptSource, RowSource, Wins
-from zimage_runner.prompts.foreign import tell_foreign
-from zimage_runner.prompts.notes import once_a_run, tell
+from zimage_runner.prompts.foreign import warn_foreign
+from zimage_runner.prompts.notes import once_a_run, warn_once
 from zimage_runner.prompts.template import expand
 from zimage_runner.prompts.text import shown
 
@@ -23,7 +23,7 @@ def read_prompts(source: PromptSource) -> list[Prompt]:
         prompts = _select(source)
         if isinstance(source, RowSource):
             prompts = settle(prompts, source)
-        tell_foreign(prompts)
+        warn_foreign(prompts)
     return prompts
 
 
@@ -48,7 +48,7 @@ def _select(source: PromptSource) -> list[Prompt]:
 
 
 def settle(prompts: list[Prompt], source: RowSource) -> list[Prompt]:
-    """The prompts, with or without what they say of fields that the command line sets as well; one line tells which.
+    """Return the prompts, with or without their own values of fields that the command line sets too, and log which.
 
     ``source.typed`` names those fields, ``source.wins`` whose word holds.
     """
@@ -65,7 +65,7 @@ def settle(prompts: list[Prompt], source: RowSource) -> list[Prompt]:
     for name, count in found.items():
         where = f"{first[name]} sets" if count == 1 else f"{first[name]} and {count - 1:,} more set"
         said = "the command line wins" if lose else "this wins over the command line; prompts.wins=command_line if not"
-        tell(f"wins {name}", f"{where} {name}: {said}")
+        warn_once(f"wins {name}", f"{where} {name}: {said}")
     return settled
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from zimage_runner.errors import UserError
-from zimage_runner.prompts.notes import tell
+from zimage_runner.prompts.notes import warn_once
 from zimage_runner.prompts.prompt import Prompt
 from zimage_runner.prompts.text import bare, check_text, file_lines
 
@@ -100,10 +100,10 @@ def _check(template: Template) -> None:
 def _drawn(
     texts: list[tuple[str, dict[str, str]]], template: Template, prompt: Prompt
 ) -> list[tuple[str, dict[str, str]]]:
-    """``count`` of what blanks and variants made together; that there are fewer is told."""
+    """Return ``count`` of what blanks and variants made together; warn if there are fewer."""
     if len(texts) < template.count and texts != [(prompt.text, {})]:
         many = "1 combination" if len(texts) == 1 else f"{len(texts):,} combinations"
-        tell(
+        warn_once(
             "count",
             f"{prompt.source}: there {'is' if len(texts) == 1 else 'are'} only {many} for "
             f"prompts.template.count={template.count}: each is made once",

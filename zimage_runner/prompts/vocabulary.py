@@ -61,7 +61,7 @@ def meant(word: str) -> str | None:
 
 
 def is_cfg(word: str) -> bool:
-    """Whether the word names other tools' CFG scale c, one more than ``guidance_scale``."""
+    """Return whether the word names other tools' CFG scale c, one more than ``guidance_scale``."""
     return re.sub(r"[\s-]+", "_", word.strip()).lower() in CFG_NAMES
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from zimage_runner.errors import UserError
-from zimage_runner.prompts.notes import tell
+from zimage_runner.prompts.notes import warn_once
 from zimage_runner.prompts.text import bare, open_input, read_lines, shown
 
 FIELD = "prompts.template.wildcards"
@@ -49,7 +49,7 @@ class ValueList:
 def find_lists(directory: Path) -> dict[str, ValueList]:
     """Every list of a folder and those below it by its name: ``deep/colour`` for deep/colour.txt.
 
-    The keys of a YAML or JSON file are names in its folder. A file that cannot be read is told of and left out.
+    The keys of a YAML or JSON file are names in its folder. A file that cannot be read is left out, with a warning.
     """
     found: dict[str, ValueList] = {}
     for file in _files(directory):
@@ -62,7 +62,7 @@ def find_lists(directory: Path) -> dict[str, ValueList]:
             for name, values in _structured(file):
                 found[f"{prefix}{name}"] = ValueList(file, tuple(values))
         except UserError as error:
-            tell(f"wildcards {file}", f"{error} (the file is left out)")
+            warn_once(f"wildcards {file}", f"{error} (the file is left out)")
     return found
 
 
