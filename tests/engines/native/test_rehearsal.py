@@ -17,10 +17,12 @@ from zimage_runner.engines.native import engine as engine_module
 from zimage_runner.engines.native import model as model_module
 from zimage_runner.engines.native import rehearsal
 from zimage_runner.engines.native.assembly import load_model
+from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.engines.native.engine import NativeEngineAdapter
 from zimage_runner.engines.native.kernels import torch_ops
 from zimage_runner.engines.native.model import NativeModel, Options
 from zimage_runner.engines.native.vae_decoder import VaeDecoder
+from zimage_runner.memory.policies import Resident, Staged
 
 STEPS = 8
 
@@ -140,10 +142,9 @@ def test_which_engines_rehearse(monkeypatch, device, staged, wanted):
 
     monkeypatch.setattr(engine_module, "choose_device", lambda device: device)
     weights: Any = SimpleNamespace(settle=lambda *args: None)
-    memory = SimpleNamespace(staged=staged, apply_limits=lambda device: None)
+    memory = Staged() if staged else Resident()
     model = SimpleNamespace(dtype="bfloat16")
     request: Any = SimpleNamespace(model=model, memory=memory, encodes=True)
     monkeypatch.setattr(engine_module, "choose_dtype", lambda dtype, device: dtype)
-    config: Any = SimpleNamespace(device=device, attention="auto", fused_kernels=True, cuda_graphs=0)
-    engine: Any = Adapter.load(config, weights, request)
+    engine: Any = Adapter.load(NativeEngine(device=device), weights, request)
     assert engine.options.rehearse_decoder == wanted
