@@ -9,11 +9,11 @@ import random
 from pathlib import Path
 
 import pytest
-from tests.faults.driver import Run, check_item
-from tests.faults.session import FaultySession
 
-from tests.conftest import command
-from tests.faults.crash_states import Disk, Recorder, losses
+from tests.support.command import command
+from tests.support.crash_states import Disk, Recorder, losses
+from tests.support.fault_runs import Run, check_item
+from tests.support.faulty_session import FaultySession
 from zimage_runner.cli.main import main
 from zimage_runner.config.schema import Composed
 from zimage_runner.outputs.ledger import RECORDS, Ledger

@@ -13,9 +13,9 @@ from multiprocessing import Pipe
 from pathlib import Path
 
 import pytest
-from tests.faults.driver import Run
-from tests.faults.session import FaultySession
 
+from tests.support.fault_runs import Run
+from tests.support.faulty_session import FaultySession
 from zimage_runner.cli.main import main
 from zimage_runner.executors.messages import Broken
 from zimage_runner.executors.worker import Worker
