@@ -65,7 +65,7 @@ def test_a_thread_is_refused(run, monkeypatch, capfd, name, code):
     finish(run)
 
 
-@pytest.mark.parametrize("granted", range(5))
+@pytest.mark.parametrize("granted", [0, 3])
 def test_every_thread_is_refused_from_some_point_on(run, monkeypatch, granted):
     count = itertools.count()
     with monkeypatch.context() as patch:
@@ -74,7 +74,7 @@ def test_every_thread_is_refused_from_some_point_on(run, monkeypatch, granted):
     finish(run)
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError(REFUSED), SystemExit(3), ValueError("any")])
+@pytest.mark.parametrize("error", [MemoryError(), SystemExit(3)])
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
