@@ -11,6 +11,7 @@ import subprocess
 import threading
 from multiprocessing import Pipe
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -106,7 +107,8 @@ def test_a_session_that_cannot_report_costs_its_figures(run, monkeypatch):
 def test_a_thread_of_the_worker_that_dies_is_told_to_the_parent(monkeypatch):
     ours, theirs = Pipe()
     monkeypatch.setattr(os, "_exit", lambda code: (_ for _ in ()).throw(SystemExit(code)))
-    for life in (lambda: 1 // 0, lambda: (_ for _ in ()).throw(MemoryError())):
+    lives: tuple[Any, ...] = (lambda: 1 // 0, lambda: (_ for _ in ()).throw(MemoryError()))
+    for life in lives:
         with pytest.raises(SystemExit):
             Worker(theirs).ends_with(life)
         assert isinstance(ours.recv(), Broken)

@@ -88,6 +88,14 @@ def test_every_reader_gives_the_plain_copys_bits(both: tuple[Prepared, Prepared]
             assert torch.equal(getattr(by_engine, part).state_dict()[name], tensor), name
 
 
+def test_loads_within_inference_mode(both: tuple[Prepared, Prepared]) -> None:
+    """memory=streamed loads while it encodes; the threads that unpack are in no such mode."""
+    ours, plain = (prepared.component_file(found.path, "vae") for found in both)
+    with torch.inference_mode():
+        tensors = load_tensors([ours])
+    assert same(tensors, load_file(plain))
+
+
 def test_takes_about_two_thirds_of_the_bytes(both: tuple[Prepared, Prepared]) -> None:
     ours, plain = (found.weights["transformer"].size for found in both)
     assert 0.65 * plain < ours < 0.72 * plain

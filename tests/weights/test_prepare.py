@@ -204,8 +204,9 @@ def test_waiting_for_a_stopped_process_says_so(
         "from pathlib import Path\nfrom zimage_runner.weights.prepared.prepare import _lock\n"
         f"with _lock(Path({str(lock)!r})): print('held', flush=True); input()"
     )
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", code], text=True, **pipes) as holder:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         holder.send_signal(signal.SIGSTOP)

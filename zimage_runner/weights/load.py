@@ -77,7 +77,10 @@ def _load(paths: Sequence[Path], device: str, method: str) -> dict[str, torch.Te
     began = time.perf_counter()
     tensors: dict[str, torch.Tensor] = {}
     if method == "staged":
-        tensors = load_staged([read_header(path) for path in paths], device, READER_THREADS)
+        import torch
+
+        with torch.inference_mode(False):  # threads fill the memory, and they are not in the caller's inference mode
+            tensors = load_staged([read_header(path) for path in paths], device, READER_THREADS)
     else:
         load = _load_mapped if method == "mmap" else _load_prefetched
         for path in paths:

@@ -49,8 +49,10 @@ def make(folder: Path, transformer: dict[str, Any]) -> Path:
                 parameter.normal_(std=0.2)
     model.save_pretrained(folder / "transformer")
     AutoencoderKL(
-        block_out_channels=(32, 64), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, latent_channels=16, norm_num_groups=32,
+        block_out_channels=(32, 64),  # pyright: ignore[reportArgumentType]
+        down_block_types=("DownEncoderBlock2D",) * 2,  # pyright: ignore[reportArgumentType]
+        up_block_types=("UpDecoderBlock2D",) * 2,  # pyright: ignore[reportArgumentType]
+        layers_per_block=1, latent_channels=16, norm_num_groups=32,
         sample_size=32, scaling_factor=0.3611, shift_factor=0.1159,
     ).save_pretrained(folder / "vae")  # fmt: skip
     FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")

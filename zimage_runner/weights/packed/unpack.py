@@ -35,6 +35,7 @@ class Unpacker(Protocol):
         ...
 
 
+@torch.inference_mode(False)  # threads fill the memory, and they are not in the caller's inference mode
 def load_packed(packings: Sequence[Packing], device: str, threads: int) -> dict[str, torch.Tensor]:
     """All tensors of packed files on a device; complete when this returns. Raises OSError or BadWeightsFile."""
     buffers = [torch.empty(packing.unpacked.size, dtype=torch.uint8, device=device) for packing in packings]
