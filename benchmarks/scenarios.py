@@ -98,7 +98,7 @@ def throughput(work: Work) -> Scenario:
         ours("ours default"),
         NAIVE,
         ours("ours fp8", *FP8),
-        ours("ours fp8, attention in fp8", *FP8, "engine.attention=flash3_fp8"),
+        ours("ours fp8, attention in fp8", *FP8, "engine=native", "engine.attention=flash3_fp8"),
         ours("ours streamed, 4 seeds at a time", "memory=streamed", "engine.batch_size=4"),
         ours("ours fp8 streamed, 4 seeds at a time", *FP8, "memory=streamed", "engine.batch_size=4"),
         dataclasses.replace(TUNED, rounds=2),
