@@ -30,11 +30,12 @@ ARROWS: dict[str, set[str]] = {
     "executors": {"engines", "memory", "plan", "session", "warmup"},
     "config": {"engines", "executors", "memory", "outputs", "prompts", *COMPONENTS},
     "collect": {"outputs", "plan"},
-    "view": {"cli", "collect", "outputs", "prompts", "weights"},
+    "view": {"collect", "outputs", "prompts"},
     "runner": {
-        "config", "engines", "executors", "memory", "outputs", "plan", "prompts", "session", "weights", *COMPONENTS
-    },
-    "cli": {"collect", "config", "outputs", "prompts", "runner"},
+        "config", "engines", "executors", "memory", "outputs", "plan", "prompts", "session", "view", "weights",
+        *COMPONENTS,
+    },  # view: a run ends with its report
+    "cli": {"collect", "config", "outputs", "prompts", "runner", "view"},  # view: so does a multirun
     "startup": {"cli", "config", "runner", "weights"},
     # loose modules
     "errors": set(),
@@ -49,6 +50,8 @@ ARROWS: dict[str, set[str]] = {
     "compare": {"collect", "engines", "weights"},
     "reproduce": {"cli", "config", "executors", "outputs", "prompts", "runner", "sampling", "startup"},
     "collect.__main__": {"cli", "outputs"},
+    "view.__main__": {"weights"},
+    "view.command": {"cli"},
     "__main__": {"cli", "startup"},
     "__init__": set(),
 }  # fmt: skip

@@ -19,6 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from zimage_runner.collect.__main__ import main
 from zimage_runner.collect.folder import LONGEST, _filled
 from zimage_runner.errors import UserError
+from zimage_runner.outputs.stars import Stars
 
 ENTRY = {"status": "ok", "fingerprint": "f", "sha256": "0" * 64}
 
@@ -82,6 +83,21 @@ def test_another_picture_is_not_overwritten_unasked(run: Path, capsys: pytest.Ca
     assert os.path.samefile(rows("all")[1]["source"], "all/00001_a_dog_seed_3.png")
 
 
+def test_starred_ones_alone_and_rejected_ones_left_out(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cat, dog = "items/00000_a_cat/seed_12", "items/00001_a_dog/seed_3"
+    other = write_run(run.parent / "two", {("00000_a_cat", 12): {}, ("00000_a_cat", 13): {}})
+    (run / "stars.json").write_text(Stars(starred={dog}, rejected={cat}).to_json().decode())
+    assert main(["outputs", "into=best", "starred=true"]) == 0
+    assert [(row["text"], row["seed"]) for row in rows("best")] == [("a dog", 3)]
+    assert main(["outputs", "into=rest", "rejected=false"]) == 0
+    assert [(row["text"], row["seed"]) for row in rows("rest")] == [("a dog", 3), ("a cat", 12), ("a cat", 13)]
+    (other / "stars.json").write_text("{")
+    capsys.readouterr()
+    assert main(["outputs", "into=x", "starred=true"]) == 2
+    assert "two/stars.json is damaged" in capsys.readouterr().err
+    assert not Path("x").exists()
+
+
 def test_contact_sheets(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(run.parent / "two", {(f"{n:05d}_x", 1): {} for n in range(5)})
     assert main(["outputs", "sheet=s/all.png", "columns=2", "rows=2", "tile=64"]) == 0
@@ -114,6 +130,8 @@ def test_large_pictures_are_made_smaller_on_a_sheet(run: Path) -> None:
         (["outputs", "sheet=x.jpg"], "contact sheets are PNG: use sheet=x.png"),
         (["outputs", "sheet=x.png", "columns=0"], "columns=0: write a whole number from 1"),
         (["outputs", "into=x", "overwrite=maybe"], "overwrite=maybe: write true or false"),
+        (["outputs", "into=x", "starred=1"], "starred=1: write true or false"),
+        (["outputs", "into=x", "starred=true"], "no picture there is starred; python -m zimage_runner.view marks them"),
         (["outputs", "into=x", "name={foo}"], "no such blank {foo}; there are index, slug"),
         (["outputs", "into=x", "name={seed"], "name={seed: .*write blanks as {index:05d}"),
         (["outputs", "into=x", "name=same"], "gives same.png to both"),

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.gallery import eventually, served
 from tests.support.made_runs import HOSTILE, PARAMS, MadeRun, many_lines
-from zimage_runner.view.stars import load_stars
+from zimage_runner.outputs.stars import load_stars
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -54,7 +54,7 @@ def test_one_run(tmp_path: Path) -> None:
     page = read(write_report(run.folder))
     assert page.links == [f"{run.item(0, 1)}/image.png", f"{run.item(0, 2)}/image.png", f"{run.item(1, 1)}/image.png"]
     assert all((run.folder / unquote(link)).is_file() for link in page.links)
-    assert all(source.startswith("data:image/webp;base64,") for source in page.sources)
+    assert all(source.startswith("data:image/jpeg;base64,") for source in page.sources)
     text = " ".join(page.text)
     for words in (
         "finished, with failures",

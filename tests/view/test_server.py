@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.support.made_runs import PARAMS, MadeRun, is_held, many_lines
-from zimage_runner.view.stars import starred
+from zimage_runner.outputs.stars import starred
 
 LOCAL = "http://127.0.0.1:8188"
 

@@ -1,8 +1,8 @@
 """Bring the pictures of runs together: in one folder with a table of what each shows, or on contact sheets.
 
     python -m zimage_runner.collect RUN... into=FOLDER [name='{index:05d}_{slug}_seed_{seed}'] [overwrite=true]
-                                                 [format=webp] [quality=90]
-    python -m zimage_runner.collect RUN... sheet=FILE.png [tile=192] [columns=8] [rows=8]
+                                                 [format=webp] [quality=90] [starred=true] [rejected=false]
+    python -m zimage_runner.collect RUN... sheet=FILE.png [tile=192] [columns=8] [rows=8] [starred=true]
 
 RUN     a run directory, a folder of runs (outputs/cats, a multirun, all shards of a set), or latest
 into    hard links to the pictures (copies on another disk) under names of your own, and metadata.jsonl: file name,
@@ -10,6 +10,7 @@ into    hard links to the pictures (copies on another disk) under names of your 
 name    of index, slug (of the id or prompt), id, seed, run and job (the run's folder name), text, width, height ...
 format  png, jpeg or webp for all; without it they stay as they are. quality: 1 to 100 (usually 90), for webp also
         lossless
+starred true: only pictures that were starred in the gallery. rejected=false: all but those that were rejected there
 sheet   each picture with its prompt and seed below; more pages are FILE_2.png, FILE_3.png ...
 
 Exit codes: 0 done, 2 bad input.
@@ -25,13 +26,13 @@ from pathlib import Path
 from zimage_runner.cli.resume.command_line import LATEST, find_latest
 from zimage_runner.collect.contact_sheet import Layout, draw_sheets
 from zimage_runner.collect.folder import NAME, collect_into
-from zimage_runner.collect.pictures import find_runs, pictures_of
+from zimage_runner.collect.pictures import find_runs, marked, pictures_of
 from zimage_runner.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, UserError
 from zimage_runner.logs import log_to_terminal, refuse
 from zimage_runner.outputs.beneath import NotPlain
 from zimage_runner.outputs.config import Format, Output, check_quality
 
-FIELDS = ("into", "name", "format", "quality", "overwrite", "sheet", "tile", "columns", "rows")
+FIELDS = ("into", "name", "format", "quality", "overwrite", "sheet", "tile", "columns", "rows", "starred", "rejected")
 OF_INTO, OF_SHEET = ("name", "format", "quality", "overwrite"), ("tile", "columns", "rows")
 
 
@@ -75,17 +76,21 @@ def _parse(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def _collect(runs: list[str], fields: dict[str, str]) -> int:
-    overwrite = fields.get("overwrite", "false").lower()
-    if overwrite not in ("true", "false"):
-        raise UserError(f"overwrite={fields['overwrite']}: write true or false")
+    overwrite = _switch(fields, "overwrite", False)
+    starred, rejected = _switch(fields, "starred", False), _switch(fields, "rejected", True)
     layout = Layout(**{name: _count(fields, name) for name in OF_SHEET if name in fields})
     output = _output(fields.get("format"), fields.get("quality"))
     pictures = list(pictures_of(find_runs([_folder(run) for run in runs])))
     if not pictures:
         raise UserError(f"{' '.join(runs)}: no picture is finished there yet")
+    if starred or not rejected:
+        pictures = list(marked(pictures, starred=starred, rejected=rejected))
+        if not pictures:
+            what = "is starred" if starred else "is left: all were rejected"
+            raise UserError(f"{' '.join(runs)}: no picture there {what}; python -m zimage_runner.view marks them")
     if "into" in fields:
         folder = Path(fields["into"]).expanduser()
-        table = collect_into(folder, pictures, fields.get("name", NAME), overwrite=overwrite == "true", output=output)
+        table = collect_into(folder, pictures, fields.get("name", NAME), overwrite=overwrite, output=output)
         print(f"{len(pictures):,} pictures, listed in {table}", file=sys.stderr)
         print(folder)
     if "sheet" in fields:
@@ -110,6 +115,13 @@ def _output(name: str | None, quality: str | None) -> Output | None:
     value = int(quality) if quality is not None and re.fullmatch("[0-9]{1,4}", quality) else quality
     check_quality("quality", format, value)
     return Output(format=format, quality=value)
+
+
+def _switch(fields: dict[str, str], name: str, default: bool) -> bool:
+    value = fields.get(name, str(default)).lower()
+    if value not in ("true", "false"):
+        raise UserError(f"{name}={fields[name]}: write true or false")
+    return value == "true"
 
 
 def _count(fields: dict[str, str], name: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import re
@@ -14,6 +15,7 @@ from zimage_runner.errors import UserError
 from zimage_runner.outputs import atomic
 from zimage_runner.outputs.beneath import Inside, NotPlain, Statuses
 from zimage_runner.outputs.ledger import RECORD, RECORDS, Ledger
+from zimage_runner.outputs.stars import load_stars
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +102,15 @@ def pictures_of(runs: Iterable[Path]) -> Iterator[Picture]:
         if damaged:
             many = f"{len(damaged):,} damaged pictures are" if len(damaged) > 1 else "a damaged picture is"
             log.warning("%s left out (%s): draw again with resume=%s", many, damaged[0], run)
+
+
+def marked(pictures: Iterable[Picture], *, starred: bool, rejected: bool) -> Iterator[Picture]:
+    """Of ``pictures``, only starred ones, or those that were rejected left out. Raises UserError for damaged stars."""
+    for run, some in itertools.groupby(pictures, lambda picture: picture.run):
+        stars = load_stars(run)
+        for picture in some:
+            if (picture.item in stars.starred or not starred) and (rejected or picture.item not in stars.rejected):
+                yield picture
 
 
 def _size(status: Statuses, picture: Picture) -> int | None:

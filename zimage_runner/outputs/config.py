@@ -38,6 +38,8 @@ class Format(enum.Enum):
 
 LOSSLESS = "lossless"
 USUAL_QUALITY = 90
+MOST_REPORTED = 2000
+"""Pictures up to which a report is written without being asked for."""
 IMAGE_STEM = "image"
 """A picture's file below its item's folder is called this, and by its format's suffix."""
 
@@ -67,6 +69,8 @@ class Output:
     """Accept a picture of one single colour, which otherwise counts as broken and is retried."""
     min_free_gb: float = 0.5
     """The run stops, resumable, before the disk has less than this many GB free. 0 turns the check off."""
+    report: bool | None = None
+    """report.html at the end of a run or multirun: true, false, or null for those of at most 2,000 pictures."""
     estimated_bytes_per_pixel: float = 1.5
     """What a picture is taken to need on disk when the space for the plan is checked. 0 turns that check off."""
 
@@ -87,10 +91,19 @@ class Output:
                 "output.root='' is empty: name the folder that shall hold the runs, e.g. output.root=outputs"
             )
 
+    def reports(self, pictures: int) -> bool:
+        """Whether a run of that many pictures leaves a report."""
+        return wants_report(self.report, pictures)
+
     @property
     def image_name(self) -> str:
         """File name of each picture in its item's folder."""
         return IMAGE_STEM + self.format.suffix
+
+
+def wants_report(report: bool | None, pictures: int) -> bool:
+    """What ``output.report`` says of a run or multirun of that many pictures."""
+    return 0 < pictures <= MOST_REPORTED if report is None else report
 
 
 def check_quality(field: str, format: Format, quality: object) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zimage_runner.errors import BadPictureError, RunStopped, error_text
-from zimage_runner.outputs import atomic, beneath
+from zimage_runner.outputs import atomic, beneath, thumbnails
 from zimage_runner.outputs.config import Fsync, Output
 from zimage_runner.outputs.encoders import check_pixels, encode
 from zimage_runner.outputs.json_text import readable_json
@@ -110,12 +110,18 @@ class Writer:
         output: Output,
         on_done: Callable[[Outcome], None],
         arrivals: ArrivalClock | None = None,
+        *,
+        thumbnails: bool = False,
     ) -> None:
-        """``arrivals``: the device's clock, where other runs use the device too. No thread starts before ``submit``."""
+        """``arrivals``: the device's clock, where other runs use the device too. No thread starts before ``submit``.
+
+        thumbnails: keep a small copy of each picture for the run's report.
+        """
         self._run_dir = run_dir
         self._ledger = ledger
         self._output = output
         self._on_done = on_done
+        self._thumbnails = thumbnails
         self._sync = output.fsync is Fsync.item
         self._fatal: RunStopped | None = None
         self._room = threading.Condition()
@@ -279,6 +285,8 @@ class Writer:
         if obstacle is not None:
             self._on_done(Outcome(request=request, status="failed", error=obstacle))
             return
+        if self._thumbnails:
+            thumbnails.keep(self._run_dir.path / request.item_dir / self._output.image_name, pixels)
         done = Outcome(request=request, status="ok", sha256=result["sha256"], size=len(data))
         self._on_done(replace(done, seconds=seconds, since=since, arrived=arrived))
 

@@ -43,7 +43,14 @@ class GenerationLoop:
         """Items whose picture was bad, and why."""
         self._output_file = None if spec.output_file is None else str(spec.output_file)
         self._items: dict[str, WorkItem] = {}
-        self._writer = Writer(run_dir, ledger, spec.config.output, self._on_done, lease.arrivals)
+        self._writer = Writer(
+            run_dir,
+            ledger,
+            spec.config.output,
+            self._on_done,
+            lease.arrivals,
+            thumbnails=spec.config.output.reports(len(spec.plan)),
+        )
 
     def start_clock(self) -> None:
         """Count the first picture's seconds from here."""

@@ -197,7 +197,18 @@ class Run:
         log.info("the run ended:\n%s", table(summary))
         if self.spec.config.report is Report.article:
             say(article_table(summary))
+        self._leave_report(summary)
         say(str(self.run_dir.path), sys.stdout)
         if summary["items"]["remaining"]:
             return EXIT_INTERRUPTED
         return EXIT_ITEMS_FAILED if self.summary.failed else EXIT_OK
+
+    def _leave_report(self, summary: dict[str, Any]) -> None:
+        """Write report.html for a run that is finished and has something new."""
+        items = summary["items"]
+        new = items["ok"] + items["linked"] + items["failed"]
+        if items["remaining"] or not new or not self.spec.config.output.reports(len(self.spec.plan)):
+            return
+        from zimage_runner.view.report import leave_report
+
+        leave_report(self.run_dir.path, lambda: bool(self.lease.stop))

@@ -22,9 +22,9 @@ from typing import Any
 
 from zimage_runner.errors import UserError
 from zimage_runner.outputs.ledger import IMAGE, RECORD, RECORDS
+from zimage_runner.outputs.stars import LARGEST, STARS, Stars, read_stars
 from zimage_runner.view.folder import Folder
 from zimage_runner.view.runs import PROMPTS, Found, below, read_json, read_settings
-from zimage_runner.view.stars import LARGEST, STARS, Stars, read_stars
 
 VERSION = 2
 BLOCK = 4 << 20

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from zimage_runner.collect.overrides import overrides_by_field
 from zimage_runner.errors import UserError
 from zimage_runner.outputs.ledger import RECORDS
 from zimage_runner.outputs.lock import LOCK_NAME
@@ -116,13 +117,7 @@ def read_settings(folder: Folder, run: str) -> Settings:
     config = _yaml(folder, below(run, SETTINGS))
     overrides = _yaml(folder, below(run, OVERRIDES))
     texts = [text for text in overrides if isinstance(text, str)] if isinstance(overrides, list) else []
-    return Settings(config=_mapping(config), overrides=split_overrides(texts))
-
-
-def split_overrides(texts: list[str]) -> dict[str, str]:
-    """field -> value of ``field=value`` texts, without the quotes that the command line needs."""
-    pairs = (text.lstrip("+").partition("=") for text in texts)
-    return {key: value.strip("\"'") for key, _, value in pairs}
+    return Settings(config=_mapping(config), overrides=overrides_by_field(texts))
 
 
 def read_json(folder: Folder, name: str, limit: int = LARGEST_RECORD) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from zimage_runner.errors import UserError
 from zimage_runner.outputs.beneath import Inside
 from zimage_runner.outputs.ledger import IMAGE, RECORD
+from zimage_runner.outputs.stars import mark
 from zimage_runner.view.axes import as_picture, lay_out
 from zimage_runner.view.command import command_for
 from zimage_runner.view.folder import Folder
@@ -25,7 +26,6 @@ from zimage_runner.view.index import OK, Index, index_path
 from zimage_runner.view.query import Question, Views, facets, in_runs, rows_of
 from zimage_runner.view.runs import below, read_json
 from zimage_runner.view.safety import Safety
-from zimage_runner.view.stars import mark
 from zimage_runner.view.thumbs import LARGEST_PICTURE, SIZES, Thumbnails
 from zimage_runner.view.watch import Watcher, runs_of
 

@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from zimage_runner.collect.overrides import varying_fields
 from zimage_runner.outputs.ledger import RECORDS
 from zimage_runner.outputs.lock import LOCK_NAME, living_owner
+from zimage_runner.outputs.stars import STARS
 from zimage_runner.view.folder import Folder
 from zimage_runner.view.index import FAILED, OK, prompt_range
 from zimage_runner.view.query import rows_of
 from zimage_runner.view.runs import SUMMARY, Found, below, read_json
-from zimage_runner.view.stars import STARS
 
 RECENT = 64
 """Pictures that the speed is taken from."""
@@ -179,14 +180,8 @@ def describe_sweep(path: str, jobs: Iterable[dict[str, Any]]) -> dict[str, Any]:
         "seconds": sum(job["seconds"] or 0.0 for job in jobs) or None if "running" not in states else None,
         "latest": [picture for job in jobs for picture in job["latest"][:2]][:6],
         "jobs": [job["id"] for job in jobs],
-        "varying": varying(jobs),
+        "varying": varying_fields(job["parameters"] for job in jobs),
     }
-
-
-def varying(jobs: list[dict[str, Any]]) -> list[str]:
-    """Parameters in which the jobs differ."""
-    names = dict.fromkeys(name for job in jobs for name in job["parameters"])
-    return [name for name in names if len({str(job["parameters"].get(name)) for job in jobs}) > 1]
 
 
 def _number(mapping: Any, key: str) -> Any:

@@ -53,6 +53,7 @@ def test_jobs_share_one_session(cli: Cli, loads: list[str]) -> None:
         "3",
         "grid.png",
         "multirun.yaml",
+        "report.html",
         *TABLES,
     ]
     for job, (steps, guidance) in enumerate([(1, 0), (1, 2), (2, 0), (2, 2)]):

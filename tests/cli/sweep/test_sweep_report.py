@@ -19,11 +19,11 @@ from zimage_runner.cli.sweep.report import (
     markdown_table,
     read_job,
     split_overrides,
-    varying_fields,
 )
 from zimage_runner.collect import fonts
 from zimage_runner.collect.fonts import can_show, default_font, font_for
 from zimage_runner.collect.grid import MAX_PAGES, layout, write_grids
+from zimage_runner.collect.overrides import varying_fields
 from zimage_runner.collect.sheet import COLUMN_LINES, ELLIPSIS, LINE, Page, clean, draw, drawable, wrapped
 from zimage_runner.outputs.beneath import Inside
 
@@ -43,20 +43,14 @@ def job(root: Path, number: int, overrides: dict[str, str], items=((0, 1),), siz
 
 def test_overrides_and_what_varies():
     assert split_overrides(["+experiment=q", 'prompt="a, b"', "x="]) == {"experiment": "q", "prompt": "a, b", "x": ""}
-    jobs = [
-        JobResult(number=n, directory=Path(str(n)), overrides=o)
-        for n, o in enumerate([{"a": "1", "b": "2"}, {"a": "1"}])
-    ]
-    assert varying_fields(jobs) == ["b"]
+    assert varying_fields([{"a": "1", "b": "2"}, {"a": "1"}]) == ["b"]
+    assert varying_fields([{"a": 1}, {"a": "1"}]) == []
 
 
 def test_what_only_a_resumed_job_names_was_not_swept():
     """Resuming an interrupted multirun writes the groups and resume= into the jobs that it draws anew."""
     resumed = {"steps": "6", "engine": "auto", "resume": "outputs/multirun/x"}
-    jobs = [
-        JobResult(number=n, directory=Path(str(n)), overrides=o) for n, o in enumerate([{"steps": "4"}, resumed, {}])
-    ]
-    assert varying_fields(jobs) == ["steps"]
+    assert varying_fields([{"steps": "4"}, resumed, {}]) == ["steps"]
     assert varying_fields([]) == []
 
 

@@ -23,7 +23,8 @@ from zimage_runner.cli.hydra_patches import compose_quickly
 from zimage_runner.cli.messages import CONFIG_ERRORS
 from zimage_runner.cli.resume.jobs import check_unchanged, keep_jobs
 from zimage_runner.cli.resume.sweep import job_to_resume, keep_first_settings
-from zimage_runner.cli.sweep.report import JobResult, exit_codes, known_code, split_overrides, varying_fields
+from zimage_runner.cli.sweep.report import exit_codes, known_code, split_overrides
+from zimage_runner.collect.overrides import varying_fields
 from zimage_runner.config.schema import PLUGIN_MODULE
 from zimage_runner.errors import EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, UserError, error_text, one_line
 from zimage_runner.logs import say
@@ -159,14 +160,11 @@ def _not_run(code: int) -> JobReturn:
 
 def job_labels(job_overrides: Sequence[Sequence[str]], first: int) -> list[str]:
     """``job 3 (seeds=2, sampling.num_inference_steps=4)``: number, and what differs between jobs."""
-    jobs = [
-        JobResult(number=number, directory=Path(str(number)), overrides=split_overrides(list(overrides)))
-        for number, overrides in enumerate(job_overrides, first)
-    ]
+    jobs = [split_overrides(overrides) for overrides in job_overrides]
     fields, labels = varying_fields(jobs), []
-    for job in jobs:
-        swept = ", ".join(f"{name}={one_line(job.overrides.get(name, ''), LONGEST_VALUE)}" for name in fields)
-        labels.append(f"job {job.number} ({swept})" if swept else f"job {job.number}")
+    for number, overrides in enumerate(jobs, first):
+        swept = ", ".join(f"{name}={one_line(overrides.get(name, ''), LONGEST_VALUE)}" for name in fields)
+        labels.append(f"job {number} ({swept})" if swept else f"job {number}")
     return labels
 
 

@@ -8,6 +8,7 @@ import json
 import logging
 import re
 import sys
+from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,10 +23,12 @@ from omegaconf import DictConfig
 from zimage_runner.cli.hydra_patches import parse_override, split_sweep
 from zimage_runner.cli.quoting import hydra_quote
 from zimage_runner.collect.grid import inert
+from zimage_runner.collect.overrides import overrides_by_field, varying_fields
 from zimage_runner.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK
 from zimage_runner.logs import say
 from zimage_runner.outputs.atomic import directory, write_file
 from zimage_runner.outputs.beneath import Inside
+from zimage_runner.outputs.config import wants_report
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +42,7 @@ exit_codes: list[int] = []
 """Of the last multirun's jobs, the more exact of those that were not run first. Jobs of launchers that use other
 processes can tell it no other way."""
 
+REPORT = "report.html"
 COLUMNS = ("status", "done", "failed", "seconds_per_image", "directory")
 
 
@@ -115,7 +119,7 @@ class SweepReport(Callback):
         exit_codes.extend(job.code for job in jobs)
         if not jobs or all(job.summary == {} for job in jobs):
             return
-        fields = varying_fields(jobs)
+        fields = varying_fields(job.overrides for job in jobs)
         with directory(root) as folder:
             write_file(folder, "summary.csv", csv_table(jobs, fields).encode())
             write_file(folder, "summary.md", markdown_table(jobs, fields).encode())
@@ -126,6 +130,11 @@ class SweepReport(Callback):
             pages = write_grids(root, jobs, fields, tile=self._tile)
             if pages:
                 say(f"grid: {pages[0]}" if len(pages) == 1 else f"grid: {len(pages)} pages in {pages[0].parent}")
+        if _leaves_report(config.output.report, root, jobs):
+            from zimage_runner.view.report import leave_report
+
+            if leave_report(root):
+                say(f"report: {root / REPORT}")
         say(str(root.absolute()), sys.stdout)
 
     def _jobs(self, root: Path, expected: list[dict[str, str]]) -> list[JobResult]:
@@ -149,6 +158,23 @@ def expected_jobs(config: DictConfig) -> list[dict[str, str]]:
     return [split_overrides(job) for job in split_sweep(config.hydra.overrides.task)]
 
 
+def _leaves_report(wanted: bool | None, root: Path, jobs: list[JobResult]) -> bool:
+    """Whether the multirun shall have a report and some job has ended since the last one was written."""
+    pictures = sum(job.summary.get("items", {}).get("planned", 0) for job in jobs)
+    if not wants_report(wanted, pictures) or any(job.status == "stopped" for job in jobs):
+        return False
+    written = _changed(root / REPORT)
+    return any(_changed(job.directory / "summary.json") > written for job in jobs)
+
+
+def _changed(file: Path) -> int:
+    """When a file was last written; 0 where there is none."""
+    try:
+        return file.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
 def _is_job(path: Path) -> bool:
     return path.name.isdigit() and path.is_dir() and not path.is_symlink()
 
@@ -167,9 +193,9 @@ def read_job(path: Path, number: int | None = None) -> JobResult:
     return JobResult(number=number, directory=path, overrides=overrides, summary=summary)
 
 
-def split_overrides(overrides: list[str]) -> dict[str, str]:
+def split_overrides(overrides: Iterable[str]) -> dict[str, str]:
     """field -> value of ``field=value`` texts, without the quotes and backslashes that the command line needs."""
-    return {text.lstrip("+").partition("=")[0]: _plain(text) for text in overrides}
+    return overrides_by_field(overrides, _plain)
 
 
 def _plain(override: str) -> str:
@@ -182,15 +208,6 @@ def _plain(override: str) -> str:
     except HydraException:
         return value.strip("\"'")
     return read.replace("\\${", "${") if isinstance(read, str) else value
-
-
-def varying_fields(jobs: list[JobResult]) -> list[str]:
-    """Fields that are not the same in all jobs, in the order of the command line."""
-    swept = [job.overrides for job in jobs if job.overrides]
-    # A job that was resumed also names the config groups that it had, and what it was resumed from.
-    fresh = [overrides for overrides in swept if "resume" not in overrides] or swept
-    names = dict.fromkeys(name for overrides in fresh for name in overrides)
-    return [name for name in names if len({overrides.get(name) for overrides in swept}) > 1]
 
 
 def csv_table(jobs: list[JobResult], fields: list[str]) -> str:

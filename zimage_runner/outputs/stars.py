@@ -55,7 +55,7 @@ def load_stars(run_dir: str | os.PathLike[str]) -> Stars:
     """The stars of a run directory; none where there is no file. Raises UserError if it is damaged."""
     path = Path(run_dir) / STARS
     try:
-        return read_stars(path.read_bytes(), str(path))
+        return read_stars(beneath.Inside(Path(run_dir), STARS).read_bytes(), str(path))
     except FileNotFoundError:
         return Stars()
     except OSError as error:
