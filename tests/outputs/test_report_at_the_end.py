@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,6 +94,8 @@ def test_starred_pictures_are_prompts_again(cli: Cli, tmp_path: Path) -> None:
     item = next(run.glob("items/*/seed_2")).relative_to(run)
     (run / "stars.json").write_bytes(Stars(starred={str(item)}).to_json())
     assert main([str(run), f"into={tmp_path}/best", "starred=true"]) == 0
-    again = drawn(cli("prompts=jsonl", f"prompts.path={tmp_path}/best/metadata.jsonl", "warmup=none", "name=again"))
-    (picture,) = again.glob("items/*/*/image.png")
-    assert picture.read_bytes() == (run / item / "image.png").read_bytes()
+    table = [f"prompts.path={tmp_path}/best/metadata.jsonl", "prompts.columns={seeds: seed}", 'prompts.metadata=["*"]']
+    again = drawn(cli("prompts=jsonl", *table, "warmup=none", "name=again"))
+    (record,) = again.glob("items/*/*/record.json")
+    pixels = [json.loads(path.read_text())["pixels_sha256"] for path in (record, run / item / "record.json")]
+    assert pixels[0] == pixels[1]

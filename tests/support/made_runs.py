@@ -92,9 +92,11 @@ class MadeRun:
         return lock
 
 
-def many_lines(folder: Path, count: int, seeds: int = 1) -> None:
-    """A run of ``count`` pictures of which only prompts and ledger exist."""
+def many_lines(folder: Path, count: int, seeds: int = 1, picture: Image.Image | None = None) -> None:
+    """A run of ``count`` pictures. Only prompts and ledger exist, or ``picture`` is the file of each as well."""
     folder.mkdir(parents=True)
+    if picture is not None:
+        picture.save(folder / "one.png")
     (folder / ".hydra").mkdir()
     params = {**PARAMS, "width": 1024, "height": 1024}
     config = {"seeds": list(range(seeds)), "sampling": params, "model": {"name": "m", "recommended": {}}}
@@ -106,6 +108,10 @@ def many_lines(folder: Path, count: int, seeds: int = 1) -> None:
             row = {"index": index, "text": text, "source": f"p.jsonl:{index + 1}"}
             prompts.write(json.dumps(row | ({"width": 768} if index % 3 == 0 else {})) + "\n")
             for seed in range(seeds):
+                if picture is not None:
+                    place = folder / f"items/{index:05d}_{subjects[index % 6].replace(' ', '_')}/seed_{seed}"
+                    place.mkdir(parents=True)
+                    os.link(folder / "one.png", place / "image.png")
                 written = (START + timedelta(seconds=index * seeds + seed)).isoformat(timespec="milliseconds")
                 ledger.write(
                     f'{{"item":"items/{index:05d}_{subjects[index % 6].replace(" ", "_")}/seed_{seed}","status":"ok",'
