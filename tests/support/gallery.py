@@ -11,7 +11,8 @@ from typing import Any
 
 import uvicorn
 
-from zimage_runner.view.server import Gallery, application
+from zimage_runner.view.gallery import Gallery
+from zimage_runner.view.server import application
 
 
 def eventually(check: Callable[[], Any], seconds: float = 8.0) -> Any:

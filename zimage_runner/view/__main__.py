@@ -130,7 +130,8 @@ def _serve(options: Options) -> int:
     listener = _listen(options)  # before anything is imported or read: a bad address is told at once
     import uvicorn
 
-    from zimage_runner.view.server import Gallery, application
+    from zimage_runner.view.gallery import Gallery
+    from zimage_runner.view.server import application
     from zimage_runner.weights.cache import cache_root
 
     gallery = Gallery(options.folder, cache_root(), int(options.cache_gb * GB))

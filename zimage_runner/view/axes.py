@@ -12,7 +12,7 @@ from typing import Any
 from zimage_runner.collect.sheet import Page, draw
 from zimage_runner.errors import UserError
 from zimage_runner.outputs.beneath import Inside
-from zimage_runner.view.index import OK
+from zimage_runner.view.rows import OK
 
 MOST = 200
 """Columns and rows of a page."""

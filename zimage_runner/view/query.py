@@ -13,7 +13,8 @@ from threading import Lock
 from typing import Any
 
 from zimage_runner.errors import UserError
-from zimage_runner.view.index import FAILED, OK, Index
+from zimage_runner.view.index import Index
+from zimage_runner.view.rows import FAILED, OK
 
 KEPT_VIEWS = 8
 SORTS = {

@@ -16,9 +16,10 @@ from zimage_runner.outputs import atomic, thumbnails
 from zimage_runner.outputs.ledger import IMAGE, RECORD
 from zimage_runner.view.axes import PROMPT, SEED, lay_out
 from zimage_runner.view.folder import Folder
-from zimage_runner.view.index import FAILED, OK, Index
+from zimage_runner.view.index import Index
 from zimage_runner.view.query import facets
 from zimage_runner.view.report_page import Content, Picture, page, table
+from zimage_runner.view.rows import FAILED, OK
 from zimage_runner.view.runs import SWEEP, below, find_runs, read_json
 from zimage_runner.view.state import RunState, describe_sweep
 from zimage_runner.view.thumbs import LARGEST_PICTURE, shrunk

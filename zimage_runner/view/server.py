@@ -5,78 +5,30 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
-import os
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import Body, FastAPI, HTTPException, Request, Response
+from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 
 from zimage_runner.errors import UserError
 from zimage_runner.outputs.beneath import Inside
-from zimage_runner.outputs.ledger import IMAGE, RECORD
-from zimage_runner.outputs.stars import mark
 from zimage_runner.view.axes import as_picture, lay_out
-from zimage_runner.view.command import command_for
-from zimage_runner.view.folder import Folder
-from zimage_runner.view.index import OK, Index, index_path
-from zimage_runner.view.query import Question, Views, facets, in_runs, rows_of
-from zimage_runner.view.runs import below, read_json
+from zimage_runner.view.gallery import Gallery
+from zimage_runner.view.pictures import add_pictures
+from zimage_runner.view.query import facets, rows_of
+from zimage_runner.view.runs import below
 from zimage_runner.view.safety import Safety
-from zimage_runner.view.thumbs import LARGEST_PICTURE, SIZES, Thumbnails
 from zimage_runner.view.watch import Watcher, runs_of
 
-log = logging.getLogger(__name__)
 
 PAGE = Path(__file__).parent / "page"
 TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
-PICTURE_TYPES = {"png": "image/png", "jpg": "image/jpeg", "jpeg": "image/jpeg", "webp": "image/webp"}
 MOST_ROWS = 500
-NEIGHBOURS = 60
 HEARTBEAT_SECONDS = 15.0
-MOST_MARKED = 10_000
 MOST_TILES = 2500
-FOREVER = "private, max-age=31536000, immutable"
-"""For addresses that name a picture's version."""
-
-
-class Gallery:
-    """All that the server holds: the folder, its index, the thread that follows the runs, thumbnails."""
-
-    def __init__(self, root: str, cache: Path, cache_bytes: int) -> None:
-        self.root = os.path.realpath(root)
-        self.folder = Folder(self.root)
-        self.index = Index(self.folder, index_path(cache, self.root))
-        self.thumbnails = Thumbnails(self.folder, cache, cache_bytes)
-        self.watcher = Watcher(self.root, self.folder, self.index)
-        self.views = Views(self.index)
-        self.facets: dict[str, tuple[int, dict[str, Any]]] = {}
-
-    def question(self, scope: str, q: str, status: str, star: str, sort: str) -> Question:
-        runs = runs_of(self.watcher.states(), scope)
-        return Question(runs=runs, text=q[:2000], status=status, star=star, sort=sort)
-
-    def picture(self, number: int) -> tuple[str, str, str, int]:
-        """Run path, item directory, image file and status of a picture. Raises HTTPException."""
-        with self.index.reading() as db:
-            row = db.execute(
-                "SELECT r.path, p.item, p.image, p.status FROM pictures p JOIN runs r ON r.id = p.prompt >> 32 "
-                "WHERE p.id=?",
-                (number,),
-            ).fetchone()
-        if row is None:
-            raise HTTPException(404, "there is no such picture")
-        path, item, image, status = row
-        return path, item, image or IMAGE, status
-
-    def close(self) -> None:
-        if self.watcher.is_alive():
-            self.watcher.stop()
-        self.index.close()
-        self.folder.close()
 
 
 def application(gallery: Gallery, *, local: bool = True, token: str | None = None) -> Safety:
@@ -91,7 +43,7 @@ def application(gallery: Gallery, *, local: bool = True, token: str | None = Non
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     _add_page(app)
     _add_lists(app, gallery)
-    _add_pictures(app, gallery)
+    add_pictures(app, gallery)
     _add_grid(app, gallery)
 
     @app.exception_handler(UserError)
@@ -192,122 +144,6 @@ async def _events(watcher: Watcher, request: Request) -> AsyncIterator[str]:
         end()
 
 
-def _add_pictures(app: FastAPI, gallery: Gallery) -> None:
-    @app.get("/picture/{number}")
-    def picture(number: int) -> Response:
-        path, item, image, _ = gallery.picture(number)
-        data = _read(gallery, below(path, f"{item}/{image}"))
-        name = f"{item.split('/')[-2]}_{item.split('/')[-1]}.{image.rpartition('.')[2]}"
-        headers = {"cache-control": FOREVER, "content-disposition": f"inline; filename*=UTF-8''{_percent(name)}"}
-        return Response(data, media_type=PICTURE_TYPES[image.rpartition(".")[2]], headers=headers)
-
-    @app.get("/thumb/{number}")
-    def thumb(number: int, s: int = 320, v: str = "") -> Response:
-        if s not in SIZES:
-            raise HTTPException(400, f"s={s}: choose {', '.join(map(str, SIZES))}")
-        path, item, image, _ = gallery.picture(number)
-        try:
-            data = gallery.thumbnails.get(below(path, f"{item}/{image}"), v, s)
-        except OSError as error:
-            raise HTTPException(404, _why(error)) from None
-        return Response(data, media_type="image/webp", headers={"cache-control": FOREVER})
-
-    @app.get("/api/picture/{number}")
-    def details(number: int) -> dict[str, Any]:
-        path, item, image, status = gallery.picture(number)
-        record = read_json(gallery.folder, below(path, f"{item}/{RECORD}"))
-        file = os.path.join(gallery.root, path, item, image)
-        with gallery.index.reading() as db:
-            rows = rows_of(db, [number])
-            full = db.execute(
-                "SELECT t.text, t.name, p.error, p.bytes FROM pictures p LEFT JOIN prompts t ON t.id=p.prompt "
-                "WHERE p.id=?",
-                (number,),
-            ).fetchone()
-            neighbours = _neighbours(db, number)
-        found = gallery.folder.stat(below(path, f"{item}/{image}"))
-        missing = "" if found or status != OK else "the file is missing: resume the run to draw it again"
-        if found and status == OK and full[3] and found.st_size != full[3]:
-            missing = f"the file has {found.st_size:,} bytes instead of {full[3]:,}: resume the run to draw it again"
-        return {
-            **rows[0],
-            "prompt": full[0] or "",
-            "name": full[1],
-            "error": full[2],
-            "damage": missing,
-            "bytes": full[3],
-            "path": file,
-            "file": f"{item}/{image}",
-            "run_path": path,
-            "record": record,
-            "command": command_for(record),
-            "reproduce": _reproduce(file) if status == OK else None,
-            "neighbours": neighbours,
-        }
-
-    @app.post("/api/star")
-    def star(body: Annotated[dict[str, Any], Body()]) -> dict[str, Any]:
-        numbers, value = body.get("pictures"), body.get("star")
-        if value not in (-1, 0, 1) or not isinstance(numbers, list) or not 0 < len(numbers) <= MOST_MARKED:
-            raise HTTPException(400, 'write {"pictures": [number, ...], "star": -1, 0 or 1}')
-        by_run: dict[str, dict[str, int]] = {}
-        for number in numbers:
-            if type(number) is not int or abs(number) >= 1 << 62:
-                raise HTTPException(400, "pictures are whole numbers")
-            path, item, _, _ = gallery.picture(number)
-            by_run.setdefault(path, {})[item] = value
-        for path, items in by_run.items():
-            _mark(gallery, path, items)
-        return {"star": value, "pictures": numbers}
-
-
-def _mark(gallery: Gallery, path: str, items: dict[str, int]) -> None:
-    try:
-        fd = gallery.folder.open_directory(path)
-    except OSError as error:
-        raise HTTPException(404, f"{path}: {error.strerror}") from None
-    try:
-        mark(fd, items, path)
-    except OSError as error:
-        raise HTTPException(409, f"stars cannot be written to {path}: {error.strerror}") from None
-    finally:
-        os.close(fd)
-    state = next((state for state in gallery.watcher.states() if state.found.path == path), None)
-    if state is not None:
-        gallery.watcher.refresh(state.number)
-
-
-def _neighbours(db: Any, number: int) -> dict[str, list[dict[str, Any]]]:
-    """Pictures of the same prompt with other seeds, of the same seed with other prompts, and of other jobs."""
-    prompt, seed, text, sweep = db.execute(
-        "SELECT p.prompt, p.seed, t.text, r.sweep FROM pictures p LEFT JOIN prompts t ON t.id=p.prompt "
-        "JOIN runs r ON r.id = p.prompt >> 32 WHERE p.id=?",
-        (number,),
-    ).fetchone()
-    clause, values = in_runs([prompt >> 32])
-    found = {
-        "seeds": db.execute(
-            "SELECT id FROM pictures WHERE prompt=? AND id<>? AND status=? ORDER BY abs(seed - ?), seed LIMIT ?",
-            (prompt, number, OK, seed, NEIGHBOURS),
-        ),
-        "prompts": db.execute(
-            f"SELECT p.id FROM pictures p WHERE {clause} AND p.seed=? AND p.id<>? AND p.status=? "
-            "ORDER BY abs(p.prompt - ?) LIMIT ?",
-            (*values, seed, number, OK, prompt, NEIGHBOURS),
-        ),
-        "jobs": [],
-    }
-    if sweep is not None and text is not None:
-        jobs = [row[0] for row in db.execute("SELECT id FROM runs WHERE sweep=? AND id<>?", (sweep, prompt >> 32))]
-        clause, values = in_runs(jobs)
-        found["jobs"] = db.execute(
-            f"SELECT p.id FROM pictures p JOIN prompts t ON t.id=p.prompt WHERE {clause} AND p.seed=? AND t.text=? "
-            "AND p.status=? ORDER BY p.prompt LIMIT ?",
-            (*values, seed, text, OK, NEIGHBOURS),
-        )
-    return {name: rows_of(db, [row[0] for row in rows]) for name, rows in found.items()}
-
-
 def _add_grid(app: FastAPI, gallery: Gallery) -> None:
     def page_of(scope: str, q: str, status: str, star: str, columns: str, rows: str, pages: str, page: int) -> Any:
         answer = gallery.views(gallery.question(scope, q, status, star, "prompt"), gallery.watcher.version)
@@ -352,26 +188,3 @@ def _add_grid(app: FastAPI, gallery: Gallery) -> None:
         return Response(
             data, media_type="image/png", headers={"content-disposition": 'attachment; filename="grid.png"'}
         )
-
-
-def _read(gallery: Gallery, name: str) -> bytes:
-    try:
-        return gallery.folder.read(name, LARGEST_PICTURE)
-    except OSError as error:
-        raise HTTPException(404, _why(error)) from None
-
-
-def _why(error: OSError) -> str:
-    return f"the picture cannot be read: {error.strerror or error}"
-
-
-def _reproduce(file: str) -> str:
-    import shlex
-
-    return shlex.join(["python", "-m", "zimage_runner.reproduce", file])
-
-
-def _percent(name: str) -> str:
-    from urllib.parse import quote
-
-    return quote(name, safe="")

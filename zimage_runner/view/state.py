@@ -17,8 +17,9 @@ from zimage_runner.outputs.ledger import RECORDS
 from zimage_runner.outputs.lock import LOCK_NAME, living_owner
 from zimage_runner.outputs.stars import STARS
 from zimage_runner.view.folder import Folder
-from zimage_runner.view.index import FAILED, OK, prompt_range
+from zimage_runner.view.index import prompt_range
 from zimage_runner.view.query import rows_of
+from zimage_runner.view.rows import FAILED, OK
 from zimage_runner.view.runs import SUMMARY, Found, below, read_json
 
 RECENT = 64

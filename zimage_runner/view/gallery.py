@@ -1,0 +1,53 @@
+"""What the gallery holds while it is open."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from fastapi import HTTPException
+
+from zimage_runner.outputs.ledger import IMAGE
+from zimage_runner.view.folder import Folder
+from zimage_runner.view.index import Index
+from zimage_runner.view.index_file import index_path
+from zimage_runner.view.query import Question, Views
+from zimage_runner.view.thumbs import Thumbnails
+from zimage_runner.view.watch import Watcher, runs_of
+
+
+class Gallery:
+    """All that the server holds: the folder, its index, the thread that follows the runs, thumbnails."""
+
+    def __init__(self, root: str, cache: Path, cache_bytes: int) -> None:
+        self.root = os.path.realpath(root)
+        self.folder = Folder(self.root)
+        self.index = Index(self.folder, index_path(cache, self.root))
+        self.thumbnails = Thumbnails(self.folder, cache, cache_bytes)
+        self.watcher = Watcher(self.root, self.folder, self.index)
+        self.views = Views(self.index)
+        self.facets: dict[str, tuple[int, dict[str, Any]]] = {}
+
+    def question(self, scope: str, q: str, status: str, star: str, sort: str) -> Question:
+        runs = runs_of(self.watcher.states(), scope)
+        return Question(runs=runs, text=q[:2000], status=status, star=star, sort=sort)
+
+    def picture(self, number: int) -> tuple[str, str, str, int]:
+        """Run path, item directory, image file and status of a picture. Raises HTTPException."""
+        with self.index.reading() as db:
+            row = db.execute(
+                "SELECT r.path, p.item, p.image, p.status FROM pictures p JOIN runs r ON r.id = p.prompt >> 32 "
+                "WHERE p.id=?",
+                (number,),
+            ).fetchone()
+        if row is None:
+            raise HTTPException(404, "there is no such picture")
+        path, item, image, status = row
+        return path, item, image or IMAGE, status
+
+    def close(self) -> None:
+        if self.watcher.is_alive():
+            self.watcher.stop()
+        self.index.close()
+        self.folder.close()
