@@ -23,7 +23,6 @@ from zimage_runner.view.runs import below
 from zimage_runner.view.safety import Safety
 from zimage_runner.view.watch import Watcher, runs_of
 
-
 PAGE = Path(__file__).parent / "page"
 TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
 MOST_ROWS = 500
