@@ -90,7 +90,7 @@ def test_a_multirun_has_its_grid_and_no_picture_twice(tmp_path: Path) -> None:
     assert page.tags.count("table") == 3  # the jobs, and a table for each prompt
     assert len(page.sources) == len(set(page.links)) == 8
     text = " ".join(page.text)
-    assert all(words in text for words in ("steps 4", "guidance scale 3", "a cat", "a dog"))
+    assert all(words in text for words in ("prompts 2", "steps 4", "guidance scale 3", "a cat", "a dog"))
 
 
 def test_a_missing_picture_and_an_empty_run(tmp_path: Path) -> None:

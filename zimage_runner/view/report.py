@@ -171,7 +171,10 @@ def _settings(db: Connection, content: Content) -> list[tuple[str, str]]:
     found = {"size": [size.replace("x", " x ") for size in sizes], **found}
     for name in ("width", "height"):
         found.pop(name, None)
-    prompts, seeds = db.execute("SELECT count(DISTINCT prompt), count(DISTINCT seed) FROM pictures").fetchone()
+    prompts, seeds = db.execute(  # jobs of a multirun have their prompts in common
+        "SELECT count(DISTINCT coalesce(t.text, p.prompt)), count(DISTINCT p.seed) FROM pictures p "
+        "LEFT JOIN prompts t ON t.id = p.prompt"
+    ).fetchone()
     rows = [("prompts", f"{prompts:,}"), ("seeds", f"{seeds:,}")]
     return rows + [(name.replace("_", " "), ", ".join(values[:12])) for name, values in found.items() if any(values)]
 

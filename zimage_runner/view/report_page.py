@@ -196,11 +196,12 @@ padding:28px 20px 60px}h1{font-size:24px;margin:0 0 8px;overflow-wrap:anywhere}h
 h3{font-size:14px;margin:20px 0 8px;overflow-wrap:anywhere;unicode-bidi:isolate}dl,figure{margin:0}
 .facts{display:flex;flex-wrap:wrap;gap:2px 22px}.facts div{display:flex;gap:7px}dt{color:var(--muted)}dd{margin:0;
 font-weight:550;overflow-wrap:anywhere}.rows{columns:300px 3;column-gap:32px}.rows div{display:grid;
-grid-template-columns:150px 1fr;gap:10px;break-inside:avoid}.tiles{display:flex;flex-wrap:wrap;gap:10px}
-.tiles figure{width:160px}.tiles a,.tiles .gone{display:flex;align-items:center;justify-content:center;height:160px}
+grid-template-columns:160px 1fr;gap:10px;break-inside:avoid}.tiles{display:flex;flex-wrap:wrap;gap:10px;
+align-items:end}
+.tiles figure{min-width:100px;max-width:160px}.tiles .plain,.tiles .gone{display:flex;align-items:end;height:60px}
 img{display:block;max-width:100%;border-radius:6px}a:focus-visible{outline:2px solid var(--accent);outline-offset:2px}
 figcaption{color:var(--muted);font-size:12px;font-variant-numeric:tabular-nums}.gone{color:var(--bad);font-size:12px}
-.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:16px}.plot{background:
+.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),572px));gap:16px}.plot{background:
 var(--panel);border:1px solid var(--line);border-radius:10px;padding:12px}.plot figcaption{color:var(--text);
 font-weight:600}.plot figcaption span{color:var(--muted);font-weight:400}svg{width:100%;height:auto;display:block}
 svg text{font-size:11px;fill:var(--muted)}circle{fill:var(--accent);opacity:.35}polyline{fill:none;stroke:var(--accent);
