@@ -7,7 +7,7 @@ build     make the prepared checkpoint: bf16, one file a component, in use order
 verify    full sha256 of the published files; proof that the prepared checkpoint, if there is one, equals them
 download  bring the hub's snapshot up to date; damaged files are fetched again
 accept    take the files as they are now for the undamaged ones (after changing them on purpose)
-info      where things are; changes nothing
+info      where things are; changes nothing; `info FILE` says what a checkpoint or adapter in one file is
 
 Exit codes: 0 done, 1 verify found a difference, 2 bad options or nothing that could be done, 130 interrupted: the
 same command goes on from there.
@@ -19,6 +19,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
@@ -52,6 +53,8 @@ def main(argv: Sequence[str]) -> int:
         return EXIT_OK
     log_to_terminal()
     try:
+        if words[:1] == ["info"] and len(words) == 2:
+            return _describe_file(Path(words[1]).expanduser())
         if len(words) > 1 or not set(words) <= ACTIONS.keys():
             raise UserError(
                 f"{' '.join(words)}: say one of {', '.join(ACTIONS)}, then options such as model=zimage_turbo"
@@ -64,6 +67,18 @@ def main(argv: Sequence[str]) -> int:
         return refuse(explain(error))
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+
+
+def _describe_file(path: Path) -> int:
+    """Say what a file of weights is, from its header alone. Raises UserError for one that is none."""
+    from zimage_runner.weights.adapters.keys import split_key
+    from zimage_runner.weights.adapters.reader import describe_adapter
+    from zimage_runner.weights.formats.checkpoint_file import open_checkpoint_file
+    from zimage_runner.weights.formats.files import open_stored
+
+    is_adapter = any(map(split_key, open_stored(path).tensors))
+    print("\n".join(describe_adapter(path) if is_adapter else open_checkpoint_file(path).description()))
+    return EXIT_OK
 
 
 @dataclass(frozen=True, slots=True)

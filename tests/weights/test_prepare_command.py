@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from zimage_runner.prepare import main
 
@@ -86,3 +88,14 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], argv: list[st
 def test_runs_as_a_module(nano: Path) -> None:
     command = [sys.executable, "-m", "zimage_runner.prepare", "info", "model=local", f"model.path={nano}"]
     assert str(nano) in subprocess.check_output(command, text=True)
+
+
+def test_info_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "style.safetensors"
+    key = "diffusion_model.layers.0.attention.to_q.lora_"
+    save_file({f"{key}A.weight": torch.zeros(8, 3840), f"{key}B.weight": torch.zeros(3840, 8)}, file)
+    assert main(["info", str(file)]) == 0
+    assert "adapter: LoRA of 1 modules, rank 8" in capsys.readouterr().out
+    file.write_bytes(b"<!DOCTYPE html>")
+    assert main(["info", str(file)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

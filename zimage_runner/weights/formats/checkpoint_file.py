@@ -132,7 +132,7 @@ class CheckpointFile:
             lines.append(f"{component.name}: {component.layout} layout{prefix}, {component.precision}")
             lines.append(f"  {_sizes(component)}")
         if "transformer" in self.components:
-            lines.append("variant: not in the file: model.variant=turbo or base (they differ in scheduler and steps)")
+            lines.append("variant: not in the file; turbo and base differ in scheduler, steps and guidance")
         if self.missing:
             lines.append(f"not in the file: {', '.join(self.missing)}, tokenizer, scheduler")
         else:
