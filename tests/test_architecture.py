@@ -52,7 +52,7 @@ ARROWS: dict[str, set[str]] = {
     "collect.__main__": {"cli", "outputs"},
     "view.__main__": {"weights"},
     "view.command": {"cli"},
-    "__main__": {"cli", "startup"},
+    "__main__": {"cli", "collect", "compare", "prepare", "reproduce", "startup", "view"},  # by name: cli.commands
     "__init__": set(),
 }  # fmt: skip
 """What each room, each loose module and each command inside a room may import, besides itself, BASICS and FILES."""

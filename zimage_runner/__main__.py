@@ -1,4 +1,4 @@
-"""``python -m zimage_runner`` and the console script."""
+"""``python -m zimage_runner`` and the console script: a run, or the command that the first word names."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # importing typing would come before signals are listened to
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGXCPU)
 
 
 def entry_point() -> None:
@@ -43,7 +44,7 @@ def _use_utf8() -> None:
 
 def listen() -> None:
     """Answer a request to end with one line and code 130 until a run listens itself (signals.py)."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGXCPU):
+    for number in SIGNALS:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, _stop)
 
@@ -82,6 +83,30 @@ def _print(text: str) -> int:
 
 
 def _run(argv: list[str]) -> int:
+    from zimage_runner.cli.commands import MODULES, command_of
+
+    command, words = command_of(argv)
+    return _other(command, words) if command in MODULES else _draw(words)
+
+
+def _other(command: str, argv: list[str]) -> int:
+    """Call another command's ``main``, as ``python -m zimage_runner.<command>`` does."""
+    from zimage_runner.cli.commands import DRAWING, MODULES
+
+    if command in DRAWING and not {"--help", "-h"} & set(argv):
+        from zimage_runner.startup.process import begin
+
+        begin()
+    from importlib import import_module
+
+    main = import_module(MODULES[command]).main
+    for number in SIGNALS:  # it deals with them in its own way
+        if hasattr(signal.getsignal(number), "is_for_the_start"):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    return main(argv)
+
+
+def _draw(argv: list[str]) -> int:
     if {"--help", "-h"} & set(argv):
         from zimage_runner.cli.help import help_text
         from zimage_runner.errors import UserError

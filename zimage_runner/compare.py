@@ -1,6 +1,6 @@
 """How far apart the pictures of two runs are: the gate for arithmetic that draws other bits.
 
-    python -m zimage_runner.compare A B [floor=C] [worst=8] [into=FOLDER] [-- OPTIONS]
+    python -m zimage_runner compare A B [floor=C] [worst=8] [into=FOLDER] [-- OPTIONS]
 
 A, B    run directories, or options in quotes ("engine.precision=fp8"): those are drawn, each with the OPTIONS after --
 floor   a third way, such as "engine.attention=cudnn", or its run: A against it is the noise floor, what changes without
@@ -32,7 +32,7 @@ from zimage_runner.collect.likeness import Likeness, likeness
 from zimage_runner.collect.pictures import Picture, find_runs, pictures_of
 from zimage_runner.collect.sheet import Page, draw
 from zimage_runner.engines.precision import likeness_key
-from zimage_runner.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, UserError
+from zimage_runner.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, UserError, called
 from zimage_runner.logs import refuse
 from zimage_runner.outputs.beneath import NotPlain
 from zimage_runner.weights import cache
@@ -55,7 +55,7 @@ class Pair:
 def main(argv: Sequence[str]) -> int:
     """Run one command line and return its exit code."""
     if not argv or {"-h", "--help"} & set(argv):
-        print(__doc__)
+        print(called(__doc__ or ""))
         return EXIT_OK if argv else EXIT_BAD_INPUT
     try:
         return _compare(*_parse(argv))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 
 EXIT_OK = 0
 EXIT_ITEMS_FAILED = 1
@@ -33,6 +35,14 @@ class RunStopped(RuntimeError):
 
 class BadPictureError(RuntimeError):
     """A picture that must not be saved as good: NaN or Inf in it, or a single colour throughout."""
+
+
+PROGRAM, SCRIPT = "python -m zimage_runner", "zimage-runner"
+
+
+def called(text: str) -> str:
+    """A text that names the program as ``python -m zimage_runner``, with the name by which it was called instead."""
+    return text.replace(PROGRAM, SCRIPT) if os.path.basename(sys.argv[0]) == SCRIPT else text
 
 
 def check_range(field: str, value: float, low: float, high: float) -> None:

@@ -1,6 +1,6 @@
 """Checkpoints from the command line: fetch, check, prepare.
 
-    python -m zimage_runner.prepare [build|verify|download|accept|info] model=zimage_turbo [model.field=value ...]
+    python -m zimage_runner prepare [build|verify|download|accept|info] model=zimage_turbo [model.field=value ...]
 
 build     make the prepared checkpoint: bf16, one file a component, in use order (default);
           engine.precision=fp8 or int8: the transformer in eight bits, the rest in bf16
@@ -30,7 +30,7 @@ from zimage_runner.config.paths import CONFIG_DIR
 from zimage_runner.config.registry import register
 from zimage_runner.engines.base import EngineConfig
 from zimage_runner.engines.precision import check_precision
-from zimage_runner.errors import EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK, UserError
+from zimage_runner.errors import EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK, UserError, called
 from zimage_runner.logs import log_to_terminal, refuse
 from zimage_runner.model import Model
 from zimage_runner.signals import PATIENCE, StopRequest, graceful_stop
@@ -40,7 +40,7 @@ from zimage_runner.weights.find.resolve import download, locate, resolve
 from zimage_runner.weights.find.verify import file_digests, forget
 from zimage_runner.weights.prepared import prepared
 
-COMPARE = 'python -m zimage_runner.compare "engine.precision=bf16" "engine.precision={precision}" -- OPTIONS OF A RUN'
+COMPARE = 'python -m zimage_runner compare "engine.precision=bf16" "engine.precision={precision}" -- OPTIONS OF A RUN'
 EXIT_DIFFERENT = EXIT_ITEMS_FAILED
 
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     words = [arg for arg in argv if "=" not in arg]
     if {"-h", "--help"} & set(words):
-        print(__doc__)
+        print(called(__doc__ or ""))
         return EXIT_OK
     log_to_terminal()
     try:
@@ -112,7 +112,7 @@ def _build(wanted: Wanted, stop: StopRequest) -> int:
     sizes = ", ".join(f"{name} {file.size / 1e9:.2f} GB" for name, file in found.weights.items())
     print(f"prepared: {found.path} ({sizes})")
     if wanted.precision != prepared.BF16:
-        print(f"how near its pictures are to bf16's: {COMPARE.format(precision=wanted.precision)}")
+        print(f"how near its pictures are to bf16's: {called(COMPARE).format(precision=wanted.precision)}")
     return EXIT_OK
 
 

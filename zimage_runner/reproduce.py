@@ -1,6 +1,6 @@
 """Draw a picture again from what its file says about itself, and compare.
 
-    python -m zimage_runner.reproduce IMAGE [output_file=AGAIN.png] [model.path=DIR] [engine=...] [field=value ...]
+    python -m zimage_runner reproduce IMAGE [output_file=AGAIN.png] [model.path=DIR] [engine=...] [field=value ...]
 
 Exit codes: 0 the same pixels, 1 other pixels, 2 the file cannot be reproduced (a line says why).
 """
@@ -26,7 +26,7 @@ from zimage_runner.cli.resume.saved import override_key
 from zimage_runner.config.paths import CONFIG_DIR
 from zimage_runner.config.registry import register
 from zimage_runner.config.schema import RunConfig
-from zimage_runner.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK, UserError
+from zimage_runner.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK, UserError, called
 from zimage_runner.executors.base import Batch
 from zimage_runner.logs import log_to_terminal, refuse, say
 from zimage_runner.outputs import atomic
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     """Run one command line and return its exit code."""
     os.environ["HYDRA_FULL_ERROR"] = "1"
     if not argv or {"-h", "--help"} & set(argv):
-        print(__doc__)
+        print(called(__doc__ or ""))
         return EXIT_SAME if argv else EXIT_BAD_INPUT
     log_to_terminal()
     try:

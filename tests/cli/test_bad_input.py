@@ -27,7 +27,7 @@ TABLE: list[tuple[list[str], str]] = [
     (["prompt=a", "hydra.verbose=true"], "hydra.verbose is not used: every run writes run.log"),
     (["--config-dir", "c", "--config-dir=d", "prompt=a"], "--config-dir is given twice, and only one folder can be"),
     (["name=${oc.env:NO_SUCH}"], r"name=\$\{oc.env:NO_SUCH\}: the environment variable NO_SUCH is not set: set it"),
-    (["foo"], r"foo: write field=value; for the text of a picture prompt='\.\.\.', or see --help$"),
+    (["foo"], r"foo: write field=value; for the text of a picture prompt='\.\.\.', or see --help; commands: run, "),
     (["dry_run"], r"dry_run: write field=value, here dry_run=\.\.\.$"),
     (["dryrun"], r"dryrun: write field=value; did you mean dry_run=\.\.\.\?$"),
     (["sampling.height"], r"sampling.height: write field=value, here sampling.height=\.\.\.$"),

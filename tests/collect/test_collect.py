@@ -131,7 +131,7 @@ def test_large_pictures_are_made_smaller_on_a_sheet(run: Path) -> None:
         (["outputs", "sheet=x.png", "columns=0"], "columns=0: write a whole number from 1"),
         (["outputs", "into=x", "overwrite=maybe"], "overwrite=maybe: write true or false"),
         (["outputs", "into=x", "starred=1"], "starred=1: write true or false"),
-        (["outputs", "into=x", "starred=true"], "no picture there is starred; python -m zimage_runner.view marks them"),
+        (["outputs", "into=x", "starred=true"], "no picture there is starred; python -m zimage_runner view marks them"),
         (["outputs", "into=x", "name={foo}"], "no such blank {foo}; there are index, slug"),
         (["outputs", "into=x", "name={seed"], "name={seed: .*write blanks as {index:05d}"),
         (["outputs", "into=x", "name=same"], "gives same.png to both"),

@@ -18,14 +18,18 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from zimage_runner.cli.commands import COMMANDS
 from zimage_runner.config.paths import CONFIG_DIR
-from zimage_runner.errors import UserError
+from zimage_runner.errors import UserError, called
 
 HEAD = """\
 zimage_runner: batches of pictures with Z-Image-Turbo - prompts x seeds, loaded and warmed once.
 
   python -m zimage_runner +experiment=NAME [group=option] [field=value]     (-m: sweep comma-separated values)
   python -m zimage_runner prompt="a cat" output_file=cat.png
+
+Commands, as the first word (--help COMMAND tells more of one):
+{commands}
 
 Config groups, as group=option (experiments as +experiment=NAME):
 """
@@ -38,8 +42,6 @@ Every field can be set on the command line, such as sampling.height=512 or seeds
   Your own experiments:    --config-dir my_conf +experiment=mine
   Experiments of others:   are data; those that name code need --trust-code as well
   Finish a run:            resume=latest           (or resume=RUN_DIRECTORY)
-  Draw a picture again:    python -m zimage_runner.reproduce IMAGE.png
-  Pictures in one folder:  python -m zimage_runner.collect RUN into=FOLDER    (or sheet=FILE.png)
   Hydra's own options:     --hydra-help
 """
 
@@ -66,7 +68,8 @@ def help_text(argv: Sequence[str]) -> str:
     for group in sorted({path.parent.name for root in config_dirs(argv) for path in root.glob("*/*.yaml")}):
         lines.append(f"\n  {group}")
         lines += [f"    {name:<20} {description}".rstrip() for name, description in _options(group, argv)]
-    return HEAD + "\n".join(lines).lstrip("\n") + "\n" + TAIL
+    commands = "\n".join(f"  {name:<22} {description}" for name, description in COMMANDS.items())
+    return called(HEAD.format(commands=commands)) + "\n".join(lines).lstrip("\n") + "\n" + TAIL
 
 
 def config_dirs(argv: Sequence[str]) -> list[Path]:

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
+from zimage_runner.cli.commands import COMMANDS
 from zimage_runner.cli.fields import (
     closest,
     field_names,
@@ -31,7 +32,7 @@ from zimage_runner.cli.file_mistakes import (
     missing_package,
 )
 from zimage_runner.config.paths import CONFIG_DIR
-from zimage_runner.errors import UserError, exception_chain
+from zimage_runner.errors import PROGRAM, UserError, called, exception_chain
 from zimage_runner.prompts.vocabulary import cfg_hint
 
 CONFIG_ERRORS = (HydraException, ConfigCompositionException, OmegaConfBaseException, YAMLError)
@@ -120,9 +121,14 @@ def _no_assignment(text: str) -> str | None:
     known = [*known_fields(""), *known_fields(word.rpartition(".")[0])]
     if word.rpartition(".")[2] in known:
         return f"{word}: write field=value, here {word}=..."
-    close = difflib.get_close_matches(word, known, 1)
+    if word in COMMANDS:
+        return f"{word}: a command is the first word: {called(PROGRAM)} {word} ..."
+    close = difflib.get_close_matches(word, [*COMMANDS, *known], 1)
+    if close and close[0] in COMMANDS:
+        return f"{word}: no such command; did you mean {called(PROGRAM)} {close[0]}? Commands: {', '.join(COMMANDS)}"
     hint = f"did you mean {close[0]}=...?" if close else "for the text of a picture prompt='...', or see --help"
-    return f"{word}: write field=value; {hint}"
+    commands = "" if close or not word.isidentifier() else f"; commands: {', '.join(COMMANDS)}"
+    return f"{word}: write field=value; {hint}{commands}"
 
 
 def _bad_value(chain: list[BaseException]) -> str | None:

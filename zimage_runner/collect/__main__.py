@@ -1,8 +1,8 @@
 """Bring the pictures of runs together: in one folder with a table of what each shows, or on contact sheets.
 
-    python -m zimage_runner.collect RUN... into=FOLDER [name='{index:05d}_{slug}_seed_{seed}'] [overwrite=true]
+    python -m zimage_runner collect RUN... into=FOLDER [name='{index:05d}_{slug}_seed_{seed}'] [overwrite=true]
                                                  [format=webp] [quality=90] [starred=true] [rejected=false]
-    python -m zimage_runner.collect RUN... sheet=FILE.png [tile=192] [columns=8] [rows=8] [starred=true]
+    python -m zimage_runner collect RUN... sheet=FILE.png [tile=192] [columns=8] [rows=8] [starred=true]
 
 RUN     a run directory, a folder of runs (outputs/cats, a multirun, all shards of a set), or latest
 into    hard links to the pictures (copies on another disk) under names of your own, and metadata.jsonl: file name,
@@ -27,7 +27,7 @@ from zimage_runner.cli.resume.command_line import LATEST, find_latest
 from zimage_runner.collect.contact_sheet import Layout, draw_sheets
 from zimage_runner.collect.folder import NAME, collect_into
 from zimage_runner.collect.pictures import find_runs, marked, pictures_of
-from zimage_runner.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, UserError
+from zimage_runner.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, PROGRAM, UserError, called
 from zimage_runner.logs import log_to_terminal, refuse
 from zimage_runner.outputs.beneath import NotPlain
 from zimage_runner.outputs.config import Format, Output, check_quality
@@ -39,7 +39,7 @@ OF_INTO, OF_SHEET = ("name", "format", "quality", "overwrite"), ("tile", "column
 def main(argv: Sequence[str]) -> int:
     """Run one command line and return its exit code."""
     if not argv or {"-h", "--help"} & set(argv):
-        print(__doc__)
+        print(called(__doc__ or ""))
         return EXIT_OK if argv else EXIT_BAD_INPUT
     log_to_terminal()
     try:
@@ -87,7 +87,7 @@ def _collect(runs: list[str], fields: dict[str, str]) -> int:
         pictures = list(marked(pictures, starred=starred, rejected=rejected))
         if not pictures:
             what = "is starred" if starred else "is left: all were rejected"
-            raise UserError(f"{' '.join(runs)}: no picture there {what}; python -m zimage_runner.view marks them")
+            raise UserError(f"{' '.join(runs)}: no picture there {what}; {called(PROGRAM)} view marks them")
     if "into" in fields:
         folder = Path(fields["into"]).expanduser()
         table = collect_into(folder, pictures, fields.get("name", NAME), overwrite=overwrite, output=output)

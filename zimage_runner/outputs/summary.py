@@ -226,7 +226,7 @@ def _likeness_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         return []
     known = report["likeness"]
     if known is None:
-        return [("likeness to bf16", "not measured: python -m zimage_runner.compare --help")]
+        return [("likeness to bf16", "not measured: python -m zimage_runner compare --help")]
     psnr, flip = (known["likeness"][name] for name in ("psnr", "flip"))
     floor = f"; noise floor {known['floor']['psnr']['mean']:.1f} dB" if "floor" in known else ""
     figures = f"PSNR {psnr['mean']:.1f} dB (worst {psnr['worst']:.1f}), FLIP {flip['mean']:.3f} ({flip['worst']:.3f})"

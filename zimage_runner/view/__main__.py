@@ -1,6 +1,6 @@
 """Look at runs in a browser, also while they are drawn.
 
-    python -m zimage_runner.view [FOLDER] [--open] [port=8188] [host=127.0.0.1] [token=TEXT] [cache_gb=2]
+    python -m zimage_runner view [FOLDER] [--open] [port=8188] [host=127.0.0.1] [token=TEXT] [cache_gb=2]
 
 FOLDER    a folder of runs, a multirun or one run (default: outputs); links in it are not followed
 --open    show the page in the browser
@@ -25,7 +25,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from zimage_runner.errors import EXIT_OK, UserError
+from zimage_runner.errors import EXIT_OK, UserError, called
 from zimage_runner.logs import refuse
 
 PORT = 8188
@@ -57,7 +57,7 @@ class Options:
 def main(argv: Sequence[str]) -> int:
     """Run one command line and return its exit code."""
     if {"-h", "--help"} & set(argv):
-        print(__doc__)
+        print(called(__doc__ or ""))
         return EXIT_OK
     try:
         return _serve(parse(argv))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from zimage_runner.errors import UserError
+from zimage_runner.errors import PROGRAM, UserError, called
 from zimage_runner.model import Model, Source, Verify
 from zimage_runner.weights.cache import cache_root, is_writable, read_entry, write_entry
 from zimage_runner.weights.find import hubs
@@ -27,7 +27,7 @@ def resolve(model: Model) -> Checkpoint:
     """Find, download if needed, and check the checkpoint that ``model`` names.
 
     A complete snapshot in the hub's cache is used as it is, without asking the hub whether a newer one exists: pin
-    ``model.revision`` or run ``python -m zimage_runner.prepare download`` to follow the hub. Sizes and headers of the
+    ``model.revision`` or run ``python -m zimage_runner prepare download`` to follow the hub. Sizes and headers of the
     weights are always checked, their sha256 as ``model.verify`` says. Raises UserError; imports no torch.
     """
     layout = locate(model)
@@ -172,7 +172,7 @@ def _describe(altered: list[FileDigest]) -> str:
 
 
 def _repair(model: Model, layout: Layout) -> str:
-    accept = "or accept it as it is with `python -m zimage_runner.prepare accept` and the same model options"
+    accept = f"or accept it as it is with `{called(PROGRAM)} prepare accept` and the same model options"
     if model.path is None and model.source in hubs.HUB_NAMES:
-        return f"repair it with `python -m zimage_runner.prepare download` and the same model options, {accept}"
+        return f"repair it with `{called(PROGRAM)} prepare download` and the same model options, {accept}"
     return f"copy {layout.path.name} again, {accept}"

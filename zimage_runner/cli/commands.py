@@ -1,0 +1,34 @@
+"""The commands beside drawing, by the first word of the command line. Imports nothing: each is imported once called."""
+
+from __future__ import annotations
+
+RUN = "run"
+"""The command that the bare form means."""
+COMMANDS = {
+    RUN: "draw pictures; the word may be left out",
+    "collect": "pictures of runs in one folder, or on contact sheets",
+    "view": "runs in the browser, also while they are drawn",
+    "reproduce": "draw a picture again from its file, and compare",
+    "compare": "how far apart the pictures of two runs are",
+    "prepare": "fetch, check and prepare a model's weights",
+}
+"""Name and what it does."""
+MODULES = {name: f"zimage_runner.{name}" for name in ("reproduce", "compare", "prepare")} | {
+    name: f"zimage_runner.{name}.__main__" for name in ("collect", "view")
+}
+"""Where each one's ``main(argv) -> exit code`` is; ``run`` is the program's own."""
+DRAWING = ("reproduce", "prepare")
+"""Those that import torch: they begin as a run does (startup/)."""
+HELP = ("--help", "-h")
+
+
+def command_of(argv: list[str]) -> tuple[str, list[str]]:
+    """The command that a command line names, and its own words; ``run`` for the bare form.
+
+    ``--help collect`` is ``collect --help``. ``--help run`` remains: it lists the fields of a run.
+    """
+    if argv[:1] and argv[0] in COMMANDS:
+        return argv[0], argv[1:]
+    if len(argv) == 2 and argv[0] in HELP and argv[1] in MODULES:
+        return argv[1], argv[:1]
+    return RUN, argv
