@@ -8,13 +8,16 @@ COMMANDS = {
     RUN: "draw pictures; the word may be left out",
     "collect": "pictures of runs in one folder, or on contact sheets",
     "view": "runs in the browser, also while they are drawn",
+    "status": "state, counts, pace and failures of runs",
     "reproduce": "draw a picture again from its file, and compare",
     "compare": "how far apart the pictures of two runs are",
     "prepare": "fetch, check and prepare a model's weights",
 }
 """Name and what it does."""
 MODULES = {name: f"zimage_runner.{name}" for name in ("reproduce", "compare", "prepare")} | {
-    name: f"zimage_runner.{name}.__main__" for name in ("collect", "view")
+    "collect": "zimage_runner.collect.__main__",
+    "view": "zimage_runner.view.__main__",
+    "status": "zimage_runner.view.status",
 }
 """Where each one's ``main(argv) -> exit code`` is; ``run`` is the program's own."""
 DRAWING = ("reproduce", "prepare")
