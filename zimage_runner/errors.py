@@ -42,7 +42,7 @@ PROGRAM, SCRIPT = "python -m zimage_runner", "zimage-runner"
 
 def called(text: str) -> str:
     """A text that names the program as ``python -m zimage_runner``, with the name by which it was called instead."""
-    return text.replace(PROGRAM, SCRIPT) if os.path.basename(sys.argv[0]) == SCRIPT else text
+    return text.replace(PROGRAM, SCRIPT) if [os.path.basename(word) for word in sys.argv[:1]] == [SCRIPT] else text
 
 
 def check_range(field: str, value: float, low: float, high: float) -> None:

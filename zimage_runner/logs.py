@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TextIO
 
@@ -17,6 +18,8 @@ from zimage_runner.outputs.beneath import open_file
 NOBODY_READS = (errno.EIO, errno.EPIPE)
 """What writing to a closed terminal or pipe fails with."""
 LOGGER = logging.getLogger("zimage_runner")
+refusals: ContextVar[list[str] | None] = ContextVar("refusals", default=None)
+"""Where a caller in Python (api.py) wants to have what ``refuse`` says, besides the terminal."""
 
 
 @contextlib.contextmanager
@@ -82,7 +85,10 @@ def _in_encoding_of(stream: TextIO, text: str) -> str:
 
 def refuse(message: str) -> int:
     """Say in one line why nothing was done. Return the exit code for it."""
-    say(f"zimage_runner: {one_line(' '.join(message.split()))}")
+    line = one_line(" ".join(message.split()))
+    if (wanted := refusals.get()) is not None:
+        wanted.append(line)
+    say(f"zimage_runner: {line}")
     return EXIT_BAD_INPUT
 
 
