@@ -32,8 +32,9 @@ def altered(first: Path, target: Path, amount: int, **record: object) -> Path:
     """A copy of a run whose pictures are brighter and whose records say something else."""
     shutil.copytree(first, target)
     for path in target.rglob("image.png"):
-        pixels = np.asarray(Image.open(path)).astype(int)
+        pixels, size = np.asarray(Image.open(path)).astype(int), path.stat().st_size
         Image.fromarray(np.clip(pixels + amount, 0, 255).astype(np.uint8)).save(path)
+        path.write_bytes(path.read_bytes().ljust(size, b"\0"))  # the ledger knows the size
         said = json.loads((path.parent / "record.json").read_text())
         said |= {name: value for name, value in record.items() if name != "numerics"}
         said["numerics"] |= record.get("numerics", {})  # pyright: ignore[reportOperatorIssue]

@@ -167,7 +167,8 @@ def test_our_command_lines_plan(variant: Variant, tmp_path: Path, monkeypatch: p
     """Every override exists and is accepted together with the others; nothing is drawn."""
     from zimage_runner.cli.main import main
 
-    command = variant.command(WORK, tmp_path)
+    work = WORK if "engine.precision=fp8" not in (variant.overrides or ()) else dataclasses.replace(WORK, device="cuda")
+    command = variant.command(work, tmp_path)
     monkeypatch.chdir(tmp_path)
     code = main([*command[3:], "dry_run=true"])
     out, err = capfd.readouterr()
