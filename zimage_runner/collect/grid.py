@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from zimage_runner.collect.overrides import inert
 from zimage_runner.collect.sheet import Page, clean, draw, drawable
 from zimage_runner.outputs import atomic, beneath
 from zimage_runner.outputs.beneath import Inside
@@ -36,17 +37,6 @@ class JobResult(Protocol):
     number: int
     directory: Path
     overrides: dict[str, str]
-
-
-def inert(text: str) -> str:
-    """Return a cell that no spreadsheet takes for a formula, as it does what begins with these; numbers are none."""
-    text = text.replace("\r", " ")
-    if text.startswith(("=", "+", "-", "@", "\t")):
-        try:
-            float(text)
-        except ValueError:
-            return f"'{text}"
-    return text
 
 
 def write_grids(root: Path, jobs: Sequence[JobResult], fields: Sequence[str], *, tile: int) -> list[Path]:

@@ -27,3 +27,14 @@ def varying_fields(jobs: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def _text(value: Any) -> str | None:
     return None if value is None else str(value)
+
+
+def inert(text: str) -> str:
+    """Return a cell that no spreadsheet takes for a formula, as it does what begins with these; numbers are none."""
+    text = text.replace("\r", " ")
+    if text.startswith(("=", "+", "-", "@", "\t")):
+        try:
+            float(text)
+        except ValueError:
+            return f"'{text}"
+    return text

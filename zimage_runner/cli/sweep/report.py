@@ -22,8 +22,7 @@ from omegaconf import DictConfig
 
 from zimage_runner.cli.hydra_patches import parse_override, split_sweep
 from zimage_runner.cli.quoting import hydra_quote
-from zimage_runner.collect.grid import inert
-from zimage_runner.collect.overrides import overrides_by_field, varying_fields
+from zimage_runner.collect.overrides import inert, overrides_by_field, varying_fields
 from zimage_runner.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK
 from zimage_runner.logs import say
 from zimage_runner.outputs.atomic import directory, write_file
