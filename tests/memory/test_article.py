@@ -103,7 +103,7 @@ def test_make_clean_touches_no_model_cache_environment_or_output() -> None:
 
 def test_no_code_deletes_inside_a_hubs_cache() -> None:
     """Nothing in the package that resolves or downloads checkpoints removes a tree."""
-    weights = Path(__file__).parents[2] / "zimage_runner" / "weights"
+    weights = Path(__file__).parents[2] / "zimage_runner" / "weights" / "find"
     hub_modules = [weights / name for name in ("hubs.py", "resolve.py", "layout.py", "verify.py", "digest.py")]
     for module in hub_modules:
         text = module.read_text(encoding="utf-8")
