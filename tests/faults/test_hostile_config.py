@@ -307,9 +307,12 @@ class TestRunDirectories:
         write("theirs/sampling/mine.yaml", f"# @package hydra.callbacks.x\n_target_: {CODE}\n")
         self.name_their_folder(run, "+experiment=mine", ".hydra/hydra.yaml")
         self.name_their_folder(sweep, "+experiment=mine", ".hydra/multirun.yaml")
-        for words in ((f"resume={run}",), (f"resume={run}", "dry_run=true"), (f"resume={sweep}",)):
+        for words in ((f"resume={run}",), (f"resume={run}", "dry_run=true")):
             experiment("name: x\n")
             assert_refused(*cli(*words), "theirs/sampling/mine.yaml", "hydra.callbacks.x._target_")
+        # A multirun has its jobs' options itself: the file is not even read.
+        assert cli(f"resume={sweep}")[0] in (0, 2)
+        assert_nothing_ran()
 
     def test_a_folder_that_a_run_names_looks_nothing_up(self, cli, sweep: Path) -> None:
         experiment("prompt: ${oc.env:SECRET}\n")
