@@ -310,9 +310,12 @@ class TestRunDirectories:
         for words in ((f"resume={run}",), (f"resume={run}", "dry_run=true")):
             experiment("name: x\n")
             assert_refused(*cli(*words), "theirs/sampling/mine.yaml", "hydra.callbacks.x._target_")
-        # A multirun has its jobs' options itself: the file is not even read.
-        assert cli(f"resume={sweep}")[0] in (0, 2)
+        # What an experiment chooses is the experiment's in a multirun: the option that the run names is not even read.
+        code, _, err = cli(f"resume={sweep}")
+        assert code == 0, err
         assert_nothing_ran()
+        experiment(f"_target_: {CODE}\n", header="# @package hydra.callbacks.x\n")
+        assert_refused(*cli(f"resume={sweep}"), "theirs/experiment/mine.yaml", "hydra.callbacks.x._target_")
 
     def test_a_folder_that_a_run_names_looks_nothing_up(self, cli, sweep: Path) -> None:
         experiment("prompt: ${oc.env:SECRET}\n")
