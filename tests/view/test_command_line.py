@@ -71,8 +71,10 @@ def test_it_serves_and_ends(tmp_path: Path) -> None:
             address = process.stdout.readline().strip()
             with urllib.request.urlopen(address, timeout=20) as answer:
                 assert b"zimage gallery" in answer.read()
-            process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=20)
+            with urllib.request.urlopen(f"{address}api/events", timeout=20) as events:  # as a page that is open has it
+                assert events.readline().startswith(b"data: ")
+                process.send_signal(signal.SIGINT)
+                out, err = process.communicate(timeout=20)
         finally:
             process.kill()
     assert (process.returncode, out, err) == (0, "", "")

@@ -79,9 +79,15 @@ def test_a_multirun_is_one_entry(root: Path, gallery: Any) -> None:
     (sweep / "multirun.yaml").write_text("{}")
     client = gallery(root)
     found = asked(client, "/api/runs")
-    assert len(found["sweeps"]) == 1
+    assert (len(found["sweeps"]), found["sweeps"][0]["jobs_in_all"], found["sweeps"][0]["state"]) == (1, 2, "finished")
     assert found["sweeps"][0]["varying"] == ["num_inference_steps", "engine.batch_size"]
     assert (found["sweeps"][0]["done"], found["sweeps"][0]["planned"]) == (4, 4)
+    (sweep / ".hydra").mkdir()
+    (sweep / ".hydra/jobs.jsonl").write_text("{}\n" * 3)
+    of_three = asked(client, "/api/runs")["sweeps"][0]
+    assert (len(of_three["jobs"]), of_three["jobs_in_all"], of_three["state"]) == (2, 3, "interrupted")
+    assert of_three["planned"] is None
+    (sweep / ".hydra/jobs.jsonl").write_text("{}\n" * 2)
     scope = "sweep:multirun/x/2026-11-28_22-00-00"
     assert asked(client, "/api/pictures", scope=scope)["total"] == 4
     grid = asked(client, "/api/grid", scope=scope, columns="num_inference_steps", rows="prompt", pages="seed")

@@ -59,6 +59,8 @@ class Run:
         )
         self._sync = spec.config.output.fsync is Fsync.item
         self._stopped: str | None = None
+        self._broken = False
+        """Something went wrong that nothing foresees: the exit code tells, also where no picture is missing."""
         self._open = contextlib.ExitStack()
 
     def draw(self, files: Mapping[str, str]) -> None:
@@ -106,7 +108,7 @@ class Run:
         except UserError:
             raise
         except Exception as error:
-            self._stopped = self._stopped or error_text(error)
+            self._stopped, self._broken = self._stopped or error_text(error), True
             self.lease.end_after_run()
             log.error("the run cannot go on: %s", error_text(error), exc_info=error)
 
@@ -201,7 +203,7 @@ class Run:
         say(str(self.run_dir.path), sys.stdout)
         if summary["items"]["remaining"]:
             return EXIT_INTERRUPTED
-        return EXIT_ITEMS_FAILED if self.summary.failed else EXIT_OK
+        return EXIT_ITEMS_FAILED if self.summary.failed or self._broken else EXIT_OK
 
     def _leave_report(self, summary: dict[str, Any]) -> None:
         """Write report.html for a run that is finished and has something new."""

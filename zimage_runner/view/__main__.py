@@ -24,6 +24,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from zimage_runner.errors import EXIT_OK, UserError, called
 from zimage_runner.logs import refuse
@@ -134,6 +135,13 @@ def _serve(options: Options) -> int:
     from zimage_runner.view.server import application
     from zimage_runner.weights.cache import cache_root
 
+    class Server(uvicorn.Server):
+        """Ends the open pages' events first: uvicorn would wait for them, and tell of it in tracebacks."""
+
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            gallery.watcher.dismiss()
+            super().handle_exit(sig, frame)
+
     gallery = Gallery(options.folder, cache_root(), int(options.cache_gb * GB))
     gallery.watcher.start()
     app = application(gallery, local=options.is_local, token=options.token)
@@ -147,7 +155,7 @@ def _serve(options: Options) -> int:
 
         webbrowser.open(address)
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        Server(config).run(sockets=[listener])
     finally:
         gallery.close()
     return EXIT_OK

@@ -20,7 +20,7 @@ from zimage_runner.view.index import Index
 from zimage_runner.view.query import facets
 from zimage_runner.view.report_page import Content, Picture, page, table
 from zimage_runner.view.rows import FAILED, OK
-from zimage_runner.view.runs import SWEEP, below, find_runs, read_json
+from zimage_runner.view.runs import SWEEP, below, find_runs, jobs_in_all, read_json
 from zimage_runner.view.state import RunState, describe_sweep
 from zimage_runner.view.thumbs import LARGEST_PICTURE, shrunk
 
@@ -91,7 +91,7 @@ def _content(root: Path, folder: Folder, index: Index) -> Content:
             state.count(db, latest=0)
         content = Content(title=_title(root), runs=[state.describe() for state in states])
         if (root / SWEEP).is_file() and content.runs:
-            content.sweep = describe_sweep("", content.runs)
+            content.sweep = describe_sweep("", content.runs, jobs_in_all(folder, ""))
         rows = db.execute(
             "SELECT p.id, r.path, p.item, p.image, p.seed, t.text, p.prompt, p.written, p.seconds FROM pictures p "
             "JOIN runs r ON r.id = p.prompt >> 32 LEFT JOIN prompts t ON t.id = p.prompt "

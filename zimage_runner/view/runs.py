@@ -22,10 +22,12 @@ SUMMARY = "summary.json"
 SETTINGS = ".hydra/config.yaml"
 OVERRIDES = ".hydra/overrides.yaml"
 SWEEP = "multirun.yaml"
+JOBS = ".hydra/jobs.jsonl"
 DEEPEST = 8
 """Levels of folders that are searched for runs."""
 LARGEST_SETTINGS = 8 << 20
 LARGEST_RECORD = 4 << 20
+LARGEST_JOBS = 64 << 20
 NO_PARAMETERS = ("prompt", "prompts", "seeds", "name", "output", "hydra", "experiment", "resume", "retry", "verify",
                  "dry_run", "skip_existing", "output_file", "report")  # fmt: skip
 """Overrides that say what is drawn or where it goes, not how."""
@@ -118,6 +120,14 @@ def read_settings(folder: Folder, run: str) -> Settings:
     overrides = _yaml(folder, below(run, OVERRIDES))
     texts = [text for text in overrides if isinstance(text, str)] if isinstance(overrides, list) else []
     return Settings(config=_mapping(config), overrides=overrides_by_field(texts))
+
+
+def jobs_in_all(folder: Folder, sweep: str) -> int:
+    """How many jobs a multirun was started with, those not begun included; 0 where that cannot be told."""
+    try:
+        return folder.read(below(sweep, JOBS), LARGEST_JOBS).count(b"\n")
+    except OSError:
+        return 0
 
 
 def read_json(folder: Folder, name: str, limit: int = LARGEST_RECORD) -> dict[str, Any]:

@@ -120,9 +120,9 @@ async def _events(watcher: Watcher, request: Request) -> AsyncIterator[str]:
     loop, waiting, arrived = asyncio.get_running_loop(), {}, asyncio.Event()
 
     def take(event: dict[str, Any]) -> None:
-        key = (event["type"], event["run"]["id"] if event["type"] == "run" else event["run"])
-        waiting[key] = event
         arrived.set()
+        if event["type"] != "closing":
+            waiting[event["type"], event["run"]["id"] if event["type"] == "run" else event["run"]] = event
 
     def listener(event: dict[str, Any]) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended
@@ -132,7 +132,7 @@ async def _events(watcher: Watcher, request: Request) -> AsyncIterator[str]:
     try:
         overview = await asyncio.to_thread(watcher.overview)
         yield f"data: {json.dumps({'type': 'all', **overview})}\n\n"
-        while not await request.is_disconnected():
+        while not watcher.closing and not await request.is_disconnected():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(arrived.wait(), HEARTBEAT_SECONDS)
             arrived.clear()

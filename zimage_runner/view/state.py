@@ -156,10 +156,11 @@ class RunState:
         return {name: value for name, value in (("gpu", gpu), ("host", host)) if value}
 
 
-def describe_sweep(path: str, jobs: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """A multirun from what ``RunState.describe`` says of its jobs."""
+def describe_sweep(path: str, jobs: Iterable[dict[str, Any]], in_all: int) -> dict[str, Any]:
+    """A multirun from what ``RunState.describe`` says of its jobs; ``in_all``: how many there are in all."""
     jobs = list(jobs)
-    states = {job["state"] for job in jobs}
+    begun_all = len(jobs) >= in_all
+    states = {job["state"] for job in jobs} | (set() if begun_all else {"interrupted"})
     order = ("running", "interrupted", "failures", "finished", "empty")
     total = {key: sum(job[key] for job in jobs) for key in ("done", "failed", "starred")}
     planned = [job["planned"] for job in jobs]
@@ -169,9 +170,9 @@ def describe_sweep(path: str, jobs: Iterable[dict[str, Any]]) -> dict[str, Any]:
         "path": path,
         "state": next(state for state in order if state in states),
         **total,
-        "planned": None if None in planned else sum(planned),
+        "planned": sum(planned) if begun_all and None not in planned else None,
         "speed": sum(speeds) or None,
-        "left_seconds": left / sum(speeds) if speeds and left else None,
+        "left_seconds": left / sum(speeds) if speeds and left and begun_all else None,
         "changed": max(job["changed"] for job in jobs),
         "memory": {
             kind: max(job["memory"].get(kind, 0.0) for job in jobs)
@@ -181,6 +182,7 @@ def describe_sweep(path: str, jobs: Iterable[dict[str, Any]]) -> dict[str, Any]:
         "seconds": sum(job["seconds"] or 0.0 for job in jobs) or None if "running" not in states else None,
         "latest": [picture for job in jobs for picture in job["latest"][:2]][:6],
         "jobs": [job["id"] for job in jobs],
+        "jobs_in_all": max(len(jobs), in_all),
         "varying": varying_fields(job["parameters"] for job in jobs),
     }
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from zimage_runner.view.folder import Folder
 from zimage_runner.view.index import Index
-from zimage_runner.view.runs import find_runs
+from zimage_runner.view.runs import find_runs, jobs_in_all
 from zimage_runner.view.state import RunState, describe_sweep
 
 log = logging.getLogger(__name__)
@@ -44,6 +44,8 @@ class Watcher(threading.Thread):
         """Grows whenever the index does."""
         self.ready = threading.Event()
         """Set when every run's ledger has been read once."""
+        self.closing = False
+        """Listeners end: the gallery is about to."""
 
     def run(self) -> None:
         while not self._ended:
@@ -131,7 +133,7 @@ class Watcher(threading.Thread):
                 sweeps.setdefault(run["sweep"], []).append(run)
         return {
             "runs": runs,
-            "sweeps": [describe_sweep(path, jobs) for path, jobs in sweeps.items()],
+            "sweeps": [describe_sweep(path, jobs, jobs_in_all(self._folder, path)) for path, jobs in sweeps.items()],
             "version": self.version,
             "ready": self.ready.is_set(),
             "root": self._root,
@@ -150,6 +152,11 @@ class Watcher(threading.Thread):
     def _send(self, event: dict[str, Any]) -> None:
         for listener in list(self._listeners):
             listener(event)
+
+    def dismiss(self) -> None:
+        """Have every listener end. May be called from a signal's handler."""
+        self.closing = True
+        self._send({"type": "closing"})
 
     def stop(self) -> None:
         """End the thread and wait for it."""

@@ -24,12 +24,13 @@ def test_a_line_a_job_then_where_the_rest_is(cli: Cli) -> None:
     assert code == 0
     lines = err.splitlines()
     assert [line.partition(":")[0] for line in lines] == [
-        "job 0 (sampling.num_inference_steps=2)", "job 1 (sampling.num_inference_steps=4)", "table", "grid",
+        "job 0 (sampling.num_inference_steps=2)", "job 1 (sampling.num_inference_steps=4)", "table", "grid", "report",
     ]  # fmt: skip
     assert all(": 1 done, first image " in line for line in lines[:2])
     sweep = out.splitlines()[-1]
     assert sweep.endswith(lines[2].removeprefix("table: ").removesuffix("/summary.md (and summary.csv)"))
     assert lines[3].endswith("/grid.png")
+    assert lines[4].endswith("/report.html")
 
 
 def test_jobs_that_will_be_refused_are_told_before_the_first_begins(cli: Cli) -> None:

@@ -12,6 +12,12 @@ export function duration(seconds) {
   return `${Math.floor(hours / 24)} d ${hours % 24} h`;
 }
 
+/** "1 job", "8 jobs", "3 of 8 jobs begun" of a multirun. */
+export function jobsOf(sweep) {
+  const jobs = `${count(sweep.jobs_in_all)} job${sweep.jobs_in_all === 1 ? "" : "s"}`;
+  return sweep.jobs.length < sweep.jobs_in_all ? `${count(sweep.jobs.length)} of ${jobs} begun` : jobs;
+}
+
 export const gb = (value) => `${value < 10 ? value.toFixed(1) : Math.round(value)} GB`;
 
 export function bytes(n) {

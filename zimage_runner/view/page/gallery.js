@@ -2,7 +2,7 @@
 
 import { get, runs, star } from "./api.js";
 import { button, copy, fill, h, icon, select, toast } from "./dom.js";
-import { count, nameOf, runName } from "./format.js";
+import { count, jobsOf, nameOf, runName } from "./format.js";
 import { VirtualGrid } from "./grid.js";
 import { facts, pill, progress } from "./runs.js";
 
@@ -238,7 +238,7 @@ export class Gallery {
 
   #jobs(sweep, jobs) {
     const cell = (text) => h("td", {}, text);
-    return h("details", { className: "jobs" }, h("summary", {}, `${sweep.jobs.length} jobs`, icon("down")),
+    return h("details", { className: "jobs" }, h("summary", {}, jobsOf(sweep), icon("down")),
       h("div", { className: "scroll-x", tabIndex: 0, role: "region", "aria-label": "Jobs" }, h("table", {},
         h("thead", {}, h("tr", {}, ["job", ...sweep.varying.map((name) => name.replace(/^sampling\./, "")), "state", "done", "failed"].map((name) => h("th", { scope: "col" }, name)))),
         h("tbody", {}, jobs.map((job) => h("tr", {},

@@ -2,7 +2,7 @@
 
 import { runs, thumb } from "./api.js";
 import { button, fill, h, icon } from "./dom.js";
-import { count, duration, gb, nameOf, runName, speed, STATES } from "./format.js";
+import { count, duration, gb, jobsOf, nameOf, runName, speed, STATES } from "./format.js";
 
 const SHOWN = 60;
 
@@ -114,7 +114,7 @@ function drawCard(card, run) {
     h("div", { className: "mosaic", "aria-hidden": "true" }, pictures),
     h("div", { className: "card-body" },
       h("div", { className: "card-head" }, h("h2", { title: run.path }, link), pill(run)),
-      h("p", { className: "detail" }, detail, isSweep ? h("span", { className: "tag" }, `multirun, ${run.jobs.length} jobs`) : null),
+      h("p", { className: "detail" }, detail, isSweep ? h("span", { className: "tag" }, `multirun, ${jobsOf(run)}`) : null),
       run.state === "running" || run.state === "interrupted" ? progress(run) : null,
       h("dl", { className: "facts" }, facts(run).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
       run.stopped && run.state !== "running" ? h("p", { className: "reason" }, `stopped: ${run.stopped}`) : null));
