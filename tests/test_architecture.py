@@ -35,7 +35,7 @@ ARROWS: dict[str, set[str]] = {
         "config", "engines", "executors", "memory", "outputs", "plan", "prompts", "session", "view", "weights",
         *COMPONENTS,
     },  # view: a run ends with its report
-    "cli": {"collect", "config", "outputs", "prompts", "runner", "view"},  # view: so does a multirun
+    "cli": {"collect", "config", "model", "outputs", "prompts", "runner", "view"},  # view: so does a multirun
     "startup": {"cli", "config", "runner", "weights"},
     # loose modules
     "errors": set(),

@@ -38,6 +38,11 @@ HARMLESS = {"harmless": True}
 change them."""
 
 
+FREE_TEXT = {"free_text": True}
+"""Metadata of config fields that hold a text or a path with blanks, brackets and any script: the command line quotes
+them for Hydra. A path is a sweep in a multirun only when its values are quoted one by one, like a prompt's."""
+
+
 class Source(enum.Enum):
     """Where the checkpoint comes from. ``model.path`` wins over it."""
 
@@ -95,7 +100,7 @@ class Model:
     """Repository id on the hub, owner/name."""
     revision: str | None = None
     """Hub branch, tag or commit; null is the hub's default branch."""
-    path: str | None = None
+    path: str | None = field(default=None, metadata=FREE_TEXT)
     """A local diffusers-format directory to use instead of the hub."""
     cache_dir: str | None = field(default=None, metadata=HARMLESS)
     """Where downloads live; exported as MODELSCOPE_CACHE and HF_HOME. null keeps the hubs' own defaults."""

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from zimage_runner.errors import UserError, check_range
-from zimage_runner.model import PIXEL_MULTIPLE
+from zimage_runner.model import FREE_TEXT, PIXEL_MULTIPLE
 
 OF_ITEM = "of_item"
 """Metadata of fields that may differ within a batch: their value where a batch is meant and not an item."""
@@ -30,7 +30,7 @@ class Sampling:
     """Number of transformer forwards, whatever the diffusers version."""
     guidance_scale: float | None = None
     """Classifier-free guidance; 0 turns it off, any positive value doubles the cost."""
-    negative_prompt: str | None = None
+    negative_prompt: str | None = field(default=None, metadata=FREE_TEXT)
     """What guidance steers away from; needs guidance_scale > 0."""
     max_sequence_length: int | None = None
     """Caption tokens, chat template included; longer prompts are truncated with a warning."""

@@ -7,7 +7,11 @@ import difflib
 import functools
 import types
 import typing
+from collections.abc import Iterator
+from typing import Any
 
+from zimage_runner.model import FREE_TEXT
+from zimage_runner.prompts.base import INPUT
 from zimage_runner.prompts.vocabulary import CONFIG_NAMES, LETTERS, NAMES, TOP_NAMES
 
 ALIASES = {name: field for field, names in NAMES.items() for name in names} | LETTERS | CONFIG_NAMES
@@ -47,20 +51,37 @@ def texts() -> dict[str, str]:
 
     A field counts if it is a text in one of its group's options.
     """
+    kinds = ((name, _TEXT_KINDS.get(str(field.type))) for name, field in _all_fields())
+    return {name: kind for name, kind in kinds if kind is not None}
+
+
+@functools.cache
+def free_texts() -> frozenset[str]:
+    """Dotted names of the fields that hold free text, by their metadata FREE_TEXT."""
+    return frozenset(name for name, field in _all_fields() if FREE_TEXT.items() <= field.metadata.items())
+
+
+@functools.cache
+def prompt_inputs() -> tuple[str, ...]:
+    """Names of the fields of ``prompts`` that say what is drawn, in any of its options."""
+    from zimage_runner.config.registry import SCHEMAS
+
+    found = (field for option in SCHEMAS["prompts"].values() for field in dataclasses.fields(option))
+    return tuple({field.name: None for field in found if INPUT.items() <= field.metadata.items()})
+
+
+def _all_fields() -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    """Every field of every option with its dotted name; one that several options have comes several times."""
     from zimage_runner.config.registry import SCHEMAS
     from zimage_runner.config.schema import RunConfig
 
-    found: dict[str, str] = {}
     waiting: list[tuple[str, type]] = [("", RunConfig)]
     waiting += [(f"{group}.", option) for group, options in SCHEMAS.items() for option in options.values()]
     for prefix, schema in waiting:
         for field in dataclasses.fields(schema):
-            kind = _TEXT_KINDS.get(str(field.type))
-            if kind is not None:
-                found[f"{prefix}{field.name}"] = kind
+            yield f"{prefix}{field.name}", field
             if isinstance(field.default_factory, type) and dataclasses.is_dataclass(field.default_factory):
                 waiting.append((f"{prefix}{field.name}.", field.default_factory))
-    return found
 
 
 def closest(name: str, parent: str) -> str | None:

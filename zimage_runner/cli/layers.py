@@ -23,14 +23,12 @@ from hydra.core.override_parser.types import Override
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from zimage_runner.cli.fields import field_names
+from zimage_runner.cli.fields import field_names, prompt_inputs
 from zimage_runner.cli.foreign import foreign_file
 from zimage_runner.cli.typed_texts import keep_texts
 from zimage_runner.errors import UserError
 from zimage_runner.logs import say
 
-PROMPTS_SAID = ("texts", "path", "glob")
-"""Fields of ``prompts`` that say what is drawn."""
 PLAIN_OPTION = "inline"
 """The option of ``prompts`` that says nothing of what is drawn."""
 
@@ -59,7 +57,7 @@ class Layer:
     def texts(self) -> list[str]:
         """Names of the fields that say what is drawn."""
         prompts = self.config.get("prompts")
-        return [name for name in PROMPTS_SAID if prompts.get(name)] if isinstance(prompts, dict) else []
+        return [name for name in prompt_inputs() if prompts.get(name)] if isinstance(prompts, dict) else []
 
 
 @contextlib.contextmanager
@@ -184,7 +182,7 @@ class _Rule:
         return self._given.get("prompt", "null") != "null"
 
     def _says_prompts(self) -> bool:
-        fields = any(f"prompts.{name}" in self._given for name in PROMPTS_SAID)
+        fields = any(f"prompts.{name}" in self._given for name in prompt_inputs())
         return fields or self._given.get("prompts", PLAIN_OPTION) != PLAIN_OPTION
 
 

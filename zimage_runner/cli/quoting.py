@@ -1,7 +1,7 @@
 """Free text on the command line: quoted before Hydra's grammar sees it.
 
 Hydra 1.3 answers ``prompt=一只猫`` with "token recognition error" and ``prompt=a (8k) cat`` with "Unknown
-function", so the fields that hold free text are always quoted, unless the user already quoted them for Hydra.
+function", so fields with the metadata FREE_TEXT are always quoted, unless the user already quoted them for Hydra.
 Lists and mappings of free text are quoted entry by entry: ``prompts.texts=[一只猫, it's a dog]`` and the same with
 quotes that the shell has eaten mean what they say. A comma ends an entry, unless it stands in quotes or within brackets
 of the entry's own: ``[a cat (8k, hdr), a dog]`` are two.
@@ -13,25 +13,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from zimage_runner.cli.fields import texts
+from zimage_runner.cli.fields import free_texts, texts
 from zimage_runner.errors import UserError
 
-FREE_TEXT_FIELDS = frozenset(
-    {
-        "prompt",
-        "output_file",
-        "sampling.negative_prompt",
-        "prompts.path",
-        "prompts.glob",
-        "prompts.delimiter",
-        "model.path",
-        "resume",
-        "skip_existing",
-    }
-)
-"""Texts and paths, which may hold blanks, brackets and any script.
-
-A path is a sweep in a multirun only when its values are quoted one by one, like a prompt's."""
 OPEN_MAPPINGS = ("prompts.columns", "prompts.template.fill")
 """Mappings whose keys are the user's own. Hydra wants ``++`` before a new key, which nobody should have to know."""
 EXAMPLES = {
@@ -82,7 +66,7 @@ def _quote(arg: str, multirun: bool) -> str:
     name = key.lstrip("+")
     if texts().get(name) == "text":
         refuse_missing_mark(name, value)
-    if name in FREE_TEXT_FIELDS:
+    if name in free_texts():
         if multirun and (choice := _QUOTED_CHOICE.fullmatch(value)):
             return f"{key}={choice[1]}"  # the same, and Hydra keeps the quotation marks of these
         keep = value == "null" or _is_quoted(value) or (multirun and _is_sweep(value))

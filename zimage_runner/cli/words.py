@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 
 from omegaconf import DictConfig
 
-from zimage_runner.cli.fields import closest, groups_with, known_fields, reader_of
+from zimage_runner.cli.fields import closest, groups_with, known_fields, prompt_inputs, reader_of
 from zimage_runner.errors import UserError
 from zimage_runner.prompts.text import shown
 from zimage_runner.prompts.vocabulary import in_our_words
@@ -22,7 +22,6 @@ CONFIGS = ("job", "hydra", "all")
 INFO = ("--info", "-i")
 INFO_KINDS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 """Hydra's options; the last takes a value or none."""
-PROMPT_SOURCES = ("prompts", "prompts.texts", "prompts.path", "prompts.glob")
 
 
 def readable(argv: Sequence[str]) -> list[str]:
@@ -62,7 +61,8 @@ def command_line_wins(config: DictConfig, overrides: Sequence[str]) -> None:
     """``prompt=TEXT`` on the command line stands for an experiment's texts, and prompts there for its ``prompt``."""
     given = {name.lstrip("+"): value for name, _, value in (override.partition("=") for override in overrides)}
     # The default option says nothing of the prompts; a multirun that is resumed gives every option.
-    prompts_given = any(name in given and given[name] != "inline" for name in PROMPT_SOURCES)
+    sources = ("prompts", *(f"prompts.{name}" for name in prompt_inputs()))
+    prompts_given = any(name in given and given[name] != "inline" for name in sources)
     if "prompt" in given and not prompts_given and config.prompts.get("texts"):
         config.prompts.texts = []
     if prompts_given and "prompt" not in given:

@@ -16,7 +16,7 @@ from zimage_runner.engines.embedding_cache import EmbeddingCacheConfig
 from zimage_runner.errors import UserError
 from zimage_runner.executors.base import ExecutorConfig
 from zimage_runner.memory.policies import Memory
-from zimage_runner.model import HARMLESS, Model
+from zimage_runner.model import FREE_TEXT, HARMLESS, Model
 from zimage_runner.outputs.beneath import unfit_target
 from zimage_runner.outputs.config import Format, Output
 from zimage_runner.outputs.run_dir import remove_if_empty, remove_with_name
@@ -56,9 +56,9 @@ class RunConfig:
 
     name: str = field(default="run", metadata=HARMLESS)
     """First folder below the output root; letters, digits, dot, dash and underscore."""
-    prompt: str | None = None
+    prompt: str | None = field(default=None, metadata=FREE_TEXT)
     """Free text: one prompt instead of the prompts group."""
-    output_file: str | None = field(default=None, metadata=HARMLESS)
+    output_file: str | None = field(default=None, metadata=HARMLESS | FREE_TEXT)
     """Also put the (single) picture here."""
     seeds: Any = 42  # not a list: YAML could not put a mapping in its place
     """List, "0-9,42", or a mapping {count, base} or {count, derive: prompt}."""
@@ -66,13 +66,13 @@ class RunConfig:
     """Print the plan and generate nothing."""
     report: Report = Report.standard
     """Figures printed at the end: standard, or article (the article's as well, in its words)."""
-    resume: str | None = field(default=None, metadata=HARMLESS)
+    resume: str | None = field(default=None, metadata=HARMLESS | FREE_TEXT)
     """Finish this run directory, or ``latest``, with its own settings."""
     retry: Retry = field(default=Retry.unfinished, metadata=HARMLESS)
     """With resume: draw unfinished items (missing and failed), or failed ones alone."""
     verify: bool = field(default=False, metadata=HARMLESS)
     """With resume: read every finished picture and draw again those whose bytes changed."""
-    skip_existing: str | None = field(default=None, metadata=HARMLESS)
+    skip_existing: str | None = field(default=None, metadata=HARMLESS | FREE_TEXT)
     """Directory or glob of earlier runs: their identical pictures are linked instead of drawn."""
 
     embedding_cache: EmbeddingCacheConfig = field(default_factory=EmbeddingCacheConfig, metadata=HARMLESS)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import abc
 import enum
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 from zimage_runner.prompts.prompt import NOTHING, Prompt
 from zimage_runner.prompts.template import Template
 
-__all__ = ["NOTHING", "Prompt", "PromptSource", "RowSource", "Wins"]
+__all__ = ["INPUT", "NOTHING", "Prompt", "PromptSource", "RowSource", "Wins"]
+
+INPUT = {"input": True}
+"""Metadata of a source's fields that say what is drawn: the texts themselves, or where they are."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -33,6 +36,11 @@ class PromptSource(abc.ABC):
     """Decides which ones ``sample`` draws."""
     shard: str | None = None
     """Then keep every n-th: "1/4" to "4/4" split the prompts over four runs."""
+
+    def where(self) -> str:
+        """Return where the prompts are, for messages: a path, a pattern, the list, standard input."""
+        values = [getattr(self, field.name) for field in fields(self) if INPUT.items() <= field.metadata.items()]
+        return next((value for value in values if isinstance(value, str)), "the list")
 
     @abc.abstractmethod
     def read(self) -> Iterator[Prompt]:

@@ -6,11 +6,12 @@ import csv
 import itertools
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from zimage_runner.errors import UserError
-from zimage_runner.prompts.base import Prompt
+from zimage_runner.model import FREE_TEXT
+from zimage_runner.prompts.base import INPUT, Prompt
 from zimage_runner.prompts.rows import RowReader, TableSource
 from zimage_runner.prompts.text import MAX_LINE_BYTES, file_lines, input_path, shown
 
@@ -24,9 +25,9 @@ class Csv(TableSource):
 
     suffixes: ClassVar[tuple[str, ...]] = (".csv", ".tsv")
 
-    path: str | None = None
+    path: str | None = field(default=None, metadata=INPUT | FREE_TEXT)
     """The file; relative to where the program is started."""
-    delimiter: str | None = None
+    delimiter: str | None = field(default=None, metadata=FREE_TEXT)
     """One character; null is a tab for .tsv and .tab files, else a comma."""
     quotes: bool | None = None
     """Whether "..." encloses a cell. null: yes, but not between tabs, where quotation marks are usually text."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from zimage_runner.errors import UserError
-from zimage_runner.prompts.base import Prompt
+from zimage_runner.model import FREE_TEXT
+from zimage_runner.prompts.base import INPUT, Prompt
 from zimage_runner.prompts.csv_file import Csv
 from zimage_runner.prompts.jsonl import Jsonl
 from zimage_runner.prompts.parquet import Parquet
@@ -23,7 +24,7 @@ _TABLES = {".jsonl": Jsonl, ".csv": Csv, ".tsv": Csv, ".parquet": Parquet}
 class FileGlob(TableSource):
     """``prompts=files prompts.glob='captions/**/*.txt'``: every match, sorted, each read as its extension says."""
 
-    glob: str | None = None
+    glob: str | None = field(default=None, metadata=INPUT | FREE_TEXT)
     """Pattern; ** descends into folders."""
     whole: bool = False
     """Each text file is one prompt (its name is the prompt's id), not one prompt a line."""

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from zimage_runner.errors import UserError
+from zimage_runner.model import FREE_TEXT
 from zimage_runner.prompts.arrow import import_pyarrow, rows, text_columns
-from zimage_runner.prompts.base import Prompt
+from zimage_runner.prompts.base import INPUT, Prompt
 from zimage_runner.prompts.rows import RowReader, TableSource
 from zimage_runner.prompts.text import shown
 
@@ -22,7 +23,7 @@ from zimage_runner.prompts.text import shown
 class HfDataset(TableSource):
     """``prompts=hf_dataset prompts.path=DIR``: what ``dataset.save_to_disk(DIR)`` wrote."""
 
-    path: str | None = None
+    path: str | None = field(default=None, metadata=INPUT | FREE_TEXT)
     """The folder; relative to where the program is started."""
     split: str | None = None
     """Which split of a DatasetDict; null when there is only one."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from zimage_runner.errors import UserError
-from zimage_runner.prompts.base import Prompt, PromptSource
+from zimage_runner.prompts.base import INPUT, Prompt, PromptSource
 from zimage_runner.prompts.text import check_text
 
 
@@ -14,7 +14,7 @@ from zimage_runner.prompts.text import check_text
 class Inline(PromptSource):
     """``prompts=inline prompts.texts='["a cat","一只猫"]'``"""
 
-    texts: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list, metadata=INPUT)
     """One prompt each, taken as they are."""
 
     def read(self) -> Iterator[Prompt]:

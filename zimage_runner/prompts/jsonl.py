@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from zimage_runner.errors import UserError
-from zimage_runner.prompts.base import Prompt
+from zimage_runner.model import FREE_TEXT
+from zimage_runner.prompts.base import INPUT, Prompt
 from zimage_runner.prompts.rows import RowReader, TableSource
 from zimage_runner.prompts.text import bare, file_lines, input_path, shown
 
@@ -22,7 +23,7 @@ class Jsonl(TableSource):
 
     suffixes: ClassVar[tuple[str, ...]] = (".jsonl",)
 
-    path: str | None = None
+    path: str | None = field(default=None, metadata=INPUT | FREE_TEXT)
     """The file; relative to where the program is started."""
 
     def read(self) -> Iterator[Prompt]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from zimage_runner.errors import UserError
+from zimage_runner.model import FREE_TEXT
 from zimage_runner.prompts.arrow import import_pyarrow, rows, text_columns
-from zimage_runner.prompts.base import Prompt
+from zimage_runner.prompts.base import INPUT, Prompt
 from zimage_runner.prompts.carried import warn_binary
 from zimage_runner.prompts.rows import RowReader, TableSource
 from zimage_runner.prompts.text import input_path, open_input, shown
@@ -22,7 +23,7 @@ class Parquet(TableSource):
 
     suffixes: ClassVar[tuple[str, ...]] = (".parquet",)
 
-    path: str | None = None
+    path: str | None = field(default=None, metadata=INPUT | FREE_TEXT)
     """The file; relative to where the program is started."""
 
     def read(self) -> Iterator[Prompt]:

@@ -108,8 +108,7 @@ def _sample(prompts: list[Prompt], count: int, seed: int) -> list[Prompt]:
 
 
 def _why_nothing(source: PromptSource) -> str:
-    where = getattr(source, "path", None) or getattr(source, "glob", None)
-    where = where or ("standard input" if hasattr(source, "format") else "the list")
+    where = source.where()
     picks = {name: getattr(source, name) for name in ("offset", "limit", "sample", "shard")}
     used = " ".join(f"prompts.{name}={value}" for name, value in picks.items() if value)
     if used:

@@ -32,6 +32,9 @@ class Stdin(TableSource):
     flags: bool = True
     """As in prompts=text_file."""
 
+    def where(self) -> str:
+        return "standard input"
+
     def read(self) -> Iterator[Prompt]:
         lines = read_lines(io.BytesIO(_stdin_bytes()), "stdin")
         if self.format is LineFormat.jsonl:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from zimage_runner.errors import UserError
-from zimage_runner.prompts.base import NOTHING, Prompt, RowSource
+from zimage_runner.model import FREE_TEXT
+from zimage_runner.prompts.base import INPUT, NOTHING, Prompt, RowSource
 from zimage_runner.prompts.flags import ALMOST, parse_flags
 from zimage_runner.prompts.text import MARK, bare, check_text, file_lines, input_path, shown
 
@@ -21,7 +22,7 @@ class TextFile(RowSource):
 
     suffixes: ClassVar[tuple[str, ...]] = (".txt",)
 
-    path: str | None = None
+    path: str | None = field(default=None, metadata=INPUT | FREE_TEXT)
     """The file; relative to where the program is started."""
     flags: bool = True
     """Read ``--w --h --s --d --n --g`` at the end of a line; false keeps every line as it is."""

@@ -223,11 +223,14 @@ class Index:
             db.execute("UPDATE runs SET stars=? WHERE id=?", (stamp, run))
 
     def close(self) -> None:
-        """Close the file; a temporary one is removed. Other threads' connections end with their threads.
+        """Close this thread's connections; a temporary file is removed. Other threads' end with their threads.
 
         Harmless when called twice.
         """
         self._writer.close()
+        if hasattr(self._readers, "connection"):
+            self._readers.connection.close()
+            del self._readers.connection
         if self._lock_file >= 0:
             os.close(self._lock_file)
             self._lock_file = -1
