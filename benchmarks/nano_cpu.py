@@ -19,9 +19,9 @@ from pathlib import Path
 from benchmarks.executor_overhead import compose_job
 from zimage_runner.engines.base import Engine
 from zimage_runner.engines.request import DenoiseRequest
+from zimage_runner.engines.threads import wait_passively
 from zimage_runner.runner.spec import RunSpec
 from zimage_runner.session import Session
-from zimage_runner.startup.process import wait_without_spinning
 
 PHASES = ("encode", "denoise", "decode")
 PREDICTION = (
@@ -37,7 +37,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, help="write the JSON here too")
     args = parser.parse_args()
-    wait_without_spinning()  # as the command line does, before torch is there
+    wait_passively()  # as a session does, before torch is there
     import torch
 
     torch.set_num_threads(args.threads)

@@ -36,7 +36,7 @@ ARROWS: dict[str, set[str]] = {
         *COMPONENTS,
     },  # view: a run ends with its report
     "cli": {"collect", "config", "model", "outputs", "prompts", "runner", "view"},  # view: so does a multirun
-    "startup": {"cli", "config", "runner", "weights"},
+    "startup": {"cli", "config", "engines", "runner", "weights"},
     # loose modules
     "errors": set(),
     "logs": {"errors"},

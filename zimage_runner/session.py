@@ -16,6 +16,7 @@ from zimage_runner.engines.embedding_cache import EmbeddingCache, EmbeddingCache
 from zimage_runner.engines.faults import is_out_of_memory
 from zimage_runner.engines.precision import likeness_key
 from zimage_runner.engines.request import LoadRequest, Needs, WarmupShape, denoise_request
+from zimage_runner.engines.threads import thread_count, threads_of, wait_passively
 from zimage_runner.memory import readings as monitor
 from zimage_runner.memory.policies import HealthCheck, Memory
 from zimage_runner.model import Model
@@ -78,9 +79,11 @@ class Session:
 
     def start(self) -> None:
         """Environment, load, memory, compile, warm-up, in that order."""
-        self._load()
-        self._encode_ahead(self._texts)
-        self.warm_up(self._shapes)
+        wait_passively()
+        with threads_of(self.config.engine):
+            self._load()
+            self._encode_ahead(self._texts)
+            self.warm_up(self._shapes)
 
     def extend(self, shapes: Sequence[WarmupShape], texts: Sequence[Caption]) -> None:
         """Get ready for another job: encode ahead and warm up what is new. The phases are then those of this job."""
@@ -88,8 +91,9 @@ class Session:
         new = [shape for shape in shapes if _shape_key(shape) not in warm]
         self._shapes += new
         self._report["phases"] = {"load": 0.0}
-        self._encode_ahead(texts)
-        self.warm_up(new)
+        with threads_of(self.config.engine):
+            self._encode_ahead(texts)
+            self.warm_up(new)
 
     def warm_up(self, shapes: Sequence[WarmupShape]) -> None:
         """Run the warm-up for these shapes. Called again when another job brings shapes that are not warm yet."""
@@ -110,6 +114,10 @@ class Session:
 
         ``attempt`` above 1: the first try gave a bad picture, so decode in float32. ``tiled``: decode in tiles.
         """
+        with threads_of(self.config.engine):
+            return self._generate(items, careful=attempt > 1, tiled=tiled)
+
+    def _generate(self, items: Sequence[WorkItem], *, careful: bool, tiled: bool) -> GeneratedBatch:
         params = items[0].params
         health = self._check_health()
         clock = _Clock()
@@ -123,8 +131,8 @@ class Session:
         request = denoise_request(self.engine, params, embeds, negatives, seeds, noise_device=noise_device)
         latents = self.engine.denoise(request)
         clock.lap("denoise")
-        if attempt > 1 or tiled:
-            images = self.engine.decode_carefully(latents, float32=attempt > 1, tiled=tiled)
+        if careful or tiled:
+            images = self.engine.decode_carefully(latents, float32=careful, tiled=tiled)
         else:
             images = self.engine.decode(latents)
         clock.lap("decode")
@@ -190,6 +198,8 @@ class Session:
             "numerics": self.numerics(),
             "versions": monitor.versions(),
         }
+        if engine.device == "cpu":
+            self._report["threads"] = thread_count()
         key = likeness_key(config.checkpoint.digest, self._report["numerics"])
         if key is not None:
             self._report["likeness"] = read_entry("likeness", key)

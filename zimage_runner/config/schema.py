@@ -13,7 +13,8 @@ from omegaconf import MISSING
 from zimage_runner.compile import Compile
 from zimage_runner.engines.base import AUTO, EngineConfig
 from zimage_runner.engines.embedding_cache import EmbeddingCacheConfig
-from zimage_runner.errors import UserError
+from zimage_runner.engines.threads import MOST as MOST_THREADS
+from zimage_runner.errors import UserError, check_range
 from zimage_runner.executors.base import ExecutorConfig
 from zimage_runner.memory.policies import Memory
 from zimage_runner.model import FREE_TEXT, HARMLESS, Model
@@ -97,6 +98,8 @@ class RunConfig:
             self.output_file = picture_file(self.output_file, self.output.format)
         self.output.root = os.path.expanduser(self.output.root)
         check_batch_size(self.engine)
+        if self.engine.threads is not None:
+            check_range("engine.threads", self.engine.threads, 1, MOST_THREADS)
         if self.resume is None and (self.verify or self.retry is not Retry.unfinished):
             field = "verify=true" if self.verify else f"retry={self.retry.name}"
             raise UserError(f"{field} needs resume=RUN_DIRECTORY (or resume=latest): say which run")

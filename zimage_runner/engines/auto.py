@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-COMMON_FIELDS = ("device", "batch_size", "noise_device", "precision", "attention")
+COMMON_FIELDS = ("device", "batch_size", "noise_device", "precision", "attention", "threads")
 """What both engines are created with."""
 COMMON_ATTENTION = ("auto", "native")
 """Backends that both engines know by the same name."""

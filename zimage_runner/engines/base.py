@@ -38,6 +38,8 @@ class EngineConfig(abc.ABC):
     """Of the transformer's matrix products: bf16; fp8 or int8 draw a picture close to it in less time and memory."""
     attention: str = "auto"
     """Attention backend by its diffusers name, or auto: the fastest that this machine has."""
+    threads: int | None = field(default=None, metadata=HARMLESS)
+    """CPU threads that torch computes with; null: torch's own choice, one a core (or OMP_NUM_THREADS)."""
 
     @property
     def auto_batch(self) -> bool:

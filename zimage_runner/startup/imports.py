@@ -56,7 +56,9 @@ class Imports:
 
                 self._context = CudaContext(pin=True)
             import zimage_runner.runner.execute  # noqa: F401 - the main thread needs it first
+            from zimage_runner.engines.threads import wait_passively
 
+            wait_passively()
             importlib.import_module("torch")
         except Exception as error:  # the main thread gets it when it imports the same
             import logging

@@ -17,7 +17,7 @@ PLAIN_START = "ZIMAGE_RUNNER_PLAIN_START"
 
 
 def begin(*, warns: bool = True) -> bool:
-    """Prepare this process: bytecode folder, waiting of OpenMP's threads, and a lean import of torch when it comes.
+    """Prepare this process: a folder for bytecode, and a lean import of torch when it comes.
 
     Returns False, and does nothing, where the user wants a plain start. ``warns``: print a line about a bytecode
     folder that is not safe to use; processes that another one starts leave that to it.
@@ -27,19 +27,8 @@ def begin(*, warns: bool = True) -> bool:
     from zimage_runner.startup.bytecode import keep_bytecode
 
     keep_bytecode(warns=warns)
-    wait_without_spinning()
     import_torch_lean()
     return True
-
-
-def wait_without_spinning() -> None:
-    """Before torch is imported: threads that wait for work must not spin for long, unless the user set it otherwise.
-
-    On a machine that is busy with anything else, OpenMP's default made the embedded model twenty times slower. This
-    little keeps the speed of an idle one.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def import_torch_lean() -> None:

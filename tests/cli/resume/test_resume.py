@@ -137,7 +137,8 @@ def test_the_source_may_be_gone(cli: Cli, tmp_path: Path) -> None:
 
 def test_harmless_settings_may_change(cli: Cli, run: Path) -> None:
     next(run.glob("items/*/*/image.png")).unlink()
-    code, _, err = cli(f"resume={run}", "engine.batch_size=2", "output.png_compress_level=9", "output.fsync=never")
+    others = ("engine.batch_size=2", "engine.threads=2", "output.png_compress_level=9", "output.fsync=never")
+    code, _, err = cli(f"resume={run}", *others)
     assert code == 0, err
     assert_whole(run, 4)
 
