@@ -35,6 +35,15 @@ def _no_walks_over_the_libraries() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _composing_is_quick() -> None:
+    try:
+        from tests.support.composed_before import keep_what_was_composed
+    except ImportError:  # on a borrowed GPU machine there may be no Hydra
+        return
+    keep_what_was_composed()
+
+
 @pytest.fixture
 def nano() -> Path:
     """The embedded checkpoint."""

@@ -30,9 +30,11 @@ def compositions(monkeypatch):
     return seen
 
 
-def test_once_for_ordinary_command_lines(cli, compositions):
-    assert cli(*PLAIN)[0] == 0
-    assert compositions == [[*compositions[0][: len(PLAIN)], "hydra.mode=RUN"]]
+@pytest.mark.parametrize("more", [[], ["hydra.run.dir=here"], ["continue=here"]])
+def test_once_for_ordinary_command_lines(cli, compositions, more):
+    words = [*PLAIN, *more]
+    assert cli(*words)[0] == 0
+    assert compositions == [[*compositions[0][: len(words)], "hydra.mode=RUN"]]
     assert Hydra.get_mode is not hydra_patches._mode_not_configured
 
 

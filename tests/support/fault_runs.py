@@ -18,11 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from hydra import compose, initialize_config_dir
 from hydra.core.plugins import Plugins
 from PIL import Image
 
+from tests.support.composed_before import keep_what_was_composed
 from tests.support.faulty_session import FaultySession, picture
 from zimage_runner.cli.main import main
+from zimage_runner.cli.sweep.launcher import register_launcher
+from zimage_runner.config.paths import CONFIG_DIR
 from zimage_runner.config.registry import register
 from zimage_runner.outputs.ledger import Ledger
 from zimage_runner.outputs.metadata import read_metadata
@@ -33,7 +37,11 @@ PROMPTS = ["a cat", "一只猫"]
 
 # What every command would otherwise do again in each fork.
 register()
+register_launcher()
 Plugins.instance()
+keep_what_was_composed()
+with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+    compose("config")
 Image.init()
 np.random.default_rng(0)
 

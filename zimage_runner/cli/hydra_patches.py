@@ -103,9 +103,9 @@ def split_sweep(overrides: Sequence[str]) -> list[list[str]]:
 def composed_once(argv: Sequence[str]) -> Iterator[None]:
     """Spare Hydra the composition that only finds out hydra.mode: nothing under ``conf/`` sets it.
 
-    Command lines that speak of Hydra, or bring config files of their own, are composed twice as ever.
+    Command lines that may set it, or bring config files of their own, are composed twice as ever.
     """
-    if any("hydra" in word or (word.startswith("-") and word not in ("-m", "--multirun")) for word in argv):
+    if any(map(_may_set_mode, argv)):
         yield
         return
     get_mode = Hydra.get_mode
@@ -114,6 +114,12 @@ def composed_once(argv: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         Hydra.get_mode = get_mode
+
+
+def _may_set_mode(word: str) -> bool:
+    field = word.partition("=")[0].lstrip("+~")
+    says_so = field in ("hydra", "hydra.mode") or field.startswith(("hydra/", "hydra@"))
+    return says_so or (word.startswith("-") and word not in ("-m", "--multirun"))
 
 
 def _mode_not_configured(*_: Any, **__: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -15,6 +16,8 @@ log = logging.getLogger(__name__)
 
 DEVICE_NODES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 """Of NVIDIA's driver, of Windows' in WSL, and of AMD's."""
+WORTH_COLLECTING = 1 << 28
+"""Bytes of host memory."""
 
 
 def choose_device(device: Device) -> str:
@@ -35,6 +38,19 @@ def choose_dtype(dtype: Dtype, device: str) -> str:
     if dtype is Dtype.auto:
         return "bfloat16" if device == "cuda" else "float32"
     return dtype.value
+
+
+def release(device: str, size: int) -> None:
+    """Free ``size`` bytes of weights on a device that nothing refers to any more, those in circles of references too.
+
+    Looking for circles walks over half a million objects; little memory of the host is left to Python's own collector.
+    """
+    if device == "cuda" or size >= WORTH_COLLECTING:
+        gc.collect()
+    if device == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
 
 
 def warn_without_gpu(model: Model, engine: EngineConfig, exists: Callable[[str], bool] = os.path.exists) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from zimage_runner.engines.base import Engine, EngineConfig, PendingImages, ReadyImages
-from zimage_runner.engines.device import choose_device, choose_dtype
+from zimage_runner.engines.device import choose_device, choose_dtype, release
 from zimage_runner.engines.diffusers.attention import MASKLESS, check_name, choose_backend, this_machine
 from zimage_runner.engines.diffusers.setup import Setup, Stage, check_compile, phase, synchronize
 from zimage_runner.engines.diffusers.vae_fallback import fallback_vae
@@ -95,13 +94,13 @@ class DiffusersPipelineEngine(Engine):
         self._stage = stage
 
     def _free(self) -> None:
-        self.pipe = None
-        self._stage = None
-        gc.collect()
-        if self.device == "cuda":
-            import torch
-
-            torch.cuda.empty_cache()
+        if self.pipe is None:
+            return
+        networks = [part for part in self.pipe.components.values() if hasattr(part, "parameters")]
+        size = sum(parameter.nbytes for network in networks for parameter in network.parameters())
+        self.pipe = self._stage = None
+        del networks
+        release(self.device, size)
 
     def encode(self, texts: Sequence[str], max_sequence_length: int) -> list[torch.Tensor]:
         import torch

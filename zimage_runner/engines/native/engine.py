@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 
 from zimage_runner.engines.base import Engine, PendingImages
-from zimage_runner.engines.device import choose_device, choose_dtype
+from zimage_runner.engines.device import choose_device, choose_dtype, release
 from zimage_runner.engines.native.assembly import load_text_encoder, load_transformer, load_vae, open_model
 from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.engines.native.images import HostCopy, Ready
@@ -147,16 +146,14 @@ class NativeEngineAdapter(Engine):
 
     def close(self) -> None:
         self.model.forget()
-        for network in ("text_encoder", "transformer", "vae"):
-            self._free(network)
+        self._free("text_encoder", "transformer", "vae")
 
     def _load_encoder(self) -> None:
         if hasattr(self.model, "text_encoder"):
             return
         if self._staged and hasattr(self.model, "transformer") and not self.model.options.streamed:
             self.model.forget()
-            self._free("transformer")
-            self._free("vae")
+            self._free("transformer", "vae")
         with self._phase("text_encoder"):
             load_text_encoder(self.model, self._path, self._tensors)
 
@@ -177,15 +174,17 @@ class NativeEngineAdapter(Engine):
         self._taken.add(component)
         return self._weights.tensors(component)
 
-    def _free(self, network: str) -> None:
-        stream = getattr(getattr(self.model, network, None), "stream", None)
-        if isinstance(stream, BlockStream):
-            stream.close()
-        if hasattr(self.model, network):
-            delattr(self.model, network)
-        gc.collect()
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
+    def _free(self, *networks: str) -> None:
+        size = 0
+        for name in networks:
+            network = getattr(self.model, name, None)
+            if network is None:
+                continue
+            if isinstance(stream := getattr(network, "stream", None), BlockStream):
+                stream.close()
+            size += sum(parameter.nbytes for parameter in network.parameters())
+            delattr(self.model, name)
+        release(self.model.device.type, size)
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
