@@ -81,6 +81,11 @@ def visible(text: str) -> str:
     return _COMMANDS.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode("ascii"), text)
 
 
+def visible_json(text: str) -> str:
+    """JSON text with the same characters as JSON's own escapes."""
+    return _COMMANDS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
 def one_line(text: str, limit: int | None = None) -> str:
     """Text that is safe on a terminal: no line breaks, control or bidi characters, at most ``limit`` characters."""
     clean = "".join(c if c.isprintable() else " " for c in text)

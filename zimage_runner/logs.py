@@ -1,18 +1,28 @@
-"""Where log lines go: warnings to the terminal without breaking the progress bar, everything to run.log."""
+"""Where log lines go: warnings to the terminal without breaking the progress bar, everything to run.log.
+
+With ``log.format=json`` each line of both is a JSON object: what a person is told on stderr too. Results on stdout stay
+as they are.
+"""
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import enum
 import errno
+import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
-from zimage_runner.errors import EXIT_BAD_INPUT, one_line, visible
+from zimage_runner.errors import EXIT_BAD_INPUT, one_line, visible, visible_json
 from zimage_runner.outputs.beneath import open_file
 
 NOBODY_READS = (errno.EIO, errno.EPIPE)
@@ -22,13 +32,61 @@ refusals: ContextVar[list[str] | None] = ContextVar("refusals", default=None)
 """Where a caller in Python (api.py) wants to have what ``refuse`` says, besides the terminal."""
 
 
+class LogFormat(enum.Enum):
+    """What a line of the log looks like."""
+
+    text = "text"
+    json = "json"
+    """An object a line: time, level, message, run, and traceback where there is one."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Log:
+    """The ``log`` fields."""
+
+    format: LogFormat = LogFormat.text
+    """Of run.log and of stderr: text, or json, one object a line."""
+
+
+@dataclass(slots=True)
+class _Lines:
+    """How lines are written in this process now."""
+
+    format: LogFormat = LogFormat.text
+    run: str | None = None
+    """The run directory that they are about."""
+
+
+_lines = _Lines()
+
+
+def use_format(format: LogFormat) -> None:
+    """Write the log's lines, from now on and wherever they go, in this format."""
+    _lines.format = format
+
+
+def writes_json() -> bool:
+    """Whether stderr is for programs: no progress bar either."""
+    return _lines.format is LogFormat.json
+
+
+def json_line(level: str, message: str, created: float, run: str | None, traceback: str | None = None) -> str:
+    """One line of JSON. ``level`` as Python names it; ``created`` in seconds since 1970."""
+    when = datetime.fromtimestamp(created).astimezone().isoformat(timespec="milliseconds")
+    line = {"time": when, "level": level.lower(), "message": message, "run": run}
+    if traceback is not None:
+        line["traceback"] = traceback
+    return visible_json(json.dumps(line, ensure_ascii=False))
+
+
 @contextlib.contextmanager
 def run_log(path: Path) -> Iterator[None]:
     """Append this package's log lines from INFO to ``path``, and to no other run's log, while the block runs."""
     others = [other for other in LOGGER.handlers if isinstance(other, _RunLog)]
     handler = _RunLog(path, encoding="utf-8", delay=True)
-    handler.setFormatter(_Visible("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    level = LOGGER.level
+    handler.setFormatter(_Json(path.parent) if writes_json() else _Visible(_TEXT_LINE))
+    level, run = LOGGER.level, _lines.run
+    _lines.run = str(path.parent)
     LOGGER.addHandler(handler)
     LOGGER.setLevel(logging.INFO)
     for other in others:
@@ -37,6 +95,7 @@ def run_log(path: Path) -> Iterator[None]:
         yield
     finally:
         LOGGER.setLevel(level)
+        _lines.run = run
         LOGGER.removeHandler(handler)
         handler.close()
         for other in others:
@@ -51,13 +110,24 @@ def log_to_terminal() -> None:
     LOGGER.propagate = False
 
 
-def say(text: str, file: TextIO | None = None) -> bool:
-    """Print a line (to stderr) for a person, above the progress bar and not through it.
+def say(text: str, file: TextIO | None = None, level: str = "info") -> bool:
+    """Print a line (to stderr) for a person, above the progress bar and not through it; as JSON if that is asked for.
 
     If anyone can still read it: a closed terminal or pipe ends no run. What the stream's encoding has no letters for is
     written as escapes. Returns False, and says so on stderr, where the output is lost for another reason (a full disk).
     """
     stream: TextIO = file or sys.stderr
+    if file is None:
+        text = for_stderr(text, level)
+    return _write(text, stream)
+
+
+def for_stderr(text: str, level: str = "info") -> str:
+    """A line for a person, or the same for programs."""
+    return json_line(level, text, time.time(), _lines.run) if writes_json() else text
+
+
+def _write(text: str, stream: TextIO) -> bool:
     text = _in_encoding_of(stream, visible(text))
     bars = sys.modules.get("tqdm")  # without it there is no bar
     try:
@@ -79,8 +149,19 @@ def say(text: str, file: TextIO | None = None) -> bool:
 def _in_encoding_of(stream: TextIO, text: str) -> str:
     encoding = getattr(stream, "encoding", None) or "utf-8"
     with contextlib.suppress(LookupError):
+        if writes_json() and stream is sys.stderr:
+            return text.encode(encoding, "json").decode(encoding)
         return text.encode(encoding, "backslashreplace").decode(encoding)
     return text
+
+
+def _escape_in_json(error: UnicodeError) -> tuple[str, int]:
+    """What an encoding has no letters for, as JSON's escapes."""
+    assert isinstance(error, UnicodeEncodeError)
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+
+codecs.register_error("json", _escape_in_json)
 
 
 def refuse(message: str) -> int:
@@ -88,7 +169,7 @@ def refuse(message: str) -> int:
     line = one_line(" ".join(message.split()))
     if (wanted := refusals.get()) is not None:
         wanted.append(line)
-    say(f"zimage_runner: {line}")
+    say(line if writes_json() else f"zimage_runner: {line}", level="error")
     return EXIT_BAD_INPUT
 
 
@@ -105,6 +186,21 @@ def _silence(stream: TextIO) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
+
+
+_TEXT_LINE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class _Json(logging.Formatter):
+    """Lines of one run."""
+
+    def __init__(self, run: Path | None) -> None:
+        super().__init__()
+        self._run = None if run is None else str(run)
+
+    def format(self, record: logging.LogRecord) -> str:
+        traceback = self.formatException(record.exc_info) if record.exc_info else None
+        return json_line(record.levelname, record.getMessage(), record.created, self._run or _lines.run, traceback)
 
 
 class _Visible(logging.Formatter):
@@ -139,6 +235,9 @@ class _StderrHandler(logging.Handler):
         super().__init__(logging.WARNING)
 
     def emit(self, record: logging.LogRecord) -> None:
+        if writes_json():
+            _write(_Json(None).format(record), sys.stderr)
+            return
         text = f"zimage_runner: {one_line(record.getMessage())}"
         if record.exc_info:
             traceback = logging.Formatter().formatException(record.exc_info)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 from zimage_runner.errors import EXIT_INTERRUPTED
+from zimage_runner.logs import for_stderr, writes_json
 
 OF_A_QUEUE = tuple(getattr(signal, name) for name in ("SIGHUP", "SIGUSR1", "SIGXCPU") if hasattr(signal, name))
 """Signals that a closed terminal, or a batch system before the time is up (``sbatch --signal=USR1@120``), sends. They
@@ -207,4 +208,4 @@ def _exit_unless(left: threading.Event, seconds: float) -> None:
 
 def _say(text: str) -> None:
     with contextlib.suppress(OSError):  # the terminal may be gone
-        os.write(2, f"\n{text}\n".encode())
+        os.write(2, f"{for_stderr(text, 'warning')}\n".encode() if writes_json() else f"\n{text}\n".encode())

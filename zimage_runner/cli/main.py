@@ -33,7 +33,7 @@ from zimage_runner.config.paths import CONFIG_DIR
 from zimage_runner.config.registry import register
 from zimage_runner.config.schema import Composed, RunConfig
 from zimage_runner.errors import EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK, UserError
-from zimage_runner.logs import log_to_terminal, refuse
+from zimage_runner.logs import LogFormat, log_to_terminal, refuse, use_format
 from zimage_runner.outputs.run_dir import remove_if_empty, remove_with_name
 
 _exit_codes: list[int | Future[int]] = []
@@ -64,6 +64,7 @@ def main(argv: Sequence[str], take: Callable[[Composed], int | Future[int]] = _r
     register_launcher()
     log_to_terminal()
     try:
+        use_format(_format_of(argv))
         typed_words = readable([word for word in argv if word != TRUST])
         words = quote_free_text(readable(resume_command_line(typed_words)))
         sys.argv = [sys.argv[0], *words]
@@ -85,6 +86,12 @@ def main(argv: Sequence[str], take: Callable[[Composed], int | Future[int]] = _r
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     return max([*map(known_code, _exit_codes), *exit_codes], default=EXIT_OK)
+
+
+def _format_of(argv: Sequence[str]) -> LogFormat:
+    """What the command line says of the log, for all that is told before there is a config."""
+    said = [word.partition("=")[2] for word in argv if word.startswith("log.format=")]
+    return LogFormat.json if said[-1:] == ["json"] else LogFormat.text
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")

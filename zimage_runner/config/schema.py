@@ -16,6 +16,7 @@ from zimage_runner.engines.embedding_cache import EmbeddingCacheConfig
 from zimage_runner.engines.threads import MOST as MOST_THREADS
 from zimage_runner.errors import UserError, check_range
 from zimage_runner.executors.base import ExecutorConfig
+from zimage_runner.logs import Log
 from zimage_runner.memory.policies import Memory
 from zimage_runner.model import FREE_TEXT, HARMLESS, Model
 from zimage_runner.outputs.beneath import unfit_target
@@ -78,6 +79,9 @@ class RunConfig:
 
     embedding_cache: EmbeddingCacheConfig = field(default_factory=EmbeddingCacheConfig, metadata=HARMLESS)
     """Caption features kept on disk between runs."""
+
+    log: Log = field(default_factory=Log, metadata=HARMLESS)
+    """log.format: text, or json: the lines of run.log and of stderr as JSON objects."""
 
     model: Model = MISSING
     engine: EngineConfig = MISSING

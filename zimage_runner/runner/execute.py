@@ -25,7 +25,7 @@ from zimage_runner.errors import (
     error_text,
     is_refused,
 )
-from zimage_runner.logs import refuse, run_log, say
+from zimage_runner.logs import refuse, run_log, say, use_format
 from zimage_runner.outputs import atomic
 from zimage_runner.outputs.beneath import Inside
 from zimage_runner.outputs.config import Fsync
@@ -50,6 +50,7 @@ def execute(composed: Composed) -> int | Future[int]:
 
     What the user can mend is said in one line on stderr.
     """
+    use_format(composed.config.log.format)
     try:
         with executor_of_run() as shared:
             spec = _plan(composed.config, shared)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
-from zimage_runner.logs import duration, say
+from zimage_runner.logs import duration, say, writes_json
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +21,11 @@ SHARE = 0.05
 tqdm.monitor_interval = 0  # no thread of its own: ``update`` is called for every picture
 _terminal = threading.Lock()
 """Held by the one display that shows its bar: two would write over each other."""
+
+
+def is_for_people() -> bool:
+    """Whether somebody looks at stderr."""
+    return sys.stderr.isatty() and not writes_json()
 
 
 class ProgressLog:
@@ -65,7 +70,7 @@ class ProgressDisplay:
     def open(self) -> None:
         """Show the bar, if this is a terminal and no other run's bar is on it. Harmless when called twice."""
         if self._bar is None and _terminal.acquire(blocking=False):
-            hidden = not sys.stderr.isatty()
+            hidden = not is_for_people()
             self._bar = tqdm(total=self._planned, initial=self._before, unit="image", disable=hidden, smoothing=0.1)
 
     def update(self, settled: int) -> None:
@@ -75,7 +80,7 @@ class ProgressDisplay:
             self._bar.update(settled - self._bar.n)
         if self.logs and (line := self._log.line(settled)):
             log.info("%s", line)
-            if not sys.stderr.isatty():
+            if not is_for_people():
                 say(line)
 
     def close(self) -> None:
