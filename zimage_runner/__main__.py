@@ -118,6 +118,17 @@ def _draw(argv: list[str]) -> int:
 
             return refuse(str(error))
         return _print(text.removesuffix("\n"))
+    if {"--shell-completion", "-sc"} & set(argv):
+        from zimage_runner.cli.completion import completion
+        from zimage_runner.errors import UserError
+
+        try:
+            text = completion(argv)
+        except UserError as error:
+            from zimage_runner.logs import refuse
+
+            return refuse(str(error))
+        return _print(text.removesuffix("\n"))
     if "--version" in argv:
         from zimage_runner import __version__
 
