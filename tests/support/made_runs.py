@@ -29,7 +29,7 @@ class MadeRun:
 
     def __init__(
         self, folder: Path, prompts: Sequence[str], seeds: Sequence[int], params: Mapping[str, Any] = PARAMS,
-        overrides: Sequence[str] = (),
+        overrides: Sequence[str] = (), settings: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self.folder, self.prompts, self.seeds = folder, list(prompts), list(seeds)
         self.params = dict(params)
@@ -38,7 +38,7 @@ class MadeRun:
         rows = [{"index": n, "text": text, "source": f"prompts[{n}]"} for n, text in enumerate(prompts)]
         (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         config = {"seeds": self.seeds, "sampling": self.params, "model": {"name": "zimage_nano", "recommended": {}}}
-        (folder / ".hydra" / "config.yaml").write_text(json.dumps(config))
+        (folder / ".hydra" / "config.yaml").write_text(json.dumps(config | dict(settings or {})))
         (folder / ".hydra" / "overrides.yaml").write_text(json.dumps(list(overrides)))
 
     def item(self, index: int, seed: int) -> str:

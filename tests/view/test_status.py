@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,8 +26,8 @@ def status(capsys, tmp_path: Path, monkeypatch):
     return call
 
 
-def made(name: str, prompts: int = 2, seeds: tuple[int, ...] = (1, 2), overrides: tuple[str, ...] = ()) -> MadeRun:
-    return MadeRun(Path("outputs") / name, [f"a cat {n}" for n in range(prompts)], seeds, overrides=overrides)
+def made(name: str, prompts: int = 2, seeds: tuple[int, ...] = (1, 2), **options: Any) -> MadeRun:
+    return MadeRun(Path("outputs") / name, [f"a cat {n}" for n in range(prompts)], seeds, **options)
 
 
 def test_each_state(status):
@@ -81,6 +82,67 @@ def test_a_multirun_is_one_thing(status):
         "  1 model.variant=8: some failed, 3 of 4 pictures, 1 failed, 2 pictures a second, took 10 s",
         "    items/00000_p/seed_1: BadPictureError: all black",
     ]
+
+
+def shard(name: str, which: str | None, path: str = "p.txt", **settings: Any) -> MadeRun:
+    return made(name, settings={"prompts": {"path": path, "shard": which}, "name": name, **settings})
+
+
+def test_shards_are_one_set_wherever_they_are(status):
+    shard("part1", "1/3").add_all().finish(total_seconds=9.5)
+    shard("part2", "2/3").add_all(failed=[(0, 1)]).finish(total_seconds=20.0)
+    shard("other", "1/3", path="q.txt").add_all().finish()
+    shard("steps", "3/3", sampling={"height": 64}).add_all().finish()
+    shard("whole", None).add_all().finish()
+    parts = [
+        "  1/3 outputs/part1: finished, 4 of 4 pictures, 2 pictures a second, took 10 s",
+        "  2/3 outputs/part2: some failed, 3 of 4 pictures, 1 failed, 2 pictures a second, took 20 s",
+        "    items/00000_p/seed_1: BadPictureError: all black",
+        "    to draw the rest: python -m zimage_runner resume=outputs/part2",
+    ]
+    expected = ["set of 3 shards: interrupted, 7 pictures, 1 failed, took 20 s", *parts, "  not among these runs: 3/3"]
+    assert status("outputs/part2", "outputs/part1")[1] == expected
+    code, lines, _ = status("outputs")
+    assert code == 0
+    assert [line.partition(":")[0] for line in lines[:3]] == ["outputs/other", "outputs/steps", "outputs/whole"]
+    assert lines[3:] == expected
+    shard("part3", "3/3", executor={"item_timeout_s": 3}).add(0, 1)
+    lines = status("outputs")[1]
+    assert "set of 3 shards: interrupted, 8 of 12 pictures, 1 failed, took 20 s" in lines
+    assert lines[-2:] == [
+        "  3/3 outputs/part3: interrupted, 1 of 4 pictures",
+        "    to draw the rest: python -m zimage_runner resume=outputs/part3",
+    ]
+
+
+def test_a_set_that_draws_and_one_that_was_drawn_twice(status):
+    first = shard("a1", "1/2")
+    first.add(0, 1)
+    shard("a2", "2/2").add_all().finish()
+    shard("b1", "1/2").add_all().finish()
+    shard("b2", "2/2").add_all().finish()
+    lock = first.hold()
+    try:
+        report = json.loads(status("outputs", "json=true")[1][0])
+    finally:
+        lock.release()
+    one, two = report["sets"]
+    assert one["runs"] == {"1": "outputs/a1", "2": "outputs/a2"}
+    assert (one["of"], one["missing"], one["state"], one["done"], one["planned"]) == (2, [], "running", 5, 8)
+    assert two["runs"] == {"1": "outputs/b1", "2": "outputs/b2"}
+    assert (two["state"], two["done"], two["failed"], two["seconds"]) == ("finished", 8, 0, 9.5)
+
+
+def test_a_multirun_of_shards_is_a_multirun(status):
+    for number in (1, 2):
+        settings = {"prompts": {"shard": f"{number}/2"}}
+        overrides = (f"prompts.shard={number}/2",)
+        made(f"multirun/x/{number}", settings=settings, overrides=overrides).add_all().finish()
+    Path("outputs/multirun/x/multirun.yaml").write_text("{}", encoding="utf-8")
+    report = json.loads(status("outputs", "json=true")[1][0])
+    assert [sweep["path"] for sweep in report["multiruns"]] == ["outputs/multirun/x"]
+    assert report["sets"] == []
+    assert status("outputs")[1][0] == "outputs/multirun/x: finished, 8 of 8 pictures, took 19 s"
 
 
 def test_json_has_all_of_it(status):

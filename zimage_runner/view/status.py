@@ -3,9 +3,10 @@
     python -m zimage_runner status [RUN...] [json=true]
 
 RUN     a run directory, a multirun, or a folder of runs (default: the newest run or multirun below outputs/)
-json    true: one JSON object, {"runs": [...], "multiruns": [...]}, for programs
+json    true: one JSON object, {"runs": [...], "multiruns": [...], "sets": [...]}, for programs
 
 A run is running, finished, interrupted (there is more to draw), failures (all was tried, some in vain) or empty.
+Runs with the same settings but for prompts.shard are one set; it is interrupted while a shard is missing.
 Nothing is changed, and a run that draws is not disturbed. Exit codes: 0 told, 2 bad input.
 """
 
@@ -27,6 +28,7 @@ from zimage_runner.view.folder import Folder
 from zimage_runner.view.index import Index
 from zimage_runner.view.rows import FAILED
 from zimage_runner.view.runs import PROMPTS, below, find_runs
+from zimage_runner.view.shards import Shard, sets_of, shard_of
 from zimage_runner.view.watch import Watcher
 
 OUTPUTS = "outputs"
@@ -43,14 +45,11 @@ def main(argv: Sequence[str]) -> int:
         return EXIT_OK
     try:
         folders, as_json = _parse(argv)
-        runs, multiruns = [], []
-        for folder in folders or [newest(OUTPUTS)]:
-            for found, kind in zip(status_of(folder), (runs, multiruns)):
-                kind += found
+        found = status_of(folders or [newest(OUTPUTS)])
         if as_json:
-            say(compact_json({"runs": runs, "multiruns": multiruns}).replace("\x7f", "\\u007f"), sys.stdout)
+            say(compact_json(found).replace("\x7f", "\\u007f"), sys.stdout)
         else:
-            say("\n".join(_lines(runs, multiruns)), sys.stdout)
+            say("\n".join(_lines(**found)), sys.stdout)
         return EXIT_OK
     except UserError as error:
         return refuse(str(error))
@@ -99,8 +98,23 @@ def _changed(run: str) -> float:
     return max(times)
 
 
-def status_of(root: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """What is known of each run below ``root``, and of each multirun. Raises UserError if there is none, OSError."""
+def status_of(folders: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """What is known of each run in these folders, of each multirun and of each set of shards.
+
+    Raises UserError for a folder without runs, OSError.
+    """
+    runs, multiruns, shards = [], [], []
+    for folder in folders:
+        for found, kind in zip(_status_of(folder), (runs, multiruns, shards)):
+            kind += found
+    sets = []
+    for seen in sets_of(shards):
+        told = {"runs": seen["runs"], "of": seen["of"], "missing": seen["missing"]}
+        sets.append(told | {k: v for k, v in _told("", seen).items() if k != "path"})
+    return {"runs": runs, "multiruns": multiruns, "sets": sets}
+
+
+def _status_of(root: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[Shard]]:
     with Folder(root) as folder:
         index = Index(folder, None)
         try:
@@ -112,6 +126,7 @@ def status_of(root: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
                 rows = db.execute(f"SELECT prompt >> 32, item, error FROM pictures WHERE status={FAILED} ORDER BY id")
                 for number, item, error in rows:
                     failures.setdefault(number, []).append({"item": item, "error": error})
+            shards = [shard_of(folder, run, _path(root, run["path"])) for run in seen["runs"]]
         finally:
             index.close()
     if not seen["runs"]:
@@ -122,7 +137,7 @@ def status_of(root: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         told = _told(root, run) | {"loading": run["loading"], "stopped": run["stopped"] or None, "multirun": multirun}
         runs.append(told | {"parameters": run["parameters"], "failures": failures.get(run["id"], [])})
     multiruns = [_told(root, sweep) | {"varying": sweep["varying"]} for sweep in seen["sweeps"]]
-    return runs, multiruns
+    return runs, multiruns, [shard for shard in shards if shard is not None]
 
 
 def _told(root: str, seen: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,28 +148,47 @@ def _path(root: str, name: str) -> str:
     return below(root.rstrip("/") or "/", name) if name else root
 
 
-def _lines(runs: Sequence[Mapping[str, Any]], multiruns: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """For people: a line for each multirun and run, its failures below it."""
+def _lines(
+    runs: Sequence[Mapping[str, Any]], multiruns: Sequence[Mapping[str, Any]], sets: Sequence[Mapping[str, Any]]
+) -> Iterator[str]:
+    """For people: a line for each multirun, set of shards and run, its failures below it."""
+    paths = {run["path"]: run for run in runs}
+    in_sets = {path for found in sets for path in found["runs"].values()}
     sweeps = {sweep["path"]: sweep for sweep in multiruns}
     told = set()
     for run in runs:
         sweep = sweeps.get(run["multirun"])
+        if run["path"] in in_sets:
+            continue
         if sweep is None:
             yield f"{run['path']}: {_state(run)}"
-        else:
-            if sweep["path"] not in told:
-                told.add(sweep["path"])
-                yield f"{sweep['path']}: {_state(sweep)}"
-            values = [f"{name}={run['parameters'].get(name)}" for name in sweep["varying"]]
-            name = os.path.basename(run["path"])
-            yield f"  {one_line(' '.join([name, *values]), LONGEST_ERROR)}: {_state(run)}"
-        indent = "  " if sweep is None else "    "
-        for failure in run["failures"][:FAILURES_SHOWN]:
-            yield f"{indent}{failure['item']}: {one_line(failure['error'] or 'failed', LONGEST_ERROR)}"
-        if (more := len(run["failures"]) - FAILURES_SHOWN) > 0:
-            yield f"{indent}and {more:,} more (json=true lists all)"
-        if sweep is None and run["state"] in ("interrupted", "failures"):
-            yield f"{indent}to draw the rest: {called(PROGRAM)} resume={shlex.quote(run['path'])}"
+            yield from _below(run, "  ", resumable=True)
+            continue
+        if sweep["path"] not in told:
+            told.add(sweep["path"])
+            yield f"{sweep['path']}: {_state(sweep)}"
+        values = [f"{name}={run['parameters'].get(name)}" for name in sweep["varying"]]
+        name = os.path.basename(run["path"])
+        yield f"  {one_line(' '.join([name, *values]), LONGEST_ERROR)}: {_state(run)}"
+        yield from _below(run, "    ", resumable=False)
+    for found in sets:
+        yield f"set of {found['of']:,} shards: {_state(found)}"
+        for number, path in found["runs"].items():
+            yield f"  {number}/{found['of']} {path}: {_state(paths[path])}"
+            yield from _below(paths[path], "    ", resumable=True)
+        if missing := [f"{number}/{found['of']}" for number in found["missing"][: FAILURES_SHOWN + 1]]:
+            names = ", ".join(missing[:FAILURES_SHOWN])
+            yield f"  not among these runs: {names}{' ...' if len(missing) > FAILURES_SHOWN else ''}"
+
+
+def _below(run: Mapping[str, Any], indent: str, *, resumable: bool) -> Iterator[str]:
+    """The lines below a run's own."""
+    for failure in run["failures"][:FAILURES_SHOWN]:
+        yield f"{indent}{failure['item']}: {one_line(failure['error'] or 'failed', LONGEST_ERROR)}"
+    if (more := len(run["failures"]) - FAILURES_SHOWN) > 0:
+        yield f"{indent}and {more:,} more (json=true lists all)"
+    if resumable and run["state"] in ("interrupted", "failures"):
+        yield f"{indent}to draw the rest: {called(PROGRAM)} resume={shlex.quote(run['path'])}"
 
 
 def _state(seen: Mapping[str, Any]) -> str:
