@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import re
 import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,6 +47,30 @@ def test_the_page_does_what_it_says(capsys):
     assert recipe is not None
     assert (recipe["prompt"], recipe["seed"]) == ("a red apple", 1)
     assert (sys.argv, signal.getsignal(signal.SIGINT)) == (argv, handler)
+
+
+def test_the_notebook_runs_from_top_to_bottom():
+    """Cell by cell in one namespace, as a kernel does; kept without outputs."""
+    book = json.loads((PAGE.parent / "notebook.ipynb").read_text(encoding="utf-8"))
+    assert (book["nbformat"], len({cell["id"] for cell in book["cells"]})) == (4, len(book["cells"]))
+    names: dict[str, Any] = {}
+    shown = {}
+    for cell in (cell for cell in book["cells"] if cell["cell_type"] == "code"):
+        assert (cell["outputs"], cell["execution_count"]) == ([], None)
+        tree = ast.parse("".join(cell["source"]))
+        last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, cell["id"], "exec"), names)
+        if isinstance(last, ast.Expr):
+            shown[cell["id"]] = eval(compile(ast.Expression(last.value), cell["id"], "eval"), names)
+    assert {name: shown[name].size for name in ("draw", "steps", "run")} == {
+        "draw": (384, 256), "steps": (512, 128), "run": (256, 256),
+    }  # fmt: skip
+    assert (shown["record"]["prompt"], shown["record"]["seed"]) == ("a red apple", 1)
+    assert read_metadata(Path("apple.png")).recipe is not None
+    assert names["done"].summary["items"]["ok"] == 4
+    assert [item.record()["seed"] for item in names["done"].items] == [0, 1, 0, 1]
+    with pytest.raises(zr.UserError, match="closed"):
+        names["z"].generate("a cat")
 
 
 def test_the_same_picture_as_in_a_run_also_from_threads():
