@@ -31,6 +31,8 @@ test-gpu: $(STAMP) ## the tests that need a CUDA GPU: placements, compilation, r
 
 lint: $(STAMP) ## ruff and pyright
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+	# text files opened without an encoding: the locale may not be UTF-8
+	$(BIN)/ruff check --preview --select PLW1514 .
 
 format: $(STAMP) ## let ruff rewrite the code
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

@@ -85,6 +85,7 @@ class Painter:
             stdout=subprocess.PIPE,
             text=True,
             env=kept | WAYS[way],
+            encoding="utf-8",
         )
         self.result()  # it is ready
 

@@ -29,7 +29,7 @@ PROFILE_LINES = 70
 
 def since_start() -> float:
     """Seconds since the kernel started this process (resolution: a clock tick, 10 ms)."""
-    ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+    ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[19])
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
@@ -162,7 +162,7 @@ def watch_session(mark: Marks, Session: Any, profile: Path | None) -> None:
         mark(f"generation {calls} done")
         if profiler is not None and profile is not None:
             profiler.disable()
-            with profile.open("w") as stream:
+            with profile.open("w", encoding="utf-8") as stream:
                 for order in ("cumulative", "tottime"):
                     pstats.Stats(profiler, stream=stream).sort_stats(order).print_stats(PROFILE_LINES)
         return batch
@@ -184,7 +184,7 @@ def main() -> None:
     listen()
     code = _run(sys.argv[cut + 1 :])
     mark(f"exit {code}")
-    args.out.write_text(json.dumps(mark.in_order(), indent=1) + "\n")
+    args.out.write_text(json.dumps(mark.in_order(), indent=1) + "\n", encoding="utf-8")
     for name, seconds in mark.in_order():
         print(f"{seconds:8.3f}  {name}")
 

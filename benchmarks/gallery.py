@@ -75,9 +75,9 @@ def main(argv: list[str]) -> int:
         print(json.dumps(found["beside_a_run"], indent=1), flush=True)
     if "into" in options:
         into = Path(options["into"])
-        kept = json.loads(into.read_text()) if into.exists() else {}
+        kept = json.loads(into.read_text(encoding="utf-8")) if into.exists() else {}
         found["runs"] = found["runs"] or kept.get("runs", [])
-        into.write_text(json.dumps(kept | found, indent=1) + "\n")
+        into.write_text(json.dumps(kept | found, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
@@ -85,7 +85,7 @@ def measured(root: Path, environment: dict[str, str], size: int) -> dict[str, An
     """One start of the gallery, asked as the page asks."""
     started = time.perf_counter()
     command = [sys.executable, "-m", "zimage_runner.view", str(root), "port=0"]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, encoding="utf-8") as process:
         try:
             assert process.stdout is not None
             address = process.stdout.readline().strip()
@@ -108,7 +108,7 @@ def measured(root: Path, environment: dict[str, str], size: int) -> dict[str, An
                 "jump_s": timed(address, f"/api/pictures?limit=100&offset={size // 2}"),
                 "facets_s": timed(address, "/api/facets"),
             }
-            status = Path(f"/proc/{process.pid}/status").read_text()
+            status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
             result["peak_memory_mb"] = round(int(re.findall(r"VmHWM:\s+(\d+)", status)[0]) / 1000)
         finally:
             process.terminate()
@@ -160,7 +160,7 @@ def follower(folder: str, environment: dict[str, str]) -> Iterator[set[int]]:
     """A gallery and a client that asks as its page does; the numbers of the pictures whose thumbnails it had."""
     command = [sys.executable, "-m", "zimage_runner.view", f"{folder}/outputs", "port=0"]
     had: set[int] = set()
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, encoding="utf-8") as process:
         assert process.stdout is not None
         address = process.stdout.readline().strip().rstrip("/")
 

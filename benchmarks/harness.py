@@ -221,7 +221,7 @@ def run_once(
             peak_device_gb=use.peak_gb,
             readings=readings(variant, out),
             failure=failure,
-            log_tail=(log.read_text(errors="replace")[-LOG_TAIL:] or "no output") if failure else "",
+            log_tail=(log.read_text(errors="replace", encoding="utf-8")[-LOG_TAIL:] or "no output") if failure else "",
         )  # fmt: skip
     finally:
         shutil.rmtree(out, ignore_errors=True)

@@ -58,11 +58,11 @@ def facts(kept: Path | None) -> dict[str, Any]:
     if kept is None:
         return _measured()
     kept.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{kept}.lock", "w") as lock:
+    with open(f"{kept}.lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # scenarios that run side by side
         if not kept.exists():
-            kept.write_text(json.dumps(_measured()))
-        return json.loads(kept.read_text())
+            kept.write_text(json.dumps(_measured()), encoding="utf-8")
+        return json.loads(kept.read_text(encoding="utf-8"))
 
 
 def _measured() -> dict[str, Any]:
@@ -78,7 +78,7 @@ def drop_page_cache() -> bool:
     """Forget all cached file contents; False where this user may not."""
     os.sync()
     try:
-        DROP_CACHES.write_text("3")
+        DROP_CACHES.write_text("3", encoding="utf-8")
     except OSError:
         return False
     return True
@@ -119,7 +119,7 @@ for _ in range(30): a @ b
 torch.cuda.synchronize()
 print(30 * 2 * 8192**3 / (time.perf_counter() - started) / 1e12)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, encoding="utf-8")
     return float(done.stdout) if done.returncode == 0 else None
 
 
@@ -134,7 +134,7 @@ def _processor() -> str:
 def _gpu() -> dict[str, str] | None:
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, check=False)
+        done = subprocess.run(query, capture_output=True, text=True, check=False, encoding="utf-8")
     except FileNotFoundError:
         return None
     if done.returncode:

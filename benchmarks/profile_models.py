@@ -45,7 +45,9 @@ VAE = {
 def configs(tiny: bool) -> dict[str, dict[str, Any]]:
     """config.json of the three models: the published ones, or the embedded model's."""
     full = {"transformer": TRANSFORMER, "text_encoder": TEXT_ENCODER, "vae": VAE}
-    return {name: json.loads((NANO / name / "config.json").read_text()) for name in full} if tiny else full
+    return (
+        {name: json.loads((NANO / name / "config.json").read_text(encoding="utf-8")) for name in full} if tiny else full
+    )
 
 
 def fill(module: nn.Module, device: str, dtype: torch.dtype, seed: int = 0) -> None:

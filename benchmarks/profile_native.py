@@ -378,7 +378,7 @@ def main() -> None:
         print(f"\n{name} (at {time.perf_counter() - began:.1f} s)")
         for key, value in profile.results[name].items():
             print(f"  {key}: {rounded(value)}", flush=True)
-        arguments.output.write_text(json.dumps(profile.results, indent=1))
+        arguments.output.write_text(json.dumps(profile.results, indent=1), encoding="utf-8")
 
 
 def rounded(value: Any) -> Any:

@@ -297,7 +297,7 @@ def main() -> None:
         torch.cuda.empty_cache()
         text = results[section] if isinstance(results[section], str) else json.dumps(results[section], indent=1)
         print(f"== {section} ({time.perf_counter() - began:.0f} s)\n{text}", flush=True)
-        path.write_text(json.dumps(results, indent=1))
+        path.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

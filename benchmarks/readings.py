@@ -34,7 +34,7 @@ def pictures(variant: Variant, out: Path) -> Pictures:
 
 def _batch_size(image: Path) -> int:
     record = image.with_name("record.json")
-    return json.loads(record.read_text()).get("batch_size", 1) if record.exists() else 1
+    return json.loads(record.read_text(encoding="utf-8")).get("batch_size", 1) if record.exists() else 1
 
 
 def readings(variant: Variant, out: Path) -> dict[str, Any]:
@@ -44,11 +44,11 @@ def readings(variant: Variant, out: Path) -> dict[str, Any]:
     """
     if variant.script is not None:
         path = out / "phases.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     paths = sorted((out / "runs").rglob("summary.json"), key=lambda path: (len(path.parent.name), path.parent.name))
     if not paths:
         return {}
-    summaries = [json.loads(path.read_text()) for path in paths]
+    summaries = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     summary = summaries[0]
     session = summary["session"]
     return {

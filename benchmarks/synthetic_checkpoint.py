@@ -178,7 +178,7 @@ def write_component(
     if len(parts) > 1:
         total = sum(math.prod(shape) for part in parts for shape in part.values()) * (4 if dtype == "fp32" else 2)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
 def write_checkpoint(target: Path, scale: str, transformer_dtype: str, seed: int, device: str) -> int:

@@ -136,7 +136,7 @@ def test_prompts_of_any_letters_arrive_as_they_are():
 
 
 def test_a_program_that_uses_hydra_itself_keeps_its_own(tmp_path: Path):
-    (tmp_path / "mine.yaml").write_text("a: 1")
+    (tmp_path / "mine.yaml").write_text("a: 1", encoding="utf-8")
     with initialize_config_dir(version_base="1.3", config_dir=str(tmp_path)):
         assert zr.run("model=zimage_nano", prompt="a cat", dry_run=True).exit_code == 0
         with zr.load(model="zimage_nano"):

@@ -35,10 +35,10 @@ def altered(first: Path, target: Path, amount: int, **record: object) -> Path:
         pixels, size = np.asarray(Image.open(path)).astype(int), path.stat().st_size
         Image.fromarray(np.clip(pixels + amount, 0, 255).astype(np.uint8)).save(path)
         path.write_bytes(path.read_bytes().ljust(size, b"\0"))  # the ledger knows the size
-        said = json.loads((path.parent / "record.json").read_text())
+        said = json.loads((path.parent / "record.json").read_text(encoding="utf-8"))
         said |= {name: value for name, value in record.items() if name != "numerics"}
         said["numerics"] |= record.get("numerics", {})  # pyright: ignore[reportOperatorIssue]
-        (path.parent / "record.json").write_text(json.dumps(said))
+        (path.parent / "record.json").write_text(json.dumps(said), encoding="utf-8")
     return target
 
 
@@ -48,7 +48,7 @@ def test_two_runs_and_a_floor(first: Path, tmp_path: Path, monkeypatch: pytest.M
     floor = altered(first, tmp_path / "floor", 1)
     into = tmp_path / "into"
     assert compare.main([str(first), str(second), f"floor={floor}", f"into={into}", "worst=1"]) == 0
-    report = json.loads((into / "comparison.json").read_text())
+    report = json.loads((into / "comparison.json").read_text(encoding="utf-8"))
     assert report["pictures"] == len(report["pairs"]) == 2
     assert report["likeness"]["psnr"]["worst"] <= report["likeness"]["psnr"]["mean"] < 30
     assert report["floor"]["psnr"]["worst"] > 40
@@ -57,7 +57,7 @@ def test_two_runs_and_a_floor(first: Path, tmp_path: Path, monkeypatch: pytest.M
         assert sheet.width > 2 * 128
     out = capsys.readouterr().out
     assert "noise floor" in out
-    record = json.loads(next(second.rglob("record.json")).read_text())
+    record = json.loads(next(second.rglob("record.json")).read_text(encoding="utf-8"))
     key = likeness_key(record["model"]["digest"], record["numerics"])
     assert key is not None
     kept = read_entry("likeness", key)
@@ -72,7 +72,7 @@ def test_options_are_drawn(first: Path, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     words = [str(first), "seeds=[1,2]", f"into={tmp_path / 'into'}", "--", *OPTIONS[::2]]
     assert compare.main(words) == 0
-    report = json.loads((tmp_path / "into" / "comparison.json").read_text())
+    report = json.loads((tmp_path / "into" / "comparison.json").read_text(encoding="utf-8"))
     assert report["pictures"] == 1  # of seed 1
     assert report["likeness"]["flip"]["worst"] == 0
 

@@ -41,8 +41,8 @@ def test_it_is_composed_as_printed(cli, tmp_path: Path, monkeypatch: pytest.Monk
     assert example
     (tmp_path / "my_conf" / "experiment").mkdir(parents=True)
     (tmp_path / "my_conf" / "experiment" / "cats.yaml").write_text(example[1], encoding="utf-8")
-    (tmp_path / "prompts.txt").write_text(PROMPTS)
-    (tmp_path / "prompts.csv").write_text("caption,width,height,category\na cat,768,1024,animals\n")
+    (tmp_path / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
+    (tmp_path / "prompts.csv").write_text("caption,width,height,category\na cat,768,1024,animals\n", encoding="utf-8")
     argv = [word for word in shlex.split(words, comments=True) if not word.startswith("model.path=")]
     code, out, err = cli(*argv, *([] if "dry_run=true" in argv else ["dry_run=true"]))
     assert code == 0, err
@@ -61,10 +61,13 @@ def test_links_lead_somewhere(page: str) -> None:
 
 
 def test_broken_links_are_found(tmp_path: Path) -> None:
-    (tmp_path / "other.md").write_text("# One `two`: three\n## Again\n## Again\n```\n# no heading\n```\n")
+    (tmp_path / "other.md").write_text(
+        "# One `two`: three\n## Again\n## Again\n```\n# no heading\n```\n", encoding="utf-8"
+    )
     (tmp_path / "page.md").write_text(
         "[a](other.md) [b](other.md#one-two-three) [c](other.md#again-1) [d](https://example.org/x) ![e](gone.png)\n"
-        "[f](other.md#no-heading) [g](#nowhere) `[h](code.md)`\n```\n[i](block.md)\n```\n[j](other.md 'a title')\n"
+        "[f](other.md#no-heading) [g](#nowhere) `[h](code.md)`\n```\n[i](block.md)\n```\n[j](other.md 'a title')\n",
+        encoding="utf-8",
     )
     assert broken_links(tmp_path / "page.md") == ["gone.png", "other.md#no-heading", "#nowhere"]
 

@@ -133,13 +133,13 @@ def apply(path: Path, change: str | tuple[str, ...]) -> None:
     """Write a new file, or replace each text that stands in the file once by the one after it."""
     if isinstance(change, str):
         assert not path.exists()
-        path.write_text(change)
+        path.write_text(change, encoding="utf-8")
         return
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     for old, new in zip(change[::2], change[1::2], strict=True):
         assert text.count(old) == 1, (path, old)
         text = text.replace(old, new)
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
 
 
 def run(package: Path, folder: Path, *commands: tuple[str, ...]) -> list[tuple[int, str, str]]:
@@ -152,6 +152,7 @@ def run(package: Path, folder: Path, *commands: tuple[str, ...]) -> list[tuple[i
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(package)},
         timeout=240,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
     where, results = json.loads(done.stdout)

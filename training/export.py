@@ -66,7 +66,7 @@ def write_checksums(folder: Path) -> None:
     layout = inspect(folder)
     files = sorted([*layout.weight_paths, *layout.config_files])
     lines = [f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.relative_to(folder).as_posix()}\n" for f in files]
-    (folder / CHECKSUMS).write_text("".join(lines))
+    (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
 
 
 def main(cfg: TrainingConfig) -> None:

@@ -125,7 +125,7 @@ def _run(way: str, into: Path, options: list[str]) -> Path:
             raise UserError(f"{way} holds {len(runs)} runs: name one of them")
         return runs[0]
     command = [sys.executable, "-m", "zimage_runner", *options, *shlex.split(way), f"output.root={into}"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, encoding="utf-8")
     lines = done.stdout.split("\n") if done.stdout else []
     found = [line for line in lines if line.strip() and Path(line.strip()).is_dir()]
     if done.returncode != 0 or not found:

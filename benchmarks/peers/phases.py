@@ -45,7 +45,7 @@ class Phases:
                 "peak_allocated_gb": torch.cuda.max_memory_allocated() / 1e9,
                 "peak_reserved_gb": torch.cuda.max_memory_reserved() / 1e9,
             }
-        self._path.write_text(json.dumps({"phases": self._phases, "memory": memory}, indent=1))
+        self._path.write_text(json.dumps({"phases": self._phases, "memory": memory}, indent=1), encoding="utf-8")
 
 
 def synchronize(torch: Any, device: str) -> None:

@@ -96,7 +96,7 @@ def test_a_hanging_process_and_its_children_are_ended(tmp_path: Path) -> None:
     child = tmp_path / "child"
     code = f"import os, time\nif pid := os.fork(): open({str(child)!r}, 'w').write(str(pid))\ntime.sleep(600)"
     assert once(Script("s", code), timeout=1.0).returncode == -9
-    assert all_gone([int(child.read_text())])
+    assert all_gone([int(child.read_text(encoding="utf-8"))])
 
 
 def test_every_other_round_runs_backwards() -> None:
@@ -110,7 +110,9 @@ def test_results_are_complete_after_every_process(tmp_path: Path, monkeypatch: p
     quick = scenario(Script("a", QUICK), Script("b", QUICK), rounds=2)
     seen = []
     write = Results.write
-    monkeypatch.setattr(Results, "write", lambda self: (write(self), seen.append(json.loads(path.read_text()))))
+    monkeypatch.setattr(
+        Results, "write", lambda self: (write(self), seen.append(json.loads(path.read_text(encoding="utf-8"))))
+    )
     measure(quick, Results(quick, path, {"cores": 2}), 60, {"published": TINY})
     assert [len(value["runs"]) for value in seen] == [1, 2, 3, 4]
     assert [run["variant"] for run in seen[-1]["runs"]] == ["a", "b", "b", "a"]
@@ -204,7 +206,7 @@ def test_what_no_time_is_left_for_is_noted(tmp_path: Path) -> None:
     quick = scenario(Script("a", QUICK), rounds=2)
     results = Results(quick, tmp_path / "r.json", {}, note="something else ran")
     measure(quick, results, -1.0, {"published": TINY})
-    data = json.loads((tmp_path / "r.json").read_text())
+    data = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
     assert data["runs"] == []
     assert data["skipped"] == [{"variant": "a", "cache": "warm", "round": number} for number in (0, 1)]
     assert data["note"] == "something else ran"

@@ -29,6 +29,6 @@ def test_both_engines_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert nano_cpu.main() == 0
     finally:
         torch.set_num_threads(threads)
-    found = json.loads(output.read_text())
+    found = json.loads(output.read_text(encoding="utf-8"))
     assert found["pictures"] == 1
     assert all(found[engine][phase]["min"] > 0 for engine in ("diffusers", "native") for phase in nano_cpu.PHASES)

@@ -38,10 +38,10 @@ def test_the_pages_links_begin_where_the_page_is() -> None:
 
 def named(path: Path, name: str, *, size: int = 1024) -> None:
     """Give a results file another name, as --suffix does."""
-    data = json.loads(path.read_text())
+    data = json.loads(path.read_text(encoding="utf-8"))
     data["work"]["size"] = size
     path.unlink()
-    (path.parent / name).write_text(json.dumps(data))
+    (path.parent / name).write_text(json.dumps(data), encoding="utf-8")
 
 
 def test_without_results_there_is_nothing_to_say(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def starts(folder: Path, ours: float, kept: float, none: float) -> None:
         "measured": "2026-02-03", "machine": "one test", "zimage_runner": {"median": ours, "count": 4},
         "naive, bytecode of its imports kept": {"median": kept, "count": 3}, "naive, no bytecode": {"median": none},
     }  # fmt: skip
-    (folder / "first_picture" / "baselines.json").write_text(json.dumps(data))
+    (folder / "first_picture" / "baselines.json").write_text(json.dumps(data), encoding="utf-8")
 
 
 def test_the_table(tmp_path: Path) -> None:
@@ -139,8 +139,8 @@ def test_a_readme_without_the_markers_is_refused(text: str) -> None:
 def test_what_qualifies_a_figure_stands_behind_it(tmp_path: Path) -> None:
     cold = [run("naive diffusers", 20.0, []), run("ours default", 4.0, [])]
     path = results(tmp_path, cold, "cold_start")
-    data = json.loads(path.read_text())
-    path.write_text(json.dumps(data | {"caveat": "Imports were compiled anew"}))
+    data = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(data | {"caveat": "Imports were compiled anew"}), encoding="utf-8")
     first = summary(tmp_path).splitlines()[0]
     assert first.endswith("**5.00x** as fast. Imports were compiled anew")
 

@@ -64,12 +64,12 @@ def test_contestants_without_figures_are_shown_with_the_reason(tmp_path: Path) -
     log = "Traceback\nRuntimeError: no such kernel\nlast words\n"
     dead = run("dead", 1.0, [], returncode=1, log_tail=log, failure="exit 1 with 0 of 4 pictures")
     path = results(tmp_path, [run("plain", 10.0, [1.0]), dead, run("late", 1.0, [])])
-    data = json.loads(path.read_text())
+    data = json.loads(path.read_text(encoding="utf-8"))
     data["runs"].pop()
     data["skipped"] = [{"variant": "late", "cache": "warm", "round": n} for n in range(2)]
     data["note"] = "another scenario ran on the second GPU meanwhile"
     data["gpu"] = {"index": 1, "uuid": "GPU-1", "name": "NVIDIA H200"}
-    path.write_text(json.dumps(data))
+    path.write_text(json.dumps(data), encoding="utf-8")
     text = page(tmp_path, tmp_path)
     assert "| **dead** | warm | failed |" in text
     assert "- dead (warm): exit 1 with 0 of 4 pictures: RuntimeError: no such kernel" in text
@@ -135,7 +135,7 @@ def test_the_same_figures_give_the_same_page(tmp_path: Path) -> None:
 
 
 def test_other_json_files_are_left_out(tmp_path: Path) -> None:
-    (tmp_path / "nano_cpu.json").write_text("{}")
+    (tmp_path / "nano_cpu.json").write_text("{}", encoding="utf-8")
     assert "##" not in page(tmp_path, tmp_path)
 
 

@@ -149,7 +149,7 @@ def test_bad_prompts(cli: Cli, tmp_path: Path, argv: list[str], content: bytes |
 def test_typo_in_an_experiment_file_names_the_file(cli: Cli, tmp_path: Path) -> None:
     folder = tmp_path / "my_conf" / "experiment"
     folder.mkdir(parents=True)
-    (folder / "mine.yaml").write_text("# @package _global_\nsampling:\n  stepz: 3\n")
+    (folder / "mine.yaml").write_text("# @package _global_\nsampling:\n  stepz: 3\n", encoding="utf-8")
     code, out, err = cli("--config-dir", "my_conf", "+experiment=mine", "prompt=a")
     assert_refused(code, out, err, "mine.*stepz: no such field")
 
@@ -188,9 +188,9 @@ def test_typo_in_an_experiment_file_names_the_file(cli: Cli, tmp_path: Path) -> 
 def test_slips_in_an_experiment_file(cli: Cli, tmp_path: Path, lines: str, expected: str) -> None:
     folder = tmp_path / "my_conf" / "experiment"
     folder.mkdir(parents=True)
-    (folder / "mine.yaml").write_text(f"# @package _global_\n{lines}")
+    (folder / "mine.yaml").write_text(f"# @package _global_\n{lines}", encoding="utf-8")
     assert_refused(*cli("--config-dir", "my_conf", "+experiment=mine"), expected)
-    (folder / "mine.yaml").write_text("name: cats\n")
+    (folder / "mine.yaml").write_text("name: cats\n", encoding="utf-8")
     assert_refused(*cli("--config-dir", "my_conf", "+experiment=mine", "prompt=a"), "first line has to be '# @package")
 
 

@@ -128,5 +128,5 @@ def test_a_command_imports_neither_hydra_nor_torch_to_be_found():
         "assert _run(['view', '/no/such/folder']) == 2\n"
         "assert not {'torch', 'hydra', 'omegaconf', 'numpy'} & set(sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8")
     assert (done.returncode, done.stderr.count("\n")) == (0, 1), done.stderr

@@ -49,7 +49,7 @@ def test_a_mode_in_ones_own_config_counts(cli, tmp_path):
     mine = tmp_path / "mine" / "experiment"
     mine.mkdir(parents=True)
     text = "# @package _global_\nhydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n      seeds: 1,2,3\n"
-    (mine / "swept.yaml").write_text(text)
+    (mine / "swept.yaml").write_text(text, encoding="utf-8")
     code, out, err = cli(f"--config-dir={tmp_path / 'mine'}", "+experiment=swept", *PLAIN)
     assert code == 0, err
     assert out.count("prompts to encode") == 3
@@ -77,5 +77,5 @@ def test_a_config_error_imports_nothing_for_pictures():
         "print({'torch', 'numpy', 'PIL', 'tokenizers', 'tqdm', 'email', 'http', 'ssl', 'asyncio',"
         " 'zimage_runner.runner.execute', 'zimage_runner.session', 'zimage_runner.outputs.writer'} & set(sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, encoding="utf-8")
     assert done.stdout.strip() == "set()", done

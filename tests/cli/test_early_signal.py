@@ -25,7 +25,11 @@ LATEST = 0.7
 
 def started(*argv: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", PROGRAM, *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "listening\n"
@@ -53,7 +57,11 @@ def test_ignored_signals_stay_ignored():
     """What a shell without job control does to the background's SIGINT."""
     code = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n{PROGRAM}"
     with subprocess.Popen(
-        [sys.executable, "-c", code, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, "--help"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
     ) as process:
         assert process.stdout is not None
         process.stdout.readline()
@@ -89,6 +97,7 @@ def test_while_torch_is_imported(plain, signals, tmp_path: Path):
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"ZIMAGE_RUNNER_PLAIN_START": plain},
+        encoding="utf-8",
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "importing\n"
@@ -107,14 +116,18 @@ def test_while_torch_is_imported(plain, signals, tmp_path: Path):
 
 def test_a_refusal_needs_no_open_stream(tmp_path: Path):
     command = f"{sys.executable} -m zimage_runner no.such=1 <&- >&- 2>&-"
-    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    done = subprocess.run(
+        ["sh", "-c", command], capture_output=True, text=True, timeout=60, cwd=tmp_path, encoding="utf-8"
+    )
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
 
 
 def test_a_run_with_closed_stderr_draws(tmp_path: Path):
     size = "sampling.height=128 sampling.width=128"
     command = f"{sys.executable} -m zimage_runner model=zimage_nano prompt=fox {size} 2>&-"
-    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    done = subprocess.run(
+        ["sh", "-c", command], capture_output=True, text=True, timeout=120, cwd=tmp_path, encoding="utf-8"
+    )
     assert done.returncode == 0
     assert len(list(tmp_path.rglob("image.png"))) == 1
     assert done.stdout.count("\n") == 1  # the run directory

@@ -28,7 +28,7 @@ def test_every_option_is_listed_and_described() -> None:
 
 def test_options_of_a_config_dir_are_listed(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\n# My cats.\n")
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\n# My cats.\n", encoding="utf-8")
     assert "My cats." in help_text(["--config-dir", str(tmp_path), "--help"])
 
 
@@ -100,6 +100,6 @@ def test_other_words_beside_help(words, capsys):
 
 def test_information_that_is_not_read_to_its_end():
     command = f"{sys.executable} -m zimage_runner --info defaults-tree | head -n 1"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, encoding="utf-8")
     assert "Traceback" not in done.stderr
     assert "Error" not in done.stderr

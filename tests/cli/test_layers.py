@@ -58,8 +58,8 @@ def in_folder(tmp_path: Path, **files: str) -> str:
     folder.mkdir(parents=True)
     for name, text in files.items():
         (folder / f"{name}.yaml").write_text(f"# @package _global_\n{text}\n", encoding="utf-8")
-    (tmp_path / "p.csv").write_text("caption\na\nb\nc\n")
-    (tmp_path / "p.txt").write_text("a\nb\n")
+    (tmp_path / "p.csv").write_text("caption\na\nb\nc\n", encoding="utf-8")
+    (tmp_path / "p.txt").write_text("a\nb\n", encoding="utf-8")
     return "--config-dir=my_conf"
 
 

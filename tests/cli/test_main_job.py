@@ -33,13 +33,13 @@ def test_prompts_x_seeds_on_disk(cli: Cli, tmp_path: Path) -> None:
         "00000_a_red_apple/seed_3", "00000_a_red_apple/seed_5", "00001_一只猫/seed_3", "00001_一只猫/seed_5",
     ]  # fmt: skip
     assert {p.name for p in (run / ".hydra").iterdir()} == {"config.yaml", "hydra.yaml", "overrides.yaml"}
-    summary = json.loads((run / "summary.json").read_text())
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     assert summary["status"] == "complete"
     assert summary["items"]["ok"] == 4
     assert {"load", "warm_up"} <= summary["phases"].keys()
     assert {"first_seconds", "mean_seconds", "median_seconds", "p95_seconds"} <= summary["images"].keys()
     assert "images/s" in err
-    lines = [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "records.jsonl").read_text(encoding="utf-8").splitlines()]
     assert {line["item"] for line in lines} == {f"items/{name}" for name in items(run)}
 
 
@@ -47,7 +47,7 @@ def test_record_and_png_tell_everything(cli: Cli) -> None:
     code, out, err = cli("prompt=a red apple", "seeds=7", "sampling.num_inference_steps=2", "warmup=none")
     assert code == 0, err
     folder = next(Path(out.strip()).glob("items/*/*"))
-    record = json.loads((folder / "record.json").read_text())
+    record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
     assert record["status"] == "ok"
     assert record["prompt"] == "a red apple"
     assert record["seed"] == 7
@@ -99,7 +99,7 @@ def test_multirun(cli: Cli, tmp_path: Path) -> None:
     assert code == 0, err
     sweep = next((tmp_path / "outputs" / "multirun" / "sweep").iterdir())
     assert all((sweep / job / "summary.json").is_file() for job in ("0", "1"))
-    steps = [json.loads((sweep / j / "records.jsonl").read_text())["item"] for j in ("0", "1")]
+    steps = [json.loads((sweep / j / "records.jsonl").read_text(encoding="utf-8"))["item"] for j in ("0", "1")]
     assert steps[0] == steps[1]
 
 
@@ -115,7 +115,7 @@ def test_truncated_prompt_is_named_and_recorded(cli: Cli, length: int) -> None:
     code, out, err = cli(f"prompt={words}", f"sampling.max_sequence_length={length}", "warmup=none", FEW_STEPS)
     assert code == 0, err
     assert f"max_sequence_length={length}" in err
-    summary = json.loads((Path(out.strip()) / "summary.json").read_text())
+    summary = json.loads((Path(out.strip()) / "summary.json").read_text(encoding="utf-8"))
     assert len(summary["truncated"]) == 1
 
 

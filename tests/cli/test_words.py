@@ -42,7 +42,7 @@ def test_any_words_are_kept_or_refused(words: list[str]) -> None:
 def test_an_option_after_the_overrides(cli, tmp_path: Path) -> None:
     folder = tmp_path / "my_conf" / "experiment"
     folder.mkdir(parents=True)
-    (folder / "mine.yaml").write_text("# @package _global_\nprompt: a fox\n")
+    (folder / "mine.yaml").write_text("# @package _global_\nprompt: a fox\n", encoding="utf-8")
     code, out, err = cli("dry_run=true", "--config-dir", "my_conf", "experiment=mine", "-m", "seeds=[1,2],[3]")
     assert (code, err) == (0, "")
     assert out.count(" of 1 prompt\n") == 2
@@ -66,7 +66,7 @@ def test_the_command_lines_prompt_stands_for_the_experiments(
 ) -> None:
     folder = tmp_path / "my_conf" / "experiment"
     folder.mkdir(parents=True)
-    (folder / "mine.yaml").write_text(f"# @package _global_\n{yaml}\n")
+    (folder / "mine.yaml").write_text(f"# @package _global_\n{yaml}\n", encoding="utf-8")
     code, out, err = cli("--config-dir", "my_conf", "+experiment=mine", "dry_run=true", *argv)
     assert code == 0, err
     assert all(" replaces " in line for line in err.splitlines())
@@ -76,7 +76,7 @@ def test_the_command_lines_prompt_stands_for_the_experiments(
 def test_an_experiments_own_contradiction_is_refused(cli, tmp_path: Path) -> None:
     folder = tmp_path / "my_conf" / "experiment"
     folder.mkdir(parents=True)
-    (folder / "mine.yaml").write_text("# @package _global_\nprompt: a fox\nprompts: {texts: [a]}\n")
+    (folder / "mine.yaml").write_text("# @package _global_\nprompt: a fox\nprompts: {texts: [a]}\n", encoding="utf-8")
     code, _, err = cli("--config-dir", "my_conf", "+experiment=mine", "dry_run=true")
     assert code == 2
     assert "experiment/mine.yaml: prompt and prompts.texts are both set" in err

@@ -32,8 +32,8 @@ def write_run(folder: Path, items: dict[tuple[str, int], dict[str, Any]]) -> Pat
         (folder / item).mkdir(parents=True)
         Image.new("RGB", (32, 16), (number, 0, seed)).save(folder / item / "image.png")
         record = {"prompt": name[6:].replace("_", " "), "seed": seed, "params": {"width": 32, "height": 16}, **more}
-        (folder / item / "record.json").write_text(json.dumps(record))
-        with (folder / "records.jsonl").open("a") as ledger:
+        (folder / item / "record.json").write_text(json.dumps(record), encoding="utf-8")
+        with (folder / "records.jsonl").open("a", encoding="utf-8") as ledger:
             size = (folder / item / "image.png").stat().st_size
             ledger.write(json.dumps({"item": item, **ENTRY, "bytes": size}) + "\n")
     return folder
@@ -47,7 +47,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def rows(folder: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in Path(folder, "metadata.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in Path(folder, "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def test_names_links_and_table(run: Path) -> None:
@@ -75,10 +75,10 @@ def test_ones_own_names(run: Path) -> None:
 
 def test_another_picture_is_not_overwritten_unasked(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("all").mkdir()
-    Path("all/00001_a_dog_seed_3.png").write_text("mine")
+    Path("all/00001_a_dog_seed_3.png").write_text("mine", encoding="utf-8")
     assert main([str(run), "into=all"]) == 2
     assert "is there already, and another picture" in capsys.readouterr().err
-    assert Path("all/00001_a_dog_seed_3.png").read_text() == "mine"
+    assert Path("all/00001_a_dog_seed_3.png").read_text(encoding="utf-8") == "mine"
     assert main([str(run), "into=all", "overwrite=true"]) == 0
     assert os.path.samefile(rows("all")[1]["source"], "all/00001_a_dog_seed_3.png")
 
@@ -86,12 +86,12 @@ def test_another_picture_is_not_overwritten_unasked(run: Path, capsys: pytest.Ca
 def test_starred_ones_alone_and_rejected_ones_left_out(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cat, dog = "items/00000_a_cat/seed_12", "items/00001_a_dog/seed_3"
     other = write_run(run.parent / "two", {("00000_a_cat", 12): {}, ("00000_a_cat", 13): {}})
-    (run / "stars.json").write_text(Stars(starred={dog}, rejected={cat}).to_json().decode())
+    (run / "stars.json").write_text(Stars(starred={dog}, rejected={cat}).to_json().decode(), encoding="utf-8")
     assert main(["outputs", "into=best", "starred=true"]) == 0
     assert [(row["text"], row["seed"]) for row in rows("best")] == [("a dog", 3)]
     assert main(["outputs", "into=rest", "rejected=false"]) == 0
     assert [(row["text"], row["seed"]) for row in rows("rest")] == [("a dog", 3), ("a cat", 12), ("a cat", 13)]
-    (other / "stars.json").write_text("{")
+    (other / "stars.json").write_text("{", encoding="utf-8")
     capsys.readouterr()
     assert main(["outputs", "into=x", "starred=true"]) == 2
     assert "two/stars.json is damaged" in capsys.readouterr().err
@@ -150,12 +150,12 @@ def test_refusals(run: Path, capsys: pytest.CaptureFixture[str], argv: list[str]
 
 
 def test_a_damaged_record_and_a_foreign_ledger(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with (run / "records.jsonl").open("a") as ledger:
+    with (run / "records.jsonl").open("a", encoding="utf-8") as ledger:
         for item in ("../../x", "items/a", "/etc/passwd", "items/00003_../../seed_1"):
             ledger.write(json.dumps({"item": item, **ENTRY, "bytes": 1}) + "\n")
     assert main([str(run), "into=all"]) == 0
     assert len(rows("all")) == 2
-    (run / "items/00001_a_dog/seed_3/record.json").write_text("{")
+    (run / "items/00001_a_dog/seed_3/record.json").write_text("{", encoding="utf-8")
     assert main([str(run), "into=all"]) == 2
     assert "record.json cannot be read" in capsys.readouterr().err
 

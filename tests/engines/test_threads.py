@@ -71,8 +71,7 @@ def test_torchs_own_runtime_has_read_it(executor: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "zimage_runner", *words, "engine.threads=1", "warmup=none"],
         cwd=tmp_path, env=CLEAN | {"OMP_DISPLAY_ENV": "true", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-        timeout=200, check=False,
-    )  # fmt: skip
+        timeout=200, check=False, encoding="utf-8")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "OMP_WAIT_POLICY = 'PASSIVE'" in done.stderr
     assert '"threads": 1' in (tmp_path / "run" / "summary.json").read_text(encoding="utf-8")

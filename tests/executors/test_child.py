@@ -42,7 +42,7 @@ def test_without_last_words_it_is_the_exit_code(gone):
 
 def test_modules_of_the_current_folder_are_not_the_workers(tmp_path, monkeypatch):
     """A16: a json.py beside the prompts was imported instead of Python's own."""
-    (tmp_path / "json.py").write_text("raise SystemExit('imported from the current folder')")
+    (tmp_path / "json.py").write_text("raise SystemExit('imported from the current folder')", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     child = Child()
     child._connection.close()

@@ -42,7 +42,7 @@ def workers_of(parent: int) -> list[int]:
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            state, ppid = stat.read_text().rpartition(")")[2].split()[:2]
+            state, ppid = stat.read_text(encoding="utf-8").rpartition(")")[2].split()[:2]
             if int(ppid) == parent and state != "Z" and b"executors.worker" in (stat.parent / "cmdline").read_bytes():
                 found.append(int(stat.parent.name))
     return found
@@ -290,7 +290,7 @@ for result in made.run(Batch(items=[item(seed)]) for seed in count()):
 @pytest.mark.parametrize("busy", [False, True])
 def test_no_orphan_when_the_parent_is_killed(faults, number, busy):
     faults(*([{"on": 0, "kind": "hang"}] if busy else []))
-    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True, encoding="utf-8")
     assert parent.stdout is not None
     worker = int(parent.stdout.readline())
     time.sleep(0.1)

@@ -73,7 +73,7 @@ def test_the_parent_of_a_worker_never_imports_torch(tmp_path):
         "assert code == 0; assert 'torch' not in sys.modules, 'torch was imported'"
     )
     words = ["prompt=a cat", "executor=process", "warmup=none", f"hydra.run.dir={tmp_path}/run"]
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
 
 

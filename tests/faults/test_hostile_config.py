@@ -48,7 +48,7 @@ def instant(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def write(path: str | Path, text: str) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     return path
 
 
@@ -192,9 +192,9 @@ class TestExperiments:
 
 def edit(path: str | Path, change: Any) -> None:
     """Load a YAML file, let ``change`` alter what is in it, and write it back."""
-    data = yaml.safe_load(Path(path).read_text())
+    data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     change(data)
-    Path(path).write_text(yaml.safe_dump(data))
+    Path(path).write_text(yaml.safe_dump(data), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -361,7 +361,7 @@ class TestRunDirectories:
         code, _, err = cli("resume=latest")
         assert code == 0, err
         assert "left out" not in err
-        saved = yaml.safe_load((sweep / "multirun.yaml").read_text())
+        saved = yaml.safe_load((sweep / "multirun.yaml").read_text(encoding="utf-8"))
         assert "hydra.callbacks.sweep_report.grid=false" in saved["hydra"]["overrides"]["hydra"]
 
 
@@ -393,4 +393,4 @@ def test_messages_and_logs_show_controls(tmp_path, capfd) -> None:
     assert said.getvalue() == "a\\x1b[2J\\u202e\\x9b b\tc\n猫👩‍👩‍👧\u3000\n"
     with run_log(tmp_path / "run.log"):
         logging.getLogger("zimage_runner").info("picture \x1b]0;title\x07")
-    assert (tmp_path / "run.log").read_text().endswith("picture \\x1b]0;title\\x07\n")
+    assert (tmp_path / "run.log").read_text(encoding="utf-8").endswith("picture \\x1b]0;title\\x07\n")

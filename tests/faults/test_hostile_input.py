@@ -53,7 +53,7 @@ def instant(monkeypatch: pytest.MonkeyPatch):
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
@@ -73,7 +73,7 @@ def test_any_text_stays_text(cli, instant, tmp_path, field):
     assert everything_below(tmp_path) == {"prompts.jsonl", "run"} | {
         f"run/{name}" for name in everything_below(tmp_path / "run")
     }
-    records = [json.loads(line) for line in (tmp_path / "run/records.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (tmp_path / "run/records.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(records) == len(rows)
     for record in records:
         folder = tmp_path / "run" / record["item"]
@@ -135,7 +135,7 @@ def test_control_characters_do_not_reach_the_terminal(cli, tmp_path):
 def test_yaml_runs_no_code(cli, instant, tmp_path, yaml):
     folder = tmp_path / "my_conf" / "experiment"
     folder.mkdir(parents=True)
-    (folder / "mine.yaml").write_text("# @package _global_\n" + yaml)
+    (folder / "mine.yaml").write_text("# @package _global_\n" + yaml, encoding="utf-8")
     code, _, err = cli("--config-dir", str(tmp_path / "my_conf"), "+experiment=mine")
     assert code == 2
     assert len(err.splitlines()) == 1
@@ -149,13 +149,13 @@ def test_a_run_directory_from_elsewhere_runs_no_code(cli, instant, tmp_path):
     (tmp_path / "run/records.jsonl").unlink()
     for name in ("overrides.yaml", "config.yaml", "hydra.yaml"):
         path = tmp_path / "run/.hydra" / name
-        good = path.read_text()
-        path.write_text("!!python/object/apply:os.system ['touch pwned']\n")
+        good = path.read_text(encoding="utf-8")
+        path.write_text("!!python/object/apply:os.system ['touch pwned']\n", encoding="utf-8")
         code, _, err = cli("resume=run")
         assert code == 2
         assert len(err.splitlines()) == 1
         assert "Traceback" not in err
-        path.write_text(good)
+        path.write_text(good, encoding="utf-8")
     assert not list(tmp_path.rglob("pwned"))
 
 
@@ -197,14 +197,16 @@ def test_a_pickle_that_calls_itself_safetensors_is_refused(cli, model, tmp_path)
 def test_code_in_a_model_directory_is_not_run(cli, model, tmp_path, engine, where):
     """Custom components and auto_map are how hubs ask for a directory's own code to be run."""
     for folder in (model, model / "transformer", model / "text_encoder"):
-        (folder / "evil.py").write_text("from pathlib import Path\nPath('pwned').touch()\nclass Evil: pass\n")
-    config = json.loads((model / where).read_text())
+        (folder / "evil.py").write_text(
+            "from pathlib import Path\nPath('pwned').touch()\nclass Evil: pass\n", encoding="utf-8"
+        )
+    config = json.loads((model / where).read_text(encoding="utf-8"))
     if where == "model_index.json":
         config["transformer"] = ["evil", "Evil"]
         config["_class_name"] = ["evil", "Evil"]
     else:
         config["auto_map"] = {"AutoModel": "evil.Evil", "AutoConfig": "evil.Evil"}
-    (model / where).write_text(json.dumps(config))
+    (model / where).write_text(json.dumps(config), encoding="utf-8")
     code, _, err = cli(
         "model=local", f"model.path={model}", f"engine={engine}", "prompt=a cat", "warmup=none",
         "sampling.num_inference_steps=1", "sampling.height=128", "sampling.width=128",

@@ -52,7 +52,7 @@ def pictures(run: Path) -> dict[str, np.ndarray]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
     folder = tmp_path_factory.mktemp("undisturbed")
     process = start(folder, "inline")
-    assert process.wait(120) == 0, (folder / "log").read_text()
+    assert process.wait(120) == 0, (folder / "log").read_text(encoding="utf-8")
     return pictures(folder / "run")
 
 
@@ -69,7 +69,7 @@ def test_killed_and_resumed_the_pixels_are_the_same(tmp_path, undisturbed, execu
         kill(process.pid)
         process.wait()
         assert all_gone(workers)
-    assert start(tmp_path, executor).wait(120) == 0, (tmp_path / "log").read_text()
+    assert start(tmp_path, executor).wait(120) == 0, (tmp_path / "log").read_text(encoding="utf-8")
     again = pictures(tmp_path / "run")
     assert again.keys() == undisturbed.keys()
     assert all((again[name] == undisturbed[name]).all() for name in again)
@@ -84,7 +84,7 @@ def test_a_killed_worker_changes_no_pixel(tmp_path, undisturbed):
         time.sleep(0.005)
     for worker in children_of(process.pid):
         kill(worker)
-    assert process.wait(120) == 0, (tmp_path / "log").read_text()
+    assert process.wait(120) == 0, (tmp_path / "log").read_text(encoding="utf-8")
     assert json.loads((tmp_path / "run/summary.json").read_bytes())["session"]["executor"]["restarts"] == 1
     again = pictures(tmp_path / "run")
     assert again.keys() == undisturbed.keys()

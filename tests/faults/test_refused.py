@@ -143,14 +143,14 @@ def test_a_broken_item_folder_costs_its_item(run, tmp_path, capfd):
     assert main(run.argv()) == 0
     one, other = (run.run_dir / "items/00000_a_cat" / f"seed_{n}" for n in range(2))
     shutil.rmtree(one)
-    one.write_text("no folder")
+    one.write_text("no folder", encoding="utf-8")
     shutil.rmtree(other)
     other.symlink_to(tmp_path)
     assert main(run.argv()) == 1
     err = capfd.readouterr().err
     assert f"cannot write {one.relative_to(run.run_dir)}" in err
     assert f"{other.relative_to(run.run_dir)} is a link" in err
-    assert Path(one).read_text() == "no folder"
+    assert Path(one).read_text(encoding="utf-8") == "no folder"
     one.unlink()
     other.unlink()
     assert main(run.argv()) == 0

@@ -120,7 +120,9 @@ def test_exported_under_both_names_without_importing_torch():
         f"print(*[os.environ[v] for v in {VARIABLES}], sep='\\n')"
     )
     environment = {k: v for k, v in os.environ.items() if k not in VARIABLES}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment, encoding="utf-8"
+    )
     assert done.stdout.split() == [ARTICLE, ARTICLE]
 
 

@@ -33,7 +33,7 @@ def test_verbatim_is_refused_in_one_line(cli: Cli, tmp_path: Path, corrections: 
 def test_corrected_runs_on_the_embedded_model_and_prints_the_articles_figures(cli: Cli, tmp_path: Path) -> None:
     code, out, err = cli("+experiment=article", "model=zimage_nano", "compile=none", "sampling.num_inference_steps=2")
     assert code == 0
-    summary = json.loads((Path(out.splitlines()[-1]) / "summary.json").read_text())
+    summary = json.loads((Path(out.splitlines()[-1]) / "summary.json").read_text(encoding="utf-8"))
     assert [p["label"] for p in summary["session"]["warmup_passes"]] == ["128x128 c32 #1", "hardware"]
     lines = err.splitlines()
     figures = lines[next(i for i, line in enumerate(lines) if "the article, RTX 4090D" in line) :]
@@ -94,7 +94,9 @@ def test_low_cpu_mem_usage_false_is_warned_of(cli: Cli) -> None:
 def test_make_clean_touches_no_model_cache_environment_or_output() -> None:
     """The article's third warning: never delete the model cache."""
     root = Path(__file__).parents[2]
-    done = subprocess.run(["make", "-n", "clean"], cwd=root, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["make", "-n", "clean"], cwd=root, capture_output=True, text=True, check=True, encoding="utf-8"
+    )
     removed = {word for line in done.stdout.splitlines() for word in line.split() if not line.startswith("#")}
     kept = ("modelscope", "huggingface", "hf_home", ".cache", "zimage_runner/assets", "outputs", ".venv", "$home", "~")
     assert not [word for word in removed for name in kept if word.lower().rstrip("/").endswith(name)]

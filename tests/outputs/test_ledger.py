@@ -88,7 +88,7 @@ def test_damaged_lines_cost_only_themselves(tmp_path_factory, records, garbage):
 )
 def test_json_that_is_no_record_is_damage(tmp_path, line):
     path = tmp_path / "records.jsonl"
-    path.write_text(line + "\n")
+    path.write_text(line + "\n", encoding="utf-8")
     loaded = Ledger.load(path)
     assert loaded.entries == {}
     assert loaded.damaged == 1
@@ -184,7 +184,7 @@ def test_a_million_records_load_in_seconds(tmp_path):
         f'"fingerprint":"{"ab" * 32}","image":"image.png","sha256":"{"cd" * 32}","bytes":1779000,"pixels_sha256":'
         f'"{"ef" * 32}","seconds":0.612386,"timings":{{"denoise":0.58}},"written":"2026-01-01T00:00:00.000+00:00"}}\n'
     )
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         for n in range(1_000_000):
             file.write(f'{{"item":"items/{n:06d}_a_cat/seed_1","status":"ok","index":{n},"seed":1,{tail}')
     started = time.perf_counter()

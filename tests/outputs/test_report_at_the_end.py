@@ -23,7 +23,7 @@ def drawn(answer: tuple[int, str, str]) -> Path:
 def test_a_run_leaves_one_page_made_without_reading_its_pictures(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zimage_runner.view.report.shrunk", lambda *_: pytest.fail("a picture was read again"))
     run = drawn(cli("prompt=a red <b>apple", *RUN))
-    page = (run / "report.html").read_text()
+    page = (run / "report.html").read_text(encoding="utf-8")
     assert page.count('src="data:image/jpeg;base64,') == 2
     assert "a red &lt;b&gt;apple" in page
     assert "finished" in page
@@ -35,13 +35,13 @@ def test_a_run_leaves_one_page_made_without_reading_its_pictures(cli: Cli, monke
     next(run.glob("items/*/seed_2/image.png")).unlink()
     (run / "report.html").unlink()
     drawn(cli(f"resume={run}"))
-    assert (run / "report.html").read_text().count("<img") == 2
+    assert (run / "report.html").read_text(encoding="utf-8").count("<img") == 2
 
 
 def test_one_of_a_multirun_holds_all_its_jobs(cli: Cli) -> None:
     sweep = drawn(cli("-m", "prompt=a red apple", *RUN, "sampling.guidance_scale=0,2"))
-    assert (sweep / "report.html").read_text().count("<img") == 4
-    assert (sweep / "1" / "report.html").read_text().count("<img") == 2
+    assert (sweep / "report.html").read_text(encoding="utf-8").count("<img") == 4
+    assert (sweep / "1" / "report.html").read_text(encoding="utf-8").count("<img") == 2
     before = (sweep / "report.html").stat().st_mtime_ns
     drawn(cli(f"resume={sweep}"))
     assert (sweep / "report.html").stat().st_mtime_ns == before
@@ -79,10 +79,10 @@ def test_time_for_pictures_that_were_drawn_elsewhere_is_bounded(
     run = MadeRun(tmp_path / "one", ["a cat"], [1, 2, 3]).add_all().finish()
     monkeypatch.setattr(report, "LEAST_SECONDS", 0.0)
     report.write_report(run.folder, 0.0)
-    page = (run.folder / "report.html").read_text()
+    page = (run.folder / "report.html").read_text(encoding="utf-8")
     assert page.count("open the picture") == page.count('href="items/') == 3
     report.write_report(run.folder, stop=lambda: True)
-    assert (run.folder / "report.html").read_text().count("open the picture") == 3
+    assert (run.folder / "report.html").read_text(encoding="utf-8").count("open the picture") == 3
 
 
 def test_starred_pictures_are_prompts_again(cli: Cli, tmp_path: Path) -> None:
@@ -97,5 +97,7 @@ def test_starred_pictures_are_prompts_again(cli: Cli, tmp_path: Path) -> None:
     table = [f"prompts.path={tmp_path}/best/metadata.jsonl", "prompts.columns={seeds: seed}", 'prompts.metadata=["*"]']
     again = drawn(cli("prompts=jsonl", *table, "warmup=none", "name=again"))
     (record,) = again.glob("items/*/*/record.json")
-    pixels = [json.loads(path.read_text())["pixels_sha256"] for path in (record, run / item / "record.json")]
+    pixels = [
+        json.loads(path.read_text(encoding="utf-8"))["pixels_sha256"] for path in (record, run / item / "record.json")
+    ]
     assert pixels[0] == pixels[1]

@@ -26,7 +26,9 @@ time.sleep(60)
 
 
 def holder(path: Path) -> subprocess.Popen:
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True, encoding="utf-8"
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
     return process
@@ -68,7 +70,7 @@ def no_flock(*_: object) -> None:
 def test_without_flock_the_owner_in_the_file_decides(tmp_path, monkeypatch, change, refused):
     monkeypatch.setattr(lock_module.fcntl, "flock", no_flock)
     owner = {**lock_module._this_process(), **change}
-    (tmp_path / ".lock").write_text(json.dumps(owner))
+    (tmp_path / ".lock").write_text(json.dumps(owner), encoding="utf-8")
     if refused:
         with pytest.raises(UserError, match=f"process {owner['pid']} on {owner['host']}"):
             RunDirectory.create(tmp_path)
@@ -82,7 +84,7 @@ def test_garbage_in_the_lock_file_is_no_owner(tmp_path):
 
 
 def test_new_run_refuses_a_directory_with_a_ledger(tmp_path):
-    (tmp_path / "records.jsonl").write_text("")
+    (tmp_path / "records.jsonl").write_text("", encoding="utf-8")
     with pytest.raises(UserError, match=r"already holds a run: continue it with resume="):
         RunDirectory.create(tmp_path)
     RunDirectory.resume(tmp_path).close()
@@ -94,7 +96,7 @@ def test_resume_needs_a_directory(tmp_path):
 
 
 def test_a_file_in_the_way(tmp_path):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(UserError, match=r"cannot write to .*set output\.root"):
         RunDirectory.create(tmp_path / "file" / "run")
 

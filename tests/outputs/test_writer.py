@@ -164,7 +164,7 @@ def test_failure_is_recorded_and_leaves_no_picture(tmp_path):
         run.writer.fail(request(details={"attempts": 2}), "ValueError: no")
         run.writer.flush()
     assert files(tmp_path) == {"records.jsonl", "items/0000_a/seed_1/record.json"}
-    record = json.loads((tmp_path / "items/0000_a/seed_1/record.json").read_text())
+    record = json.loads((tmp_path / "items/0000_a/seed_1/record.json").read_text(encoding="utf-8"))
     assert (record["status"], record["error"], record["attempts"]) == ("failed", "ValueError: no", 2)
     assert not Ledger.load(tmp_path / "records.jsonl").entries["items/0000_a/seed_1"].ok
 

@@ -39,13 +39,15 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def warm_and_work(cli: Cli, forwards: list[Any], *argv: str) -> tuple[list[Any], list[Any], list[str]]:
     """Calls of the warm-up, calls of the work, and what the warm-up's passes were called."""
-    Path("p.txt").write_text("\n".join(PROMPTS))
+    Path("p.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
     code, out, err = cli(
         "prompts=text_file", "prompts.path=p.txt", "engine=native", "sampling.num_inference_steps=2",
         "warmup=generate", *argv,
     )  # fmt: skip
     assert code == 0, err
-    passes = json.loads((Path(out.splitlines()[-1]) / "summary.json").read_text())["session"]["warmup_passes"]
+    passes = json.loads((Path(out.splitlines()[-1]) / "summary.json").read_text(encoding="utf-8"))["session"][
+        "warmup_passes"
+    ]
     work = len(forwards) - len(PROMPTS) * 3  # two steps and a decoder's call for each picture
     return forwards[:work], forwards[work:], [p["label"] for p in passes]
 

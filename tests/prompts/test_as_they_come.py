@@ -367,5 +367,5 @@ def test_process_substitution_through_bash(tmp_path):
     code = "import sys; from zimage_runner.prompts import read_prompts; from zimage_runner.prompts.text_file import *; "
     code += "print([p.text for p in read_prompts(TextFile(path=sys.argv[1]))])"
     script = f'{sys.executable} -c "$0" <(printf "a\\nb\\n")'
-    done = subprocess.run(["bash", "-c", script, code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["bash", "-c", script, code], capture_output=True, text=True, timeout=60, encoding="utf-8")
     assert done.stdout == "['a', 'b']\n", done.stderr

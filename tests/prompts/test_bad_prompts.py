@@ -108,7 +108,7 @@ def test_text_files(tmp_path, content, expected):
 )
 def test_jsonl_lines(tmp_path, line, expected):
     file = tmp_path / "p.jsonl"
-    file.write_text('{"text": "first", "id": "first"}\n' + line + "\n")
+    file.write_text('{"text": "first", "id": "first"}\n' + line + "\n", encoding="utf-8")
     assert expected.format(f=file) in message(Jsonl(path=str(file)))
 
 
@@ -143,13 +143,13 @@ def test_jsonl_lines(tmp_path, line, expected):
 )
 def test_csv_files(tmp_path, content, options, expected):
     file = tmp_path / "p.csv"
-    file.write_text(content)
+    file.write_text(content, encoding="utf-8")
     assert expected.format(f=file) in message(Csv(path=str(file), **options))
 
 
 def test_tables_are_not_read_as_text(tmp_path):
     for name, option in (("p.csv", "csv"), ("p.TSV", "csv"), ("p.jsonl", "jsonl"), ("p.parquet", "parquet")):
-        (tmp_path / name).write_text("text\na cat\n")
+        (tmp_path / name).write_text("text\na cat\n", encoding="utf-8")
         assert f"takes every line as a prompt: use prompts={option} (or" in message(TextFile(path=str(tmp_path / name)))
 
 
@@ -170,7 +170,7 @@ def test_tables_are_not_read_as_text(tmp_path):
     ],
 )
 def test_what_is_no_table_of_prompts(tmp_path, content, expected):
-    (tmp_path / "p.jsonl").write_text(content)
+    (tmp_path / "p.jsonl").write_text(content, encoding="utf-8")
     assert re.search(expected, message(Jsonl(path=str(tmp_path / "p.jsonl"), metadata=["*"])))
 
 
@@ -181,5 +181,5 @@ def test_a_folder_where_a_pattern_is_needed(tmp_path):
 def test_not_parquet(tmp_path):
     pytest.importorskip("pyarrow")
     file = tmp_path / "p.parquet"
-    file.write_text("text\n")
+    file.write_text("text\n", encoding="utf-8")
     assert "is not a Parquet file" in message(Parquet(path=str(file)))

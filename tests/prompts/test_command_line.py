@@ -28,9 +28,9 @@ Cli = Callable[..., tuple[int, str, str]]
     ],
 )
 def test_it_works_as_printed(cli: Cli, tmp_path: Path, argv: list[str], pictures: int) -> None:
-    (tmp_path / "p.csv").write_text("Caption,author\na,b\nc,d\n")
-    (tmp_path / "a 猫 (1).txt").write_text("one\ntwo --d 5,6,7\nthree\nfour\n")
-    (tmp_path / "styles.list").write_text("ink\noil\n")
+    (tmp_path / "p.csv").write_text("Caption,author\na,b\nc,d\n", encoding="utf-8")
+    (tmp_path / "a 猫 (1).txt").write_text("one\ntwo --d 5,6,7\nthree\nfour\n", encoding="utf-8")
+    (tmp_path / "styles.list").write_text("ink\noil\n", encoding="utf-8")
     code, out, err = cli(*argv, "dry_run=true")
     assert code == 0, err
     assert f" {pictures} pictures of" in out
@@ -40,7 +40,8 @@ def test_user_experiments_may_set_mappings(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "mine" / "experiment").mkdir(parents=True)
     (tmp_path / "mine" / "experiment" / "m.yaml").write_text(
         "# @package _global_\nprompts:\n  texts: ['a {x}']\n  template: {fill: {x: [猫, dog]}}\n"
-        "seeds: {count: 3, derive: prompt}\n"
+        "seeds: {count: 3, derive: prompt}\n",
+        encoding="utf-8",
     )
     code, out, err = cli("--config-dir", str(tmp_path / "mine"), "+experiment=m", "dry_run=true")
     assert code == 0, err

@@ -58,7 +58,7 @@ def test_dashes_of_prose(tmp_path, line):
 
 def test_flags_can_be_switched_off(tmp_path):
     file = tmp_path / "p.txt"
-    file.write_text("a sign that says --verbose\n")
+    file.write_text("a sign that says --verbose\n", encoding="utf-8")
     assert read_prompts(TextFile(path=str(file), flags=False))[0].text == "a sign that says --verbose"
 
 

@@ -61,7 +61,9 @@ def test_prose_is_left_alone(caplog, text):
 
 
 def test_kinds_are_told_apart_and_negatives_are_looked_at(tmp_path, caplog):
-    (tmp_path / "p.txt").write_text("a cat --g 2 --n (worst quality:1.4)\na <lora:x:1> (b:1.2) dog\n<lora:y:1>\n")
+    (tmp_path / "p.txt").write_text(
+        "a cat --g 2 --n (worst quality:1.4)\na <lora:x:1> (b:1.2) dog\n<lora:y:1>\n", encoding="utf-8"
+    )
     read_prompts(TextFile(path=str(tmp_path / "p.txt")))
     assert [r.getMessage().partition(f"{tmp_path}/")[2].partition(" is")[0] for r in caplog.records] == [
         "p.txt:1: (worst quality:1.4)",
@@ -78,7 +80,7 @@ def test_braces_that_a_template_wrote_are_meant(caplog):
 def test_flags_of_other_tools_in_text_files(tmp_path):
     from tests.support.prompt_inputs import message
 
-    (tmp_path / "p.txt").write_text("a cat --ar 16:9\n")
+    (tmp_path / "p.txt").write_text("a cat --ar 16:9\n", encoding="utf-8")
     assert message(TextFile(path=str(tmp_path / "p.txt"))) == (
         f"{tmp_path}/p.txt:1: unknown flag --ar: {SIZE}. If it is part of the text, set prompts.flags=false"
     )

@@ -47,7 +47,7 @@ def test_jsonl_fields_and_metadata(tmp_path):
         {"prompt": "一只猫", "seed": "0-2", "metadata": {"k": [1, None]}, "negative_prompt": " blurry "},
         {"text": "plain", "id": 7, "num_inference_steps": None},
     ]
-    file.write_text("\n\n".join(json.dumps(r) for r in rows))
+    file.write_text("\n\n".join(json.dumps(r) for r in rows), encoding="utf-8")
     first, second, third = read_prompts(Jsonl(path=str(file)))
     assert (first.id, first.seeds) == ("c", (3, 1))
     assert first.overrides == {"width": 768, "height": 512, "guidance_scale": 2.0}
@@ -60,7 +60,7 @@ def test_jsonl_fields_and_metadata(tmp_path):
 
 def test_columns_are_mapped_and_carried(tmp_path):
     file = tmp_path / "p.csv"
-    file.write_text('caption,text,author,w\n"a cat, red",x,Ann,512\nb,y,,\n')
+    file.write_text('caption,text,author,w\n"a cat, red",x,Ann,512\nb,y,,\n', encoding="utf-8")
     source = Csv(path=str(file), columns={"text": "caption", "width": "w"}, metadata=["*"])
     first, second = read_prompts(source)
     assert (first.text, first.overrides, first.metadata) == (
@@ -81,13 +81,13 @@ def test_csv_multiline_cells_keep_line_numbers(tmp_path):
 
 
 def test_tsv_and_semicolons(tmp_path):
-    (tmp_path / "p.tsv").write_text("text\tseed\na, b\t5\n")
+    (tmp_path / "p.tsv").write_text("text\tseed\na, b\t5\n", encoding="utf-8")
     assert read_prompts(Csv(path=str(tmp_path / "p.tsv")))[0].seeds == (5,)
-    (tmp_path / "q.tsv").write_text('text\n"Stop" says "x"\n')
+    (tmp_path / "q.tsv").write_text('text\n"Stop" says "x"\n', encoding="utf-8")
     assert texts(Csv(path=str(tmp_path / "q.tsv"))) == ['"Stop" says "x"']
-    (tmp_path / "q.tsv").write_text('text\tid\n"a\tb"\t1\n')
+    (tmp_path / "q.tsv").write_text('text\tid\n"a\tb"\t1\n', encoding="utf-8")
     assert texts(Csv(path=str(tmp_path / "q.tsv"), quotes=True)) == ["a\tb"]
-    (tmp_path / "p.csv").write_text("text;seed\na, b;5\n")
+    (tmp_path / "p.csv").write_text("text;seed\na, b;5\n", encoding="utf-8")
     assert read_prompts(Csv(path=str(tmp_path / "p.csv"), delimiter=";"))[0].text == "a, b"
 
 
@@ -113,7 +113,7 @@ def test_hf_dataset(tmp_path):
 def test_hf_dataset_splits(tmp_path):
     save_dataset(tmp_path / "train", {"text": ["a"]})
     save_dataset(tmp_path / "test", {"text": ["b"]})
-    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}', encoding="utf-8")
     assert texts(HfDataset(path=str(tmp_path), split="test")) == ["b"]
     with pytest.raises(UserError, match=r"prompts\.split=None: the dataset's splits are train, test: name one"):
         texts(HfDataset(path=str(tmp_path)))
@@ -121,23 +121,25 @@ def test_hf_dataset_splits(tmp_path):
 
 def test_hf_dataset_reads_only_its_own_folder(tmp_path):
     save_dataset(tmp_path / "one", {"text": ["a"]})
-    (tmp_path / "one" / "state.json").write_text('{"_data_files": [{"filename": "../../etc/passwd"}]}')
+    (tmp_path / "one" / "state.json").write_text(
+        '{"_data_files": [{"filename": "../../etc/passwd"}]}', encoding="utf-8"
+    )
     with pytest.raises(UserError, match=r"state\.json: not as datasets >= 2 writes it"):
         texts(HfDataset(path=str(tmp_path / "one")))
 
 
 def test_files_by_extension(tmp_path):
     (tmp_path / "sub").mkdir()
-    (tmp_path / "b.txt").write_text("b1\nb2\n")
-    (tmp_path / "a.jsonl").write_text('{"text": "a1"}\n')
-    (tmp_path / "sub" / "c.csv").write_text("text\nc1\n")
+    (tmp_path / "b.txt").write_text("b1\nb2\n", encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text('{"text": "a1"}\n', encoding="utf-8")
+    (tmp_path / "sub" / "c.csv").write_text("text\nc1\n", encoding="utf-8")
     assert texts(FileGlob(glob=f"{tmp_path}/**/*.*")) == ["a1", "b1", "b2", "c1"]
 
 
 def test_whole_files_are_prompts_with_ids(tmp_path):
     (tmp_path / "x").mkdir()
-    (tmp_path / "one.txt").write_text("# not a comment\nsecond line\n")
-    (tmp_path / "x" / "one.txt").write_text("other")
+    (tmp_path / "one.txt").write_text("# not a comment\nsecond line\n", encoding="utf-8")
+    (tmp_path / "x" / "one.txt").write_text("other", encoding="utf-8")
     first, second = read_prompts(FileGlob(glob=f"{tmp_path}/**/*.txt", whole=True))
     assert (first.text, first.id) == ("# not a comment\nsecond line", "one")
     assert second.id == "x/one"
@@ -148,7 +150,7 @@ def test_whole_files_are_prompts_with_ids(tmp_path):
     [(LineFormat.text, "a\n# no\nb --d 4\n"), (LineFormat.jsonl, '{"text":"a"}\n{"text":"b","seed":4}')],
 )
 def test_stdin_is_read_once(monkeypatch, form, data):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data.encode())))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data.encode()), encoding="utf-8"))
     _stdin_bytes.cache_clear()
     try:
         for _job in range(2):
@@ -178,7 +180,7 @@ def test_selection_keeps_the_numbers_of_the_whole_set():
 
 def test_limit_reads_no_further_than_it_must(tmp_path):
     file = tmp_path / "p.jsonl"
-    file.write_text('{"text": "a"}\nbroken\n')
+    file.write_text('{"text": "a"}\nbroken\n', encoding="utf-8")
     assert texts(Jsonl(path=str(file), limit=1)) == ["a"]
 
 
@@ -188,7 +190,8 @@ def test_snapshot_gives_the_same_prompts(tmp_path):
     file = tmp_path / "p.jsonl"
     file.write_text(
         '{"text": "a {x} 猫", "id": "i", "width": 512, "guidance_scale": 2, "seeds": [2, 1], "metadata": {"l": 1}}\n'
-        '{"text": "b\\u2028c\\nd", "negative_prompt": "n"}\n{"text": "z"}\n'
+        '{"text": "b\\u2028c\\nd", "negative_prompt": "n"}\n{"text": "z"}\n',
+        encoding="utf-8",
     )
     prompts = read_prompts(Jsonl(path=str(file), offset=1)) + read_prompts(Jsonl(path=str(file), limit=1))
     copy = tmp_path / "copy.jsonl"

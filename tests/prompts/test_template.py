@@ -38,7 +38,7 @@ def test_braces_can_be_written():
 
 
 def test_values_from_a_file(tmp_path):
-    (tmp_path / "s.txt").write_text("# styles\noil\n\nink\n")
+    (tmp_path / "s.txt").write_text("# styles\noil\n\nink\n", encoding="utf-8")
     assert texts("{style}", fill={"style": str(tmp_path / "s.txt")}) == ["oil", "ink"]
 
 
@@ -71,7 +71,9 @@ def test_expansion_is_recorded():
 def test_ids_stay_unique(tmp_path):
     from zimage_runner.prompts.jsonl import Jsonl
 
-    (tmp_path / "p.jsonl").write_text('{"text": "a {subject}", "id": "x"}\n{"text": "b", "id": "y"}\n')
+    (tmp_path / "p.jsonl").write_text(
+        '{"text": "a {subject}", "id": "x"}\n{"text": "b", "id": "y"}\n', encoding="utf-8"
+    )
     prompts = read_prompts(Jsonl(path=str(tmp_path / "p.jsonl"), template=Template(fill=FILL)))
     assert [p.id for p in prompts] == ["x-1", "x-2", "y"]
 
@@ -113,9 +115,9 @@ class TestDynamic:
         assert texts("{2$$ and $$a|b|c}", dynamic=True)[:2] == ["a and b", "a and c"]
 
     def test_wildcards(self, tmp_path):
-        (tmp_path / "animal.txt").write_text("cat\ndog\n")
+        (tmp_path / "animal.txt").write_text("cat\ndog\n", encoding="utf-8")
         (tmp_path / "deep").mkdir()
-        (tmp_path / "deep" / "colour.txt").write_text("red {wine|brick}\n")
+        (tmp_path / "deep" / "colour.txt").write_text("red {wine|brick}\n", encoding="utf-8")
         made = texts("a __deep/colour__ __animal__", dynamic=True, wildcards=str(tmp_path))
         assert made == ["a red wine cat", "a red wine dog", "a red brick cat", "a red brick dog"]
 
@@ -148,7 +150,7 @@ class TestDynamic:
 
     def test_wildcards_stay_in_their_directory(self, tmp_path):
         (tmp_path / "in").mkdir()
-        (tmp_path / "secret.txt").write_text("secret\n")
+        (tmp_path / "secret.txt").write_text("secret\n", encoding="utf-8")
         assert "__" in refusal("a __../secret__", dynamic=True, wildcards=str(tmp_path / "in"))
 
 

@@ -113,7 +113,7 @@ def test_wildcard_files_keep_what_is_written(folder):
 
 
 def test_weights_decide_random_draws_and_drop_nothing(tmp_path):
-    (tmp_path / "w.yaml").write_text("w: [0.1::rare, 9::often, usual]\n")
+    (tmp_path / "w.yaml").write_text("w: [0.1::rare, 9::often, usual]\n", encoding="utf-8")
     assert sorted(texts("__w__", dynamic=True, wildcards=str(tmp_path))) == ["often", "rare", "usual"]
     options = {"dynamic": True, "wildcards": str(tmp_path), "combine": Combine.random}
     first = [texts(f"__w__ {n}", **options)[0].split()[0] for n in range(60)]
@@ -167,9 +167,11 @@ def test_files_that_cannot_be_read_are_left_out(folder, caplog, name, content, e
 )
 @pytest.mark.parametrize("combine", list(Combine))
 def test_what_grows_out_of_bounds(tmp_path, text, expected, combine):
-    (tmp_path / "loop.txt").write_text("a __loop__\n")
+    (tmp_path / "loop.txt").write_text("a __loop__\n", encoding="utf-8")
     for n in range(30):
-        (tmp_path / f"grow{n}.txt").write_text(f"__grow{n + 1}__ __grow{n + 1}__\n" if n < 29 else "word\n")
+        (tmp_path / f"grow{n}.txt").write_text(
+            f"__grow{n + 1}__ __grow{n + 1}__\n" if n < 29 else "word\n", encoding="utf-8"
+        )
     started = time.monotonic()
     if combine is Combine.random and "more than 100,000" in expected:
         assert len(texts(text, dynamic=True, wildcards=str(tmp_path), combine=combine, count=3)) == 3

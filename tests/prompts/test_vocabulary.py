@@ -20,7 +20,7 @@ SAMPLES = {"width": 128, "height": 64, "num_inference_steps": 3, "negative_promp
 
 
 def csv(tmp_path, content: str, **options) -> Csv:
-    (tmp_path / "p.csv").write_text(content)
+    (tmp_path / "p.csv").write_text(content, encoding="utf-8")
     return Csv(path=str(tmp_path / "p.csv"), **options)
 
 
@@ -44,7 +44,7 @@ def test_a_word_means_the_same_as_column_mapping_and_flag(tmp_path, word):
     given = SAMPLES[name] + 1 if word in CFG_NAMES else SAMPLES[name]
     (column,) = read_prompts(csv(tmp_path, f"prompt,{word}\na,{given}\n"))
     (mapped,) = read_prompts(csv(tmp_path, f"prompt,my own\na,{given}\n", columns={word: "my own"}))
-    (tmp_path / "p.txt").write_text(f"a --{word.replace('_', '-')} {given}\n")
+    (tmp_path / "p.txt").write_text(f"a --{word.replace('_', '-')} {given}\n", encoding="utf-8")
     (flag,) = read_prompts(TextFile(path=str(tmp_path / "p.txt")))
     assert column.overrides == mapped.overrides == flag.overrides == {name: SAMPLES[name]}
 
@@ -149,7 +149,9 @@ def test_the_command_line_knows_the_same_words(cli, argv, expected):
 )
 def test_experiments_know_the_same_words(cli, tmp_path, lines, expected):
     (tmp_path / "mine" / "experiment").mkdir(parents=True)
-    (tmp_path / "mine" / "experiment" / "m.yaml").write_text(f"# @package _global_\nprompt: a cat\n{lines}\n")
+    (tmp_path / "mine" / "experiment" / "m.yaml").write_text(
+        f"# @package _global_\nprompt: a cat\n{lines}\n", encoding="utf-8"
+    )
     code, _, err = cli("--config-dir", str(tmp_path / "mine"), "+experiment=m", "dry_run=true")
     assert (code, expected in err) == (2, True), err
 
@@ -166,9 +168,9 @@ def test_experiments_know_the_same_words(cli, tmp_path, lines, expected):
 )
 @pytest.mark.parametrize("source", ["jsonl", "files"])
 def test_whose_word_holds(cli, tmp_path, source, argv, steps, told):
-    (tmp_path / "p.jsonl").write_text('{"text": "a", "steps": 8}\n{"text": "b", "steps": 8}\n')
-    (tmp_path / "p.txt").write_text("a --s 8\nb --s 8\n")
-    (tmp_path / "p.csv").write_text("text,num_inference_steps\na,8\nb,8\n")
+    (tmp_path / "p.jsonl").write_text('{"text": "a", "steps": 8}\n{"text": "b", "steps": 8}\n', encoding="utf-8")
+    (tmp_path / "p.txt").write_text("a --s 8\nb --s 8\n", encoding="utf-8")
+    (tmp_path / "p.csv").write_text("text,num_inference_steps\na,8\nb,8\n", encoding="utf-8")
     name = {"jsonl": "p.jsonl", "csv": "p.csv"}.get(source, "p.txt")
     path = f"prompts.{'glob' if source == 'files' else 'path'}={name}"
     code, out, err = cli(f"prompts={source}", path, *argv, "dry_run=true")
@@ -180,7 +182,7 @@ def test_whose_word_holds(cli, tmp_path, source, argv, steps, told):
 
 
 def test_seeds_of_the_command_line(cli, tmp_path):
-    (tmp_path / "p.jsonl").write_text('{"text": "a", "seeds": [1, 2, 3]}\n')
+    (tmp_path / "p.jsonl").write_text('{"text": "a", "seeds": [1, 2, 3]}\n', encoding="utf-8")
     argv = ["prompts=jsonl", "prompts.path=p.jsonl", "seeds=7", "dry_run=true"]
     code, out, err = cli(*argv)
     assert (code, "3 pictures" in out) == (0, True)
@@ -200,7 +202,7 @@ def test_every_source_with_rows_has_the_option():
 
 
 def test_a_mapping_as_json_writes_it(cli, tmp_path):
-    (tmp_path / "p.csv").write_text("caption,no 1\na,b\n")
+    (tmp_path / "p.csv").write_text("caption,no 1\na,b\n", encoding="utf-8")
     for columns in ('{"text":"caption","id":"no 1"}', "{'text': 'caption', id: no 1}", "{text: caption, id: 'no 1'}"):
         code, out, err = cli("prompts=csv", "prompts.path=p.csv", f"prompts.columns={columns}", "dry_run=true")
         assert (code, "1 picture of" in out) == (0, True), err

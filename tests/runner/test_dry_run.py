@@ -22,7 +22,7 @@ def table(out: str) -> dict[str, str]:
 
 
 def test_what_it_says(cli: Cli, tmp_path: Path) -> None:
-    (tmp_path / "p.txt").write_text(f"a cat\na cat\n{'very ' * 600}long\na dog --g 2\n")
+    (tmp_path / "p.txt").write_text(f"a cat\na cat\n{'very ' * 600}long\na dog --g 2\n", encoding="utf-8")
     code, out, err = cli(
         "prompts=text_file", "prompts.path=p.txt", "seeds=[1,2]", "engine.batch_size=2", "dry_run=true"
     )
@@ -39,7 +39,9 @@ def test_what_it_says(cli: Cli, tmp_path: Path) -> None:
 
 
 def test_disk_shapes_and_what_is_not_known(cli: Cli, tmp_path: Path) -> None:
-    (tmp_path / "p.jsonl").write_text("".join(f'{{"text": "a", "width": {16 * n}}}\n' for n in range(1, 40)))
+    (tmp_path / "p.jsonl").write_text(
+        "".join(f'{{"text": "a", "width": {16 * n}}}\n' for n in range(1, 40)), encoding="utf-8"
+    )
     argv = [
         "model=zimage_turbo",
         f"model.cache_dir={tmp_path}",
@@ -60,9 +62,9 @@ def test_time_goes_by_the_last_comparable_run(cli: Cli) -> None:
     code, out, err = cli("prompt=a", "seeds=[1,2,3]", "sampling.num_inference_steps=2", "warmup=none")
     assert code == 0, err
     run = Path(out.strip())
-    summary = json.loads((run / "summary.json").read_text())
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     summary["images"]["mean_seconds"], summary["phases"] = 10.0, {"load": 7.0}
-    (run / "summary.json").write_text(json.dumps(summary))
+    (run / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     for steps, said in ((2, "about 47 s"), (4, "about 87 s")):
         code, out, _ = cli("prompt=b", "seeds=0-3", f"sampling.num_inference_steps={steps}", "dry_run=true")
         assert code == 0
@@ -81,7 +83,7 @@ def test_foreign_summaries_are_passed_over(cli: Cli, tmp_path: Path, text: str) 
 
 def test_no_torch_and_quick(tmp_path: Path) -> None:
     """CPU seconds of a fresh process; the promise for 1,000 prompts is one second."""
-    (tmp_path / "p.txt").write_text("".join(f"a photo of thing {n}\n" for n in range(1000)))
+    (tmp_path / "p.txt").write_text("".join(f"a photo of thing {n}\n" for n in range(1000)), encoding="utf-8")
     code = (
         "import sys, resource; from zimage_runner.cli.main import main\n"
         "rc = main(['prompts=text_file', 'prompts.path=p.txt', 'dry_run=true'])\n"
@@ -89,7 +91,9 @@ def test_no_torch_and_quick(tmp_path: Path) -> None:
         "use = resource.getrusage(resource.RUSAGE_SELF)\n"
         "print(rc, sorted(heavy), use.ru_utime + use.ru_stime)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60, encoding="utf-8"
+    )
     rc, heavy, seconds = done.stdout.splitlines()[-1].rsplit(" ", 2)
     assert (rc, heavy) == ("0", "[]"), done.stderr
     assert float(seconds) < 2.0
@@ -97,7 +101,9 @@ def test_no_torch_and_quick(tmp_path: Path) -> None:
 
 def test_many_prompts(cli: Cli, tmp_path: Path) -> None:
     """A tenth of the promise (100,000 prompts x 10 seeds in 20 s), in this thread's CPU seconds."""
-    (tmp_path / "p.txt").write_text("".join(f"a photo of thing {n}, in style {n % 7}\n" for n in range(10_000)))
+    (tmp_path / "p.txt").write_text(
+        "".join(f"a photo of thing {n}, in style {n % 7}\n" for n in range(10_000)), encoding="utf-8"
+    )
     started = time.process_time()
     code, out, err = cli("prompts=text_file", "prompts.path=p.txt", "seeds=0-9", "dry_run=true")
     assert code == 0, err
@@ -107,7 +113,9 @@ def test_many_prompts(cli: Cli, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_hundred_thousand_prompts_x_ten_seeds(tmp_path: Path) -> None:
-    (tmp_path / "p.txt").write_text("".join(f"a photo of thing {n}, in style {n % 7}\n" for n in range(100_000)))
+    (tmp_path / "p.txt").write_text(
+        "".join(f"a photo of thing {n}, in style {n % 7}\n" for n in range(100_000)), encoding="utf-8"
+    )
     argv = [sys.executable, "-m", "zimage_runner", "prompts=text_file", "prompts.path=p.txt", "seeds=0-9"]
     process = subprocess.Popen([*argv, "dry_run=true"], cwd=tmp_path, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)

@@ -52,4 +52,4 @@ def test_a_run_without_a_terminal_tells_it(cli, monkeypatch, tmp_path) -> None:
     assert code == 0, err
     assert {"1 by now", "3 by now"} <= set(err.splitlines())
     (log,) = tmp_path.glob("outputs/*/*/run.log")
-    assert "3 by now" in log.read_text()
+    assert "3 by now" in log.read_text(encoding="utf-8")

@@ -31,7 +31,7 @@ def site(tmp_path: Path) -> Path:
 
 def write(site: Path, answer: str) -> None:
     source = site / "torch" / "__init__.py"
-    source.write_text(f"answer = {answer}\n")
+    source.write_text(f"answer = {answer}\n", encoding="utf-8")
     os.utime(source, (0, 0))  # as images do whose builds can be reproduced
 
 
@@ -46,7 +46,9 @@ def environment_of(site: Path) -> dict[str, str]:
 def run(site: Path, **environment: str) -> tuple[str, str]:
     """The folder of a fresh process, and what its torch answers."""
     env = environment_of(site) | environment
-    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, timeout=60, env=env)
+    done = subprocess.run(
+        [sys.executable, "-c", CODE], capture_output=True, text=True, timeout=60, env=env, encoding="utf-8"
+    )
     assert done.returncode == 0, done.stderr
     folder, answer = done.stdout.split()
     return folder, answer
@@ -93,7 +95,9 @@ def test_not_below_a_folder_that_others_may_write_to(levels: int, site: Path):
     [folder, *folder.parents][levels].chmod(0o777)
     assert run(site) == ("None", "1")
     command = [sys.executable, "-m", "zimage_runner", "no_such_field=1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment_of(site), cwd=site)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, env=environment_of(site), cwd=site, encoding="utf-8"
+    )
     told = [line for line in done.stderr.splitlines() if "no bytecode is kept in" in line]
     assert [str(folder) in line for line in told] == [True], done.stderr
 
@@ -106,7 +110,7 @@ def test_each_user_of_a_shared_cache_has_one(site: Path):
 
 
 def test_not_where_the_cache_cannot_be_made(site: Path):
-    (site.parent / "file").write_text("")
+    (site.parent / "file").write_text("", encoding="utf-8")
     assert run(site, ZIMAGE_RUNNER_CACHE=str(site.parent / "file" / "cache")) == ("None", "1")
 
 
@@ -115,7 +119,7 @@ def test_the_command_line_keeps_it(site: Path):
     env = environment_of(site)
     command = [sys.executable, "-m", "zimage_runner", "no_such_field=1"]
     for _ in range(2):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env, cwd=site)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env, cwd=site, encoding="utf-8")
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     made = {path.name.split(".")[0] for path in (site.parent / "cache").rglob("*.pyc")}
     assert {"words", "schema", "hydra"} <= made

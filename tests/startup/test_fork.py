@@ -43,6 +43,7 @@ def start(folder: Path, forks: bool, *argv: str, stdin: int = subprocess.DEVNULL
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        encoding="utf-8",
     )
 
 
@@ -154,7 +155,7 @@ def test_a_signal_at_any_instant_ends_both_and_leaves_nothing(tmp_path: Path, na
 
 
 def _children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()]
 
 
 def _first_child(pid: int) -> int:

@@ -107,7 +107,12 @@ def python(code: str, *argv: str, **environment: str) -> str:
     """Run in a fresh process; its stdout."""
     env = {**os.environ, **environment}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, *argv], capture_output=True, text=True, timeout=120, env=env
+        [sys.executable, "-W", "ignore", "-c", code, *argv],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=env,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -135,19 +140,23 @@ def lean(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], s
     folder = tmp_path_factory.mktemp("lean")
     code, out = folder / "code.py", folder / "out"
     with subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", LEAN + FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-W", "ignore", "-c", LEAN + FORKS],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
     ) as process:
         stdin, stdout = process.stdin, process.stdout
         assert stdin is not None
         assert stdout is not None
 
         def run(text: str) -> str:
-            code.write_text(text)
+            code.write_text(text, encoding="utf-8")
             out.unlink(missing_ok=True)
             stdin.write(f"{code} {out}\n")
             stdin.flush()
-            assert stdout.readline() == "0\n", out.read_text()
-            return out.read_text()
+            assert stdout.readline() == "0\n", out.read_text(encoding="utf-8")
+            return out.read_text(encoding="utf-8")
 
         yield run
         stdin.close()
@@ -256,7 +265,7 @@ os._exit(0)  # the profiler's client waits ten seconds for its daemon when the p
 
 def test_other_packages_modules_come_alone(tmp_path: Path):
     """One import of them, or one use of torch's own reference to them, and neither drags torch's parts in."""
-    (tmp_path / "pynvml.py").write_text("def nvmlInit(): return 'real'\n")
+    (tmp_path / "pynvml.py").write_text("def nvmlInit(): return 'real'\n", encoding="utf-8")
     code = (
         LEAN
         + """
@@ -286,8 +295,10 @@ assert torch.cuda.pynvml is sys.modules["pynvml"]
 
 @pytest.mark.parametrize("moment", ["torch.torch_version", "torch.cuda.memory", "torch.hub", "torch._lobpcg"])
 def test_another_threads_imports_meanwhile_are_real(moment, tmp_path: Path):
-    (tmp_path / "pynvml.py").write_text("def nvmlInit(): return 'real'\n")
-    (tmp_path / "other.py").write_text("import unittest.mock\nfrom unittest import mock\nimport pynvml\n")
+    (tmp_path / "pynvml.py").write_text("def nvmlInit(): return 'real'\n", encoding="utf-8")
+    (tmp_path / "other.py").write_text(
+        "import unittest.mock\nfrom unittest import mock\nimport pynvml\n", encoding="utf-8"
+    )
     python(
         f"""
 import importlib, sys, threading

@@ -20,14 +20,16 @@ def python(code: str, *, path: Path | None = None, **environment: str) -> str:
     env = os.environ | environment
     if path is not None:
         env["PYTHONPATH"] = os.pathsep.join([str(path), str(PACKAGE.parent)])
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=env)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=env, encoding="utf-8"
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 @pytest.mark.parametrize("value", ["", "0", "1", "yes"])
 def test_one_switch_for_everything(value: str, tmp_path: Path) -> None:
-    (tmp_path / "torch.py").write_text("")  # one that has no bytecode
+    (tmp_path / "torch.py").write_text("", encoding="utf-8")  # one that has no bytecode
     code = """
 import sys
 finders = list(sys.meta_path)
@@ -46,7 +48,8 @@ def failing(tmp_path: Path) -> Path:
     (tmp_path / "torch" / "__init__.py").write_text(
         "import sys, time\ntime.sleep(0.2)\n"
         "if hasattr(sys, 'again'): raise RuntimeError('the second error')\n"
-        "sys.again = True\nraise ImportError('libcudart.so.13: cannot open shared object file')\n"
+        "sys.again = True\nraise ImportError('libcudart.so.13: cannot open shared object file')\n",
+        encoding="utf-8",
     )
     return tmp_path
 
@@ -90,7 +93,7 @@ except ModuleNotFoundError as error:
 
 
 def test_whoever_came_first_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "torch.py").write_text("")
+    (tmp_path / "torch.py").write_text("", encoding="utf-8")
     python(
         "from zimage_runner.startup.process import import_torch_lean\n"
         "import sys, torch\nfinders = list(sys.meta_path)\nimport_torch_lean()\nassert sys.meta_path == finders",

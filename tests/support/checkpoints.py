@@ -13,7 +13,7 @@ from zimage_runner.weights.find.resolve import resolve
 
 
 def edit_json(path: Path, **changes: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
 
 
 def refused(path: Path, text: str) -> None:

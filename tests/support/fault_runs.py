@@ -84,7 +84,7 @@ class Run:
     @property
     def log(self) -> str:
         path = self.folder / "log"
-        return path.read_text() if path.exists() else ""
+        return path.read_text(encoding="utf-8") if path.exists() else ""
 
     def argv(self) -> list[str]:
         if self.started:
@@ -169,7 +169,7 @@ def children_of(parent: int) -> list[int]:
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            state, ppid = stat.read_text().rpartition(")")[2].split()[:2]
+            state, ppid = stat.read_text(encoding="utf-8").rpartition(")")[2].split()[:2]
             if int(ppid) == parent and state != "Z":
                 found.append(int(stat.parent.name))
     return found
@@ -177,7 +177,7 @@ def children_of(parent: int) -> list[int]:
 
 def is_alive(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
 

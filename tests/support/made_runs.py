@@ -36,10 +36,10 @@ class MadeRun:
         self._count = 0
         (folder / ".hydra").mkdir(parents=True)
         rows = [{"index": n, "text": text, "source": f"prompts[{n}]"} for n, text in enumerate(prompts)]
-        (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         config = {"seeds": self.seeds, "sampling": self.params, "model": {"name": "zimage_nano", "recommended": {}}}
-        (folder / ".hydra" / "config.yaml").write_text(json.dumps(config | dict(settings or {})))
-        (folder / ".hydra" / "overrides.yaml").write_text(json.dumps(list(overrides)))
+        (folder / ".hydra" / "config.yaml").write_text(json.dumps(config | dict(settings or {})), encoding="utf-8")
+        (folder / ".hydra" / "overrides.yaml").write_text(json.dumps(list(overrides)), encoding="utf-8")
 
     def item(self, index: int, seed: int) -> str:
         return f"items/{index:05d}_p/seed_{seed}"
@@ -66,8 +66,8 @@ class MadeRun:
             "model": {"name": "zimage_nano", "digest": "d"}, "numerics": {"engine": "native", "dtype": "float32"},
             "written": written,
         }  # fmt: skip
-        (place / "record.json").write_text(json.dumps(record))
-        with (self.folder / "records.jsonl").open("a") as ledger:
+        (place / "record.json").write_text(json.dumps(record), encoding="utf-8")
+        with (self.folder / "records.jsonl").open("a", encoding="utf-8") as ledger:
             ledger.write(json.dumps({**head, "written": written}, separators=(",", ":")) + "\n")
         return place / "image.png"
 
@@ -82,7 +82,7 @@ class MadeRun:
         images = {"first_seconds": 1.0, "mean_seconds": 0.5, "images_per_second": 2.0}
         summary = {"status": "complete", "items": {}, "images": images, "total_seconds": 9.5,
                    "session": {"peak_host_gb": 1.5}, **more}  # fmt: skip
-        (self.folder / "summary.json").write_text(json.dumps(summary))
+        (self.folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
         return self
 
     def hold(self) -> RunLock:
@@ -100,9 +100,12 @@ def many_lines(folder: Path, count: int, seeds: int = 1, picture: Image.Image | 
     (folder / ".hydra").mkdir()
     params = {**PARAMS, "width": 1024, "height": 1024}
     config = {"seeds": list(range(seeds)), "sampling": params, "model": {"name": "m", "recommended": {}}}
-    (folder / ".hydra" / "config.yaml").write_text(json.dumps(config))
+    (folder / ".hydra" / "config.yaml").write_text(json.dumps(config), encoding="utf-8")
     subjects = ("a lighthouse", "an old fisherman", "a fox in snow", "a clay kitchen", "a dew drop", "a neon street")
-    with (folder / "prompts.jsonl").open("w") as prompts, (folder / "records.jsonl").open("w") as ledger:
+    with (
+        (folder / "prompts.jsonl").open("w", encoding="utf-8") as prompts,
+        (folder / "records.jsonl").open("w", encoding="utf-8") as ledger,
+    ):
         for index in range(count // seeds):
             text = f"{subjects[index % 6]} at hour {index % 24}, number {index}, watercolour on paper"
             row = {"index": index, "text": text, "source": f"p.jsonl:{index + 1}"}

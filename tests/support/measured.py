@@ -30,5 +30,5 @@ def results(folder: Path, runs: list[dict], scenario: str = "ablation") -> Path:
                 "variants": {r["variant"]: {"ours": True, "env": {}, "overrides": []} for r in runs}, "runs": runs,
             }
         )
-    )  # fmt: skip
+    , encoding="utf-8")  # fmt: skip
     return path

@@ -41,4 +41,4 @@ def save_dataset(directory, *parts):
         with pyarrow.ipc.new_stream(str(directory / name), table.schema) as stream:
             stream.write_table(table)
     state = {"_data_files": [{"filename": n} for n in names], "_fingerprint": "f", "_format_type": None, "_split": None}
-    (directory / "state.json").write_text(json.dumps(state))
+    (directory / "state.json").write_text(json.dumps(state), encoding="utf-8")

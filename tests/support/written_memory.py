@@ -14,7 +14,7 @@ from pathlib import Path
 def megabytes_to_write(folder: Path, *options: str) -> int:
     """To write 0.6 GB of fp32 packed or not, in a fresh process."""
     command = [sys.executable, __file__, str(folder), *options]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return int(subprocess.run(command, capture_output=True, text=True, check=True, encoding="utf-8").stdout)
 
 
 def main(folder: Path, packed: bool) -> None:
@@ -31,14 +31,14 @@ def main(folder: Path, packed: bool) -> None:
     layout = Layout(folder, {"transformer": {}}, {"transformer": [read_header(source)]}, [])
     torch.zeros(8).to(torch.bfloat16)
     before = _memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the peak so far
     plan = plan_component(layout, "transformer")
     _write_component(folder / "out" / "x.safetensors", "transformer", plan, packed=packed)
     print(_memory("VmHWM") - before)
 
 
 def _memory(field: str) -> int:
-    found = re.search(field + r":\s+(\d+) kB", Path("/proc/self/status").read_text())
+    found = re.search(field + r":\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
     assert found is not None
     return int(found[1]) // 1024
 

@@ -130,7 +130,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     state[EMBEDDING] = state[EMBEDDING][: len(PLAIN["model"]["vocab"])].clone()
     save_file(state, weights, {"format": "pt"})
     config = folder / "text_encoder" / "config.json"
-    text = json.loads(config.read_text()) | {"vocab_size": len(state[EMBEDDING])}
+    text = json.loads(config.read_text(encoding="utf-8")) | {"vocab_size": len(state[EMBEDDING])}
     config.write_text(json.dumps(text), encoding="utf-8")
     return folder
 
@@ -178,7 +178,11 @@ def test_diffusers_and_the_runner_read_the_same_ids(plain: Path, tmp_path: Path)
 def test_the_command(plain: Path, tmp_path: Path) -> None:
     options = [f"data.work={tmp_path}", f"warm_start.source={plain}"]
     done = subprocess.run(
-        [sys.executable, "-m", "training.warm_start", *options], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "training.warm_start", *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
     assert f"{len(PLAIN['model']['vocab'])} token ids became {len(ORIGIN)}" in done.stdout

@@ -32,7 +32,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         params = {**PARAMS, "num_inference_steps": steps, "guidance_scale": scale}
         overrides = [f"sampling.num_inference_steps={steps}", f"sampling.guidance_scale={scale}"]
         MadeRun(root / SWEEP / str(job), ["a cat", "a dog"], [1], params, overrides).add_all().finish()
-    (root / SWEEP / "multirun.yaml").write_text("{}")
+    (root / SWEEP / "multirun.yaml").write_text("{}", encoding="utf-8")
     many_lines(root / "c/many", 10_000, picture=Image.new("RGB", (48, 48), (90, 140, 120)))
     return root
 

@@ -65,7 +65,9 @@ def test_a_taken_port(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None
 def test_it_serves_and_ends(tmp_path: Path) -> None:
     MadeRun(tmp_path / "runs/one", ["a cat"], [1]).add_all()
     command = [sys.executable, "-m", "zimage_runner.view", "runs", "port=0"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
+    ) as process:
         try:
             assert process.stdout is not None
             address = process.stdout.readline().strip()

@@ -85,7 +85,7 @@ def test_a_multirun_has_its_grid_and_no_picture_twice(tmp_path: Path) -> None:
         params = {**PARAMS, "num_inference_steps": steps, "guidance_scale": scale}
         overrides = [f"sampling.num_inference_steps={steps}", f"sampling.guidance_scale={scale}"]
         MadeRun(tmp_path / str(job), ["a cat", "a dog"], [1], params, overrides).add_all().finish()
-    (tmp_path / "multirun.yaml").write_text("{}")
+    (tmp_path / "multirun.yaml").write_text("{}", encoding="utf-8")
     page = read(write_report(tmp_path))
     assert page.tags.count("table") == 3  # the jobs, and a table for each prompt
     assert len(page.sources) == len(set(page.links)) == 8
@@ -111,7 +111,7 @@ def test_it_changes_nothing_else(tmp_path: Path) -> None:
     after = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
     assert after.keys() - before.keys() == {run.folder / "report.html"}
     assert all(after[path] == before[path] for path in before)
-    json.loads((run.folder / "summary.json").read_text())
+    json.loads((run.folder / "summary.json").read_text(encoding="utf-8"))
 
 
 @given(st.lists(st.tuples(st.floats(0, 1e6), st.floats(0, 1e4)), max_size=60), st.lists(st.floats(0, 1e6), max_size=5))

@@ -64,9 +64,9 @@ def test_a_lock_of_a_dead_process_is_not_a_running_one(root: Path, gallery: Any)
     run = MadeRun(root / "one", ["x"], [1, 2])
     run.add(0, 1)
     lock = run.hold()
-    owner = json.loads((root / "one/.lock").read_text())
+    owner = json.loads((root / "one/.lock").read_text(encoding="utf-8"))
     lock.release()
-    (root / "one/.lock").write_text(json.dumps(owner | {"started": "1"}))
+    (root / "one/.lock").write_text(json.dumps(owner | {"started": "1"}), encoding="utf-8")
     assert asked(gallery(root), "/api/runs")["runs"][0]["state"] == "interrupted"
 
 
@@ -76,18 +76,18 @@ def test_a_multirun_is_one_entry(root: Path, gallery: Any) -> None:
         params = {**PARAMS, "num_inference_steps": steps}
         overrides = [f"sampling.num_inference_steps={steps}", f"engine.batch_size={job}", "seeds=1", "output.root=x"]
         MadeRun(sweep / str(job), ["x", "y"], [1], params, overrides).add_all().finish()
-    (sweep / "multirun.yaml").write_text("{}")
+    (sweep / "multirun.yaml").write_text("{}", encoding="utf-8")
     client = gallery(root)
     found = asked(client, "/api/runs")
     assert (len(found["sweeps"]), found["sweeps"][0]["jobs_in_all"], found["sweeps"][0]["state"]) == (1, 2, "finished")
     assert found["sweeps"][0]["varying"] == ["num_inference_steps", "engine.batch_size"]
     assert (found["sweeps"][0]["done"], found["sweeps"][0]["planned"]) == (4, 4)
     (sweep / ".hydra").mkdir()
-    (sweep / ".hydra/jobs.jsonl").write_text("{}\n" * 3)
+    (sweep / ".hydra/jobs.jsonl").write_text("{}\n" * 3, encoding="utf-8")
     of_three = asked(client, "/api/runs")["sweeps"][0]
     assert (len(of_three["jobs"]), of_three["jobs_in_all"], of_three["state"]) == (2, 3, "interrupted")
     assert of_three["planned"] is None
-    (sweep / ".hydra/jobs.jsonl").write_text("{}\n" * 2)
+    (sweep / ".hydra/jobs.jsonl").write_text("{}\n" * 2, encoding="utf-8")
     scope = "sweep:multirun/x/2026-11-28_22-00-00"
     assert asked(client, "/api/pictures", scope=scope)["total"] == 4
     grid = asked(client, "/api/grid", scope=scope, columns="num_inference_steps", rows="prompt", pages="seed")
@@ -148,7 +148,7 @@ def test_the_index_grows_with_the_ledger_and_starts_anew_with_another(root: Path
     run = MadeRun(root / "one", ["a cat"], [1, 2, 3])
     run.add(0, 1)
     ledger = root / "one/records.jsonl"
-    with ledger.open("a") as file:
+    with ledger.open("a", encoding="utf-8") as file:
         file.write('{"item":"items/00000_p/seed_9","status":"ok"')  # torn
     client = gallery(root)
     assert seeds(client) == [(0, 1)]
@@ -157,7 +157,10 @@ def test_the_index_grows_with_the_ledger_and_starts_anew_with_another(root: Path
     run.add(0, 2)  # the last line of an item wins
     client.gallery.watcher.look()
     assert seeds(client, status="done") == [(0, 1), (0, 2)]
-    ledger.write_text("not json\n" + ledger.read_text().replace("seed_2", "seed_3").replace('"seed":2', '"seed":3'))
+    ledger.write_text(
+        "not json\n" + ledger.read_text(encoding="utf-8").replace("seed_2", "seed_3").replace('"seed":2', '"seed":3'),
+        encoding="utf-8",
+    )
     client.gallery.watcher.look()
     assert seeds(client, status="done") == [(0, 1), (0, 3)]
     other = gallery(root)  # the same file is open elsewhere: a temporary index
@@ -216,7 +219,9 @@ def test_the_command_draws_the_same_picture(tmp_path: Path, root: Path, gallery:
     again = shlex.split(command)
     assert again[:3] == ["python", "-m", "zimage_runner"]
     assert cli(*again[3:], "warmup=none", f"output.root={tmp_path / 'again'}")[0] == 0
-    records = [json.loads(next(place.rglob("record.json")).read_text()) for place in (root, tmp_path / "again")]
+    records = [
+        json.loads(next(place.rglob("record.json")).read_text(encoding="utf-8")) for place in (root, tmp_path / "again")
+    ]
     assert records[0]["prompt"] == records[1]["prompt"] == prompt
     assert records[0]["pixels_sha256"] == records[1]["pixels_sha256"]
 
@@ -235,10 +240,10 @@ def test_stars_are_kept_in_the_run(root: Path, gallery: Any) -> None:
     client.gallery.watcher.look()
     assert seeds(client, star="starred") == [(0, 1)]
     assert sorted(os.listdir(root / "one")) == [".hydra", "items", "prompts.jsonl", "records.jsonl", "stars.json"]
-    (root / "one/stars.json").write_text("{")
+    (root / "one/stars.json").write_text("{", encoding="utf-8")
     answer = client.post("/api/star", json={"pictures": [1], "star": 0})
     assert (answer.status_code, "damaged" in answer.json()["detail"]) == (400, True)
-    assert (root / "one/stars.json").read_text() == "{"
+    assert (root / "one/stars.json").read_text(encoding="utf-8") == "{"
     for body in ({"pictures": [], "star": 1}, {"pictures": [1], "star": 7}, {"pictures": ["1"], "star": 1}, {}):
         assert client.post("/api/star", json=body).status_code == 400
 
@@ -255,7 +260,7 @@ def test_links_out_of_the_folder_are_not_followed(tmp_path: Path, root: Path, ga
     pictures[1].parent.symlink_to(secret.parent)
     pictures[2].unlink()
     os.mkfifo(pictures[2])  # would hang whoever opens it as a file
-    with (root / "one/records.jsonl").open("a") as ledger:
+    with (root / "one/records.jsonl").open("a", encoding="utf-8") as ledger:
         for item in (
             "items/../../outside",
             "../outside/items/00000_p/seed_1",

@@ -69,7 +69,7 @@ def multirun() -> None:
         made(f"multirun/x/{number}", overrides=(f"model.variant={steps}",)).add_all(
             failed=[(0, 1)] if number else []
         ).finish()
-    (folder / "multirun.yaml").write_text("{}")
+    (folder / "multirun.yaml").write_text("{}", encoding="utf-8")
 
 
 def test_a_multirun_is_one_thing(status):

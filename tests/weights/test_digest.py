@@ -31,7 +31,7 @@ def flip(path: Path, position: int) -> None:
 
 def test_does_not_depend_on_the_place(nano: Path, tmp_path: Path) -> None:
     assert digest(nano) == digest(EMBEDDED)
-    (nano / "README.md").write_text("not part of the weights")
+    (nano / "README.md").write_text("not part of the weights", encoding="utf-8")
     assert digest(Path(shutil.move(nano, tmp_path / "elsewhere"))) == digest(EMBEDDED)
 
 
@@ -39,8 +39,8 @@ def test_does_not_depend_on_the_place(nano: Path, tmp_path: Path) -> None:
     "name", ["transformer/config.json", "tokenizer/tokenizer.json", "scheduler/scheduler_config.json"]
 )
 def test_every_config_counts(nano: Path, name: str) -> None:
-    config = json.loads((nano / name).read_text())
-    (nano / name).write_text(json.dumps(config | {"another": 1}))
+    config = json.loads((nano / name).read_text(encoding="utf-8"))
+    (nano / name).write_text(json.dumps(config | {"another": 1}), encoding="utf-8")
     assert digest(nano) != digest(EMBEDDED)
 
 

@@ -46,7 +46,9 @@ def server() -> Iterator[HuggingFaceServer]:
 def resolve(server: HuggingFaceServer, variables: dict[str, str] | None = None, **options: Any) -> dict[str, Any]:
     environment = os.environ | {"HF_ENDPOINT": server.endpoint, "HF_HUB_DISABLE_TELEMETRY": "1"} | (variables or {})
     command = [sys.executable, "-c", SCRIPT, json.dumps(options)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, timeout=60, encoding="utf-8"
+    )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 

@@ -34,7 +34,12 @@ def signalled(
 ) -> tuple[int, str]:
     """Exit code and stderr of a process that gets a signal once ``ready``; it may take 15 s to end."""
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *argv], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, *argv],
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
     )
     deadline = time.monotonic() + 60
     while not ready():

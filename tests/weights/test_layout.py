@@ -46,10 +46,16 @@ SINGLE_FILE_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         r"is a file: give the diffusers-format directory that holds model_index\.json",
     ),
     "no index": (lambda p: (p / "model_index.json").unlink(), r"model_index\.json is missing \(it holds .*vae\)"),
-    "index not json": (lambda p: (p / "model_index.json").write_text("{'a'}"), r"model_index\.json cannot be read"),
-    "index cut": (lambda p: (p / "model_index.json").write_text("{"), r"model_index\.json is cut off"),
+    "index not json": (
+        lambda p: (p / "model_index.json").write_text("{'a'}", encoding="utf-8"),
+        r"model_index\.json cannot be read",
+    ),
+    "index cut": (
+        lambda p: (p / "model_index.json").write_text("{", encoding="utf-8"),
+        r"model_index\.json is cut off",
+    ),
     "index a list": (
-        lambda p: (p / "model_index.json").write_text("[]"),
+        lambda p: (p / "model_index.json").write_text("[]", encoding="utf-8"),
         r"model_index\.json does not hold a JSON obj",
     ),
     "other pipeline": (
@@ -86,10 +92,16 @@ SINGLE_FILE_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda p: os.truncate(p / WEIGHTS, 0), rf"{WEIGHTS} is truncated: 0 bytes"),
     "longer": (lambda p: append(p / WEIGHTS), rf"{WEIGHTS} is altered: 10 bytes more than its header promises"),
     "garbled": (lambda p: garble_header(p / WEIGHTS), rf"{WEIGHTS} is not a safetensors file"),
-    "html instead": (lambda p: (p / WEIGHTS).write_text("<html>" * 99), rf"{WEIGHTS} is a web page, not weights"),
-    "pointer instead": (lambda p: (p / WEIGHTS).write_text(POINTER), rf"{WEIGHTS} is a Git LFS pointer.*git lfs pull"),
+    "html instead": (
+        lambda p: (p / WEIGHTS).write_text("<html>" * 99, encoding="utf-8"),
+        rf"{WEIGHTS} is a web page, not weights",
+    ),
+    "pointer instead": (
+        lambda p: (p / WEIGHTS).write_text(POINTER, encoding="utf-8"),
+        rf"{WEIGHTS} is a Git LFS pointer.*git lfs pull",
+    ),
     "tokenizer a pointer": (
-        lambda p: (p / "tokenizer/tokenizer.json").write_text(POINTER),
+        lambda p: (p / "tokenizer/tokenizer.json").write_text(POINTER, encoding="utf-8"),
         r"tokenizer/tokenizer\.json is a Git LFS pointer, not the file itself: run 'git lfs pull'",
     ),
     "tokenizer empty": (
@@ -100,9 +112,12 @@ SINGLE_FILE_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda p: os.truncate(p / "tokenizer/tokenizer.json", 100_000),
         r"tokenizer/tokenizer\.json is cut off",
     ),
-    "config a pointer": (lambda p: (p / "vae/config.json").write_text(POINTER), r"vae/config\.json is a Git LFS po"),
+    "config a pointer": (
+        lambda p: (p / "vae/config.json").write_text(POINTER, encoding="utf-8"),
+        r"vae/config\.json is a Git LFS po",
+    ),
     "config a web page": (
-        lambda p: (p / "vae/config.json").write_text("<!DOCTYPE html>"),
+        lambda p: (p / "vae/config.json").write_text("<!DOCTYPE html>", encoding="utf-8"),
         r"vae/config\.json is a web",
     ),
     "pickle only": (
@@ -119,7 +134,7 @@ SINGLE_FILE_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         r"vae/config\.json cannot be read \(larger than 64 MiB\)",
     ),
     "deep json": (
-        lambda p: (p / "vae/config.json").write_text("[" * 10**5 + "]" * 10**5),
+        lambda p: (p / "vae/config.json").write_text("[" * 10**5 + "]" * 10**5, encoding="utf-8"),
         r"vae/config\.json cannot be read",
     ),
     "control characters": (
@@ -131,7 +146,7 @@ SINGLE_FILE_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         r"holds SHA256SUMS, \\x1b\[31m\\n, ",
     ),
     "two forms": (
-        lambda p: (p / INDEX).write_text("{}"),
+        lambda p: (p / INDEX).write_text("{}", encoding="utf-8"),
         r"holds both .*model\.safetensors and .*index\.json: remove one",
     ),
 }
@@ -143,14 +158,16 @@ SHARD_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         rf"{SHARD} lacks tensor '.*' that the index promises",
     ),
     "escaping index": (
-        lambda p: (p / INDEX).write_text(json.dumps({"weight_map": {"x": "../../secret.safetensors"}})),
+        lambda p: (p / INDEX).write_text(
+            json.dumps({"weight_map": {"x": "../../secret.safetensors"}}), encoding="utf-8"
+        ),
         r"names '\.\./\.\./secret\.safetensors', which is not a safetensors file beside it",
     ),
     "pickle in index": (
-        lambda p: (p / INDEX).write_text(json.dumps({"weight_map": {"x": "pytorch_model.bin"}})),
+        lambda p: (p / INDEX).write_text(json.dumps({"weight_map": {"x": "pytorch_model.bin"}}), encoding="utf-8"),
         r"names 'pytorch_model\.bin', which is not a safetensors file beside it",
     ),
-    "empty index": (lambda p: (p / INDEX).write_text("{}"), rf"{INDEX} has no weight_map"),
+    "empty index": (lambda p: (p / INDEX).write_text("{}", encoding="utf-8"), rf"{INDEX} has no weight_map"),
 }
 
 
@@ -188,7 +205,7 @@ def test_code_in_the_directory_is_never_run(nano: Path, tmp_path: Path) -> None:
     marker = tmp_path / "executed"
     code = f"open({str(marker)!r}, 'w').close()"
     for place in ("pipeline.py", "__init__.py", "transformer/modeling.py", "text_encoder/modeling_qwen3.py"):
-        (nano / place).write_text(code)
+        (nano / place).write_text(code, encoding="utf-8")
     (nano / "text_encoder/pytorch_model.bin").write_bytes(pickle.dumps(Evil(code)))
     checkpoint = resolve(Model(name="l", source=Source.local, path=str(nano)))
     from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline

@@ -69,13 +69,13 @@ def test_second_start_does_not_import_the_client(server: ModelScopeServer, model
         f"m = Model(name='z', source=Source.modelscope, repo={REPO!r}, cache_dir={model.cache_dir!r})\n"
         "print(resolve(m).digest); assert not {'modelscope', 'modelscope_hub', 'torch'} & set(sys.modules)"
     )
-    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == first.digest
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, encoding="utf-8").strip() == first.digest
 
 
 def test_revision_is_pinned(server: ModelScopeServer, model: Model) -> None:
     model.revision = "v1.0"
     pinned = resolve(model)
-    assert json.loads((pinned.path / "scheduler/scheduler_config.json").read_text())["shift"] == 6.0
+    assert json.loads((pinned.path / "scheduler/scheduler_config.json").read_text(encoding="utf-8"))["shift"] == 6.0
     assert pinned.revision == "v1.0"
     assert {request.revision for request in server.requests if REPO in request.path} == {"v1.0"}
     model.revision = None

@@ -131,7 +131,7 @@ def test_both_exist_and_neither_deletes_the_other(nano: Path) -> None:
         assert prepared.find(resolve(model), model, form) == expected
         assert prepare.build(resolve(model), model, form) == expected
     config = nano / "scheduler/scheduler_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"shift": 6.0}))
+    config.write_text(json.dumps(json.loads(config.read_text(encoding="utf-8")) | {"shift": 6.0}), encoding="utf-8")
     build(nano)
     assert not plain.path.exists()
     assert not ours.path.exists()
@@ -139,7 +139,7 @@ def test_both_exist_and_neither_deletes_the_other(nano: Path) -> None:
 
 def test_a_plain_manifest_does_not_make_packed_files_plain(nano: Path) -> None:
     found = build(nano)
-    (found.path / "manifest.json").write_text(json.dumps(found.manifest | {"packed": False}))
+    (found.path / "manifest.json").write_text(json.dumps(found.manifest | {"packed": False}), encoding="utf-8")
     with pytest.raises(prepared.UnusablePrepared, match="do not agree on whether they are packed"):
         prepared.open_prepared(found.path)
 
@@ -531,7 +531,7 @@ def test_two_processes_may_remove_the_same_superseded_copy(nano: Path, monkeypat
     """Making the plain and the packed copy are under two locks."""
     old = build(nano)
     config = nano / "scheduler/scheduler_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"shift": 6.0}))
+    config.write_text(json.dumps(json.loads(config.read_text(encoding="utf-8")) | {"shift": 6.0}), encoding="utf-8")
     rmtree = shutil.rmtree
 
     def overtaken(path: Path, *args: Any, **options: Any) -> None:

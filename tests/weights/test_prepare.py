@@ -115,11 +115,11 @@ def test_is_found_under_another_model_name(nano: Path) -> None:
 def test_is_remade_when_the_source_changes(nano: Path) -> None:
     first = prepare.build(resolve(local(nano)), local(nano))
     config = nano / "scheduler/scheduler_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"shift": 6.0}))
+    config.write_text(json.dumps(json.loads(config.read_text(encoding="utf-8")) | {"shift": 6.0}), encoding="utf-8")
     second = prepare.build(resolve(local(nano)), local(nano))
     assert second.path != first.path
     assert not first.path.exists()
-    assert json.loads((second.path / "scheduler/scheduler_config.json").read_text())["shift"] == 6.0
+    assert json.loads((second.path / "scheduler/scheduler_config.json").read_text(encoding="utf-8"))["shift"] == 6.0
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "flip unsampled", "manifest", "config", "version"])
@@ -134,11 +134,11 @@ def test_damaged_one_is_not_used_and_remade(nano: Path, damage: str) -> None:
         raw[-1 if damage == "flip" else -100_000] ^= 1
         file.write_bytes(raw)
     elif damage == "manifest":
-        (found.path / "manifest.json").write_text("{")
+        (found.path / "manifest.json").write_text("{", encoding="utf-8")
     elif damage == "config":
         (found.path / "tokenizer/tokenizer.json").unlink()
     else:
-        (found.path / "manifest.json").write_text(json.dumps(found.manifest | {"version": 0}))
+        (found.path / "manifest.json").write_text(json.dumps(found.manifest | {"version": 0}), encoding="utf-8")
     assert prepared.find(checkpoint, local(nano)) is None
     assert compare(inspect(nano), prepare.build(checkpoint, local(nano))).differences == []
 
@@ -155,7 +155,7 @@ def test_one_altered_with_its_manifest_is_not_used(nano: Path, option: Verify) -
     component = found.manifest["components"]["transformer"]
     component["sha256"] = hashlib.sha256(raw).hexdigest()
     component["sampled_sha256"] = sampled_digests([read_header(file)])[0]
-    (found.path / "manifest.json").write_text(json.dumps(found.manifest))
+    (found.path / "manifest.json").write_text(json.dumps(found.manifest), encoding="utf-8")
     prepared.open_prepared(found.path)  # consistent with itself
     assert prepared.find(checkpoint, local(nano, verify=option)) is None
     assert compare(inspect(nano), prepare.build(checkpoint, local(nano))).differences == []
@@ -165,7 +165,7 @@ def test_altered_configs_are_not_used(nano: Path) -> None:
     checkpoint = resolve(local(nano))
     found = prepare.build(checkpoint, local(nano))
     config = found.path / "transformer/config.json"
-    config.write_text(config.read_text().replace("256.0", "255.0"))
+    config.write_text(config.read_text(encoding="utf-8").replace("256.0", "255.0"), encoding="utf-8")
     assert prepared.find(checkpoint, local(nano, verify=Verify.headers)) is None
     assert compare(inspect(nano), prepare.build(checkpoint, local(nano))).differences == []
 
@@ -205,7 +205,7 @@ def test_waiting_for_a_stopped_process_says_so(
         f"with _lock(Path({str(lock)!r})): print('held', flush=True); input()"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", code], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", code], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8"
     ) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
@@ -215,7 +215,7 @@ def test_waiting_for_a_stopped_process_says_so(
         timer = threading.Timer(0.7, lambda: (holder.send_signal(signal.SIGCONT), holder.communicate("\n")))
         timer.start()
         with prepare._lock(lock):
-            assert lock.read_text().startswith(f"{os.getpid()} on ")
+            assert lock.read_text(encoding="utf-8").startswith(f"{os.getpid()} on ")
         timer.join()
     says = f"z-0123-packed: process {holder.pid}, which prepares it, is stopped: kill -CONT {holder.pid} lets it go on"
     assert caplog.text.count(says) >= 2
@@ -244,7 +244,7 @@ def test_nothing_is_written_into_the_source(nano: Path) -> None:
 def test_lies_beside_the_downloads_where_they_can_be_written(nano: Path, tmp_path: Path, runner_cache: Path) -> None:
     beside = local(nano, cache_dir=str(tmp_path / "hub"))
     assert tmp_path / "hub" in prepare.build(resolve(beside), beside).path.parents
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     blocked = local(nano, cache_dir=str(tmp_path / "file"))  # stands for a read-only mount: nothing can be made in it
     assert runner_cache in prepare.build(resolve(blocked), blocked).path.parents
 

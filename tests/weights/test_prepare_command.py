@@ -87,7 +87,7 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], argv: list[st
 
 def test_runs_as_a_module(nano: Path) -> None:
     command = [sys.executable, "-m", "zimage_runner.prepare", "info", "model=local", f"model.path={nano}"]
-    assert str(nano) in subprocess.check_output(command, text=True)
+    assert str(nano) in subprocess.check_output(command, text=True, encoding="utf-8")
 
 
 def test_info_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

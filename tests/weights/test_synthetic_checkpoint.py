@@ -92,7 +92,9 @@ def test_reference_pipeline_draws_with_it(tiny: Path) -> None:
 
 
 def test_index_names_every_tensor(tiny: Path) -> None:
-    index = json.loads((tiny / "transformer/diffusion_pytorch_model.safetensors.index.json").read_text())
+    index = json.loads(
+        (tiny / "transformer/diffusion_pytorch_model.safetensors.index.json").read_text(encoding="utf-8")
+    )
     layout = inspect(tiny)
     assert index["weight_map"] == {
         name: file.path.name for file in layout.weights["transformer"] for name in file.tensors

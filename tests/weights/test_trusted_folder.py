@@ -61,7 +61,7 @@ def test_somebody_elses_link_is_not_followed(folder: Path, tmp_path: Path) -> No
 
 
 def test_neither_a_file_nor_nothing_nor_a_circle(folder: Path) -> None:
-    (folder / "file").write_text("")
+    (folder / "file").write_text("", encoding="utf-8")
     (folder / "circle").symlink_to("circle")
     for name in ("file", "nothing", "circle", "circle/x", "file/x"):
         assert not trusted_folder(folder / name), name

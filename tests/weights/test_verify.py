@@ -120,7 +120,7 @@ def test_always_looks_at_everything_that_is_read(model: Model, nano: Path, hashe
     resolve(model)
     everything = [*inspect(nano).weight_paths, *inspect(nano).config_files]
     assert sorted(hashed) == sorted(path.name for path in everything * 2)
-    with (nano / "tokenizer/tokenizer_config.json").open("a") as file:
+    with (nano / "tokenizer/tokenizer_config.json").open("a", encoding="utf-8") as file:
         file.write(" ")
     with pytest.raises(UserError, match=r"tokenizer_config\.json was altered"):
         resolve(model)
@@ -188,7 +188,7 @@ def test_hub_blob_names_are_expected_digests(tmp_path: Path) -> None:
 def test_cache_that_cannot_be_written(
     model: Model, runner_cache: Path, hashed: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    runner_cache.write_text("a file where the folder should be")
+    runner_cache.write_text("a file where the folder should be", encoding="utf-8")
     resolve(model)
     assert hashed == []  # else every start would hash everything
     assert "cannot be written, so sha256 of the weights is not checked" in caplog.text
@@ -200,7 +200,7 @@ def test_cache_that_cannot_be_written(
 def test_damaged_cache_entries_are_ignored(model: Model, runner_cache: Path, hashed: list[str]) -> None:
     resolve(model)
     for number, entry in enumerate(runner_cache.rglob("*.json")):
-        entry.write_text(["", "[]", '{"key": 1}'][number % 3])
+        entry.write_text(["", "[]", '{"key": 1}'][number % 3], encoding="utf-8")
     hashed.clear()
     resolve(model)
     assert len(hashed) == 3

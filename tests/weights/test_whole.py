@@ -117,16 +117,19 @@ def test_configs_that_ask_for_something_else(nano: Path, fault: str) -> None:
 
 def test_a_field_that_is_missing(nano: Path) -> None:
     path = nano / "transformer/config.json"
-    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "n_heads"}))
+    path.write_text(
+        json.dumps({k: v for k, v in json.loads(path.read_text(encoding="utf-8")).items() if k != "n_heads"}),
+        encoding="utf-8",
+    )
     refused(nano, r"transformer/config\.json lacks n_heads")
 
 
 def test_a_shard_without_one_of_its_tensors(sharded: Path) -> None:
     """Left out of the index too, so that index and shards agree with each other."""
     index = sharded / "transformer/diffusion_pytorch_model.safetensors.index.json"
-    content = json.loads(index.read_text())
+    content = json.loads(index.read_text(encoding="utf-8"))
     shard = content["weight_map"].pop("x_pad_token")
-    index.write_text(json.dumps(content))
+    index.write_text(json.dumps(content), encoding="utf-8")
     change(sharded, f"transformer/{shard}", without("x_pad_token"))
     refused(sharded, r"transformer/\*\.safetensors lacks tensor x_pad_token that its config\.json asks for")
 
@@ -150,7 +153,7 @@ def test_any_value_of_any_field_is_taken_or_refused_in_one_line(where: tuple[str
     component, field = where
     names = {"scheduler": "scheduler_config.json"}
     configs = {
-        part: json.loads((EMBEDDED / part / names.get(part, "config.json")).read_text())
+        part: json.loads((EMBEDDED / part / names.get(part, "config.json")).read_text(encoding="utf-8"))
         for part in ("text_encoder", "transformer", "vae", "scheduler")
     }
     configs[component][field] = value

@@ -90,7 +90,7 @@ def _fonts_of_fontconfig(characters: frozenset[str]) -> Iterator[str]:
     for wanted in (asked, asked[:1]):
         command = ["fc-list", ":charset=" + " ".join(f"{ord(c):x}" for c in wanted), "--format=%{file}\n"]
         try:
-            answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+            answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False, encoding="utf-8")
         except (OSError, ValueError, subprocess.TimeoutExpired) as error:
             log.debug("fontconfig cannot be asked: %s", error)
             return

@@ -117,7 +117,7 @@ def _may_be_alive(owner: dict[str, Any]) -> bool:
 
 def _boot_id() -> str:
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     except OSError:
         return ""
 
@@ -126,6 +126,6 @@ def _start_time(pid: int) -> str | None:
     """Clock ticks after boot at which ``pid`` started; None if there is no such process."""
     try:
         # The command name (field 2) may hold spaces and brackets; field 22 is the 20th after it.
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
     except OSError:
         return None

@@ -180,7 +180,9 @@ def process_seconds() -> float | None:
     """Seconds since this process was started, imports and loading included; None where the system does not tell."""
     try:
         # The command name (field 2) may hold spaces and brackets; field 22 is the 20th after it.
-        started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        started = int(
+            Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
+        ) / os.sysconf("SC_CLK_TCK")
         return time.clock_gettime(time.CLOCK_BOOTTIME) - started
     except (OSError, ValueError, AttributeError, IndexError):
         return None

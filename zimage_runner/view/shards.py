@@ -64,16 +64,13 @@ def _described(found: Mapping[int, Shard]) -> dict[str, Any]:
     shards = [found[number] for number in sorted(found)]
     of = shards[0].of
     missing = [number for number in range(1, min(of, MOST) + 1) if number not in found]
-    seen = describe_sweep("", [dict(shard.seen) for shard in shards])
-    if missing and seen["state"] != "running":
-        seen["state"] = "interrupted"
+    seen = describe_sweep("", [dict(shard.seen) for shard in shards], of)
     waited = [shard.seen["left_seconds"] for shard in shards if shard.seen["left_seconds"]]
     took = [shard.seen["seconds"] for shard in shards if shard.seen["seconds"]]
     return seen | {
         "of": of,
         "runs": {str(shard.number): shard.path for shard in shards},
         "missing": missing,
-        "planned": None if missing else seen["planned"],
         "left_seconds": max(waited, default=None),  # they draw side by side
         "seconds": None if seen["state"] == "running" else max(took, default=None),
     }

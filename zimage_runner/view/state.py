@@ -201,7 +201,7 @@ def _resident_gb(owner: dict[str, Any]) -> float | None:
     if not _is_here(owner) or not isinstance(owner["pid"], int):
         return None
     try:
-        for line in Path(f"/proc/{owner['pid']}/status").read_text().splitlines():
+        for line in Path(f"/proc/{owner['pid']}/status").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("VmRSS:"):
                 return int(line.split()[1]) * 1024 / 1e9
     except (OSError, ValueError, IndexError):

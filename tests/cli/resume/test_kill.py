@@ -30,6 +30,7 @@ def torture(kills: int, folder: Path) -> list[Path]:
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         timeout=60 + 20 * kills,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
@@ -47,21 +48,21 @@ def pixels(run: Path) -> dict[str, str]:
 
 def check(run: Path, reference: dict[str, str]) -> None:
     assert pixels(run) == reference
-    lines = [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "records.jsonl").read_text(encoding="utf-8").splitlines()]
     # A picture whose line was lost is drawn again, but no item has two finished lines.
     assert Counter(line["item"] for line in lines if line["status"] == "ok").most_common(1)[0][1] == 1
     assert {f"{line['item']}/image.png" for line in lines} == reference.keys()
     for line in lines:
         data = (run / line["item"] / "image.png").read_bytes()
         assert hashlib.sha256(data).hexdigest() == line["sha256"]
-        record = json.loads((run / line["item"] / "record.json").read_text())
+        record = json.loads((run / line["item"] / "record.json").read_text(encoding="utf-8"))
         assert (record["status"], record["sha256"]) == ("ok", line["sha256"])
         recipe = read_metadata(run / line["item"] / "image.png").recipe
         assert recipe is not None
         assert recipe["fingerprint"] == line["fingerprint"]
     assert not list(run.rglob("*.tmp"))
     assert not (run / ".lock").exists()
-    assert json.loads((run / "summary.json").read_text())["status"] == "complete"
+    assert json.loads((run / "summary.json").read_text(encoding="utf-8"))["status"] == "complete"
 
 
 def check_all(kills: int, folder: Path) -> None:

@@ -62,13 +62,13 @@ def images(run: Path) -> dict[str, bytes]:
 
 
 def pixels_of(run: Path) -> dict[str, str]:
-    records = (json.loads(p.read_text()) for p in run.glob("items/*/*/record.json"))
+    records = (json.loads(p.read_text(encoding="utf-8")) for p in run.glob("items/*/*/record.json"))
     return {r["item"]: r["pixels_sha256"] for r in records}
 
 
 def assert_whole(run: Path, count: int) -> None:
     """Every item once, complete and as its record says."""
-    lines = [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "records.jsonl").read_text(encoding="utf-8").splitlines()]
     last = {line["item"]: line for line in lines}
     assert len(last) == count
     for item, line in last.items():
@@ -90,7 +90,7 @@ def test_deleted_and_truncated_pictures_are_drawn_again(cli: Cli, run: Path) -> 
     assert_whole(run, 4)
     assert pixels_of(run) == pixels
     assert (run / names[2]).stat().st_mtime_ns == kept
-    summary = json.loads((run / "summary.json").read_text())
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     assert (summary["items"]["ok"], summary["items"]["done_before"]) == (2, 2)
 
 
@@ -123,7 +123,7 @@ def test_nothing_to_do_loads_no_model(cli: Cli, run: Path, monkeypatch: pytest.M
 
 
 def test_the_source_may_be_gone(cli: Cli, tmp_path: Path) -> None:
-    (tmp_path / "p.txt").write_text("a red apple --d 3\n一只猫\n")
+    (tmp_path / "p.txt").write_text("a red apple --d 3\n一只猫\n", encoding="utf-8")
     options = ["sampling.num_inference_steps=1", "warmup=none", "seeds=[1,2]"]
     code, out, err = cli("prompts=text_file", "prompts.path=p.txt", *options)
     assert code == 0, err
@@ -167,15 +167,15 @@ def test_settings_that_change_pictures_are_refused(cli: Cli, run: Path) -> None:
 def test_pictures_of_another_kind_are_refused(cli: Cli, run: Path) -> None:
     """The config is the same, but what was drawn says otherwise: another machine, dtype or engine."""
     ledger = run / "records.jsonl"
-    lines = [json.loads(line) for line in ledger.read_text().splitlines()]
+    lines = [json.loads(line) for line in ledger.read_text(encoding="utf-8").splitlines()]
     for line in lines:
         line["fingerprint"] = "0" * 64
         del line["crc32"]
-    ledger.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines[:-1]))
+    ledger.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines[:-1]), encoding="utf-8")
     record = run / lines[0]["item"] / "record.json"
-    changed = json.loads(record.read_text())
+    changed = json.loads(record.read_text(encoding="utf-8"))
     changed["numerics"]["dtype"] = "bfloat16"
-    record.write_text(json.dumps(changed))
+    record.write_text(json.dumps(changed), encoding="utf-8")
     code, _, err = cli(f"resume={run}")
     assert code == 2
     assert "dtype was bfloat16, now float32" in err
@@ -197,11 +197,17 @@ def test_retry_failed_leaves_missing_items_alone(cli: Cli, monkeypatch: pytest.M
     run = run_dir(out)
     monkeypatch.setattr(Session, "generate", real)
     ledger = run / "records.jsonl"
-    done = [line for line in ledger.read_text().splitlines() if '"seed":1' not in line or '"index":0' not in line]
-    ledger.write_text("\n".join(done) + "\n")  # item 0, seed 1 is missing now
+    done = [
+        line
+        for line in ledger.read_text(encoding="utf-8").splitlines()
+        if '"seed":1' not in line or '"index":0' not in line
+    ]
+    ledger.write_text("\n".join(done) + "\n", encoding="utf-8")  # item 0, seed 1 is missing now
     code, _, err = cli(f"resume={run}", "retry=failed")
     assert code == 130, "an item is still missing"
-    last = {json.loads(line)["item"]: json.loads(line)["status"] for line in ledger.read_text().splitlines()}
+    last = {
+        json.loads(line)["item"]: json.loads(line)["status"] for line in ledger.read_text(encoding="utf-8").splitlines()
+    }
     assert sorted(last.values()) == ["ok", "ok", "ok"]
     code, _, err = cli(f"resume={run}")
     assert code == 0, err
@@ -264,7 +270,7 @@ class TestWholeMultirun:
         assert {path: path.stat().st_mtime_ns for path in kept} == kept
         assert "job 1 is continued" in err
         assert "job 2 was never begun: it starts now" in err
-        assert (sweep / "summary.csv").read_text().count(",complete,2,0,") == 4
+        assert (sweep / "summary.csv").read_text(encoding="utf-8").count(",complete,2,0,") == 4
         code, _, err = cli(f"resume={sweep}")  # the sweep's file was written anew meanwhile
         assert (code, err.count("nothing to draw: 2 pictures are done")) == (0, 4)
 
@@ -285,12 +291,14 @@ class TestWholeMultirun:
         assert_whole(sweep / "1", 2)
 
     def test_a_sweeper_that_chooses_as_it_goes_is_refused(self, cli: Cli, sweep: Path) -> None:
-        text = (sweep / ".hydra/multirun.yaml").read_text()
-        (sweep / ".hydra/multirun.yaml").write_text(text.replace("basic_sweeper.BasicSweeper", "optuna.OptunaSweeper"))
+        text = (sweep / ".hydra/multirun.yaml").read_text(encoding="utf-8")
+        (sweep / ".hydra/multirun.yaml").write_text(
+            text.replace("basic_sweeper.BasicSweeper", "optuna.OptunaSweeper"), encoding="utf-8"
+        )
         code, _, err = cli(f"resume={sweep}")
         assert code == 2
         assert "its jobs were chosen by OptunaSweeper" in err
-        (sweep / ".hydra/multirun.yaml").write_text("hydra: {}")
+        (sweep / ".hydra/multirun.yaml").write_text("hydra: {}", encoding="utf-8")
         code, _, err = cli(f"resume={sweep}")
         assert code == 2
         assert "multirun.yaml has no sweeper: resume its jobs one by one" in err
@@ -309,7 +317,7 @@ class TestLatest:
             )
         for path, text in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
+            path.write_text(text, encoding="utf-8")
             os.utime(path, (order, order))
         return run
 
@@ -422,9 +430,9 @@ class TestNeverTwice:
         assert_whole(later, 4)
         same = next(earlier.glob("items/00001*/seed_2/image.png")), next(later.glob("items/00001*/seed_2/image.png"))
         assert same[0].samefile(same[1])
-        summary = json.loads((later / "summary.json").read_text())
+        summary = json.loads((later / "summary.json").read_text(encoding="utf-8"))
         assert (summary["items"]["ok"], summary["items"]["linked"]) == (3, 1)
-        record = json.loads((same[1].parent / "record.json").read_text())
+        record = json.loads((same[1].parent / "record.json").read_text(encoding="utf-8"))
         assert record["reused_from"] == str(same[0].parent.absolute())
 
     def test_damaged_pictures_are_not_spread(self, cli: Cli, earlier: Path) -> None:
@@ -433,14 +441,14 @@ class TestNeverTwice:
         code, out, err = cli(*RUN, "skip_existing=outputs/earlier", "name=later")
         assert code == 0, err
         assert_whole(run_dir(out), 4)
-        assert json.loads((run_dir(out) / "summary.json").read_text())["items"]["linked"] == 0
+        assert json.loads((run_dir(out) / "summary.json").read_text(encoding="utf-8"))["items"]["linked"] == 0
 
     def test_the_same_picture_of_two_prompts_is_drawn_once(self, cli: Cli) -> None:
         code, out, err = cli("prompts.texts=['a cat','a cat']", "seeds=[1,2]", *RUN[2:])
         assert code == 0, err
         run = run_dir(out)
         assert_whole(run, 4)
-        summary = json.loads((run / "summary.json").read_text())
+        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
         assert (summary["items"]["ok"], summary["items"]["linked"]) == (2, 2)
 
 
@@ -464,10 +472,12 @@ def test_a_link_in_a_multirun_is_not_followed(cli: Cli, tmp_path: Path, link: st
     """Hydra writes multirun.yaml anew when a multirun is resumed, and jobs draw into their folders."""
     sweep = tmp_path / "sweep"
     (sweep / "0").mkdir(parents=True)
-    (sweep / "multirun.yaml").write_text("hydra: {}\n")
+    (sweep / "multirun.yaml").write_text("hydra: {}\n", encoding="utf-8")
     (sweep / link).rename(tmp_path / "elsewhere")
     (sweep / link).symlink_to(tmp_path / "elsewhere")
     code, _, err = cli(f"resume={sweep}")
     assert code == 2
     assert expected in err
-    assert not (tmp_path / "elsewhere").is_file() or (tmp_path / "elsewhere").read_text() == "hydra: {}\n"
+    assert (
+        not (tmp_path / "elsewhere").is_file() or (tmp_path / "elsewhere").read_text(encoding="utf-8") == "hydra: {}\n"
+    )

@@ -35,7 +35,7 @@ def sweep_dir(out: str) -> Path:
 
 
 def summary(sweep: Path, job: int) -> dict:
-    return json.loads((sweep / str(job) / "summary.json").read_text())
+    return json.loads((sweep / str(job) / "summary.json").read_text(encoding="utf-8"))
 
 
 def test_jobs_share_one_session(cli: Cli, loads: list[str]) -> None:
@@ -57,7 +57,7 @@ def test_jobs_share_one_session(cli: Cli, loads: list[str]) -> None:
         *TABLES,
     ]
     for job, (steps, guidance) in enumerate([(1, 0), (1, 2), (2, 0), (2, 2)]):
-        record = json.loads(next(sweep.glob(f"{job}/items/*/*/record.json")).read_text())
+        record = json.loads(next(sweep.glob(f"{job}/items/*/*/record.json")).read_text(encoding="utf-8"))
         assert (record["params"]["num_inference_steps"], record["params"]["guidance_scale"]) == (steps, guidance)
         assert (sweep / str(job) / ".hydra" / "overrides.yaml").is_file()
     assert summary(sweep, 0)["phases"]["load"] > 0
@@ -72,7 +72,7 @@ def test_order_reloads_least_and_keeps_numbers(cli: Cli, loads: list[str]) -> No
     assert code == 0, err
     assert loads == ["float32", "bfloat16"]
     for job in range(6):
-        record = json.loads(next(sweep_dir(out).glob(f"{job}/items/*/*/record.json")).read_text())
+        record = json.loads(next(sweep_dir(out).glob(f"{job}/items/*/*/record.json")).read_text(encoding="utf-8"))
         assert record["seed"] == job // 2 + 1
         assert record["numerics"]["dtype"] == ("float32", "bfloat16")[job % 2]
 
@@ -135,7 +135,10 @@ def test_a_crash_is_one_jobs_affair(cli: Cli, monkeypatch: pytest.MonkeyPatch) -
 def test_free_text_is_swept(cli: Cli) -> None:
     code, out, err = cli("-m", 'prompt="a red apple","一只猫, (8k)"', "seeds=1", *FAST)
     assert code == 0, err
-    prompts = [json.loads(p.read_text())["prompt"] for p in sorted(sweep_dir(out).glob("*/items/*/*/record.json"))]
+    prompts = [
+        json.loads(p.read_text(encoding="utf-8"))["prompt"]
+        for p in sorted(sweep_dir(out).glob("*/items/*/*/record.json"))
+    ]
     assert prompts == ["a red apple", "一只猫, (8k)"]
 
 
@@ -170,7 +173,7 @@ def test_benchmark_of_the_overhead_runs(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["sweep_overhead", "--jobs", "2", "--output", "out.json"])
     assert sweep_overhead.main() == 0
-    assert json.loads(Path("out.json").read_text())["milliseconds"]["min"] > 0
+    assert json.loads(Path("out.json").read_text(encoding="utf-8"))["milliseconds"]["min"] > 0
 
 
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])

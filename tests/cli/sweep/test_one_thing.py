@@ -21,7 +21,7 @@ def experiments(**files: str) -> str:
     folder = Path("c/experiment")
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
-        (folder / f"{name}.yaml").write_text(f"# @package _global_\n{text}\n")
+        (folder / f"{name}.yaml").write_text(f"# @package _global_\n{text}\n", encoding="utf-8")
     return "--config-dir=c"
 
 
@@ -85,7 +85,7 @@ def test_the_plan_of_a_sweep(cli: Cli) -> None:
 @pytest.mark.parametrize("where", ["experiment", "file"])
 def test_a_job_that_was_never_begun_is_as_it_was_or_refused(cli: Cli, where: str) -> None:
     texts = Path("p.txt")
-    texts.write_text("a cat\n")
+    texts.write_text("a cat\n", encoding="utf-8")
     before = {"experiment": "prompts: {texts: [a cat]}"}.get(where, "prompts: {path: p.txt}")
     choose = "" if where == "experiment" else "defaults: [{override /prompts: text_file}]\n"
     mine = experiments(cats=choose + before)
@@ -96,7 +96,7 @@ def test_a_job_that_was_never_begun_is_as_it_was_or_refused(cli: Cli, where: str
         experiments(cats="prompts: {texts: [a dog]}")
         changed = "prompts.texts was ['a cat'], now ['a dog']"
     else:
-        texts.write_text("a dog\n")
+        texts.write_text("a dog\n", encoding="utf-8")
         changed = "p.txt has changed"
     code, _, err = cli("resume=sw")
     assert code == 2
@@ -105,10 +105,10 @@ def test_a_job_that_was_never_begun_is_as_it_was_or_refused(cli: Cli, where: str
     )
     assert not Path("sw/1").exists()
     experiments(cats=choose + before)
-    texts.write_text("a cat\n")
+    texts.write_text("a cat\n", encoding="utf-8")
     code, _, err = cli("resume=sw")
     assert code == 0, err
-    record = json.loads(next(Path("sw/1").glob("items/*/*/record.json")).read_text())
+    record = json.loads(next(Path("sw/1").glob("items/*/*/record.json")).read_text(encoding="utf-8"))
     assert (record["prompt"], record["seed"]) == ("a cat", 2)
 
 

@@ -103,7 +103,7 @@ def test_the_next_job_begins_before_the_last_pictures_are_there(cli: Cli, gpu: C
         assert summary["items"] == {
             "planned": 1, "done_before": 0, "linked": 0, "ok": 1, "failed": 0, "remaining": 0,
         }  # fmt: skip
-        log = (sweep / str(job) / "run.log").read_text()
+        log = (sweep / str(job) / "run.log").read_text(encoding="utf-8")
         assert log.count("the run ended") == log.count("of 1 pictures to draw") == 1
     assert out.splitlines()[:-1] == [str(sweep / str(job)) for job in range(4)]
 
@@ -148,7 +148,7 @@ def test_a_bad_picture_is_drawn_again_while_the_next_job_is_under_way(cli: Cli, 
     assert [record["attempt"] for record in records] == [2, 1, 1]
     firsts = [json.loads((sweep / str(n) / "summary.json").read_bytes())["images"]["first_seconds"] for n in range(3)]
     assert min(firsts) >= 0
-    logs = ["drawing it once more" in (sweep / str(job) / "run.log").read_text() for job in range(3)]
+    logs = ["drawing it once more" in (sweep / str(job) / "run.log").read_text(encoding="utf-8") for job in range(3)]
     assert logs == [True, False, False]
 
 
@@ -315,7 +315,7 @@ def test_what_goes_wrong_late_is_its_own(
         "complete",
     ]  # its pictures are all there
     assert f"{sweep}/1: " in err
-    logs = ["a bug" in (sweep / str(job) / "run.log").read_text() for job in range(3)]
+    logs = ["a bug" in (sweep / str(job) / "run.log").read_text(encoding="utf-8") for job in range(3)]
     assert logs == [False, code == 1, False]
     gpu(3)
     monkeypatch.setattr(GenerationLoop, "finish", real)

@@ -256,7 +256,7 @@ def check_job(job: Swept, number: int, folder: Path, world: World, row: dict[str
     assert all(world.faults.get(seed) in PERMANENT for seed in failed), failed
     stopping = any(world.faults.get(seed) in STOPPING for seed in range(1000))
     assert not remaining or world.signalled or stopping
-    log = (folder / "run.log").read_text()
+    log = (folder / "run.log").read_text(encoding="utf-8")
     assert log.count("the run ended") <= passes
     assert log.count("pictures to draw") == log.count("the run ended")
     redrawn = {int(line.rpartition("seed_")[2].partition(":")[0]) for line in log.splitlines() if "once more" in line}
@@ -332,7 +332,7 @@ def read_rows(sweep: Path) -> dict[int, dict[str, str]]:
     path = sweep / "summary.csv"
     if not path.exists():
         return {}
-    return {int(row["job"]): row for row in csv.DictReader(io.StringIO(path.read_text()))}
+    return {int(row["job"]): row for row in csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))}
 
 
 def check_code(jobs: list[Swept], code: int, done: list[set[int]], world: World, keep_going: bool, err: str) -> None:

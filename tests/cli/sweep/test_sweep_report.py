@@ -35,9 +35,9 @@ def job(root: Path, number: int, overrides: dict[str, str], items=((0, 1),), siz
         item = f"items/{index:05d}_x/seed_{seed}"
         (directory / item).mkdir(parents=True)
         Image.new("RGB", size, (number * 20 % 255, index * 40 % 255, 90)).save(directory / item / "image.png")
-        (directory / item / "record.json").write_text(json.dumps({"prompt": prompt}))
+        (directory / item / "record.json").write_text(json.dumps({"prompt": prompt}), encoding="utf-8")
         lines.append(json.dumps({"item": item, "status": "ok", "index": index, "seed": seed}) + "\n")
-    (directory / "records.jsonl").write_text("".join(lines))
+    (directory / "records.jsonl").write_text("".join(lines), encoding="utf-8")
     return JobResult(number=number, directory=directory, overrides=overrides, summary={"status": "complete"})
 
 
@@ -74,7 +74,7 @@ def test_markdown_keeps_one_line_a_job(text):
 
 def test_unreadable_jobs_stay_empty(tmp_path):
     (tmp_path / "3").mkdir()
-    (tmp_path / "3" / "summary.json").write_text("{broken")
+    (tmp_path / "3" / "summary.json").write_text("{broken", encoding="utf-8")
     found = read_job(tmp_path / "3")
     assert (found.summary, found.overrides, found.status, found.code) == ({}, {}, "not run", 1)
 

@@ -65,9 +65,9 @@ def test_a_checkpoint_it_does_not_compute(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint"
     shutil.copytree(NANO, path)
     config = path / "scheduler" / "scheduler_config.json"
-    changed = json.loads(config.read_text()) | {"use_dynamic_shifting": True}
+    changed = json.loads(config.read_text(encoding="utf-8")) | {"use_dynamic_shifting": True}
     config.unlink()
-    config.write_text(json.dumps(changed))
+    config.write_text(json.dumps(changed), encoding="utf-8")
     with pytest.raises(UserError, match=r"use_dynamic_shifting=True is not supported.*use engine=diffusers"):
         create(NativeEngine(device=Device.cpu), path)
 

@@ -55,7 +55,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     (folder / "_C.abi3.so").write_bytes(b"not a library")
     for name in ("fa3_fwd/__init__.py", "fa3_fwd_interface.py"):
-        (tmp_path / name).write_text("raise ImportError('imported')\n")
+        (tmp_path / name).write_text("raise ImportError('imported')\n", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     return folder
 
@@ -101,7 +101,7 @@ def test_the_operator_is_called_directly(loaded):
 
 def test_an_operator_of_other_arguments_is_left_to_its_interface(loaded, package):
     interface = package.parent / "fa3_fwd_interface.py"
-    interface.write_text("def flash_attn_func(query, key, value):\n    return query + 1, None\n")
+    interface.write_text("def flash_attn_func(query, key, value):\n    return query + 1, None\n", encoding="utf-8")
     loaded(SCHEMA.replace("int attention_chunk = 0", "int chunk = 0"))
     query, key, value = heads(1, 5, 2, 16)
     try:
@@ -135,7 +135,6 @@ def test_its_own_build_comes_first(package, monkeypatch):
 def test_nothing_else_is_imported(package):
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(package.parent)!r})\n{LEAN}", SCHEMA],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        capture_output=True, text=True, timeout=120, check=False, encoding="utf-8")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"

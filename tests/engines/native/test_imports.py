@@ -33,6 +33,8 @@ assert model.decode(model.denoise(model.encode(["a cat"], 512), z, 1)).wait().sh
 )
 def test_never_imported(code: str, absent: list[str]) -> None:
     report = f"{code}\nprint([name for name in {absent!r} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", report], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", report], capture_output=True, text=True, timeout=120, check=False, encoding="utf-8"
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"

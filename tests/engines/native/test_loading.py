@@ -63,7 +63,7 @@ def test_shards_with_an_index(checkpoint: Path, native: NativeModel) -> None:
         weight_map.update(dict.fromkeys(part, shard))
     whole.unlink()
     index = folder / "diffusion_pytorch_model.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
     assert torch.equal(picture(load_model(checkpoint, Options())), picture(native))
 
     shard = folder / "diffusion_pytorch_model-00002-of-00003.safetensors"

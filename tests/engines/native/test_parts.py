@@ -107,10 +107,10 @@ def tokenizer_folder(tmp_path: Path, template: str | None) -> Path:
     folder = tmp_path / "tokenizer"
     folder.mkdir()
     shutil.copy(NANO / "tokenizer" / "tokenizer.json", folder)
-    config = json.loads((NANO / "tokenizer" / "tokenizer_config.json").read_text())
+    config = json.loads((NANO / "tokenizer" / "tokenizer_config.json").read_text(encoding="utf-8"))
     if template is not None:
         config["chat_template"] = template
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
 
 
@@ -181,7 +181,7 @@ def test_templates_that_are_refused(tmp_path: Path, template: str | None, text: 
     ids=str,
 )
 def test_variants_that_are_refused(component: str, read, change: dict) -> None:
-    config = json.loads((NANO / component / "config.json").read_text())
+    config = json.loads((NANO / component / "config.json").read_text(encoding="utf-8"))
     read(config)
     with pytest.raises(ValueError, match="not supported"):
         read(config | change)
@@ -194,6 +194,6 @@ def test_schedulers_that_are_refused() -> None:
 
 
 def test_qwen3_config_of_transformers_4() -> None:
-    config = json.loads((NANO / "text_encoder" / "config.json").read_text())
+    config = json.loads((NANO / "text_encoder" / "config.json").read_text(encoding="utf-8"))
     del config["rope_parameters"]
     assert TextEncoderConfig.from_published(config | {"rope_theta": 1e6, "rope_scaling": None}).rope_theta == 1e6

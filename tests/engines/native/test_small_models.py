@@ -88,12 +88,12 @@ def test_auto_takes_diffusers_only_for_what_native_does_not_compute(
     engine = create(AutoEngine(device=Device.cpu), path)
     assert engine.name == "native"
     scheduler = path / "scheduler/scheduler_config.json"
-    content = json.loads(scheduler.read_text())
-    scheduler.write_text(json.dumps(content | {"use_karras_sigmas": True}))
+    content = json.loads(scheduler.read_text(encoding="utf-8"))
+    scheduler.write_text(json.dumps(content | {"use_karras_sigmas": True}), encoding="utf-8")
     inspect(path)  # whole all the same
     assert create(AutoEngine(device=Device.cpu), path).name == "diffusers"
 
-    scheduler.write_text(json.dumps(content))
+    scheduler.write_text(json.dumps(content), encoding="utf-8")
     monkeypatch.setattr(DiffusersEngine, "create", lambda *_: pytest.fail("diffusers was asked"))
     (path / "transformer/diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(UserError, match=r"holds no \.safetensors file"):

@@ -21,6 +21,6 @@ sys.exit(main(sys.argv[1:]))
 def test_weights_begin_before_torch(engine, tmp_path):
     options = [f"engine={engine}", "prompt=a fox", f"output.root={tmp_path}", "sampling.num_inference_steps=1"]
     command = [sys.executable, "-c", PROBE, "model=zimage_nano", *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0] == "False"

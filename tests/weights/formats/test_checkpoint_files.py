@@ -134,7 +134,10 @@ def test_the_base_fills_in_what_shapes_do_not_tell(nano_configs: Mapping[str, di
 @pytest.fixture
 def nano_configs() -> Mapping[str, dict]:
     nano = NANO
-    return {c: json.loads((nano / c / "config.json").read_text()) for c in ("transformer", "text_encoder", "vae")}
+    return {
+        c: json.loads((nano / c / "config.json").read_text(encoding="utf-8"))
+        for c in ("transformer", "text_encoder", "vae")
+    }
 
 
 def test_plain_tensors_are_stretches_of_the_file(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def tensor_files(folder: Path) -> list[Path]:
     """
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if indices:
-        names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
+        names = sorted(set(json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"].values()))
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise UserError(f"{indices[0]} names files that are not there: {_some(missing)}; download the model again")
