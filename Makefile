@@ -5,6 +5,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# In UTF-8 mode whatever the locale, as the program begins: most tests call it in their own process.
+PYTEST := PYTHONUTF8=1 $(BIN)/python -m pytest
 STAMP := $(VENV)/.installed
 
 help: ## list the targets
@@ -21,13 +23,13 @@ quickstart: $(STAMP) ## install, then draw 12 pictures with the embedded model o
 	$(BIN)/python -m zimage_runner +experiment=quickstart
 
 test: $(STAMP) ## run the test suite (CPU, minutes)
-	$(BIN)/python -m pytest -n 2
+	$(PYTEST) -n 2
 
 test-faults: $(STAMP) ## the long fault campaign: kills, full disks, broken engines
-	$(BIN)/python -m pytest -m slow -n 2
+	$(PYTEST) -m slow -n 2
 
 test-gpu: $(STAMP) ## the tests that need a CUDA GPU: placements, compilation, running out of memory
-	$(BIN)/python -m pytest -m gpu -v
+	$(PYTEST) -m gpu -v
 
 lint: $(STAMP) ## ruff and pyright
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
