@@ -135,7 +135,7 @@ def test_each_job_of_a_sweep_over_options(cli, tmp_path: Path) -> None:
 
 def test_a_resumed_run_with_another_option(cli) -> None:
     fast = ["sampling.num_inference_steps=1", "prompt=a", "seeds=1", "output.fsync=never", "hydra.run.dir=run"]
-    code, _, err = cli(*fast, "executor=process", "executor.item_timeout_s=60", "dry_run=false", "executor=inline")
+    code, _, err = cli(*fast, "executor=process", "executor.max_restarts=1", "dry_run=false", "executor=inline")
     assert code != 0, "the same layer says both"
     code, _, err = cli(*fast, "memory=staged", "memory.health.interval_seconds=600")
     assert code == 0, err

@@ -112,6 +112,8 @@ class Executor(abc.ABC):
     overlaps: bool = False
     """Whether ``run`` may be called again while the results of an earlier call are still being taken, and returns
     pictures that are still on their way: the next job may then begin before this one has ended."""
+    on_overdue: Callable[[Sequence[WorkItem], str], None] | None = None
+    """Hears, from another thread, of items of ``run`` that take too long where they cannot be given up; nobody: None."""
 
     @abc.abstractmethod
     def start(self) -> dict[str, Any]:

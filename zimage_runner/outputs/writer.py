@@ -126,6 +126,9 @@ class Writer:
         self._fatal: RunStopped | None = None
         self._room = threading.Condition()
         self._pending = 0
+        """Items without an Outcome."""
+        self._arrived = 0
+        """Of these, the ones that a writer has or can take."""
         self._arrivals = arrivals or ArrivalClock()
         self._start = time.perf_counter()
         self._batches: queue.SimpleQueue[tuple[Sequence[WriteRequest], PendingImages] | None] = queue.SimpleQueue()
@@ -150,13 +153,18 @@ class Writer:
         self._start_threads()
         with self._room:
             self._pending += 1
-        self._tasks.put((request, self._write_failure, (request, error)))
+        self._put(request, self._write_failure, request, error)
 
     def flush(self) -> None:
         """Wait until every queued request has its Outcome."""
         with self._room:
             self._room.wait_for(lambda: self._pending == 0 or self._fatal is not None)
         self._check()
+
+    def write_arrived(self, seconds: float) -> None:
+        """Wait, no longer than this, until what has arrived is written. Pictures still on their way are not waited for."""
+        with self._room:
+            self._room.wait_for(lambda: self._arrived == 0 or self._fatal is not None, seconds)
 
     def close(self) -> None:
         """Finish what is queued, then end the threads. Raises RunStopped if something could not be written."""
@@ -217,9 +225,15 @@ class Writer:
             self._run_dir.check_free(self._output)
             self._pending += count
 
-    def _release(self, count: int = 1) -> None:
+    def _put(self, request: WriteRequest, call: Callable[..., None], *arguments: Any) -> None:
         with self._room:
-            self._pending -= count
+            self._arrived += 1
+        self._tasks.put((request, call, arguments))
+
+    def _release(self) -> None:
+        with self._room:
+            self._pending -= 1
+            self._arrived -= 1
             self._room.notify_all()
 
     def _receive_all(self) -> None:
@@ -231,12 +245,12 @@ class Writer:
                     raise RuntimeError(f"{len(requests)} pictures were announced, {len(pixels)} came")
             except Exception as error:  # the item boundary: each request hears of it
                 for request in requests:
-                    self._tasks.put((request, self._report_bad, (request, error_text(error))))
+                    self._put(request, self._report_bad, request, error_text(error))
                 continue
             since, arrived = self._arrivals.arrive(self._start)
             seconds = (arrived - since) / len(requests)
             for request, picture in zip(requests, pixels, strict=True):
-                self._tasks.put((request, self._write_picture, (request, picture, seconds, since, arrived)))
+                self._put(request, self._write_picture, request, picture, seconds, since, arrived)
             del batch, images, pixels, picture  # while waiting for the next
 
     def _work(self) -> None:

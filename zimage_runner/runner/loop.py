@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from zimage_runner.executors.base import Batch
+from zimage_runner.executors.watchdog import OnOverdue
 from zimage_runner.outputs.ledger import Ledger
 from zimage_runner.outputs.run_dir import RunDirectory
 from zimage_runner.outputs.writer import Outcome, Writer, WriteRequest
@@ -32,13 +33,16 @@ class GenerationLoop:
         fingerprints: Fingerprints,
         session_report: dict[str, Any],
         on_settled: Callable[[Outcome], None],
+        on_overdue: OnOverdue,
     ) -> None:
-        """``session_report``: for the records. ``on_settled`` hears of each item that is done or failed."""
+        """``session_report``: for the records. ``on_settled`` hears of each item that is done or failed, ``on_overdue``
+        of those that are drawn for too long and cannot be given up."""
         self._spec = spec
         self._lease = lease
         self._fingerprints = fingerprints
         self._session_report = session_report
         self._on_settled = on_settled
+        self._on_overdue = on_overdue
         self._bad: list[tuple[WorkItem, str]] = []
         """Items whose picture was bad, and why."""
         self._output_file = None if spec.output_file is None else str(spec.output_file)
@@ -58,7 +62,7 @@ class GenerationLoop:
 
     def draw(self, batches: Iterable[Batch]) -> None:
         """Hand the batches to the executor and its images to the writer, where the last may still be on their way."""
-        for result in self._lease.run(batches):
+        for result in self._lease.run(batches, self._on_overdue):
             details = {**result.details, "attempt": result.attempt}
             requests = [self._write_request(item, details) for item in result.items]
             if result.images is not None:
@@ -78,6 +82,15 @@ class GenerationLoop:
                 log.warning("%s: %s, drawing it once more", item.item_dir, error)
             self.draw([Batch(items=[item], attempt=attempt) for item, _ in bad])
             self._writer.flush()
+
+    def give_up(self, items: Sequence[WorkItem], error: str, patience: float) -> None:
+        """Write down that ``items`` failed, and what has arrived before: ``patience`` seconds, whatever is under way.
+
+        Called from any thread, for a process that ends now.
+        """
+        for item in items:
+            self._writer.fail(self._write_request(item, {"attempt": 1}), error)
+        self._writer.write_arrived(patience)
 
     def close(self) -> None:
         """Write what is queued and end the writer. Raise DiskError if something could not be written."""

@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from zimage_runner.executors.base import Batch, BatchResult, Executor
+from zimage_runner.executors.watchdog import OnOverdue
 from zimage_runner.outputs.writer import ArrivalClock
 from zimage_runner.runner.spec import RunSpec, executor_key
 from zimage_runner.session import Session
@@ -131,8 +132,9 @@ class Lease:
         self.label = owner.label
         self.arrivals = owner.arrivals
 
-    def run(self, batches: Iterable[Batch]) -> Iterator[BatchResult]:
-        """Return the results of every batch, as ``Executor.run`` does."""
+    def run(self, batches: Iterable[Batch], on_overdue: OnOverdue | None = None) -> Iterator[BatchResult]:
+        """Return the results of every batch, as ``Executor.run`` does; ``on_overdue``: see there."""
+        self._executor.on_overdue = on_overdue
         return self._executor.run(self._while_busy(batches))
 
     def end_after_run(self) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from zimage_runner.config.schema import Report
@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 OF_ONE_RUN = ("phases", "warmup_passes")
 """What a session's report says of the run that it got ready for last."""
 TRUNCATIONS_LOGGED = 10
+LAST_PATIENCE = 30.0
+"""Seconds for writing what has arrived when a picture that takes too long ends the process."""
 LAST_SETTINGS = "overrides.yaml"
 """The file of a run's ``.hydra`` folder that resuming looks for."""
 
@@ -55,7 +57,7 @@ class Run:
         self.summary = Summary(run_dir.path, planned=len(spec.plan), already_done=len(progress.done))
         self._display = ProgressDisplay(planned=len(spec.plan), settled=len(progress.done))
         self._loop = GenerationLoop(
-            spec, run_dir, ledger, lease, self.fingerprints, self.session_report, self._on_settled
+            spec, run_dir, ledger, lease, self.fingerprints, self.session_report, self._on_settled, self._end_overdue
         )
         self._sync = spec.config.output.fsync is Fsync.item
         self._stopped: str | None = None
@@ -89,7 +91,7 @@ class Run:
         self.summary.leave_out_wait()
         with self._open:
             self._guarded(self._finish)
-        return self._write_summary()
+        return self._write_summary(self._last_report())
 
     def _finish(self) -> None:
         if self._stopped is None:
@@ -177,6 +179,23 @@ class Run:
         self.summary.add(outcome)
         self._display.update(self.summary.settled)
 
+    def _end_overdue(self, items: Sequence[WorkItem], reason: str) -> None:
+        """End the process, resumable: ``items`` cannot be given up in it. Called from a thread of its own."""
+        code = EXIT_INTERRUPTED
+        try:
+            more = f" and {len(items) - 1} more" if len(items) > 1 else ""
+            self._stopped = (
+                f"{items[0].item_dir}{more}: {reason}, and cannot be given up in this process: resume with "
+                "executor=process, where it can"
+            )
+            log.error("%s", self._stopped)
+            with contextlib.suppress(RunStopped):
+                self._loop.give_up(items, reason, LAST_PATIENCE)
+            self._display.close()
+            code = self._write_summary(self.session_report)
+        finally:
+            os._exit(code)
+
     def _last_report(self) -> Mapping[str, Any]:
         """Return what the session has to say at the end, or where it cannot what it said when it was ready."""
         try:
@@ -185,10 +204,10 @@ class Run:
             log.warning("the session's figures are those of its start: %s", error_text(error))
             return self.session_report
 
-    def _write_summary(self) -> int:
-        """Write and print the summary. Return the exit code."""
+    def _write_summary(self, report: Mapping[str, Any]) -> int:
+        """Write and print the summary, with the session's ``report``. Return the exit code."""
         own = {name: self.session_report[name] for name in OF_ONE_RUN if name in self.session_report}
-        report = {**self._last_report(), **own}  # the session may be getting the next run's pictures ready
+        report = {**report, **own}  # the session may be getting the next run's pictures ready
         summary = self.summary.to_dict(report, stopped=self._stopped or self.lease.stop.signal_name)
         summary["comparable"] = comparable(self.spec)
         try:
