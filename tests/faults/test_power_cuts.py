@@ -74,12 +74,25 @@ class Campaign:
         for item_dir, (text, seed) in self.run.items().items():
             check_item(self.run.run_dir / item_dir, text, seed, ledger.entries[item_dir].sha256)
 
+    def record_what_is_left(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Record the process that goes on after a power cut in the middle: it may lose power too."""
+        disk = Disk(self.recorder, len(self.recorder.ops) // 2)
+        disk.lay_out(set(disk.uncertain()), None)
+        self.recorder = Recorder(self.run.folder)
+        with self.recorder.recording(monkeypatch):
+            assert self.go_on() == 0
 
-def campaign(folder: Path, monkeypatch: pytest.MonkeyPatch, *, step: int, subsets: int) -> Campaign:
+
+def campaign(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *, step: int, subsets: int, twice: bool = False
+) -> Campaign:
+    """``twice``: the power cuts are those of a process that goes on after one."""
     chance = random.Random(1)
     with pool.shared_executor(StopRequest()):
         tried = Campaign(folder, monkeypatch)
-        for end in range(0, len(tried.recorder.ops) + 1, step):
+        if twice:
+            tried.record_what_is_left(monkeypatch)
+        for end in range(tried.recorder.first, len(tried.recorder.ops) + 1, step):
             disk = Disk(tried.recorder, end)
             for n, lost in enumerate(losses(disk, subsets, chance)):
                 tried.try_disk(disk, lost, chance if n % 2 else None)
@@ -99,9 +112,16 @@ def test_a_few_power_cuts(tmp_path, monkeypatch):
         tried.check()
 
 
+def test_a_few_power_cuts_of_a_run_that_goes_on_after_one(tmp_path, monkeypatch):
+    tried = campaign(tmp_path, monkeypatch, step=9, subsets=2, twice=True)
+    assert tried.states >= 10
+    assert tried.resumed >= tried.states
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_power_cuts_at_every_write(tmp_path, monkeypatch):
-    tried = campaign(tmp_path, monkeypatch, step=1, subsets=64)
+@pytest.mark.parametrize(("twice", "subsets", "least"), [(False, 128, 2000), (True, 64, 700)])
+def test_power_cuts_at_every_write(tmp_path, monkeypatch, twice, subsets, least):
+    tried = campaign(tmp_path, monkeypatch, step=1, subsets=subsets, twice=twice)
     print(f"{tried.states} disks, {tried.resumed} of them resumed")
-    assert tried.states >= 2000
+    assert tried.states >= least

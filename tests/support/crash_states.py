@@ -48,6 +48,20 @@ class Recorder:
         self.ops: list[Op] = []
         self._fds: dict[int, Node] = {}
         self._lock = threading.RLock()
+        self._take_over(root, self.top)
+        self.first = len(self.ops)
+        """Where the recording begins: what was there before is sure."""
+
+    def _take_over(self, folder: Path, node: Node) -> None:
+        for there in sorted(folder.iterdir()):
+            below = Node(there.is_dir())
+            self._set("mkdir" if below.is_folder else "create", node, (there.name, below))
+            if below.is_folder:
+                self._take_over(there, below)
+            else:
+                below.data = there.read_bytes()
+                self.ops += [Op("write", below, data=below.data), Op("fsync", below)]
+        self.ops.append(Op("fsync", node))
 
     @contextlib.contextmanager
     def recording(self, monkeypatch: Any) -> Iterator[None]:
@@ -242,7 +256,7 @@ def losses(disk: Disk, count: int, chance: random.Random) -> Iterator[set[int]]:
     """Nothing lost, all that is not sure lost, and subsets of it: every one where there are few, else some."""
     open_ = disk.uncertain()
     every = (
-        [{m for b, m in enumerate(open_) if mask >> b & 1} for mask in range(1 << len(open_))] if len(open_) < 5 else []
+        [{m for b, m in enumerate(open_) if mask >> b & 1} for mask in range(1 << len(open_))] if len(open_) < 8 else []
     )
     found = [set(), set(open_), *every]
     while len(found) < count and open_:

@@ -14,13 +14,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import OmegaConf
 
 from zimage_runner.cli.interpolation import looks_up
 from zimage_runner.config.paths import CONFIG_DIR
 from zimage_runner.errors import UserError
+from zimage_runner.outputs.parsed import check_yaml
 
 TRUST = "--trust-code"
 """The word on the command line that lets the config files named there set anything."""
@@ -38,6 +41,8 @@ DATA_OF_HYDRA = (
     "hydra.callbacks.sweep_report.tile",
 )
 """What a config file or a saved run may say of Hydra, besides ``hydra.sweeper.params``."""
+LARGEST = 32 << 20
+"""Bytes of a config file. Hydra's parser takes a minute for them."""
 SWEPT = "hydra.sweeper.params."
 MADE_INTO_OBJECTS = ("hydra.callbacks.", "hydra.launcher.", "hydra.sweeper.")
 """Settings whose values Hydra resolves first: an interpolation could put a mapping with a ``_target_`` there."""
@@ -67,7 +72,12 @@ def files_are_data(*, trusted: bool, own: bool) -> Iterator[None]:
     if trusted:
         yield
         return
+    read = FileConfigSource.load_config
     load, search = ConfigLoaderImpl._load_single_config, ConfigLoaderImpl._process_config_searchpath
+
+    def load_config(self: FileConfigSource, config_path: str) -> ConfigResult:
+        _check_text(self.path, config_path)
+        return read(self, config_path)
 
     def load_single_config(self: ConfigLoaderImpl, default: Any, repo: Any) -> ConfigResult:
         result = load(self, default, repo)  # with the package that a defaults list puts it into
@@ -80,13 +90,32 @@ def files_are_data(*, trusted: bool, own: bool) -> Iterator[None]:
             _check(primary, str(config_name), own)
         search(self, config_name, parsed_overrides, repo)
 
+    FileConfigSource.load_config = load_config
     ConfigLoaderImpl._load_single_config = load_single_config
     ConfigLoaderImpl._process_config_searchpath = process_searchpath
     try:
         yield
     finally:
+        FileConfigSource.load_config = read
         ConfigLoaderImpl._load_single_config = load
         ConfigLoaderImpl._process_config_searchpath = search
+
+
+def _check_text(root: str, config_path: str) -> None:
+    """Raise UserError for a file of others that the parser would die of, or not come to an end with."""
+    file = Path(os.path.realpath(os.path.join(root, _file_name(config_path))))
+    if file.is_relative_to(CONFIG_DIR):
+        return
+    try:
+        with open(file, "rb") as stream:
+            text = stream.read(LARGEST + 1)
+        if len(text) > LARGEST:
+            raise ValueError(f"larger than {LARGEST:,} bytes: put prompts in a file of their own (prompts.path)")
+        check_yaml(text)
+    except (OSError, yaml.YAMLError):
+        return  # Hydra says what is wrong
+    except ValueError as error:
+        raise UserError(f"{file}: {error}") from None
 
 
 def _check(result: ConfigResult, config_path: str, own: bool) -> None:
@@ -115,9 +144,12 @@ def foreign_file(result: ConfigResult, config_path: str) -> str | None:
     leaves_its_source = config_path.startswith("/") or ".." in config_path.split("/")
     if scheme != "file":
         return config_path if leaves_its_source else None
-    name = config_path if config_path.endswith((".yaml", ".yml")) else f"{config_path}.yaml"
-    path = Path(os.path.realpath(os.path.join(root, name)))
+    path = Path(os.path.realpath(os.path.join(root, _file_name(config_path))))
     return None if path.is_relative_to(CONFIG_DIR) else str(path)
+
+
+def _file_name(config_path: str) -> str:
+    return config_path if config_path.endswith((".yaml", ".yml")) else f"{config_path}.yaml"
 
 
 def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

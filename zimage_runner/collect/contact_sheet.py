@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from zimage_runner.collect.fonts import Font, font_for
 from zimage_runner.collect.pictures import Picture
-from zimage_runner.collect.sheet import ELLIPSIS, GAP, LINE, clean, drawable, wrapped
+from zimage_runner.collect.sheet import ELLIPSIS, GAP, LINE, clean, drawable, shrunk, size_of, wrapped
 from zimage_runner.errors import UserError
 from zimage_runner.outputs import atomic
 from zimage_runner.outputs.beneath import unfit_target
@@ -69,9 +69,8 @@ def _page(pictures: Sequence[Picture], layout: Layout) -> Image.Image:
         )
     for n, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
         left, top = GAP + n % columns * pitch_x, GAP + n // columns * pitch_y
-        with picture.image.open() as source, Image.open(source) as image:
-            image.thumbnail((tile, tile), Image.Resampling.LANCZOS)
-            sheet.paste(image.convert("RGB"), (left + (tile - image.width) // 2, top + (tile - image.height) // 2))
+        if (image := shrunk(picture.image, (tile, tile))) is not None:
+            sheet.paste(image, (left + (tile - image.width) // 2, top + (tile - image.height) // 2))
         _write(pen, (left, top + tile), caption, tile, font)
     return sheet
 
@@ -82,11 +81,7 @@ def is_shown(text: str, font: Font) -> bool:
 
 
 def _longest_side(pictures: Sequence[Picture]) -> int:
-    sides = []
-    for picture in pictures:
-        with picture.image.open() as file, Image.open(file) as image:  # reads the header alone
-            sides.append(max(image.size))
-    return max(sides)
+    return max((max(size) for picture in pictures if (size := size_of(picture.image)) is not None), default=1)
 
 
 def _caption(picture: Picture) -> tuple[str, str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-import json
 import logging
 import zlib
 from collections.abc import Iterable, Sequence
@@ -16,10 +15,13 @@ from pathlib import Path
 from typing import Protocol
 
 from zimage_runner.collect.overrides import inert
+from zimage_runner.collect.pictures import pictures_of
 from zimage_runner.collect.sheet import Page, clean, draw, drawable
+from zimage_runner.errors import UserError
 from zimage_runner.outputs import atomic, beneath
 from zimage_runner.outputs.beneath import Inside
-from zimage_runner.outputs.ledger import RECORD, RECORDS, image_of
+from zimage_runner.outputs.ledger import RECORD
+from zimage_runner.outputs.parsed import from_json
 from zimage_runner.plan import slug
 
 log = logging.getLogger(__name__)
@@ -150,22 +152,16 @@ def _texts(pictures: Iterable[dict[Item, Inside]]) -> dict[Item, str]:
 
 def _pictures(job: JobResult) -> dict[Item, Inside]:
     """Finished pictures of a job."""
-    found: dict[Item, Inside] = {}
     try:
-        with Inside(job.directory, RECORDS).open() as lines:
-            for line in lines:
-                record = json.loads(line)
-                file = Inside(job.directory, f"{record['item']}/{image_of(record)}")
-                if record["status"] == "ok" and file.is_file():
-                    found[record["index"], record["seed"]] = file
-    except (OSError, ValueError, KeyError, TypeError):
-        log.debug("records of job %s cannot be read to their end", job.number, exc_info=True)
-    return found
+        return {(p.index, p.seed): p.image for p in pictures_of([job.directory])}
+    except (OSError, UserError) as error:
+        log.warning("job %s has no pictures in the grid: %s", job.number, error)
+        return {}
 
 
 def _prompt_of(picture: Inside) -> str:
     try:
         record = Inside(picture.root, f"{picture.relative.rpartition('/')[0]}/{RECORD}")
-        return str(json.loads(record.read_bytes())["prompt"])
+        return str(from_json(record.read_bytes())["prompt"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,11 +15,21 @@ from zimage_runner.errors import UserError
 from zimage_runner.outputs import atomic
 from zimage_runner.outputs.beneath import Inside, NotPlain, Statuses
 from zimage_runner.outputs.ledger import RECORD, RECORDS, Ledger
+from zimage_runner.outputs.parsed import from_json
 from zimage_runner.outputs.stars import load_stars
 
 log = logging.getLogger(__name__)
 
-_ITEM = re.compile(r"items/[0-9]{5,12}_[^/\\]+/seed_[0-9]+")
+NAMED = 20
+"""Damaged pictures that a warning names."""
+_ENDS = {
+    ".png": (b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"),
+    ".jpg": (b"\xff\xd8\xff", b"\xff\xd9"),
+    ".webp": (b"RIFF", b""),
+}
+"""The first and last bytes of a picture file, by its suffix."""
+
+_ITEM = re.compile(r"items/[0-9]{5,12}_[^/\\]+/seed_[0-9]{1,19}")
 """A ledger is a file that anybody may have written: nothing outside of its run is read."""
 
 
@@ -48,6 +58,10 @@ class Picture:
         return self._folder.partition("_")[2]
 
     @property
+    def seed(self) -> int:
+        return int(self.item.rpartition("_")[2])
+
+    @property
     def _folder(self) -> str:
         return self.item.split("/")[-2]
 
@@ -60,7 +74,7 @@ class Picture:
         """Its record.json."""
         file = self.run / self.item / RECORD
         try:
-            record = json.loads(Inside(self.run, f"{self.item}/{RECORD}").read_bytes())
+            record = from_json(Inside(self.run, f"{self.item}/{RECORD}").read_bytes())
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{file} cannot be read ({error}): draw it again with resume={self.run} verify=true"
@@ -85,23 +99,29 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
 def pictures_of(runs: Iterable[Path]) -> Iterator[Picture]:
     """Finished pictures whose file is still there: by run, then prompt, then as they were drawn.
 
-    Files that are shorter than when they were written (cut off, empty) are left out and told of in a warning.
+    Files that are no whole pictures any more (cut off, empty, zeros) are left out and named in a warning.
     """
     for run in runs:
         entries = {item: e for item, e in Ledger.load(run / RECORDS).entries.items() if e.ok and _ITEM.fullmatch(item)}
         pictures = [Picture(run=run, item=item, file=entry.image) for item, entry in entries.items()]
+        pictures = [picture for picture in pictures if picture.path.suffix in _ENDS]
         damaged: list[str] = []
         with atomic.directory(run) as dir_fd:
             status = Statuses(dir_fd)
             for picture in sorted(pictures, key=lambda picture: picture.index):
                 size = _size(status, picture)
-                if size is not None and size >= entries[picture.item].size:
+                if size is None:
+                    continue
+                reason = _damage(picture, size, entries[picture.item].size)
+                if reason is None:
                     yield picture
-                elif size is not None:
-                    damaged.append(f"{picture.item}: {size:,} bytes instead of {entries[picture.item].size:,}")
+                else:
+                    damaged.append(f"{picture.item}: {reason}")
         if damaged:
             many = f"{len(damaged):,} damaged pictures are" if len(damaged) > 1 else "a damaged picture is"
-            log.warning("%s left out (%s): draw again with resume=%s", many, damaged[0], run)
+            more = f"; and {len(damaged) - NAMED:,} more" if len(damaged) > NAMED else ""
+            names = "; ".join(damaged[:NAMED]) + more
+            log.warning("%s left out (%s): draw again with resume=%s verify=true", many, names, run)
 
 
 def marked(pictures: Iterable[Picture], *, starred: bool, rejected: bool) -> Iterator[Picture]:
@@ -111,6 +131,24 @@ def marked(pictures: Iterable[Picture], *, starred: bool, rejected: bool) -> Ite
         for picture in some:
             if (picture.item in stars.starred or not starred) and (rejected or picture.item not in stars.rejected):
                 yield picture
+
+
+def _damage(picture: Picture, size: int, written: int) -> str | None:
+    """Why a file of ``size`` bytes, of ``written`` when it was drawn, is no whole picture; None if it looks like one.
+
+    Longer ones were edited since. Not all of it is read: what a power cut or a full disk leaves shows at its ends.
+    """
+    if size < written:
+        return f"{size:,} bytes instead of {written:,}"
+    first, last = _ENDS[picture.path.suffix]
+    try:
+        with picture.image.open(0) as file:
+            begins = file.read(len(first)) == first
+            file.seek(-len(last), os.SEEK_END)
+            ends = size > written or file.read(len(last)) == last
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
+    return None if begins and ends else "its bytes changed"
 
 
 def _size(status: Statuses, picture: Picture) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,7 +10,11 @@ from dataclasses import dataclass, field
 from PIL import Image, ImageDraw
 
 from zimage_runner.collect.fonts import Font, can_show, font_for
-from zimage_runner.outputs.beneath import Inside
+from zimage_runner.errors import error_text
+from zimage_runner.outputs.beneath import Inside, NotPlain
+from zimage_runner.outputs.metadata import READABLE
+
+log = logging.getLogger(__name__)
 
 MAX_TILES = 2500
 LINE = 20
@@ -64,19 +69,39 @@ def draw(page: Page, tile: int) -> Image.Image:
         lines = wrapped(text, LABEL_WIDTH - 2 * GAP, max(1, side_y // LINE), font)
         _write(pen, (GAP, top + n * pitch_y), lines, font)
     for (row, column), file in page.pictures.items():
-        if row < len(rows) and column < len(columns):
-            with file.open() as stream, Image.open(stream) as picture:
-                picture.thumbnail((side_x, side_y), Image.Resampling.LANCZOS)
-                sheet.paste(picture.convert("RGB"), (LABEL_WIDTH + column * pitch_x, top + row * pitch_y))
+        is_shown = row < len(rows) and column < len(columns)
+        if is_shown and (picture := shrunk(file, (side_x, side_y))) is not None:
+            sheet.paste(picture, (LABEL_WIDTH + column * pitch_x, top + row * pitch_y))
     return sheet
+
+
+def shrunk(file: Inside, size: tuple[int, int]) -> Image.Image | None:
+    """A picture in RGB that fits into (width, height); None, with a warning, where the file is no whole picture."""
+    try:
+        with file.open() as stream, Image.open(stream, formats=READABLE) as picture:
+            picture.thumbnail(size, Image.Resampling.LANCZOS)
+            return picture.convert("RGB")
+    except NotPlain:
+        raise
+    except Exception as error:  # whatever Pillow makes of damaged bytes
+        log.warning("%s is left out, it cannot be read: %s", file.path, error_text(error))
+        return None
+
+
+def size_of(file: Inside) -> tuple[int, int] | None:
+    """(width, height) of a picture, from its header; None where it has none. Raises NotPlain for a link."""
+    try:
+        with file.open() as stream, Image.open(stream, formats=READABLE) as picture:
+            return picture.size
+    except NotPlain:
+        raise
+    except Exception:  # told of when it is drawn
+        return None
 
 
 def _tile_size(page: Page, tile: int) -> tuple[int, int]:
     """The largest picture's size, scaled down to the tile."""
-    sizes = []
-    for file in page.pictures.values():
-        with file.open() as stream, Image.open(stream) as picture:
-            sizes.append(picture.size)
+    sizes = [size for file in page.pictures.values() if (size := size_of(file)) is not None] or [(tile, tile)]
     width, height = max(w for w, _ in sizes), max(h for _, h in sizes)
     scale = min(1.0, tile / max(width, height))
     return max(1, round(width * scale)), max(1, round(height * scale))

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from zimage_runner import GB
 from zimage_runner.errors import UserError
 from zimage_runner.outputs import atomic, beneath
+from zimage_runner.outputs.parsed import from_json
 
 if TYPE_CHECKING:
     import torch
@@ -223,7 +224,7 @@ def _unpacked(data: bytes, name: str) -> torch.Tensor:
         raise ValueError("it is too large for an entry")
     try:
         tensor = load(data)[TENSOR]
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        header = from_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
         checksum = header["__metadata__"]["sha256"]
     except (SafetensorError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from None
@@ -269,7 +270,7 @@ def _remember(fd: int, asked: str, identity: str) -> None:
 
 def _remembered(fd: int, asked: str) -> str | None:
     try:
-        identity = json.loads(_read(fd, _identity_name(asked)))
+        identity = from_json(_read(fd, _identity_name(asked)))
     except (OSError, ValueError):  # none yet, or damaged: it is only a guess
         return None
     return identity if isinstance(identity, str) else None

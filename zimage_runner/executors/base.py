@@ -113,7 +113,7 @@ class Executor(abc.ABC):
     """Whether ``run`` may be called again while the results of an earlier call are still being taken, and returns
     pictures that are still on their way: the next job may then begin before this one has ended."""
     on_overdue: Callable[[Sequence[WorkItem], str], None] | None = None
-    """Hears, from another thread, of items of ``run`` that take too long where they cannot be given up; nobody: None."""
+    """Hears, from another thread, of items of ``run`` that take too long and cannot be given up, and of the reason."""
 
     @abc.abstractmethod
     def start(self) -> dict[str, Any]:

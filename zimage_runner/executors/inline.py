@@ -20,8 +20,8 @@ class InlineExecutorConfig(ExecutorConfig):
     """Nothing between the runner and the model: the least overhead, and a crash ends the run (resumable)."""
 
     item_timeout_s: float = 21_600.0
-    """Seconds one picture may take, a batch for each of its pictures: then the picture fails and the run ends (resumable),
-    because a process cannot give up what it is computing itself. Six hours: a slow CPU's large pictures are no hang."""
+    """Seconds one picture may take; a batch may take this for each of its items. Then it fails and the run ends, to be
+    resumed: a process cannot give up what it is computing itself. A slow CPU's large picture may take hours."""
 
     def __post_init__(self) -> None:
         check_range("executor.item_timeout_s", self.item_timeout_s, 1e-3, 1e9)

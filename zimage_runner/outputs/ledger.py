@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import re
 import sys
@@ -22,6 +21,7 @@ from zimage_runner.errors import UserError
 from zimage_runner.outputs import atomic
 from zimage_runner.outputs.beneath import Inside, open_file
 from zimage_runner.outputs.json_text import compact_json
+from zimage_runner.outputs.parsed import from_json
 
 RECORDS, RECORD, IMAGE = "records.jsonl", "record.json", "image.png"
 """The ledger of a run directory, and the files of an item's."""
@@ -158,13 +158,49 @@ def _is_altered(line: bytes) -> bool:
     return found is not None and int(found[1], 16) != zlib.crc32(memoryview(line)[:head])
 
 
+def records(lines: bytes) -> list[dict[str, Any]]:
+    """The records of whole lines of a ledger, for whoever wants more of them than an Entry has.
+
+    A line that ``Ledger.load`` would not take is left out. Parsed as one array, which takes half the time.
+    """
+    parts = [part for part in lines.split(b"\n") if part and not _is_altered(part + b"\n")]
+    try:
+        if not all(part.startswith(b"{") and part.endswith(b"}") for part in parts):
+            raise ValueError("a line is no object")
+        found = from_json(b"[%b]" % b",".join(parts))
+        if len(found) != len(parts):
+            raise ValueError("lines belong together")
+    except ValueError:
+        found = [value for part in parts if (value := _object(part)) is not None]
+    return [value for value in found if _is_record(value)]
+
+
+def _object(line: bytes) -> Any:
+    try:
+        return from_json(line)
+    except ValueError:
+        return None
+
+
+def _is_record(value: Any) -> bool:
+    try:
+        _entry(value)
+    except (ValueError, KeyError, TypeError):
+        return False
+    return True
+
+
 def _parse(line: bytes) -> tuple[str, Entry]:
     if _is_altered(line):
         raise ValueError("a byte has changed")
     if match := _FAST.fullmatch(line):
         item, fingerprint, image, sha256, size = match.groups()
         return item.decode(), Entry(True, sha256.decode(), int(size), fingerprint.decode(), sys.intern(image.decode()))
-    record = json.loads(line)
+    return _entry(from_json(line))
+
+
+def _entry(record: Any) -> tuple[str, Entry]:
+    """Item and entry of a record. Raises ValueError, KeyError or TypeError for what is none."""
     ok = record["status"] == "ok"
     sha256, size = (record["sha256"], record["bytes"]) if ok else ("", 0)
     item, fingerprint = record["item"], record["fingerprint"]

@@ -18,6 +18,7 @@ from typing import Any
 from zimage_runner.errors import UserError
 from zimage_runner.outputs import beneath
 from zimage_runner.outputs.atomic import remove, write_all
+from zimage_runner.outputs.parsed import from_json
 
 LOCK_NAME = ".lock"
 _NO_FLOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
@@ -98,8 +99,9 @@ def _read_owner(fd: int) -> dict[str, Any]:
 
 def _parse_owner(data: bytes) -> dict[str, Any]:
     try:
-        owner = json.loads(data)
-        return owner if {"pid", "host", "boot", "started"} <= owner.keys() else {}
+        owner = from_json(data)
+        known = {"pid", "host", "boot", "started"} <= owner.keys()
+        return owner if known and type(owner["pid"]) is int and isinstance(owner["host"], str) else {}
     except (ValueError, AttributeError):
         return {}
 
@@ -127,5 +129,5 @@ def _start_time(pid: int) -> str | None:
     try:
         # The command name (field 2) may hold spaces and brackets; field 22 is the 20th after it.
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
-    except OSError:
+    except (OSError, IndexError):
         return None

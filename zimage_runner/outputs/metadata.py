@@ -10,8 +10,9 @@ from typing import Any, BinaryIO
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from zimage_runner.errors import UserError
+from zimage_runner.errors import UserError, error_text, one_line
 from zimage_runner.outputs.json_text import compact_json
+from zimage_runner.outputs.parsed import from_json
 
 JSON_KEY = "zimage_runner"
 TEXT_KEY = "parameters"
@@ -95,11 +96,13 @@ def read_metadata(path: str | os.PathLike[str] | BinaryIO) -> Metadata:
         with Image.open(path, formats=READABLE) as image:
             image.load()  # text chunks may follow the pixels
             text = dict(getattr(image, "text", {})) if image.format == "PNG" else _of_exif(image.getexif())
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # Pillow has many more than its own for bytes that are no picture
         name = path if isinstance(path, str | os.PathLike) else path.name
-        raise UserError(f"{name} cannot be read as a PNG, JPEG or WebP picture ({error})") from None
+        raise UserError(
+            f"{name} cannot be read as a PNG, JPEG or WebP picture ({one_line(error_text(error), 200)})"
+        ) from None
     try:
-        recipe = json.loads(text[JSON_KEY]) if JSON_KEY in text else None
+        recipe = from_json(text[JSON_KEY]) if JSON_KEY in text else None
     except ValueError:
         recipe = None
     return Metadata(text.get(TEXT_KEY), recipe if isinstance(recipe, dict) else None)

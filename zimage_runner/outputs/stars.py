@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from zimage_runner.errors import UserError
 from zimage_runner.outputs import atomic, beneath
 from zimage_runner.outputs.json_text import readable_json
+from zimage_runner.outputs.parsed import from_json
 
 STARS = "stars.json"
 LARGEST = 256 << 20
@@ -39,7 +39,7 @@ class Stars:
 def read_stars(data: bytes, where: str) -> Stars:
     """Stars from the file's bytes. Raises UserError if they are not what this module writes."""
     try:
-        value = json.loads(data)
+        value = from_json(data)
         return Stars(starred=_names(value["starred"]), rejected=_names(value["rejected"]))
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{where} is damaged: repair or remove it (its stars are lost then)") from None

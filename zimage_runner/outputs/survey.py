@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from zimage_runner.errors import UserError
 from zimage_runner.outputs import atomic
 from zimage_runner.outputs.beneath import Inside, NotPlain, Statuses, open_file
 from zimage_runner.outputs.ledger import RECORD, Entry, Ledger
+from zimage_runner.outputs.parsed import from_json
 from zimage_runner.plan import WorkItem
 
 _BLOCK = 1 << 20
@@ -121,12 +121,12 @@ class Pictures:
         """Why the item's record.json is not the one of this picture; None if it is. Raises NotPlain, OSError."""
         try:
             with os.fdopen(open_file(self._dir_fd, f"{item_dir}/{RECORD}"), "rb") as file:
-                record = json.loads(file.read())
+                record = from_json(file.read())
             if (record["sha256"], record["fingerprint"]) == (entry.sha256, entry.fingerprint):
                 return None
         except FileNotFoundError:
             return f"its {RECORD} was deleted"
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError):
             pass
         return f"its {RECORD} changed"
 
@@ -162,7 +162,7 @@ def check_same_pictures(
 def _changes(file: Inside, item: WorkItem, numerics: dict[str, Any]) -> list[str]:
     """What differs between a picture's record and now, as far as the record can be read."""
     try:
-        record = json.loads(file.read_bytes())
+        record = from_json(file.read_bytes())
         was = {"prompt": record["prompt"], **record["params"], **record["numerics"]}
     except (OSError, ValueError, KeyError, TypeError):
         return []

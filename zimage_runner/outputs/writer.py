@@ -162,7 +162,7 @@ class Writer:
         self._check()
 
     def write_arrived(self, seconds: float) -> None:
-        """Wait, no longer than this, until what has arrived is written. Pictures still on their way are not waited for."""
+        """Wait, no longer than this, until what has arrived is written; what is still on its way is not waited for."""
         with self._room:
             self._room.wait_for(lambda: self._arrived == 0 or self._fatal is not None, seconds)
 

@@ -6,13 +6,13 @@ datasets library (seconds to import) nor anything it may run or download.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from zimage_runner.errors import UserError
 from zimage_runner.model import FREE_TEXT
+from zimage_runner.outputs.parsed import from_json
 from zimage_runner.prompts.arrow import import_pyarrow, rows, text_columns
 from zimage_runner.prompts.base import INPUT, Prompt
 from zimage_runner.prompts.rows import RowReader, TableSource
@@ -82,7 +82,7 @@ def _data_files(directory: Path) -> list[Path]:
 
 def _read_json(path: Path) -> dict:
     try:
-        value = json.loads(path.read_bytes())
+        value = from_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(value, dict):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import statistics
 from collections.abc import Callable, Collection, Iterable
@@ -13,6 +12,7 @@ from typing import Any
 from zimage_runner import GB
 from zimage_runner.logs import duration
 from zimage_runner.outputs.beneath import Inside
+from zimage_runner.outputs.parsed import from_json
 from zimage_runner.outputs.run_dir import RECORD_BYTES
 from zimage_runner.outputs.summary import one_line
 from zimage_runner.outputs.survey import Progress
@@ -197,7 +197,7 @@ def _last_comparable(spec: RunSpec) -> _EarlierRun | None:
 def _read(path: Path, spec: RunSpec) -> _EarlierRun | None:
     """The run if it used the same weights and engine and drew at least two pictures."""
     try:
-        summary = json.loads(Inside(path.parent, path.name).read_bytes())
+        summary = from_json(Inside(path.parent, path.name).read_bytes())
         comparable = summary["comparable"]
         if comparable["digest"] != spec.checkpoint.digest or comparable["engine"] != _engine_name(spec):
             return None

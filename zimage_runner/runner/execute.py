@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
 import sys
 from concurrent.futures import Future
@@ -31,6 +30,7 @@ from zimage_runner.outputs.beneath import Inside
 from zimage_runner.outputs.config import Fsync
 from zimage_runner.outputs.json_text import readable_json
 from zimage_runner.outputs.ledger import RECORDS, Ledger
+from zimage_runner.outputs.parsed import from_json
 from zimage_runner.outputs.run_dir import RunDirectory
 from zimage_runner.outputs.summary import Summary
 from zimage_runner.outputs.survey import Progress, survey
@@ -144,7 +144,7 @@ def _put_again(run_dir: RunDirectory, name: str, target: Path, *, sync: bool) ->
 def _status(file: Inside) -> str | None:
     """Return what a summary.json says of its run; None where it cannot be read."""
     try:
-        return json.loads(file.read_bytes())["status"]
+        return from_json(file.read_bytes())["status"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,6 +15,7 @@ from zimage_runner.outputs.beneath import Inside
 from zimage_runner.outputs.config import Fsync
 from zimage_runner.outputs.json_text import readable_json
 from zimage_runner.outputs.ledger import RECORD, RECORDS, Entry, Ledger, record_head
+from zimage_runner.outputs.parsed import from_json
 from zimage_runner.outputs.run_dir import RunDirectory
 from zimage_runner.outputs.survey import Pictures
 from zimage_runner.outputs.writer import copy_to
@@ -151,7 +151,7 @@ def same_elsewhere(
 def _numerics(run: Path) -> dict[str, Any] | None:
     """How a run computed, as its summary says; None where it has none."""
     try:
-        numerics = json.loads(Inside(run, "summary.json").read_bytes())["session"]["numerics"]
+        numerics = from_json(Inside(run, "summary.json").read_bytes())["session"]["numerics"]
         return numerics if isinstance(numerics, dict) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -232,7 +232,7 @@ def adopt(
 def _kept_fields(record: Inside) -> dict[str, Any]:
     """What the earlier record says about the picture itself."""
     try:
-        value = json.loads(record.read_bytes())
+        value = from_json(record.read_bytes())
         return {key: value[key] for key in ("pixels_sha256", "seconds", "timings") if key in value}
     except (OSError, ValueError, AttributeError):
         return {}

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from zimage_runner.errors import UserError
-from zimage_runner.outputs.ledger import RECORD, RECORDS
+from zimage_runner.outputs.ledger import RECORD, RECORDS, records
+from zimage_runner.outputs.parsed import mapping
 from zimage_runner.outputs.stars import LARGEST, STARS, Stars, read_stars
 from zimage_runner.view.folder import Folder
 from zimage_runner.view.index_file import connect, elsewhere, open_index, reserve
-from zimage_runner.view.rows import OK, folded, ledger_row, mapping, objects, place_of, plain, prompt_row
+from zimage_runner.view.rows import OK, folded, ledger_row, objects, place_of, plain, prompt_row
 from zimage_runner.view.runs import PROMPTS, Found, below, read_json, read_settings
 
 BLOCK = 4 << 20
@@ -123,7 +124,7 @@ class Index:
         self._grow_stars(run, path, anew=added)
 
     def _take(self, db: sqlite3.Connection, run: int, path: str, block: bytes) -> list[int]:
-        rows = [row for record in objects(block) if (row := ledger_row(run, record)) is not None]
+        rows = [row for record in records(block) if (row := ledger_row(run, record)) is not None]
         if rows:
             self._name_prompts(db, run, path, rows)
             db.executemany(_ADD, rows)

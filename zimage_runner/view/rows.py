@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from datetime import datetime
 from typing import Any
 
 from zimage_runner.outputs.ledger import IMAGE
+from zimage_runner.outputs.parsed import from_json
 
 OK, FAILED = 0, 1
 """A picture's status."""
@@ -20,16 +20,16 @@ def objects(lines: bytes) -> list[Any]:
     parts = lines.split(b"\n")
     parts = [part for part in parts if part]
     try:
-        found = json.loads(b"[%s]" % b",".join(parts))
-    except (ValueError, RecursionError):
+        found = from_json(b"[%s]" % b",".join(parts))
+    except ValueError:
         found = []
     return found if len(found) == len(parts) else [_object(part) for part in parts]
 
 
 def _object(line: bytes) -> Any:
     try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
+        return from_json(line)
+    except ValueError:
         return None
 
 
@@ -49,7 +49,7 @@ def ledger_row(run: int, record: Any) -> tuple[Any, ...] | None:
             number if type(number) is int and 0 <= number < 1 << 62 else None,
             float(seconds) if isinstance(seconds, int | float) else None, _milliseconds(record.get("written")), error,
         )  # fmt: skip
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None
 
 
@@ -78,7 +78,7 @@ def prompt_row(row: Any) -> tuple[int, str, str | None, int | None, dict[str, An
             return None
         params = {key: value for key, value in row.items() if isinstance(value, str | int | float)}
         return index, plain(text), None if name is None else plain(str(name)), seeds and len(seeds), params
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -99,7 +99,3 @@ def _is_text(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 from zimage_runner.collect.overrides import overrides_by_field
 from zimage_runner.errors import UserError
 from zimage_runner.outputs.ledger import RECORDS
 from zimage_runner.outputs.lock import LOCK_NAME
+from zimage_runner.outputs.parsed import from_json, from_yaml, mapping
 from zimage_runner.prompts.seeds import parse_seeds
 from zimage_runner.view.folder import Folder
 
@@ -88,8 +86,8 @@ class Settings:
     @property
     def sampling(self) -> dict[str, Any]:
         """The sampling fields, what is null filled in with the model's recommendation."""
-        sampling = _mapping(self.config.get("sampling"))
-        recommended = _mapping(_mapping(self.config.get("model")).get("recommended"))
+        sampling = mapping(self.config.get("sampling"))
+        recommended = mapping(mapping(self.config.get("model")).get("recommended"))
         return {key: recommended.get(key) if value is None else value for key, value in sampling.items()}
 
     @property
@@ -119,7 +117,7 @@ def read_settings(folder: Folder, run: str) -> Settings:
     config = _yaml(folder, below(run, SETTINGS))
     overrides = _yaml(folder, below(run, OVERRIDES))
     texts = [text for text in overrides if isinstance(text, str)] if isinstance(overrides, list) else []
-    return Settings(config=_mapping(config), overrides=overrides_by_field(texts))
+    return Settings(config=mapping(config), overrides=overrides_by_field(texts))
 
 
 def jobs_in_all(folder: Folder, sweep: str) -> int:
@@ -133,8 +131,8 @@ def jobs_in_all(folder: Folder, sweep: str) -> int:
 def read_json(folder: Folder, name: str, limit: int = LARGEST_RECORD) -> dict[str, Any]:
     """A JSON object of the run; empty where there is none that can be read."""
     try:
-        return _mapping(json.loads(folder.read(name, limit)))
-    except (OSError, ValueError, RecursionError):
+        return mapping(from_json(folder.read(name, limit)))
+    except (OSError, ValueError):
         return {}
 
 
@@ -145,10 +143,6 @@ def below(run: str, name: str) -> str:
 
 def _yaml(folder: Folder, name: str) -> Any:
     try:
-        return yaml.load(folder.read(name, LARGEST_SETTINGS), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return from_yaml(folder.read(name, LARGEST_SETTINGS))
+    except (OSError, ValueError):
         return None
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}

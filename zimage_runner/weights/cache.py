@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from zimage_runner.outputs.beneath import NotPlain, unfit_target
+from zimage_runner.outputs.parsed import from_json
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ def read_entry(kind: str, key: str) -> dict[str, Any] | None:
     """The entry stored under ``key``, or None; a damaged entry counts as none."""
     path = _entry_path(kind, key)
     try:
-        entry = json.loads(path.read_text(encoding="utf-8"))
+        entry = from_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

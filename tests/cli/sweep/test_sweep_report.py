@@ -26,6 +26,7 @@ from zimage_runner.collect.grid import MAX_PAGES, layout, write_grids
 from zimage_runner.collect.overrides import varying_fields
 from zimage_runner.collect.sheet import COLUMN_LINES, ELLIPSIS, LINE, Page, clean, draw, drawable, wrapped
 from zimage_runner.outputs.beneath import Inside
+from zimage_runner.outputs.ledger import record_head
 
 
 def job(root: Path, number: int, overrides: dict[str, str], items=((0, 1),), size=(32, 16), prompt="a 猫") -> JobResult:
@@ -35,9 +36,11 @@ def job(root: Path, number: int, overrides: dict[str, str], items=((0, 1),), siz
         item = f"items/{index:05d}_x/seed_{seed}"
         (directory / item).mkdir(parents=True)
         Image.new("RGB", size, (number * 20 % 255, index * 40 % 255, 90)).save(directory / item / "image.png")
-        (directory / item / "record.json").write_text(json.dumps({"prompt": prompt}), encoding="utf-8")
-        lines.append(json.dumps({"item": item, "status": "ok", "index": index, "seed": seed}) + "\n")
-    (directory / "records.jsonl").write_text("".join(lines), encoding="utf-8")
+        (directory / item / "record.json").write_text(json.dumps({"prompt": prompt}))
+        size_of_file = (directory / item / "image.png").stat().st_size
+        head = record_head(item, "ok", index, seed, "f", image="image.png", sha256="0" * 64, bytes=size_of_file)
+        lines.append(json.dumps(head) + "\n")
+    (directory / "records.jsonl").write_text("".join(lines))
     return JobResult(number=number, directory=directory, overrides=overrides, summary={"status": "complete"})
 
 

@@ -8,8 +8,6 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from zimage_runner.cli.foreign import names_own_field
 from zimage_runner.cli.interpolation import looks_up
 from zimage_runner.cli.words import names_config_dir
@@ -17,6 +15,7 @@ from zimage_runner.config.paths import CONFIG_DIR
 from zimage_runner.errors import UserError, one_line
 from zimage_runner.logs import say
 from zimage_runner.outputs.beneath import Inside, NotPlain
+from zimage_runner.outputs.parsed import from_yaml
 
 SETTINGS = ".hydra/overrides.yaml"
 OF_THIS_PROCESS = ("resume", "retry", "verify", "dry_run")
@@ -134,7 +133,7 @@ def config_dirs(runtime: Any, others: Sequence[str]) -> list[str]:
 def read_yaml(directory: Path, name: str) -> Any:
     """A file of the run. Raises UserError saying what the directory is instead of a run."""
     try:
-        return yaml.safe_load(Inside(directory, name).read_bytes().decode())
+        return from_yaml(Inside(directory, name).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         what = "is not a directory" if not directory.is_dir() else f"holds no run (no {name} in it)"
         newest = max(directory.glob(f"*/{SETTINGS}"), key=lambda path: path.stat().st_mtime, default=None)
@@ -142,7 +141,7 @@ def read_yaml(directory: Path, name: str) -> Any:
         raise UserError(f"resume={directory} {what}: give the run directory that the first run printed{hint}") from None
     except NotPlain as error:
         raise UserError(f"resume={directory}: {error.strerror}") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"resume={directory}: {name} cannot be read: {error}") from None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 from collections.abc import Iterator
 from dataclasses import Field, fields
 from pathlib import Path
@@ -15,6 +16,8 @@ from yaml import YAMLError
 from zimage_runner.cli.interpolation import lookups
 from zimage_runner.cli.resume.saved import override_key, saved_overrides
 from zimage_runner.errors import UserError
+from zimage_runner.outputs.beneath import Inside
+from zimage_runner.outputs.parsed import check_yaml
 
 
 @functools.cache
@@ -69,9 +72,10 @@ def _assign(config: DictConfig, name: str, value: Any) -> None:
 
 
 def _load(directory: Path) -> DictConfig:
-    path = directory / ".hydra" / "config.yaml"
     try:
-        saved = OmegaConf.load(path)
+        text = Inside(directory, ".hydra/config.yaml").read_bytes()
+        check_yaml(text)
+        saved = OmegaConf.load(io.StringIO(text.decode()))
     except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"resume={directory}: .hydra/config.yaml cannot be read: {error}") from None
     if not isinstance(saved, DictConfig):

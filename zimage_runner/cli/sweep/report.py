@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import logging
 import re
 import sys
@@ -14,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
@@ -28,6 +26,7 @@ from zimage_runner.logs import say
 from zimage_runner.outputs.atomic import directory, write_file
 from zimage_runner.outputs.beneath import Inside
 from zimage_runner.outputs.config import wants_report
+from zimage_runner.outputs.parsed import from_json, from_yaml, mapping
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +73,7 @@ class JobResult:
         return EXIT_OF_STATUS.get(self.status, EXIT_ITEMS_FAILED) if self.exit_code is None else self.exit_code
 
     def cells(self) -> dict[str, Any]:
-        items, images = self.summary.get("items", {}), self.summary.get("images", {})
+        items, images = mapping(self.summary.get("items")), mapping(self.summary.get("images"))
         seconds = images.get("mean_seconds", images.get("first_seconds"))
         return {
             "status": self.status,
@@ -181,11 +180,11 @@ def _is_job(path: Path) -> bool:
 def read_job(path: Path, number: int | None = None) -> JobResult:
     """A job from its directory; what is missing or unreadable stays empty."""
     try:
-        overrides = split_overrides(yaml.safe_load(Inside(path, ".hydra/overrides.yaml").read_bytes().decode()))
-    except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError):
+        overrides = split_overrides(from_yaml(Inside(path, ".hydra/overrides.yaml").read_bytes()))
+    except (OSError, ValueError, AttributeError, TypeError):
         overrides = {}
     try:
-        summary = json.loads(Inside(path, "summary.json").read_bytes())
+        summary = mapping(from_json(Inside(path, "summary.json").read_bytes()))
     except (OSError, ValueError):
         summary = {}
     number = int(path.name) if number is None else number

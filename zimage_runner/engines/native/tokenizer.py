@@ -7,7 +7,6 @@ A caption becomes the user turn of a conversation, followed by the start of the 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from tokenizers import Tokenizer
 
 from zimage_runner.engines.native.chat_template import render
 from zimage_runner.errors import UnsupportedCheckpoint, UserError, one_line
+from zimage_runner.outputs.parsed import from_json
 
 USER_TURN = ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
 """What Qwen3's template puts before and after a single user message."""
@@ -68,8 +68,8 @@ def read_chat_template(folder: Path) -> str:
         return separate.read_text(encoding="utf-8")
     config = folder / "tokenizer_config.json"
     try:
-        content = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    except (ValueError, RecursionError) as error:
+        content = from_json(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    except ValueError as error:
         raise UserError(f"{config} cannot be read ({one_line(str(error), 200)}): copy or download it again") from error
     template = content.get("chat_template") if isinstance(content, dict) else None
     if not isinstance(template, str):

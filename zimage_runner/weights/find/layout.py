@@ -5,12 +5,12 @@ Reads JSON and safetensors headers only. Nothing in a model directory is ever ex
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from zimage_runner.errors import UserError, one_line
+from zimage_runner.outputs.parsed import from_json
 from zimage_runner.weights.find.whole import check_configs, check_tensors
 from zimage_runner.weights.formats.files import LFS_POINTER, what_else
 from zimage_runner.weights.safetensors_file import BadWeightsFile, WeightsFile, read_header
@@ -169,8 +169,8 @@ def _json(file: Path, problems: list[str]) -> dict[str, Any]:
         if (wrong := _no_json(raw[:_HEAD], raw[-_HEAD:])) is not None:
             problems.append(f"{name} {wrong}")
             return {}
-        value = json.loads(raw)
-    except (OSError, ValueError, RecursionError) as error:
+        value = from_json(raw)
+    except (OSError, ValueError) as error:
         problems.append(f"{name} cannot be read ({error})")
         return {}
     if not isinstance(value, dict):

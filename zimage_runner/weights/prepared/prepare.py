@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import logging
 import os
 import shutil
@@ -21,6 +20,7 @@ from typing import TextIO
 
 from zimage_runner.errors import UserError, one_line
 from zimage_runner.model import Model, Prepare
+from zimage_runner.outputs.parsed import from_json
 from zimage_runner.weights.cache import OTHERS_MAY_WRITE, cache_root, make_folders, trusted_folder, write_json
 from zimage_runner.weights.find.checkpoint import Checkpoint
 from zimage_runner.weights.find.layout import Layout, inspect
@@ -100,7 +100,7 @@ def _remember_failure(checkpoint: Checkpoint, model: Model) -> None:
 def _has_failed_before(checkpoint: Checkpoint, model: Model) -> bool:
     """Whether making the copy failed, and the disks have no more room now than they had then."""
     try:
-        known = json.loads(_failure_file(checkpoint).read_bytes())["free_bytes"]
+        known = from_json(_failure_file(checkpoint).read_bytes())["free_bytes"]
         return _most_free(model) < known + ROOM_TO_TRY_AGAIN
     except (OSError, ValueError, KeyError, TypeError):
         return False

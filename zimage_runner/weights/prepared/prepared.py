@@ -11,7 +11,6 @@ is packed as far as that gains, is a third folder, ``...-fp8`` or ``...-int8``.
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import os
 import re
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from zimage_runner.model import Model, Verify
+from zimage_runner.outputs.parsed import from_json
 from zimage_runner.weights.cache import OTHERS_MAY_WRITE, ROOT_USER, cache_root, is_writable, trusted_folder
 from zimage_runner.weights.find.checkpoint import Checkpoint
 from zimage_runner.weights.find.digest import sampled_digests
@@ -191,7 +191,7 @@ def check_digests(found: Prepared, model: Model, checkpoint: Checkpoint) -> None
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a prepared folder. Raises UnusablePrepared."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = from_json((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UnusablePrepared(f"{MANIFEST} cannot be read: {error}") from error
     if not isinstance(manifest, dict) or not {"source", "components", "config_files", "lossless"} <= manifest.keys():
