@@ -22,9 +22,18 @@ def entry_point() -> None:
     _use_utf8()
     listen()
     _replace_closed_streams()
-    code = _run(sys.argv[1:])
+    code = whatever_happens(sys.argv[1:])
     leave = getattr(sys.modules.get("zimage_runner.startup.fork"), "leave", sys.exit)
     leave(code)
+
+
+def whatever_happens(argv: list[str]) -> int:
+    """Do what the words say. Where the system refused memory so that nothing could be said of it, say it here."""
+    try:
+        return _run(argv)
+    except MemoryError:
+        os.write(2, b"zimage_runner: out of memory: what is finished is kept; end other programs, then resume\n")
+        return EXIT_INTERRUPTED
 
 
 def _use_utf8() -> None:

@@ -393,4 +393,34 @@ def test_messages_and_logs_show_controls(tmp_path, capfd) -> None:
     assert said.getvalue() == "a\\x1b[2J\\u202e\\x9b b\tc\n猫👩‍👩‍👧\u3000\n"
     with run_log(tmp_path / "run.log"):
         logging.getLogger("zimage_runner").info("picture \x1b]0;title\x07")
-    assert (tmp_path / "run.log").read_text(encoding="utf-8").endswith("picture \\x1b]0;title\\x07\n")
+    assert (tmp_path / "run.log").read_text().endswith("picture \\x1b]0;title\\x07\n")
+
+
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 60))
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("prompt: " + "[" * 50_000, "nested more than 100 deep"),
+        ("prompt: a\n" + BOMB, "its aliases unfold to too much"),
+        ("prompt: !!bool 3", "not readable as YAML"),
+        ("prompt: a\n#" + "x" * (32 << 20), "larger than 33,554,432 bytes"),
+    ],
+)
+def test_files_that_a_parser_dies_of_are_refused(cli, text: str, why: str) -> None:
+    experiment(text)
+    assert_refused(*cli(*MINE, "dry_run=true"), "experiment/mine.yaml", why)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "overrides.yaml", "hydra.yaml"])
+@pytest.mark.parametrize("text", ["[" * 50_000, BOMB, "a: !!bool 3"])
+def test_so_are_those_of_a_saved_run(cli, name: str, text: str) -> None:
+    assert cli("prompt=a cat", "hydra.run.dir=run", "warmup=none", "output.min_free_gb=0")[0] == 0
+    write(f"run/.hydra/{name}", text)
+    assert_refused(*cli("resume=run"), "/run: .hydra/", name)
+    assert cli("resume=run", "dry_run=true")[0] == 2
+    from zimage_runner.view.status import status_of
+
+    ((told,), _) = status_of("run")
+    assert (told["done"], told["failed"]) == (1, 0)

@@ -16,14 +16,15 @@ from typing import Any
 
 import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra._internal.sources_registry import SourcesRegistry
+from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import OmegaConf
 
 from zimage_runner.cli.interpolation import looks_up
 from zimage_runner.config.paths import CONFIG_DIR
-from zimage_runner.errors import UserError
-from zimage_runner.outputs.parsed import check_yaml
+from zimage_runner.errors import UserError, error_text
+from zimage_runner.outputs.parsed import CONSTRUCTORS_RAISE, check_yaml
 
 TRUST = "--trust-code"
 """The word on the command line that lets the config files named there set anything."""
@@ -72,12 +73,19 @@ def files_are_data(*, trusted: bool, own: bool) -> Iterator[None]:
     if trusted:
         yield
         return
-    read = FileConfigSource.load_config
+    Plugins.instance()  # which imports the sources again: only the registry knows the class in use
+    source = SourcesRegistry.instance().resolve("file")
+    read = source.load_config
     load, search = ConfigLoaderImpl._load_single_config, ConfigLoaderImpl._process_config_searchpath
 
-    def load_config(self: FileConfigSource, config_path: str) -> ConfigResult:
+    def load_config(self: Any, config_path: str) -> ConfigResult:
         _check_text(self.path, config_path)
-        return read(self, config_path)
+        try:
+            return read(self, config_path)
+        except UnicodeDecodeError:
+            raise
+        except (ValueError, *CONSTRUCTORS_RAISE) as error:
+            raise UserError(f"{_file_name(config_path)}: not readable as YAML: {error_text(error)}") from None
 
     def load_single_config(self: ConfigLoaderImpl, default: Any, repo: Any) -> ConfigResult:
         result = load(self, default, repo)  # with the package that a defaults list puts it into
@@ -90,13 +98,13 @@ def files_are_data(*, trusted: bool, own: bool) -> Iterator[None]:
             _check(primary, str(config_name), own)
         search(self, config_name, parsed_overrides, repo)
 
-    FileConfigSource.load_config = load_config
+    source.load_config = load_config
     ConfigLoaderImpl._load_single_config = load_single_config
     ConfigLoaderImpl._process_config_searchpath = process_searchpath
     try:
         yield
     finally:
-        FileConfigSource.load_config = read
+        source.load_config = read
         ConfigLoaderImpl._load_single_config = load
         ConfigLoaderImpl._process_config_searchpath = search
 

@@ -8,6 +8,8 @@ from typing import Any
 DEEPEST = 100
 """Levels of YAML. Its parser recurses, in C until the process dies."""
 MOST_ALIASES = 1000
+CONSTRUCTORS_RAISE = (RecursionError, TypeError, AttributeError, OverflowError, LookupError)
+"""What PyYAML lets through, besides ValueError, for ``!!bool 3`` or a date that is none."""
 
 
 def from_json(data: str | bytes) -> Any:
@@ -27,8 +29,7 @@ def from_yaml(data: str | bytes) -> Any:
         return yaml.load(data, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
-    except (RecursionError, TypeError, AttributeError, OverflowError) as error:
-        # A date or number that is none, a list as a key ...: what the constructors of PyYAML let through.
+    except CONSTRUCTORS_RAISE as error:
         raise ValueError(f"it cannot be read: {error}") from None
 
 

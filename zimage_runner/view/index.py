@@ -21,7 +21,7 @@ from zimage_runner.outputs.ledger import RECORD, RECORDS, records
 from zimage_runner.outputs.parsed import mapping
 from zimage_runner.outputs.stars import LARGEST, STARS, Stars, read_stars
 from zimage_runner.view.folder import Folder
-from zimage_runner.view.index_file import connect, elsewhere, open_index, reserve
+from zimage_runner.view.index_file import connect, elsewhere, new_index, open_index, reserve
 from zimage_runner.view.rows import OK, folded, ledger_row, objects, place_of, plain, prompt_row
 from zimage_runner.view.runs import PROMPTS, Found, below, read_json, read_settings
 
@@ -51,12 +51,19 @@ class Index:
         self._lock_file, self.path, self._temporary = reserve(path) if path else elsewhere()
         self._readers = threading.local()
         self._writer = open_index(self.path)
+        self._generation = 0
+
+    def begin_anew(self) -> None:
+        """Throw away what is in the index: it is damaged, and the ledgers have it all. For the thread that writes."""
+        self._writer.close()
+        self._writer = new_index(self.path)
+        self._generation += 1
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
         """This thread's connection for reading."""
-        if not hasattr(self._readers, "connection"):
-            self._readers.connection = connect(self.path)
+        if getattr(self._readers, "generation", None) != self._generation:
+            self._readers.connection, self._readers.generation = connect(self.path), self._generation
         yield self._readers.connection
 
     def add(self, run: Found) -> int:

@@ -70,6 +70,11 @@ def open_index(path: Path) -> sqlite3.Connection:
         db.close()
     except sqlite3.DatabaseError:
         pass
+    return new_index(path)
+
+
+def new_index(path: Path) -> sqlite3.Connection:
+    """An empty index in the place of whatever is there."""
     for suffix in ("", "-wal", "-shm"):
         Path(f"{path}{suffix}").unlink(missing_ok=True)
     db = connect(path)

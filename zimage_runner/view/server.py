@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import sqlite3
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -48,6 +49,11 @@ def application(gallery: Gallery, *, local: bool = True, token: str | None = Non
     @app.exception_handler(UserError)
     async def refuse(request: Request, error: UserError) -> JSONResponse:
         return JSONResponse({"detail": str(error)}, 400)
+
+    @app.exception_handler(sqlite3.DatabaseError)
+    async def build_again(request: Request, error: sqlite3.DatabaseError) -> JSONResponse:
+        gallery.watcher.rebuild()
+        return JSONResponse({"detail": f"the gallery's index is damaged ({error}) and is built again"}, 503)
 
     return Safety(app, local=local, token=token)
 

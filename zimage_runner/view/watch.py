@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from zimage_runner.errors import error_text
 from zimage_runner.view.folder import Folder
 from zimage_runner.view.index import Index
 from zimage_runner.view.runs import find_runs, jobs_in_all
@@ -38,6 +40,7 @@ class Watcher(threading.Thread):
         self._listeners: set[Listener] = set()
         self._wake = threading.Event()
         self._ended = False
+        self._is_damaged = False
         self._next_search = 0.0
         self._next_count: dict[int, float] = {}
         self.version = 0
@@ -60,7 +63,29 @@ class Watcher(threading.Thread):
             self._wake.clear()
 
     def look(self) -> None:
-        """One look at everything that may have changed."""
+        """One look at everything that may have changed. An index that turns out to be damaged is built again."""
+        try:
+            if self._is_damaged:
+                raise ValueError("a reader of the index could not go on")
+            self._look()
+        except (sqlite3.OperationalError, OSError):  # a full disk, a lock: nothing is wrong with what is there
+            raise
+        except Exception as error:
+            log.warning("the gallery's index is damaged and is built again (%s)", error_text(error))
+            self._index.begin_anew()
+            with self._lock:
+                self._states.clear()
+            self._next_count.clear()
+            self._next_search, self._is_damaged = 0.0, False
+            self.version += 1
+            self._look()
+
+    def rebuild(self) -> None:
+        """Have the index built again: somebody who read it found it damaged."""
+        self._is_damaged = True
+        self._wake.set()
+
+    def _look(self) -> None:
         now = time.monotonic()
         if now >= self._next_search:
             self._search()

@@ -17,7 +17,7 @@ from zimage_runner.cli.interpolation import lookups
 from zimage_runner.cli.resume.saved import override_key, saved_overrides
 from zimage_runner.errors import UserError
 from zimage_runner.outputs.beneath import Inside
-from zimage_runner.outputs.parsed import check_yaml
+from zimage_runner.outputs.parsed import CONSTRUCTORS_RAISE, check_yaml
 
 
 @functools.cache
@@ -76,7 +76,7 @@ def _load(directory: Path) -> DictConfig:
         text = Inside(directory, ".hydra/config.yaml").read_bytes()
         check_yaml(text)
         saved = OmegaConf.load(io.StringIO(text.decode()))
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException, *CONSTRUCTORS_RAISE) as error:
         raise UserError(f"resume={directory}: .hydra/config.yaml cannot be read: {error}") from None
     if not isinstance(saved, DictConfig):
         raise UserError(f"resume={directory}: .hydra/config.yaml is not a config")
