@@ -12,6 +12,7 @@ import dataclasses
 import errno
 import itertools
 import os
+import random
 import signal
 import sys
 import threading
@@ -38,6 +39,8 @@ from zimage_runner.runner.execute import execute
 PACKAGE = str(Path(zimage_runner.__file__).parent)
 PATIENCE = 60.0
 """Seconds after which a run counts as hanging, on the busiest machine."""
+SECONDS = float(os.environ.get("EVERY_POINT_SECONDS", "3000"))
+"""For the long form, which takes the points in an order of chance."""
 SHORT = 8
 """Points of the short form, spread over a run's life."""
 
@@ -62,6 +65,11 @@ class Trace:
     def __exit__(self, *_: object) -> None:
         sys.settrace(None)
         threading.settrace(None)  # type: ignore[arg-type]
+
+    def points(self) -> list[Point]:
+        """Each line that was reached, for the first and for the last time."""
+        with self._lock:
+            return list(dict.fromkeys((where, n) for where, times in self.reached.items() for n in (0, times - 1)))
 
     def called(self, frame: FrameType, event: str, _: Any) -> Callable[..., Any] | None:
         name = frame.f_code.co_filename
@@ -171,11 +179,14 @@ def fail_everywhere(life: Life, count: int | None) -> tuple[int, int]:
     life.begin()
     with Trace() as trace:
         assert life.go_on() == 0
-    points = list(dict.fromkeys((where, n) for where, times in trace.reached.items() for n in (0, times - 1)))
+    points = trace.points()
     assert len(points) > 500
     points = points if count is None else points[:: len(points) // count]
-    ended = 0
-    for point in points:
+    random.Random(0).shuffle(points)
+    ended, end = 0, time.monotonic() + SECONDS
+    for tried, point in enumerate(points):
+        if time.monotonic() > end:
+            return tried, ended
         life.begin()
         code, err = life.in_a_process(Trace(point))
         ended += code != 0

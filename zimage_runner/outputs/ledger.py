@@ -151,11 +151,15 @@ def with_checksum(record: bytes) -> bytes:
     return b'%b,"crc32":"%08x"}\n' % (head, zlib.crc32(head))
 
 
-def _is_altered(line: bytes) -> bool:
-    """Whether a line differs from what was written, as far as its checksum tells."""
+def _is_checked(line: bytes) -> bool:
+    """Whether a line has its checksum; without one it is of an earlier version. Raises ValueError if it was altered."""
     head = len(line) - _CHECKSUM_BYTES
     found = _CHECKSUM.match(line, head) if head > 0 else None
-    return found is not None and int(found[1], 16) != zlib.crc32(memoryview(line)[:head])
+    if found is not None and int(found[1], 16) == zlib.crc32(memoryview(line)[:head]):
+        return True
+    if found is not None or b'"crc32"' in line:
+        raise ValueError("a byte has changed")
+    return False
 
 
 def records(lines: bytes) -> list[dict[str, Any]]:
@@ -175,6 +179,14 @@ def records(lines: bytes) -> list[dict[str, Any]]:
     return [value for value in found if _is_record(value)]
 
 
+def _is_altered(line: bytes) -> bool:
+    try:
+        _is_checked(line)
+    except ValueError:
+        return True
+    return False
+
+
 def _object(line: bytes) -> Any:
     try:
         return from_json(line)
@@ -191,9 +203,7 @@ def _is_record(value: Any) -> bool:
 
 
 def _parse(line: bytes) -> tuple[str, Entry]:
-    if _is_altered(line):
-        raise ValueError("a byte has changed")
-    if match := _FAST.fullmatch(line):
+    if _is_checked(line) and (match := _FAST.fullmatch(line)):
         item, fingerprint, image, sha256, size = match.groups()
         return item.decode(), Entry(True, sha256.decode(), int(size), fingerprint.decode(), sys.intern(image.decode()))
     return _entry(from_json(line))

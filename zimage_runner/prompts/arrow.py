@@ -36,7 +36,11 @@ def text_columns(schema: Any, where: str) -> list[str]:
 
 
 def rows(batch: Any, name: str, number: int) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a record batch; ``number`` rows of the file ``name`` were before it. Raises UserError."""
+    """Yield the rows of a record batch; ``number`` rows of the file ``name`` were before it.
+
+    Raises UserError, and ArrowException for a damaged one: its offsets would lead Arrow out of its memory.
+    """
+    batch.validate(full=True)
     columns = {column: _values(batch.column(column), column, name, number) for column in batch.schema.names}
     for row in zip(*columns.values(), strict=True):
         yield dict(zip(columns, row, strict=True))

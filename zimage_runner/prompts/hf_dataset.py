@@ -45,7 +45,7 @@ class HfDataset(TableSource):
                         for row in rows(batch.select(columns), name, number):
                             number += 1
                             yield reader.prompt(row, f"{name}:{number}")
-            except (pyarrow.ArrowException, OSError) as error:
+            except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
                 problem = (str(error).splitlines() or [type(error).__name__])[0]
                 raise UserError(f"prompts.path={shown(file)} cannot be read: {problem}") from None
 
@@ -74,7 +74,7 @@ def _data_files(directory: Path) -> list[Path]:
         raise UserError(f"prompts.path={directory} holds no saved dataset: write one with dataset.save_to_disk(DIR)")
     state = _read_json(state_file)
     names = [entry.get("filename") for entry in state.get("_data_files") or [] if isinstance(entry, dict)]
-    plain = all(isinstance(name, str) and Path(name).name == name for name in names)
+    plain = all(isinstance(name, str) and name.isprintable() and Path(name).name == name for name in names)
     if not names or not plain or state.get("_indices_data_files") or state.get("_indices_files"):
         raise UserError(f"{state_file}: not as datasets >= 2 writes it: save the dataset again with save_to_disk")
     return [directory / str(name) for name in names]

@@ -41,7 +41,7 @@ class Parquet(TableSource):
                     for row in rows(batch, name, number):
                         number += 1
                         yield reader.prompt(row, f"{name}:{number}")
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
             problem = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"prompts.path={name} is not a Parquet file: {problem}") from None
 
