@@ -131,3 +131,20 @@ def test_a_run_with_closed_stderr_draws(tmp_path: Path):
     assert done.returncode == 0
     assert len(list(tmp_path.rglob("image.png"))) == 1
     assert done.stdout.count("\n") == 1  # the run directory
+
+
+@pytest.mark.parametrize(("words", "code"), [("--version", 2), ("--help", 2), ("prompt=a dry_run=true", 2), ("x=1", 2)])
+def test_a_full_disk_behind_stdout_is_one_line_and_2(tmp_path: Path, words: str, code: int):
+    """Python itself ends with 120 for what it could not write."""
+    command = f"{sys.executable} -m zimage_runner {words} > /dev/full"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert ("No space left on device" in done.stderr) == (words != "x=1")
+
+
+def test_a_full_disk_behind_stderr_changes_no_exit_code(tmp_path: Path):
+    for words, code in (("x=1", 2), ("prompt=a dry_run=true", 0)):
+        command = f"{sys.executable} -m zimage_runner {words} 2> /dev/full"
+        done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+        assert (done.returncode, bool(done.stdout)) == (code, not code)

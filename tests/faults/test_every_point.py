@@ -33,6 +33,7 @@ from zimage_runner import __main__ as program
 from zimage_runner.cli.main import main
 from zimage_runner.config.schema import Composed
 from zimage_runner.outputs.ledger import RECORDS, Ledger
+from zimage_runner.prompts.inline import Inline
 from zimage_runner.runner import pool
 from zimage_runner.runner.execute import execute
 
@@ -292,3 +293,46 @@ def test_every_call_of_the_system_fails(life, name, reason):
     tried = refuse_calls(life, name, reason, range(10_000))
     print(f"{name}: {tried} calls")
     assert 5 <= tried < 10_000
+
+
+class Killed:
+    """The process dies, as if killed, before or after the ledger has its line."""
+
+    def __init__(self, after: bool) -> None:
+        self.after = after
+
+    def __enter__(self) -> Killed:
+        real = Ledger.append
+
+        def append(*args: Any, **options: Any) -> None:
+            if self.after:
+                real(*args, **options)
+            os._exit(137)
+
+        Ledger.append = append
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_saved_output_file_is_there_whenever_it_is_killed(life, tmp_path, after):
+    """It was lost where the process was killed after the ledger's line: 40 of 40 times."""
+    target = tmp_path / "here.png"
+    prompt = {"prompt": "a cat", "prompts": Inline(), "seeds": [1], "output_file": str(target)}
+    life.composed = dataclasses.replace(
+        life.composed, config=dataclasses.replace(life.composed.config, **prompt), files={}
+    )
+    life.begin()
+    code, _ = life.in_a_process(Killed(after))
+    assert code == 137
+    assert (life.run.run_dir / RECORDS).stat().st_size > 0 if after else True
+    if not after:
+        target.unlink(missing_ok=True)
+    assert target.exists() == after
+    life.composed = dataclasses.replace(
+        life.composed, config=dataclasses.replace(life.composed.config, resume=str(life.run.run_dir))
+    )
+    assert life.go_on() == 0
+    assert target.read_bytes() == (life.run.run_dir / "items/00000_a_cat/seed_1/image.png").read_bytes()

@@ -17,6 +17,7 @@ from PIL import Image
 from tests.support.made_runs import MadeRun
 from zimage_runner.errors import UserError
 from zimage_runner.outputs.ledger import Entry, Ledger, record_head, records, with_checksum
+from zimage_runner.weights.prepared.prepared import UnusablePrepared, read_manifest
 
 REFUSALS = (UserError,)
 """What a reader may raise: one line for the user."""
@@ -283,6 +284,24 @@ def _thumbnail(folder: Path) -> None:
         assert Image.open(io.BytesIO(data)).format == "WEBP"
 
 
+def _write_manifest(folder: Path) -> None:
+    component = {"file": "x", "size": 1, "sha256": "0" * 64, "sampled_sha256": "0" * 64}
+    manifest = {
+        "format": "x", "version": 1, "source": {"digest": "d", "files": {}}, "lossless": True, "packed": False,
+        "config_files": ["scheduler/scheduler_config.json"], "components": {"vae": component},
+    }  # fmt: skip
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def _manifest(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    assert manifest["source"]["digest"] != 0
+    for component in manifest["components"].values():
+        component.get("sha256")
+    for name in manifest["config_files"]:
+        assert (folder / name).resolve().is_relative_to(folder.resolve())
+
+
 def _write_safetensors(folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
@@ -365,6 +384,7 @@ READERS: dict[str, Reader] = {
     "wildcards": Reader(_write_wildcards, ("w/a.txt", "w/b.yaml", "w/c.json"), _wildcards, words=(b"&a [*a]", b"::")),
     "metadata": Reader(_write_pictures, ("p.png", "p.jpg", "p.webp"), _metadata),
     "thumbnail": Reader(_write_pictures, ("p.png", "p.jpg", "p.webp"), _thumbnail, (*REFUSALS, OSError)),
+    "manifest": Reader(_write_manifest, ("manifest.json",), _manifest, (UnusablePrepared,), words=(b"null", b"[]")),
     "safetensors": Reader(_write_safetensors, ("x.safetensors",), _stored("x.safetensors")),
     "adapter": Reader(_write_adapter, ("x.safetensors",), _adapter),
     "gguf": Reader(_write_gguf, ("x.gguf",), _stored("x.gguf")),

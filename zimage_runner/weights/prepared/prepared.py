@@ -15,7 +15,7 @@ import logging
 import os
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from zimage_runner.model import Model, Verify
@@ -194,9 +194,26 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = from_json((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UnusablePrepared(f"{MANIFEST} cannot be read: {error}") from error
-    if not isinstance(manifest, dict) or not {"source", "components", "config_files", "lossless"} <= manifest.keys():
+    if not _is_manifest(manifest):
         raise UnusablePrepared(f"{MANIFEST} is not a manifest")
     return manifest
+
+
+def _is_manifest(value: Any) -> bool:
+    """Whether a value has a manifest's fields in their types; none of its names leads out of the folder."""
+    if not isinstance(value, dict) or not {"source", "components", "config_files", "lossless"} <= value.keys():
+        return False
+    components, names = value["components"], value["config_files"]
+    return (
+        isinstance(value["source"], dict)
+        and "digest" in value["source"]
+        and isinstance(components, dict)
+        and all(isinstance(component, dict) for component in components.values())
+        and isinstance(names, list)
+        and all(isinstance(name, str) and name.isprintable() for name in names)
+        and all(".." not in PurePosixPath(name).parts for name in names)
+        and not any(PurePosixPath(name).is_absolute() for name in names)
+    )
 
 
 def free_bytes(path: Path) -> int:
