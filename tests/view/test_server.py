@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -351,3 +352,28 @@ def test_ten_thousand_and_a_restart(tmp_path: Path, root: Path, gallery: Any) ->
     again = gallery(root)  # the index is kept: nothing is read twice
     assert list(again.gallery.index.grow(1)) == []
     assert asked(again, "/api/pictures")["total"] == 10_000
+
+
+def test_an_index_that_is_damaged_is_built_again(root: Path, gallery: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ledgers have it all. Whether the thread that follows the runs finds it, or a page does."""
+    run = MadeRun(root / "a", ["x"], [1, 2, 3])
+    run.add(0, 1)
+    client = gallery(root)
+    assert seeds(client) == [(0, 1)]
+    with client.gallery.index._writer as db:
+        db.execute("UPDATE runs SET base='{', overrides='{'")  # a text that cannot be what was put there
+    run.add(0, 2)
+    client.gallery.watcher.look()
+    assert seeds(client) == [(0, 1), (0, 2)]
+
+    def damaged(*_: Any) -> Any:
+        raise sqlite3.DatabaseError("database disk image is malformed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("zimage_runner.view.server.rows_of", damaged)
+        answer = client.get("/api/pictures")
+    assert answer.status_code == 503
+    assert "malformed) and is built again" in answer.json()["detail"]
+    run.add(0, 3)
+    client.gallery.watcher.look()
+    assert seeds(client) == [(0, 1), (0, 2), (0, 3)]

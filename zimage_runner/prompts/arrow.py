@@ -40,10 +40,24 @@ def rows(batch: Any, name: str, number: int) -> Iterator[dict[str, Any]]:
 
     Raises UserError, and ArrowException for a damaged one: its offsets would lead Arrow out of its memory.
     """
-    batch.validate(full=True)
+    for column in batch.columns:
+        _check_offsets(column)
     columns = {column: _values(batch.column(column), column, name, number) for column in batch.schema.names}
     for row in zip(*columns.values(), strict=True):
         yield dict(zip(columns, row, strict=True))
+
+
+def _check_offsets(array: Any) -> None:
+    """Raise ArrowException for a damaged array. Text that is not UTF-8 is told of later, with its place."""
+    import pyarrow
+
+    try:
+        array.validate(full=True)
+    except pyarrow.ArrowInvalid as error:
+        bytes_of = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
+        if "UTF8" not in str(error) or array.type not in bytes_of:
+            raise
+        array.view(bytes_of[array.type]).validate(full=True)
 
 
 def _values(array: Any, column: str, name: str, number: int) -> list[Any]:
