@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import errno
 import itertools
+import linecache
 import os
 import random
 import signal
@@ -56,6 +57,7 @@ class Trace:
     def __init__(self, fails_at: Point | None = None) -> None:
         self.fails_at = fails_at
         self.reached: Counter[str] = Counter()
+        self._inside: set[tuple[int, int]] = set()
         self._lock = threading.Lock()
 
     def __enter__(self) -> Trace:
@@ -66,6 +68,15 @@ class Trace:
     def __exit__(self, *_: object) -> None:
         sys.settrace(None)
         threading.settrace(None)  # type: ignore[arg-type]
+
+    def _leaves(self, frame: FrameType) -> bool:
+        """Whether a ``with`` block is left: its line comes again then, and a lock would stay held."""
+        if not linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with "):
+            return False
+        place = id(frame), frame.f_lineno
+        is_left = place in self._inside
+        (self._inside.discard if is_left else self._inside.add)(place)
+        return is_left
 
     def points(self) -> list[Point]:
         """Each line that was reached, for the first and for the last time."""
@@ -79,6 +90,8 @@ class Trace:
     def line(self, frame: FrameType, event: str, _: Any) -> Callable[..., Any]:
         if event == "line":
             where = f"{frame.f_code.co_filename.removeprefix(PACKAGE)}:{frame.f_lineno}"
+            if self._leaves(frame):
+                return self.line
             with self._lock:
                 point = where, self.reached[where]
                 self.reached[where] += 1
