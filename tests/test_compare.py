@@ -87,7 +87,7 @@ def test_figures_of_bf16_are_not_kept(first: Path, tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["A"], "1 ways are named: give two, each a run directory or options in quotes"),
+        (["A"], "1 way is named: give two, each a run directory or options in quotes"),
         (["A", "nowhere"], "nowhere is no run directory and no option: name a run, or options such as"),
         (["A", "A", "--", "seeds=1"], "seeds=1 has no effect: both runs are there already"),
         (["A", "A", "worst=0"], "worst=0: give a number of pairs"),

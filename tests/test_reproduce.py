@@ -66,7 +66,7 @@ def test_a_picture_of_another_format(options, capfd: pytest.CaptureFixture[str],
     (image,) = run.glob("items/*/*/image.*")
     assert image.suffix in (".jpg", ".webp")
     code, out, err = command(tmp_path, f"resume={run}", "verify=true")
-    assert (code, "nothing to draw: 1 pictures are done" in err) == (0, True)
+    assert (code, "nothing to draw: 1 picture is done" in err) == (0, True)
     assert collect([str(run), f"into={tmp_path}/all"]) == 0
     assert len(list((tmp_path / "all").glob(f"*{image.suffix}"))) == 1
     capfd.readouterr()

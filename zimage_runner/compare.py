@@ -32,7 +32,7 @@ from zimage_runner.collect.likeness import Likeness, likeness
 from zimage_runner.collect.pictures import Picture, find_runs, pictures_of
 from zimage_runner.collect.sheet import Page, draw
 from zimage_runner.engines.precision import likeness_key
-from zimage_runner.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, UserError, called
+from zimage_runner.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, UserError, called, counted
 from zimage_runner.logs import refuse
 from zimage_runner.outputs.beneath import NotPlain
 from zimage_runner.weights import cache
@@ -80,7 +80,8 @@ def _parse(argv: Sequence[str]) -> tuple[list[str], dict[str, str], list[str]]:
         else:
             ways.append(word)
     if len(ways) != 2:
-        raise UserError(f"{len(ways)} ways are named: give two, each a run directory or options in quotes")
+        named = counted(len(ways), "way is", "ways are")
+        raise UserError(f"{named} named: give two, each a run directory or options in quotes")
     options = list(argv[cut + 1 :])
     drawn = [way for way in [*ways, given.get("floor", ".")] if not Path(way).expanduser().is_dir()]
     if options and not drawn:

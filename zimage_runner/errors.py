@@ -76,6 +76,11 @@ def is_refused(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(text in str(error) for text in refused)
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """``1 picture``, ``2,000 pictures``; with ``many`` where the plural is not made with an s: "picture is", "are"."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
 def visible(text: str) -> str:
     """Text of any origin for a terminal or log: control and bidi characters as ``\\x1b``, line breaks and tabs kept."""
     return _COMMANDS.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode("ascii"), text)

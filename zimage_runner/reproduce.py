@@ -32,7 +32,7 @@ from zimage_runner.logs import log_to_terminal, refuse, say
 from zimage_runner.outputs import atomic
 from zimage_runner.outputs.config import IMAGE_STEM, Format
 from zimage_runner.outputs.encoders import encode
-from zimage_runner.outputs.metadata import read_metadata
+from zimage_runner.outputs.metadata import check_recipe, read_metadata
 from zimage_runner.prompts.inline import Inline
 from zimage_runner.prompts.seeds import parse_seeds
 from zimage_runner.runner.pool import executor_of_run
@@ -89,10 +89,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     recipe = read_metadata(path).recipe
     if recipe is None:
         raise UserError(f"{path} carries no zimage_runner metadata: it was made by another tool or stripped of it")
-    shapes = {"prompt": str, "seed": int, "params": dict, "model": dict, "numerics": dict}
-    for name, kind in shapes.items():
-        if not isinstance(recipe.get(name), kind):
-            raise UserError(f"{path}: its metadata has no {name}: it cannot be reproduced")
+    check_recipe(recipe, str(path))
     return recipe
 
 

@@ -203,7 +203,7 @@ def test_what_is_not_asked_for_is_told_and_not_done(run, capfd):
     records.write_bytes(b"".join(records.read_bytes().splitlines(keepends=True)[:1]))
     capfd.readouterr()
     assert main([*run.argv(), "retry=failed", "dry_run=true"]) == 0
-    assert "4 pictures of 2 prompts; 1 are done, 3 are not asked for (retry=failed), 0 remain" in capfd.readouterr().out
+    assert "4 pictures of 2 prompts; 1 is done, 3 are not asked for (retry=failed), 0 remain" in capfd.readouterr().out
     assert main([*run.argv(), "retry=failed"]) == 130
     assert "3 were never drawn and are not asked for (retry=failed)" in capfd.readouterr().err
     finish(run)
@@ -236,4 +236,4 @@ def test_start_or_continue(run, tmp_path, capfd):
     sweep = ["-m", "prompt=a cat", "seeds=1,2", "output.min_free_gb=0", "warmup=none", f"continue={tmp_path}/sweep"]
     assert main(sweep) == 0
     assert main(sweep) == 0
-    assert capfd.readouterr().err.count("nothing to draw: 1 pictures are done") == 2
+    assert capfd.readouterr().err.count("nothing to draw: 1 picture is done") == 2

@@ -27,7 +27,7 @@ from zimage_runner.cli.resume.command_line import LATEST, find_latest
 from zimage_runner.collect.contact_sheet import Layout, draw_sheets
 from zimage_runner.collect.folder import NAME, collect_into
 from zimage_runner.collect.pictures import find_runs, marked, pictures_of
-from zimage_runner.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, PROGRAM, UserError, called
+from zimage_runner.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, PROGRAM, UserError, called, counted
 from zimage_runner.logs import log_to_terminal, refuse
 from zimage_runner.outputs.beneath import NotPlain
 from zimage_runner.outputs.config import Format, Output, check_quality
@@ -91,7 +91,7 @@ def _collect(runs: list[str], fields: dict[str, str]) -> int:
     if "into" in fields:
         folder = Path(fields["into"]).expanduser()
         table = collect_into(folder, pictures, fields.get("name", NAME), overwrite=overwrite, output=output)
-        print(f"{len(pictures):,} pictures, listed in {table}", file=sys.stderr)
+        print(f"{counted(len(pictures), 'picture')}, listed in {table}", file=sys.stderr)
         print(folder)
     if "sheet" in fields:
         for page in draw_sheets(Path(fields["sheet"]).expanduser(), pictures, layout):

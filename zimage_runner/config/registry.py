@@ -21,6 +21,7 @@ from zimage_runner.outputs.config import Output
 from zimage_runner.prompts.csv_file import Csv
 from zimage_runner.prompts.files import FileGlob
 from zimage_runner.prompts.hf_dataset import HfDataset
+from zimage_runner.prompts.images import Images
 from zimage_runner.prompts.inline import Inline
 from zimage_runner.prompts.jsonl import Jsonl
 from zimage_runner.prompts.parquet import Parquet
@@ -51,6 +52,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "parquet": Parquet,
         "hf_dataset": HfDataset,
         "files": FileGlob,
+        "images": Images,
         "stdin": Stdin,
     },
     "output": {"output": Output},

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from zimage_runner.errors import RunStopped, UserError
+from zimage_runner.errors import RunStopped, UserError, counted
 from zimage_runner.executors.child import Child, WorkerBroken, WorkerDied
 from zimage_runner.executors.messages import Extend, Start
 from zimage_runner.memory.policies import Action, Health
@@ -108,10 +108,8 @@ class Supervisor:
         self._deaths_in_a_row += 1
         log.warning("the worker process %s", death)
         if self._deaths_in_a_row > self._config.max_restarts:
-            raise RunStopped(
-                f"{self._deaths_in_a_row} worker processes died one after the other without drawing a picture; "
-                f"the last one {death}"
-            )
+            deaths = counted(self._deaths_in_a_row, "worker process", "worker processes")
+            raise RunStopped(f"{deaths} died one after the other without drawing a picture; the last one {death}")
 
     @property
     def is_due(self) -> bool:
@@ -123,7 +121,8 @@ class Supervisor:
 
     def recycle(self) -> None:
         """Replace an idle worker by a fresh one."""
-        log.info("replacing the worker process after %d items, %.1f GB reserved", self._items_drawn, self._reserved_gb)
+        drawn = counted(self._items_drawn, "item")
+        log.info("replacing the worker process after %s, %.1f GB reserved", drawn, self._reserved_gb)
         self.close()
         self.story.recycled += 1
         self._spawn()

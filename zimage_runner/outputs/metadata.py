@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -16,11 +17,16 @@ from zimage_runner.outputs.parsed import from_json
 
 JSON_KEY = "zimage_runner"
 TEXT_KEY = "parameters"
+COMFYUI_KEY = "prompt"
 READABLE = ("PNG", "JPEG", "WEBP")
 """Pillow's names of the formats that are read; of other files nothing is parsed."""
 IMAGE_DESCRIPTION, EXIF_POINTER, USER_COMMENT = 0x010E, 0x8769, 0x9286
 """Where image tools look for generation parameters in files that have no text chunks (EXIF 2.32, 4.6.3 to 4.6.5)."""
-UNICODE = b"UNICODE\0"
+CAMERA_MODEL = 0x0110
+"""Where ComfyUI puts its graph in such files."""
+UNICODE, ASCII = b"UNICODE\0", b"ASCII\0\0\0"
+SHAPES = {"prompt": str, "seed": int, "params": dict, "model": dict, "numerics": dict}
+"""What a recipe holds at least."""
 EXIF_ROOM = 60_000
 """Bytes of text that fit into a JPEG's EXIF data, which holds 64 kB."""
 
@@ -33,6 +39,8 @@ class Metadata:
     """Prompt, ``Negative prompt:`` and ``Steps: ..`` lines, as written by most image generators."""
     recipe: dict[str, Any] | None
     """This project's own chunk: everything needed to make the picture again."""
+    comfyui: str | None = None
+    """ComfyUI's graph of the picture, as JSON."""
 
 
 def png_info(said: Metadata) -> PngInfo:
@@ -90,12 +98,14 @@ def _quoted(value: Any) -> str:
     return json.dumps(text, ensure_ascii=False) if any(c in text for c in ',:\n"') else text
 
 
-def read_metadata(path: str | os.PathLike[str] | BinaryIO) -> Metadata:
-    """Return the metadata of a picture file, named or open. Raises UserError if it is missing or no such picture."""
+def read_metadata(path: str | os.PathLike[str] | BinaryIO, *, pixels: bool = True) -> Metadata:
+    """Return the metadata of a picture file, named or open. Raises UserError if it is missing or no such picture.
+
+    pixels: read them too, which shows a file that was cut off; without, only where text may follow them.
+    """
     try:
         with Image.open(path, formats=READABLE) as image:
-            image.load()  # text chunks may follow the pixels
-            text = dict(getattr(image, "text", {})) if image.format == "PNG" else _of_exif(image.getexif())
+            text = _texts(image, pixels)
     except Exception as error:  # Pillow has many more than its own for bytes that are no picture
         name = path if isinstance(path, str | os.PathLike) else path.name
         raise UserError(
@@ -105,16 +115,44 @@ def read_metadata(path: str | os.PathLike[str] | BinaryIO) -> Metadata:
         recipe = from_json(text[JSON_KEY]) if JSON_KEY in text else None
     except ValueError:
         recipe = None
-    return Metadata(text.get(TEXT_KEY), recipe if isinstance(recipe, dict) else None)
+    return Metadata(text.get(TEXT_KEY), recipe if isinstance(recipe, dict) else None, text.get(COMFYUI_KEY))
+
+
+def check_recipe(recipe: dict[str, Any], where: str, names: Iterable[str] = SHAPES) -> None:
+    """Raise UserError if a part of a recipe is missing or no such part."""
+    for name in names:
+        if not isinstance(recipe.get(name), SHAPES[name]):
+            raise UserError(f"{where}: its metadata has no {name}: it cannot be reproduced")
+
+
+def _texts(image: Image.Image, pixels: bool) -> dict[str, str]:
+    """Texts by name. A PNG's chunks may follow the pixels."""
+    early = {name: text for name, text in image.info.items() if isinstance(text, str)}
+    if pixels or (image.format == "PNG" and not {JSON_KEY, TEXT_KEY, COMFYUI_KEY} & early.keys()):
+        image.load()
+    if image.format != "PNG":
+        return _of_exif(image.getexif())
+    return {name: text for name, text in (dict(image.info) | early).items() if isinstance(text, str)}
 
 
 def _of_exif(data: Image.Exif) -> dict[str, str]:
     """The same texts as PNG's chunks."""
     found = {}
-    described = data.get(IMAGE_DESCRIPTION)
+    described, graph = data.get(IMAGE_DESCRIPTION), data.get(CAMERA_MODEL)
     if isinstance(described, str) and described.startswith(f"{JSON_KEY}:"):
         found[JSON_KEY] = described.removeprefix(f"{JSON_KEY}:")
+    if isinstance(graph, str) and graph.startswith(f"{COMFYUI_KEY}:"):
+        found[COMFYUI_KEY] = graph.removeprefix(f"{COMFYUI_KEY}:")
     comment = data.get_ifd(EXIF_POINTER).get(USER_COMMENT)
-    if isinstance(comment, bytes) and comment.startswith(UNICODE):
-        found[TEXT_KEY] = comment.removeprefix(UNICODE).decode("utf-16-be", "replace")
+    if isinstance(comment, bytes) and comment.startswith((UNICODE, ASCII)):
+        found[TEXT_KEY] = _decoded(comment)
     return found
+
+
+def _decoded(comment: bytes) -> str:
+    """Text of a user comment: of either byte order, as the programs that write it do not agree."""
+    words = comment[8:]
+    if comment.startswith(ASCII):
+        return words.decode("utf-8", "replace")
+    is_little = words[1::2].count(0) > words[::2].count(0)
+    return words.decode("utf-16-le" if is_little else "utf-16-be", "replace")

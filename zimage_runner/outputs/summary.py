@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zimage_runner.errors import one_line
+from zimage_runner.errors import counted, one_line
 
 if TYPE_CHECKING:
     from zimage_runner.outputs.writer import Outcome
@@ -232,7 +232,7 @@ def _likeness_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     psnr, flip = (known["likeness"][name] for name in ("psnr", "flip"))
     floor = f"; noise floor {known['floor']['psnr']['mean']:.1f} dB" if "floor" in known else ""
     figures = f"PSNR {psnr['mean']:.1f} dB (worst {psnr['worst']:.1f}), FLIP {flip['mean']:.3f} ({flip['worst']:.3f})"
-    return [("likeness to bf16", f"{figures}, {known['pictures']} pictures{floor}")]
+    return [("likeness to bf16", f"{figures}, {counted(known['pictures'], 'picture')}{floor}")]
 
 
 def _recoveries(report: dict[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zimage_runner.errors import UserError
+from zimage_runner.errors import UserError, counted
 from zimage_runner.outputs import atomic
 from zimage_runner.outputs.beneath import Inside, NotPlain, Statuses, open_file
 from zimage_runner.outputs.ledger import RECORD, Entry, Ledger
@@ -51,14 +51,16 @@ class Progress:
         return name in self.done or name in self.skipped
 
     def __str__(self) -> str:
-        parts = [f"{len(self.done):,} pictures are done"]
+        parts = [counted(len(self.done), "picture is done", "pictures are done")]
         if self.skipped:
-            parts.append(f"{len(self.skipped):,} were never drawn and are not asked for (retry=failed)")
+            left = counted(len(self.skipped), "was never drawn and is", "were never drawn and are")
+            parts.append(f"{left} not asked for (retry=failed)")
         if self.failed:
             parts.append(f"{len(self.failed):,} failed before")
         if self.damaged:
             name, reason = next(iter(self.damaged.items()))
-            parts.append(f"{len(self.damaged):,} are damaged and drawn again ({name}: {reason})")
+            again = counted(len(self.damaged), "is", "are")
+            parts.append(f"{again} damaged and drawn again ({name}: {reason})")
         return ", ".join(parts)
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from zimage_runner.errors import UserError
+from zimage_runner.errors import UserError, counted
 from zimage_runner.model import padded_length
 from zimage_runner.plan.items import Bucket, WorkItem
 from zimage_runner.plan.plan import Duplicate, Plan, Truncation
@@ -68,7 +68,7 @@ def _check_count(prompts: Sequence[Prompt], seeds: Seeds) -> None:
     count = sum(len(seeds) if p.seeds is None else len(p.seeds) for p in prompts)
     if count > MAX_ITEMS:
         raise UserError(
-            f"{len(prompts):,} prompts x seeds are {count:,} pictures: use at most {MAX_ITEMS:,} a run, "
+            f"{counted(len(prompts), 'prompt')} x seeds are {count:,} pictures: use at most {MAX_ITEMS:,} a run, "
             "or split it with prompts.shard"
         )
 

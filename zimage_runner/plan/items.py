@@ -8,6 +8,7 @@ import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
+from zimage_runner.errors import counted
 from zimage_runner.prompts.base import Prompt
 from zimage_runner.sampling import SAMPLING_FIELDS, SamplingParams
 
@@ -51,7 +52,7 @@ class Bucket:
         params = self.params
         guidance = f", guidance {params.guidance_scale:g}" if params.uses_guidance else ""
         tokens = f", {self.caption_tokens} caption tokens" if self.caption_tokens else ""
-        return f"{params.width}x{params.height}, {params.num_inference_steps} steps{guidance}{tokens}"
+        return f"{params.width}x{params.height}, {counted(params.num_inference_steps, 'step')}{guidance}{tokens}"
 
 
 def _comparable(value: Any) -> tuple[int, float, str]:

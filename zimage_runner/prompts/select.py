@@ -62,10 +62,11 @@ def settle(prompts: list[Prompt], source: RowSource) -> list[Prompt]:
             first.setdefault(name, prompt.source)
         found.update(both)
         settled.append(_without(prompt, both) if lose and both else prompt)
-    for name, count in found.items():
-        where = f"{first[name]} sets" if count == 1 else f"{first[name]} and {count - 1:,} more set"
-        said = "the command line wins" if lose else "this wins over the command line; prompts.wins=command_line if not"
-        warn_once(f"wins {name}", f"{where} {name}: {said}")
+    said = "the command line wins" if lose else "this wins over the command line; prompts.wins=command_line if not"
+    for (where, count), names in itertools.groupby(found, lambda name: (first[name], found[name])):
+        which = ", ".join(names)
+        sets = f"{where} sets" if count == 1 else f"{where} and {count - 1:,} more set"
+        warn_once(f"wins {which}", f"{sets} {which}: {said}")
     return settled
 
 

@@ -33,8 +33,8 @@ _OTHER_FILES = {
     b"\xfd7zXZ": "is an xz file: unpack it first, unxz FILE",
     b"(\xb5/\xfd": "is a zstd file: unpack it first, unzstd FILE",
     b"%PDF-": "is a PDF: save its text as UTF-8",
-    b"\x89PNG": "is a picture, no list of prompts",
-    b"\xff\xd8\xff": "is a picture, no list of prompts",
+    b"\x89PNG": "is a picture: prompts=images draws from what pictures say about themselves",
+    b"\xff\xd8\xff": "is a picture: prompts=images draws from what pictures say about themselves",
 }
 """First bytes of files that are often given instead."""
 

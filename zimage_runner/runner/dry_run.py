@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from zimage_runner import GB
+from zimage_runner.errors import counted
 from zimage_runner.logs import duration
 from zimage_runner.outputs.beneath import Inside
 from zimage_runner.outputs.parsed import from_json
@@ -67,21 +68,16 @@ def mean_work(items: Iterable[WorkItem]) -> float:
     return statistics.fmean([work(item) for item in items] or [0.0])
 
 
-def counted(number: int, one: str, many: str = "") -> str:
-    """``1 picture``, ``2,000 pictures``."""
-    return f"{number:,} {one if number == 1 else many or one + 's'}"
-
-
 def _items(spec: RunSpec, progress: Progress, linked: int, remaining: int) -> str:
     total, prompts = len(spec.plan), len(spec.plan.prompts)
     text = f"{counted(total, 'picture')} of {counted(prompts, 'prompt')}"
     parts = [
-        (len(progress.done), "are done"),
-        (len(progress.skipped), "are not asked for (retry=failed)"),
-        (linked, "are in skip_existing and linked, where this machine computes as that run did"),
+        (len(progress.done), "done"),
+        (len(progress.skipped), "not asked for (retry=failed)"),
+        (linked, "in skip_existing and linked, where this machine computes as that run did"),
     ]
-    told = [f"{count:,} {what}" for count, what in parts if count]
-    return "; ".join([text, ", ".join([*told, f"{remaining:,} remain"])]) if told else text
+    told = [f"{counted(count, 'is', 'are')} {what}" for count, what in parts if count]
+    return "; ".join([text, ", ".join([*told, counted(remaining, "remains", "remain")])]) if told else text
 
 
 def _prompt_rows(spec: RunSpec) -> list[tuple[str, str]]:
@@ -109,7 +105,8 @@ def _bucket_rows(spec: RunSpec, done: Callable[[WorkItem], bool]) -> list[tuple[
         for bucket, (items, count) in batches.items()
     ]
     rows += [("", line) for line in told[:SHAPES_LISTED]]
-    return rows + ([("", f"... and {len(told) - SHAPES_LISTED:,} more shapes")] if len(told) > SHAPES_LISTED else [])
+    more = len(told) - SHAPES_LISTED
+    return rows + ([("", f"... and {counted(more, 'more shape')}")] if more > 0 else [])
 
 
 def _tokens(spec: RunSpec) -> str:

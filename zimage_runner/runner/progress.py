@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
+from zimage_runner.errors import counted
 from zimage_runner.logs import duration, say, writes_json
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class ProgressLog:
         if not left:
             return None  # the summary comes now
         share, speed = f"{settled / self._planned:.1%}", f"{each:.2f} s" if each < 10 else f"{each:.0f} s"
-        done = f"{settled:,} of {self._planned:,} pictures ({share})"
+        done = f"{settled:,} of {counted(self._planned, 'picture')} ({share})"
         return f"{done}, {speed} each, about {duration(left * each)} left"
 
 

@@ -10,7 +10,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from zimage_runner.config.schema import Report
-from zimage_runner.errors import EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK, RunStopped, UserError, error_text
+from zimage_runner.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_ITEMS_FAILED,
+    EXIT_OK,
+    RunStopped,
+    UserError,
+    counted,
+    error_text,
+)
 from zimage_runner.executors.base import Batch
 from zimage_runner.logs import say
 from zimage_runner.outputs.config import Fsync
@@ -118,7 +126,7 @@ class Run:
         """Leave prompts and settings for a later ``resume``; check a resumed run against those that it has."""
         numerics = self.session_report["numerics"]
         kind = ", ".join(f"{name}={value}" for name, value in numerics.items())
-        log.info("%d of %d pictures to draw (%s)", len(self.progress.todo), len(self.spec.plan), kind)
+        log.info("%d of %s to draw (%s)", len(self.progress.todo), counted(len(self.spec.plan), "picture"), kind)
         if self.spec.config.resume is None:
             # Before the first picture counts. The overrides come last: a directory that has them can be resumed.
             sync = self._sync
@@ -152,7 +160,7 @@ class Run:
         for truncation in truncations[:TRUNCATIONS_LOGGED]:
             log.warning("%s", truncation)
         if len(truncations) > TRUNCATIONS_LOGGED:
-            log.warning("%d prompts are cut off in all: summary.json names each", len(truncations))
+            log.warning("%s in all are cut off: summary.json names each", counted(len(truncations), "prompt"))
         for truncation in truncations:
             self.summary.truncated.append({"prompt": truncation.prompt.source, "message": str(truncation)})
 
@@ -172,7 +180,7 @@ class Run:
         self.progress.done.update(item_dirs)
         self.summary.linked += len(item_dirs)
         if item_dirs:
-            log.info("%d pictures were linked instead of drawn", len(item_dirs))
+            log.info("%s linked instead of drawn", counted(len(item_dirs), "picture was", "pictures were"))
 
     def _on_settled(self, outcome: Outcome) -> None:
         """Called from the writer's threads."""

@@ -219,7 +219,7 @@ def test_dry_run_of_a_resume_tells_what_is_left(cli: Cli, run: Path) -> None:
     before = sorted(p for p in run.rglob("*"))
     code, out, err = cli(f"resume={run}", "dry_run=true")
     assert code == 0, err
-    assert "4 pictures of 2 prompts; 3 are done, 1 remain" in out
+    assert "4 pictures of 2 prompts; 3 are done, 1 remains" in out
     assert sorted(p for p in run.rglob("*")) == before
 
 

@@ -104,7 +104,7 @@ def test_the_next_job_begins_before_the_last_pictures_are_there(cli: Cli, gpu: C
             "planned": 1, "done_before": 0, "linked": 0, "ok": 1, "failed": 0, "remaining": 0,
         }  # fmt: skip
         log = (sweep / str(job) / "run.log").read_text(encoding="utf-8")
-        assert log.count("the run ended") == log.count("of 1 pictures to draw") == 1
+        assert log.count("the run ended") == log.count("of 1 picture to draw") == 1
     assert out.splitlines()[:-1] == [str(sweep / str(job)) for job in range(4)]
 
 

@@ -104,13 +104,13 @@ def test_what_inference_does_not_need_may_be_absent(checkpoint: Path, native: Na
 @pytest.mark.parametrize(
     ("component", "tensors", "text"),
     [
-        ("transformer", {"layers.0.attention.to_q.weight": None}, r"1 tensors are missing: layers\.0\.attention\.to_q"),
+        ("transformer", {"layers.0.attention.to_q.weight": None}, r"1 tensor is missing: layers\.0\.attention\.to_q"),
         ("transformer", {"layers.9.ffn_norm1.weight": torch.ones(288)}, r"no known part of the model: layers\.9\.ffn"),
         ("transformer", {"controlnet.weight": torch.ones(1)}, r"no known part of the model: controlnet\.weight"),
         ("transformer", {"x_pad_token": torch.ones(1, 8)}, r"has shape \[1, 8\], its config.json says \[1, 288\]"),
         ("text_encoder", {"layers.1.mlp.up_proj.weight": None}, r"missing: layers\.1\.mlp\.up_proj\.weight"),
         ("text_encoder", {"vision.weight": torch.ones(1)}, r"no known part of the model: vision\.weight"),
-        ("vae", {"decoder.conv_in.bias": None}, r"vae: 1 tensors are missing: decoder\.conv_in\.bias"),
+        ("vae", {"decoder.conv_in.bias": None}, r"vae: 1 tensor is missing: decoder\.conv_in\.bias"),
         ("vae", {"decoder.more.bias": torch.ones(1)}, r"no known part of the model: decoder\.more\.bias"),
     ],
 )

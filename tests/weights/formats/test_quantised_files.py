@@ -231,7 +231,7 @@ BAD: dict[str, tuple[Weights, str]] = {
     "two scales": (
         {f"{OUT}.weight_scale": torch.ones(()), f"{OUT}.scale_weight": torch.ones(())}, "attention.out has both"
     ),
-    "stray scale": ({"layers.0.rotary.weight_scale": torch.ones(())}, "1 tensors belong to no part of Z-Image: "),
+    "stray scale": ({"layers.0.rotary.weight_scale": torch.ones(())}, "1 tensor belongs to no part of Z-Image: "),
     "integers": ({f"{OUT}.weight": ONES.long()}, "is I64, which is no weight of a known format"),
 }  # fmt: skip
 

@@ -140,7 +140,7 @@ RELATIVES = {
     ),
     "leftover": (
         lambda: comfyui() | {"layers.0.attention.rotary.weight": ONE},
-        "1 tensors belong to no part of Z-Image: layers.0.attention.rotary.weight",
+        "1 tensor belongs to no part of Z-Image: layers.0.attention.rotary.weight",
     ),
     "shape": (
         lambda: comfyui() | {"layers.0.feed_forward.w2.weight": torch.ones(256, 600)},

@@ -26,7 +26,7 @@ from zimage_runner.cli.resume.sweep import job_to_resume, keep_first_settings
 from zimage_runner.cli.sweep.report import exit_codes, known_code, split_overrides
 from zimage_runner.collect.overrides import varying_fields
 from zimage_runner.config.schema import PLUGIN_MODULE
-from zimage_runner.errors import EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, UserError, error_text, one_line
+from zimage_runner.errors import EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, UserError, counted, error_text, one_line
 from zimage_runner.logs import say
 from zimage_runner.outputs.summary import resume_command
 from zimage_runner.outputs.survey import Retry
@@ -60,7 +60,6 @@ class WarmLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run all jobs; their returns in the order given."""
-        from zimage_runner.runner.dry_run import counted
         from zimage_runner.runner.pool import shared_executor
 
         setup_globals()
@@ -103,7 +102,7 @@ class WarmLauncher(Launcher):
         for number, why in found[:COMPLAINTS_TOLD]:
             log.warning("job %d will be refused: %s", number, why)
         if len(found) > COMPLAINTS_TOLD:
-            log.warning("%d jobs in all will be refused", len(found))
+            log.warning("%s in all will be refused", counted(len(found), "job"))
 
     def _compose(self, overrides: list[str], number: int) -> DictConfig:
         config = self.composer.take(self.config, overrides)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from zimage_runner.engines.native.quantised import FORMATS, SCALE, QuantisedLinear
-from zimage_runner.errors import UserError
+from zimage_runner.errors import UserError, counted
 from zimage_runner.weights.packed.format import TENSOR as PACKED
 from zimage_runner.weights.parts import packed_parts
 
@@ -189,10 +189,11 @@ def assign(
             value = owner.weight.data
         setattr(owner, leaf, nn.Parameter(place(owner, leaf, value), requires_grad=False))
     if missing:
-        raise UserError(f"{label}: {len(missing)} tensors are missing: {_some(missing)}")
+        raise UserError(f"{label}: {counted(len(missing), 'tensor is', 'tensors are')} missing: {_some(missing)}")
     extra = [] if part else [name for name in tensors if name not in taken and not re.fullmatch(unused, name)]
     if extra:
-        raise UserError(f"{label}: {len(extra)} tensors belong to no known part of the model: {_some(extra)}")
+        strays = counted(len(extra), "tensor belongs", "tensors belong")
+        raise UserError(f"{label}: {strays} to no known part of the model: {_some(extra)}")
     return module.eval()
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zimage_runner.errors import UserError, one_line
+from zimage_runner.errors import UserError, counted, one_line
 from zimage_runner.weights.adapters.adapter import Adapter, Delta
 from zimage_runner.weights.adapters.changes import (
     Additive,
@@ -103,7 +103,7 @@ def describe_adapter(path: Path, label: str = "") -> list[str]:
         ranks.update(info.shape[:1] if parts[1] in _RANKED else ())
     rank = f", rank {'-'.join(map(str, sorted({min(ranks), max(ranks)})))}" if ranks else ""
     found = ", ".join(f"{kind} of {count} modules" for kind, count in kinds.items()) or "no adapter of Z-Image"
-    lines = [f"file: {path}", f"format: {file.kind}, {file.size / 1e6:.1f} MB, {len(file.tensors)} tensors"]
+    lines = [f"file: {path}", f"format: {file.kind}, {file.size / 1e6:.1f} MB, {counted(len(file.tensors), 'tensor')}"]
     lines.append(f"adapter: {found}{rank}")
     lines += [f"{component}: {len(modules)} modules" for component, modules in targets.items()]
     return [*lines, f"unknown keys: {unknown}"] if unknown else lines

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zimage_runner.errors import UserError
+from zimage_runner.errors import UserError, counted
 from zimage_runner.weights.formats.configs import UnknownShapes, config_of, expected_shapes
 from zimage_runner.weights.formats.decode import PublishedTensor, StoredTensor
 from zimage_runner.weights.formats.files import StoredFile, open_stored
@@ -125,7 +125,7 @@ class CheckpointFile:
         kind = f"GGUF ({architecture or 'no architecture'})" if self.file.kind == "gguf" else "safetensors"
         lines = [
             f"file: {self.path}",
-            f"format: {kind}, {self.file.size / 1e9:.3f} GB, {len(self.file.tensors)} tensors",
+            f"format: {kind}, {self.file.size / 1e9:.3f} GB, {counted(len(self.file.tensors), 'tensor')}",
         ]
         for component in self.components.values():
             prefix = f", prefix {component.prefix}" if component.prefix else ""
@@ -241,11 +241,11 @@ def _check(
     leftover = [tensor.stored.name for name, tensor in tensors.items() if name not in expected]
     wrong = [name for name, shape in expected.items() if name in tensors and tensors[name].shape != shape]
     if missing:
-        raise UserError(f"{file.path}: the {component} lacks {len(missing)} tensors: {kinds_of_names(missing)}")
+        lacks = f"lacks {counted(len(missing), 'tensor')}: {kinds_of_names(missing)}"
+        raise UserError(f"{file.path}: the {component} {lacks}")
     if leftover:
-        raise UserError(
-            f"{file.path}: {len(leftover)} tensors belong to no part of Z-Image: {kinds_of_names(leftover)}"
-        )
+        strays = counted(len(leftover), "tensor belongs", "tensors belong")
+        raise UserError(f"{file.path}: {strays} to no part of Z-Image: {kinds_of_names(leftover)}")
     if wrong:
         name = wrong[0]
         raise UserError(
@@ -272,4 +272,4 @@ def _sizes(component: Component) -> str:
         text = "hidden {hidden_size}, {num_hidden_layers} layers, {num_attention_heads} heads, vocabulary {vocab_size}"
     else:
         text = "channels {block_out_channels}, {latent_channels} latent channels"
-    return f"{text.format(**config)}: {count} tensors"
+    return f"{text.format(**config)}: {counted(count, 'tensor')}"

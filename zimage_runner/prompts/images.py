@@ -1,0 +1,155 @@
+"""Finished pictures as prompts: each one's text, seed and settings, read from its own metadata."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from zimage_runner.errors import UserError
+from zimage_runner.outputs.beneath import Inside
+from zimage_runner.outputs.ledger import RECORD, RECORDS
+from zimage_runner.prompts.base import NOTHING, Prompt, RowSource, Wins
+from zimage_runner.prompts.carried import carry
+from zimage_runner.prompts.generation_data import OWN_PROGRAM, GenerationData, of_comfyui, of_parameters
+from zimage_runner.prompts.notes import warn_once
+from zimage_runner.prompts.rows import SAMPLING_KINDS, check_id, convert, is_unset, seeds_of
+from zimage_runner.prompts.text import check_text, shown
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+@dataclass(kw_only=True, slots=True)
+class Images(RowSource):
+    """``prompts=images prompts.path=outputs/x seeds=0-3``: equal prompts and settings are one prompt."""
+
+    suffixes: ClassVar[tuple[str, ...]] = SUFFIXES
+
+    wins: Wins = Wins.command_line
+    """Where a picture and the command line both set a sampling field or the seeds: command_line, or row."""
+    path: str | None = None
+    """A picture, or a folder with pictures at any depth: runs, multiruns, what collect made."""
+    glob: str | None = None
+    """Pattern, instead of path; ** descends into folders."""
+
+    def read(self) -> Iterator[Prompt]:
+        prompts: dict[object, Prompt] = {}
+        for file in self._files():
+            prompt = prompt_of_picture(file)
+            seeds, same = prompt.seeds, replace(prompt, seeds=None, source="")
+            key = (same.text, same.id, seeds is None, repr((sorted(same.overrides.items()), same.metadata)))
+            first = prompts.setdefault(key, prompt)
+            if first is not prompt and seeds and first.seeds:
+                prompts[key] = replace(first, seeds=tuple(dict.fromkeys((*first.seeds, *seeds))))
+        ids = Counter(prompt.id for prompt in prompts.values())
+        for prompt in prompts.values():  # the same id may have been drawn in several ways
+            yield replace(prompt, id=None) if ids[prompt.id] > 1 else prompt
+
+    def _files(self) -> list[Path]:
+        if (self.path is None) == (self.glob is None):
+            problem = "is not set" if self.path is None else "and prompts.glob are both set"
+            raise UserError(
+                f"prompts.path {problem}: prompts=images needs prompts.path=PICTURE_OR_FOLDER, or "
+                "prompts.glob='outputs/**/*.png'"
+            )
+        if self.path is not None:
+            given = Path(self.path).expanduser()
+            if not given.is_dir():
+                return [given]
+            found = sorted(_pictures_below(given))
+            if not found:
+                raise UserError(f"prompts.path={self.path}: there is no picture (PNG, JPEG, WebP) in this folder")
+            return found
+        pattern = os.path.expanduser(self.glob or "")
+        files = sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file())
+        pictures = [file for file in files if file.suffix.lower() in SUFFIXES]
+        if not pictures:
+            folder = f": for a folder use prompts.path={self.glob}" if Path(pattern).is_dir() else ""
+            raise UserError(
+                f"prompts.glob={self.glob} matches no picture (PNG, JPEG, WebP){folder} (looked from {Path.cwd()})"
+            )
+        return pictures
+
+
+def _pictures_below(folder: Path) -> Iterator[Path]:
+    """Pictures at any depth; of runs and multiruns their items only, not the grids."""
+    for name, folders, files in os.walk(folder):
+        folders[:] = [below for below in folders if not below.startswith(".")]
+        if RECORDS in files:  # a run
+            folders[:] = [below for below in folders if below == "items"]
+            continue
+        if "multirun.yaml" in files:
+            folders[:] = [below for below in folders if below != "grid"]
+            continue
+        yield from (Path(name, file) for file in files if Path(file).suffix.lower() in SUFFIXES)
+
+
+def prompt_of_picture(file: Path) -> Prompt:
+    """The prompt of one picture. Raises UserError for one that says nothing of how it was drawn."""
+    from zimage_runner.outputs.metadata import check_recipe, read_metadata
+
+    where = shown(file)
+    if not file.is_file():
+        raise UserError(f"prompts.path={where} does not exist (looked for {shown(file.absolute())})")
+    said = read_metadata(file, pixels=False)
+    recipe = said.recipe or _record_beside(file)
+    if recipe is not None:
+        check_recipe(recipe, where, ("prompt", "seed", "params"))
+        params = {name: value for name, value in recipe["params"].items() if name in SAMPLING_KINDS}
+        return _prompt(
+            GenerationData(text=recipe["prompt"], values={**params, "seeds": recipe["seed"]}, program=OWN_PROGRAM),
+            where,
+            recipe,
+        )
+    if said.parameters:
+        return _prompt(of_parameters(said.parameters), where)
+    if said.comfyui:
+        return _prompt(of_comfyui(said.comfyui, where), where)
+    raise UserError(
+        f"{where} does not say how it was drawn: it was made without metadata, or stripped of it: leave it out, or "
+        "write its prompt into a text file"
+    )
+
+
+def _record_beside(file: Path) -> dict[str, Any] | None:
+    """The record of a run's picture that was written without metadata (``output.metadata=false``)."""
+    if file.stem != "image":
+        return None
+    try:
+        record = json.loads(Inside(file.parent, RECORD).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and record.get("status") == "ok" else None
+
+
+def _prompt(data: GenerationData, where: str, recipe: dict[str, Any] | None = None) -> Prompt:
+    values = {name: value for name, value in data.values.items() if not is_unset(name, value)}
+    seeds = values.pop("seeds", None)
+    overrides = {name: convert(name, value, where, cfg=data.is_cfg) for name, value in values.items()}
+    if data.program != OWN_PROGRAM:
+        _tell(data, where)
+        if not overrides.get("guidance_scale") and overrides.pop("negative_prompt", None):
+            warn_once("negative", f"{where}: its negative prompt had no effect (CFG scale 1): it is left out")
+    carried = (recipe or {}).get("metadata")
+    name = (recipe or {}).get("id")
+    return Prompt(
+        text=check_text(data.text, where),
+        source=where,
+        id=None if name is None else check_id(name, where),
+        overrides=overrides or NOTHING,
+        seeds=None if seeds is None else seeds_of(seeds, f"{where}: seed"),
+        metadata=carry(carried, where) if isinstance(carried, dict) else NOTHING,
+    )
+
+
+def _tell(data: GenerationData, where: str) -> None:
+    warn_once(
+        "other program",
+        f"{where} was drawn by {data.program}: prompt, negative prompt, steps, CFG scale, seed and size are taken "
+        "from it, and nothing else (model, sampler, LoRAs ...)",
+    )
