@@ -12,6 +12,9 @@ import pytest
 
 Cli = Callable[..., tuple[int, str, str]]
 
+LAUGHS = "x0: &x0 [lol]\n" + "".join(f"x{n}: &x{n} [{', '.join([f'*x{n - 1}'] * 9)}]\n" for n in range(1, 30))
+"""Thirty lines that YAML's aliases make 9 ** 29 entries of."""
+
 TABLE: list[tuple[list[str], str]] = [
     (["+experiment=nope"], "experiment=nope: no such option; available: .*quickstart"),
     (["+experiment=quickstrat"], "did you mean experiment=quickstart?"),
@@ -56,7 +59,9 @@ TABLE: list[tuple[list[str], str]] = [
     (["sampling.guidance_scale=high"], "sampling.guidance_scale=high: not a number: write one such as 2.5$"),
     (["verify=maybe"], "verify=maybe: neither true nor false: write one of them$"),
     (["sampling.height=128,256"], "sampling.height=128,256: add -m to sweep over these values$"),
-    (["name=a,b"], """name=a,b: write name='"a,b"' for text, or add -m to sweep over these values$"""),
+    (["name=a,b"], "name=a,b: add -m to sweep over these values$"),
+    (["prompt=a", "model.revision=a,b"], """model.revision=a,b: write model.revision='"a,b"' for text, or add -m to"""),
+    (["prompt=a", "name=my_cats_(1)"], r"name='my_cats_\(1\)' is not a folder name: use letters, digits, '.', '-' and"),
     (["model.dtype=float8"], "model.dtype=float8: .*expected one of .*bfloat16"),
     (["sampling.height=100"], "sampling.height=100 is not a positive multiple of 16: use 96"),
     (["sampling.height=0"], "sampling.height=0 is not a positive multiple of 16: use 16"),
@@ -182,6 +187,16 @@ def test_typo_in_an_experiment_file_names_the_file(cli: Cli, tmp_path: Path) -> 
         ),
         ("defaults: [/model: zimage_turbo]\n", "model is chosen already: write '- override /model: zimage_turbo'"),
         ("defaults: [override /modle: x]\n", "mine.yaml: modle: no such config group; did you mean model[?]"),
+        (
+            "name: b\nprompts: &a\n  texts: *a\n",
+            r"mine.yaml:2: .*: an alias \(\*name\) stands within what it",
+        ),
+        (f"prompt: {'[' * 3000}{']' * 3000}\n", "mine.yaml:2: not readable as YAML data: it is nested too deeply$"),
+        (f"prompt: {'[' * 150}{']' * 150}\n", "mine.yaml:2: not readable as YAML data: it is nested too deeply$"),
+        (
+            LAUGHS,
+            r"mine.yaml:2: .*: its aliases \(\*name\) make more than 100,000 entries of it",
+        ),
         ("sampling: {steps: 4}\n", "mine.yaml: sampling.steps: no such field; did you mean num_inference_steps[?]"),
     ],
 )

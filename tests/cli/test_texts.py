@@ -151,3 +151,30 @@ def test_a_home_for_hydras_own_directories(cli, tmp_path: Path, monkeypatch: pyt
     code, out, err = cli(*FAST, "hydra.run.dir=~/run")
     assert code == 0, err
     assert Path(out.strip()) == tmp_path / "home" / "run"
+
+
+@pytest.mark.parametrize("value", ["pics_(1)", "a (copy)", "x[1]", "day=1", "choice_(a)", "choices(1)"])
+def test_brackets_are_part_of_a_text(cli, value: str) -> None:
+    """Hydra would read a function, and answers with its grammar."""
+    for words in ([], ["-m"]):
+        code, out, err = cli(*words, "prompt=a", f"output.root={value}", "dry_run=true")
+        assert code == 0, err
+        assert f"in {value}, " in out
+
+
+@pytest.mark.parametrize(
+    ("words", "written"),
+    [
+        (["prompt=a cat,a dog"], """prompt='"a cat","a dog"'"""),
+        (["prompt=x", "sampling.negative_prompt=red,blue"], """sampling.negative_prompt='"red","blue"'"""),
+        (["prompt=a cat, on 1,000 roofs"], None),
+        (["prompt='a,b'"], None),
+        (["""prompt="a cat","a dog\""""], None),
+    ],
+)
+def test_quotation_marks_that_the_shell_has_removed(cli, words: list[str], written: str | None) -> None:
+    _, _, err = cli("-m", *words, "sampling.guidance_scale=1", "dry_run=true")
+    hint = [line for line in err.splitlines() if "for a job of each write" in line]
+    assert [line.rpartition(" write ")[2] for line in hint] == ([written] if written else [])
+    _, _, err = cli(*words, "sampling.guidance_scale=1", "dry_run=true")
+    assert "for a job of each" not in err

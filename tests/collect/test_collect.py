@@ -117,6 +117,50 @@ def test_large_pictures_are_made_smaller_on_a_sheet(run: Path) -> None:
         assert sheet.size == (16 + 8, 2 * (20 + 60) + 4)
 
 
+def test_a_picture_that_two_runs_share_is_collected_once(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As skip_existing leaves them: one file with two names. Another picture of that name is still refused."""
+    second = write_run(run.parent / "two", {("00000_a_cat", 12): {}, ("00002_a_fox", 1): {}})
+    shared = Path("items/00000_a_cat/seed_12/image.png")
+    (second / shared).unlink()
+    os.link(run / shared, second / shared)
+    assert main(["outputs/pets", "into=all"]) == 0
+    assert capsys.readouterr().err == "3 pictures, listed in all/metadata.jsonl\n"
+    assert [row["text"] for row in rows("all")] == ["a cat", "a dog", "a fox"]
+    Image.new("RGB", (320, 160)).save(second / "x.png")
+    os.replace(second / "x.png", second / shared)
+    assert main(["outputs/pets", "into=other"]) == 2
+    assert "gives 00000_a_cat_seed_12.png to both" in capsys.readouterr().err
+
+
+def test_letters_that_no_font_has_are_told(
+    run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from zimage_runner.collect import contact_sheet
+
+    monkeypatch.setattr(contact_sheet, "is_shown", lambda text, font: text.isascii())
+    write_run(run.parent / "two", {("00003_一只猫", 1): {}})
+    assert main(["outputs", "sheet=all.png"]) == 0
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("no font here shows every letter of 1 of the sheet's captions (the first is ")
+    assert "00003" in line
+
+
+def test_pictures_that_were_cut_off_are_left_out(run: Path, capsys: pytest.CaptureFixture[str], caplog) -> None:
+    """One is told of, and draw-again works; an empty one is damaged, too."""
+    write_run(run.parent / "two", {("00003_x", 1): {}})
+    picture = run / "items/00000_a_cat/seed_12/image.png"
+    size = picture.stat().st_size
+    os.truncate(picture, size // 2)
+    os.truncate(run.parent / "two/items/00003_x/seed_1/image.png", 0)
+    assert main(["outputs", "into=all"]) == 0
+    assert [row["text"] for row in rows("all")] == ["a dog"]
+    assert capsys.readouterr().err.endswith("1 picture, listed in all/metadata.jsonl\n")
+    assert next(record.getMessage() for record in caplog.records) == (
+        f"a damaged picture is left out (items/00000_a_cat/seed_12: {size // 2} bytes instead of {size}): draw again "
+        f"with resume={run}"
+    )
+
+
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
@@ -137,6 +181,7 @@ def test_large_pictures_are_made_smaller_on_a_sheet(run: Path) -> None:
         (["outputs", "into=x", "name=same"], "gives same.png to both"),
         (["outputs", "into=x", "name=a/{index}"], "which is no plain file name"),
         (["outputs", "into=f"], "into=f is a file: name a folder"),
+        (["outputs", "into=x.zip"], "into=x.zip: pictures are collected in a folder, not an archive: use into=x, then"),
     ],
 )
 def test_refusals(run: Path, capsys: pytest.CaptureFixture[str], argv: list[str], expected: str) -> None:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 
+from tests.support.prompt_inputs import save_dataset
+from zimage_runner.config.registry import SCHEMAS
 from zimage_runner.errors import UserError
 from zimage_runner.prompts import read_prompts
+from zimage_runner.prompts.base import RowSource, Wins
 from zimage_runner.prompts.csv_file import Csv
+from zimage_runner.prompts.files import FileGlob
 from zimage_runner.prompts.flags import FLAGS
+from zimage_runner.prompts.hf_dataset import HfDataset
+from zimage_runner.prompts.images import Images
 from zimage_runner.prompts.jsonl import Jsonl
+from zimage_runner.prompts.parquet import Parquet
 from zimage_runner.prompts.rows import PROMPT_FIELDS
+from zimage_runner.prompts.stdin import Stdin
 from zimage_runner.prompts.text_file import TextFile
 from zimage_runner.prompts.vocabulary import CFG_NAMES, FIELD_OF, LETTERS, guidance_of_cfg, in_our_words, meant
 from zimage_runner.sampling import SAMPLING_FIELDS
@@ -192,9 +201,43 @@ def test_seeds_of_the_command_line(cli, tmp_path):
     assert "p.jsonl:1 sets seeds: the command line wins" in err
 
 
-def test_every_source_with_rows_has_the_option():
-    from zimage_runner.config.registry import SCHEMAS
+def _every_table(folder):
+    """Option and source of each kind, of two rows that set steps and seeds."""
+    pyarrow = pytest.importorskip("pyarrow")
+    columns = {"text": ["a", "b"], "num_inference_steps": [8, 8], "seeds": ["1", "1"]}
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    (folder / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "p.csv").write_text("text,num_inference_steps,seeds\na,8,1\nb,8,1\n")
+    (folder / "p.tsv").write_text("text\tnum_inference_steps\tseeds\na\t8\t1\nb\t8\t1\n")
+    (folder / "p.txt").write_text("a --s 8 --d 1\nb --s 8 --d 1\n")
+    pyarrow.parquet.write_table(pyarrow.table(columns), folder / "p.parquet")
+    save_dataset(folder / "set", columns)
+    yield from ((Jsonl, "p.jsonl"), (Csv, "p.csv"), (Csv, "p.tsv"), (TextFile, "p.txt"), (Parquet, "p.parquet"))
+    yield from ((FileGlob, f"*.{kind}") for kind in ("jsonl", "csv", "txt", "parquet"))
+    yield HfDataset, "set"
 
+
+@pytest.mark.parametrize("wins", list(Wins))
+def test_whose_word_holds_for_every_table(tmp_path, monkeypatch, caplog, wins):
+    pytest.importorskip("pyarrow.parquet")
+    monkeypatch.chdir(tmp_path)
+    kinds = set()
+    for kind, name in _every_table(tmp_path):
+        caplog.clear()
+        named = {"glob": name} if kind is FileGlob else {"path": name}
+        prompts = read_prompts(kind(**named, wins=wins, typed=["num_inference_steps", "seeds", "width"]))
+        kept = ({"num_inference_steps": 8}, (1,)) if wins is Wins.row else ({}, None)
+        assert [(prompt.overrides, prompt.seeds) for prompt in prompts] == [kept] * 2, name
+        (line,) = [record.getMessage() for record in caplog.records]
+        said = "this wins over the command line; prompts.wins=command_line if not"
+        said = said if wins is Wins.row else "the command line wins"
+        assert line.endswith(f" and 1 more set num_inference_steps, seeds: {said}"), name
+        kinds.add(kind)
+    elsewhere = {Stdin, Images}  # tests/prompts/test_command_line.py, test_images.py
+    assert kinds | elsewhere == {schema for schema in SCHEMAS["prompts"].values() if issubclass(schema, RowSource)}
+
+
+def test_every_source_with_rows_has_the_option():
     have = {
         name for name, schema in SCHEMAS["prompts"].items() if "wins" in {f.name for f in dataclasses.fields(schema)}
     }

@@ -33,6 +33,10 @@ PLAIN_OPTION = "inline"
 """The option of ``prompts`` that says nothing of what is drawn."""
 
 
+files_read: dict[str, Path] = {}
+"""The user's own config files that the command line is composed of, by their names below the config folder."""
+
+
 @dataclass(kw_only=True)
 class Layer:
     """What one file of the run says: a base of the user's own, or an experiment."""
@@ -65,6 +69,7 @@ def later_choices_replace(words: Sequence[str]) -> Iterator[None]:
     """While this lasts, what Hydra composes follows the rule. ``words``: the command line, which is the last layer."""
     given = {word.partition("=")[0].lstrip("+"): word.partition("=")[2] for word in words if "=" in word}
     rule = _Rule(given)
+    files_read.clear()
     loader: Any = config_loader_impl
     create, load = loader.create_defaults_list, ConfigLoaderImpl._load_single_config
 
@@ -82,6 +87,9 @@ def later_choices_replace(words: Sequence[str]) -> Iterator[None]:
         result = load(self, default, repo)
         path = foreign_file(result, default.config_path or "")
         if path is not None and Path(path).is_file() and isinstance(result.config, DictConfig):
+            name = f"{(default.config_path or '').removesuffix('.yaml')}.yaml"
+            if ".." not in name.split("/") and not name.startswith("/"):
+                files_read[name] = Path(path)
             keep_texts(result.config, default.package or "", Path(path), f"{default.config_path}.yaml")
         return rule.without_what_is_replaced(result, default)
 

@@ -19,11 +19,11 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from zimage_runner.cli.foreign import TRUST, files_are_data
-from zimage_runner.cli.hydra_patches import composed_once, to_yaml
+from zimage_runner.cli.hydra_patches import bounded_yaml, composed_once, to_yaml
 from zimage_runner.cli.interpolation import literal
-from zimage_runner.cli.layers import later_choices_replace
+from zimage_runner.cli.layers import files_read, later_choices_replace
 from zimage_runner.cli.messages import CONFIG_ERRORS, explain, typed
-from zimage_runner.cli.quoting import quote_free_text
+from zimage_runner.cli.quoting import lost_quotes, quote_free_text
 from zimage_runner.cli.resume.command_line import resume_command_line
 from zimage_runner.cli.resume.settings import restore
 from zimage_runner.cli.sweep.launcher import register_launcher
@@ -33,7 +33,7 @@ from zimage_runner.config.paths import CONFIG_DIR
 from zimage_runner.config.registry import register
 from zimage_runner.config.schema import Composed, RunConfig
 from zimage_runner.errors import EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK, UserError
-from zimage_runner.logs import LogFormat, log_to_terminal, refuse, use_format
+from zimage_runner.logs import LogFormat, log_to_terminal, refuse, say, use_format
 from zimage_runner.outputs.run_dir import remove_if_empty, remove_with_name
 
 _exit_codes: list[int | Future[int]] = []
@@ -66,12 +66,19 @@ def main(argv: Sequence[str], take: Callable[[Composed], int | Future[int]] = _r
     try:
         use_format(_format_of(argv))
         typed_words = readable([word for word in argv if word != TRUST])
+        for hint in lost_quotes(typed_words):
+            say(f"zimage_runner: {hint}")
         words = quote_free_text(readable(resume_command_line(typed_words)))
         sys.argv = [sys.argv[0], *words]
         own = names_config_dir(typed_words) or not names_config_dir(words)
         # Hydra prints --info through logging, which would tell of each line that `head` did not wait for.
         logging.raiseExceptions = not any(word.startswith(("--info", "-i")) for word in words)
-        with files_are_data(trusted=TRUST in argv, own=own), later_choices_replace(words), composed_once(words):
+        with (
+            bounded_yaml(),
+            files_are_data(trusted=TRUST in argv, own=own),
+            later_choices_replace(words),
+            composed_once(words),
+        ):
             job()
     except UserError as error:
         return refuse(str(error))
@@ -133,7 +140,8 @@ def _validated(cfg: DictConfig) -> RunConfig:
 
 
 def composed_files(cfg: DictConfig) -> dict[str, str]:
-    """What Hydra leaves in ``.hydra/``: the config, its own settings and the overrides, as YAML texts.
+    """What Hydra leaves in ``.hydra/``: the config, its own settings and the overrides, as YAML texts,
+    and the user's own config files that it was composed of.
 
     The config's interpolations are resolved: whoever resumes the run looks nothing up for it.
     """
@@ -142,6 +150,7 @@ def composed_files(cfg: DictConfig) -> dict[str, str]:
         "config.yaml": to_yaml(literal(OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))),
         "hydra.yaml": to_yaml(OmegaConf.create({"hydra": hydra_cfg})),
         "overrides.yaml": to_yaml(hydra_cfg.overrides.task),
+        **{f"configs/{name}": file.read_text(encoding="utf-8") for name, file in files_read.items()},
     }
 
 

@@ -157,7 +157,7 @@ def _sweep_without_multirun(text: str) -> str | None:
         return f"{key}={value}: {list_form}add -m to sweep over these values"
     if re.fullmatch(r"\w+\(.*\)", value, re.S):
         return f"{key}={value}: add -m to sweep over these values"
-    kind = kind_of(key)
+    kind = "" if key == "name" else kind_of(key)  # a folder's name has no comma
     remedies = [f"write {key}='[{value}]' for a list"] if "list" in kind or "Any" in kind else []
     remedies += [f"write {key}='\"{value}\"' for text"] if "str" in kind or "Any" in kind else []
     told = f"{', '.join(remedies)}, or " if remedies else ""

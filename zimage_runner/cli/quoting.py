@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from zimage_runner.cli.fields import free_texts, texts
-from zimage_runner.errors import UserError
+from zimage_runner.errors import UserError, one_line
 
 OPEN_MAPPINGS = ("prompts.columns", "prompts.template.fill")
 """Mappings whose keys are the user's own. Hydra wants ``++`` before a new key, which nobody should have to know."""
@@ -31,6 +31,11 @@ _PLAIN = re.compile(r"(?!(?:true|false|null|nan|inf)$)[A-Za-z][A-Za-z0-9_.+-]*|0
 """What means the same to Hydra without quotes. Of other numbers it would lose what was typed (3.10, 007, 1_000)."""
 _PLAIN_WORDS = re.compile(r"[^\[\]{}()\"'$\\=]+")
 """No list, no mapping, no function, no interpolation, nothing quoted."""
+_FUNCTIONS = ("choice", "range", "interval", "glob", "shuffle", "sort", "tag", "int", "float", "str", "bool")
+"""Hydra's functions. What else stands before a bracket, as in ``my_cats_(1)``, is a part of the text."""
+_WITH_BRACKETS = re.compile(rf"(?![\[{{])(?!(?:{'|'.join(_FUNCTIONS)}|json_str|extend_list)\()[^,\"'$\\]+")
+_LOST_QUOTES = re.compile(r"[^,\s][^,]*,[^\s\d]")
+"""Words with a comma that no blank follows: nobody writes a sentence so, but a shell makes it of "a cat","a dog"."""
 _QUOTED_CHOICE = re.compile(rf"(?s)choice\(\s*((?:{_QUOTED.pattern[4:]})(?:\s*,\s*(?:{_QUOTED.pattern[4:]}))*)\s*\)")
 MISSING = "???"
 _ESCAPED = re.compile(r"\\([\\()\[\]{}:=, \t])")
@@ -47,6 +52,23 @@ def quote_free_text(argv: Sequence[str], multirun: bool | None = None) -> list[s
     """
     multirun = is_multirun(argv) if multirun is None else multirun
     return [_quote(arg, multirun) for arg in argv]
+
+
+def lost_quotes(argv: Sequence[str]) -> list[str]:
+    """What to say of texts of a multirun that look like several whose quotation marks the shell has eaten."""
+    if not is_multirun(argv):
+        return []
+    pairs = [(name.lstrip("+"), value) for name, _, value in (word.partition("=") for word in argv)]
+    return [
+        f"{name}={one_line(value, 60)} is one value, because the shell removes the outer quotation marks; for a job of "
+        f"each write {name}='{','.join(_double_quoted(part) for part in value.split(','))}'"
+        for name, value in pairs
+        if name in free_texts() and _LOST_QUOTES.match(value) and not set("\"'()[]{}") & set(value)
+    ]
+
+
+def _double_quoted(text: str) -> str:
+    return f'"{text.strip()}"'
 
 
 def is_multirun(argv: Sequence[str]) -> bool:
@@ -71,6 +93,8 @@ def _quote(arg: str, multirun: bool) -> str:
             return f"{key}={choice[1]}"  # the same, and Hydra keeps the quotation marks of these
         keep = value == "null" or _is_quoted(value) or (multirun and _is_sweep(value))
         return arg if keep else f"{key}={hydra_quote(value)}"
+    if texts().get(name) == "text" and _WITH_BRACKETS.fullmatch(value) and not _PLAIN_WORDS.fullmatch(value):
+        return f"{key}={hydra_quote(value)}"
     is_one = multirun or "," not in value  # else Hydra tells how a text with a comma is written
     if texts().get(name) == "text" and is_one and _PLAIN_WORDS.fullmatch(value):
         return f"{key}={','.join(_text(part.strip()) for part in value.split(','))}"

@@ -90,8 +90,8 @@ def _collect(runs: list[str], fields: dict[str, str]) -> int:
             raise UserError(f"{' '.join(runs)}: no picture there {what}; {called(PROGRAM)} view marks them")
     if "into" in fields:
         folder = Path(fields["into"]).expanduser()
-        table = collect_into(folder, pictures, fields.get("name", NAME), overwrite=overwrite, output=output)
-        print(f"{counted(len(pictures), 'picture')}, listed in {table}", file=sys.stderr)
+        table, number = collect_into(folder, pictures, fields.get("name", NAME), overwrite=overwrite, output=output)
+        print(f"{counted(number, 'picture')}, listed in {table}", file=sys.stderr)
         print(folder)
     if "sheet" in fields:
         for page in draw_sheets(Path(fields["sheet"]).expanduser(), pictures, layout):

@@ -29,8 +29,10 @@ _BLOCK = 1 << 20
 
 def collect_into(
     folder: Path, pictures: Sequence[Picture], name: str, *, overwrite: bool = False, output: Output | None = None
-) -> Path:
-    """Link, copy or convert each picture into ``folder`` as ``name`` says and write the table, whose path is returned.
+) -> tuple[Path, int]:
+    """Link, copy or convert each picture into ``folder`` as ``name`` says, and write the table.
+
+    Return the table's path and how many pictures are in it; a file that several runs share is one picture.
 
     output: the format that pictures of other formats are converted to; None keeps them as they are.
 
@@ -61,7 +63,7 @@ def collect_into(
             pool.shutdown(cancel_futures=True)
             raise
     atomic.replace_file(folder / TABLE, "".join(compact_json(row) + "\n" for row in rows).encode())
-    return folder / TABLE
+    return folder / TABLE, len(rows)
 
 
 def _conversion(picture: Picture, output: Output | None) -> Output | None:

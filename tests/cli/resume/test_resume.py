@@ -478,6 +478,20 @@ def test_a_link_in_a_multirun_is_not_followed(cli: Cli, tmp_path: Path, link: st
     code, _, err = cli(f"resume={sweep}")
     assert code == 2
     assert expected in err
-    assert (
-        not (tmp_path / "elsewhere").is_file() or (tmp_path / "elsewhere").read_text(encoding="utf-8") == "hydra: {}\n"
-    )
+    assert not (tmp_path / "elsewhere").is_file() or (tmp_path / "elsewhere").read_text() == "hydra: {}\n"
+
+
+def test_options_of_ones_own_are_kept_with_the_run(cli: Cli) -> None:
+    """The folder with the experiment and the model's option may be gone."""
+    for name, text in {
+        "model/mine": "defaults: [zimage_nano, _self_]\nname: mine\n",
+        "experiment/x": "# @package _global_\ndefaults: [{override /model: mine}]\n",
+    }.items():
+        Path(f"c/{name}.yaml").parent.mkdir(parents=True)
+        Path(f"c/{name}.yaml").write_text(text)
+    run = first_run(cli, "--config-dir=c", "+experiment=x")
+    shutil.rmtree("c")
+    next(run.glob("items/*/*/image.png")).unlink()
+    code, _, err = cli(f"resume={run}")
+    assert code == 0, err
+    assert_whole(run, 4)

@@ -82,34 +82,66 @@ def test_the_plan_of_a_sweep(cli: Cli) -> None:
     assert lines[-1] == "4 jobs, 6 pictures to draw in all"
 
 
-@pytest.mark.parametrize("where", ["experiment", "file"])
-def test_a_job_that_was_never_begun_is_as_it_was_or_refused(cli: Cli, where: str) -> None:
+def test_a_job_that_was_never_begun_is_as_it_was_or_refused(cli: Cli) -> None:
     texts = Path("p.txt")
-    texts.write_text("a cat\n", encoding="utf-8")
-    before = {"experiment": "prompts: {texts: [a cat]}"}.get(where, "prompts: {path: p.txt}")
-    choose = "" if where == "experiment" else "defaults: [{override /prompts: text_file}]\n"
-    mine = experiments(cats=choose + before)
+    texts.write_text("a cat\n")
+    mine = experiments(cats="defaults: [{override /prompts: text_file}]\nprompts: {path: p.txt}")
     code, _, err = cli("-m", mine, "+experiment=cats", *FAST[:1], *FAST[2:], "seeds=1,2", "hydra.sweep.dir=sw")
     assert code == 0, err
     shutil.rmtree("sw/1")
-    if where == "experiment":
-        experiments(cats="prompts: {texts: [a dog]}")
-        changed = "prompts.texts was ['a cat'], now ['a dog']"
-    else:
-        texts.write_text("a dog\n", encoding="utf-8")
-        changed = "p.txt has changed"
+    texts.write_text("a dog\n")
     code, _, err = cli("resume=sw")
     assert code == 2
     assert (
-        f"job 1 was never begun, and would not draw what it was to draw when the multirun began: {changed}: put" in err
+        "job 1 was never begun, and would not draw what it was to draw when the multirun began: p.txt has changed: put"
+        in err
     )
     assert not Path("sw/1").exists()
-    experiments(cats=choose + before)
-    texts.write_text("a cat\n", encoding="utf-8")
+    texts.write_text("a cat\n")
     code, _, err = cli("resume=sw")
     assert code == 0, err
-    record = json.loads(next(Path("sw/1").glob("items/*/*/record.json")).read_text(encoding="utf-8"))
-    assert (record["prompt"], record["seed"]) == ("a cat", 2)
+    assert drawn("sw/1") == ("a cat", 2)
+
+
+def drawn(job: str) -> tuple[str, int]:
+    (record,) = Path(job).glob("items/*/*/record.json")
+    said = json.loads(record.read_text())
+    return said["prompt"], said["seed"]
+
+
+@pytest.mark.parametrize("fate", ["edited", "renamed", "broken", "folder gone", "moved with the folder"])
+def test_a_multirun_needs_only_its_own_directory(cli: Cli, fate: str) -> None:
+    """Its experiments and the bases that they build on are as they were when it began, for jobs not begun as well."""
+    mine = experiments(base="name: b\nsampling: {num_inference_steps: 1}", a="defaults: [base, _self_]\nprompt: a cat",
+                       b="defaults: [base, _self_]\nprompt: a fox")  # fmt: skip
+    code, _, err = cli("-m", mine, "+experiment=a,b", *FAST[1:], "hydra.sweep.dir=sw")
+    assert code == 0, err
+    shutil.rmtree("sw/1")
+    next(Path("sw/0").glob("items/*/*/image.png")).unlink()
+    sweep = "sw"
+    if fate == "edited":
+        experiments(a="prompt: a dog", b="prompt: a dog")
+    elif fate == "renamed":
+        Path("c/experiment/b.yaml").rename("c/experiment/other.yaml")
+    elif fate == "broken":
+        Path("c/experiment/base.yaml").write_text("[: {")
+    else:
+        shutil.rmtree("c")
+        sweep = str(Path("sw").rename("elsewhere")) if "moved" in fate else sweep
+    code, _, err = cli(f"resume={sweep}")
+    assert code == 0, err
+    assert [drawn(f"{sweep}/{job}") for job in (0, 1)] == [("a cat", 1), ("a fox", 1)]
+
+
+def test_a_link_among_the_kept_config_files_is_refused(cli: Cli) -> None:
+    code, _, err = cli("-m", experiments(a="prompt: a cat"), "+experiment=a", *FAST, "hydra.sweep.dir=sw")
+    assert code == 0, err
+    kept = Path("sw/.hydra/configs/experiment/a.yaml")
+    kept.unlink()
+    kept.symlink_to(Path("c/experiment/a.yaml").absolute())
+    code, _, err = cli("resume=sw")
+    assert code == 2
+    assert err.endswith(".hydra/configs/experiment/a.yaml is a link: put a plain file there\n")
 
 
 def test_a_launcher_chosen_in_an_experiment_is_refused(cli: Cli) -> None:

@@ -56,7 +56,7 @@ def resume_command_line(argv: Sequence[str]) -> list[str]:
     kept = [override for override in without_replaced(saved, others) if override_key(override) not in mine]
     quoted = hydra_quote(str(directory))
     return [
-        *(config_dirs(saved_runtime(directory), others) if choices_of_others(kept) else ()),
+        *(config_dirs(directory, saved_runtime(directory), others) if choices_of_others(kept) else ()),
         *kept,
         *others,
         f"resume={quoted}",

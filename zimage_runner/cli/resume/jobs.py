@@ -10,13 +10,14 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from zimage_runner.cli.resume.saved import CONFIGS
 from zimage_runner.cli.resume.settings import changed_fields, leaves
 from zimage_runner.errors import UserError
 from zimage_runner.outputs import atomic, beneath
@@ -33,6 +34,16 @@ def keep_jobs(directory: Path, configs: Sequence[DictConfig]) -> None:
         beneath.make_dirs(folder, str(PurePosixPath(JOBS).parent))
         before = Inside(directory, JOBS).read_bytes() if (directory / JOBS).is_file() else b""
         atomic.write_file(folder, JOBS, before + "".join(f"{line}\n" for line in lines).encode())
+
+
+def keep_config_files(directory: Path, files: Mapping[str, Path]) -> None:
+    """Copy config files, given by their names below the config folder; those that are kept already stay as they are."""
+    with atomic.directory(directory) as folder:
+        for name, file in files.items():
+            kept = f"{CONFIGS}/{name}"
+            if not os.path.lexists(directory / kept):
+                beneath.make_dirs(folder, str(PurePosixPath(kept).parent))
+                atomic.write_file(folder, kept, file.read_bytes())
 
 
 def check_unchanged(directory: Path, configs: Sequence[DictConfig]) -> None:

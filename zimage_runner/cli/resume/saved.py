@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from zimage_runner.outputs.beneath import Inside, NotPlain
 from zimage_runner.outputs.parsed import from_yaml
 
 SETTINGS = ".hydra/overrides.yaml"
+CONFIGS = ".hydra/configs"
+"""Copies of the user's own config files, so that they may be edited or gone when the run or multirun is resumed."""
 OF_THIS_PROCESS = ("resume", "retry", "verify", "dry_run")
 """Fields that belong to one process, not to the run."""
 _OPTION = re.compile(r"\w[\w+-]*(?:\.\w[\w+-]*)*(?:/\w[\w+-]*)*")
@@ -120,10 +123,19 @@ def saved_runtime(directory: Path) -> Any:
     return _entry(_entry(read_yaml(directory, ".hydra/hydra.yaml"), "hydra"), "runtime")
 
 
-def config_dirs(runtime: Any, others: Sequence[str]) -> list[str]:
-    """--config-dir of the first run, unless given again: experiments of the user's own live there."""
+def config_dirs(directory: Path, runtime: Any, others: Sequence[str]) -> list[str]:
+    """--config-dir of the run's own copies, unless given again; where it has none, the folder that it was started with.
+
+    Raises UserError if there is a link among the copies.
+    """
     if names_config_dir(others):
         return []
+    folder = directory / CONFIGS
+    if os.path.lexists(folder):
+        for path in (folder.parent, folder, *folder.rglob("*")):
+            if path.is_symlink():
+                raise UserError(f"resume={directory}: {path.relative_to(directory)} is a link: put a plain file there")
+        return [f"--config-dir={folder}"]
     sources = _entry(runtime, "config_sources", [])
     sources = sources if isinstance(sources, list) else []
     paths = [str(_entry(source, "path", "")) for source in sources if _entry(source, "provider") == "command-line"]

@@ -95,7 +95,8 @@ def sweep_command_line(directory: Path, others: Sequence[str]) -> list[str]:
         )
     quoted = hydra_quote(str(directory))
     return [
-        "-m", *config_dirs(runtime, others), *kept, *(text for text in others if text not in ("-m", "--multirun")),
+        "-m", *config_dirs(directory, runtime, others), *kept,
+        *(text for text in others if text not in ("-m", "--multirun")),
         "hydra/launcher=warm", f"hydra.sweep.dir={quoted}", f"resume={quoted}",
     ]  # fmt: skip
 

@@ -20,8 +20,9 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from zimage_runner.cli.hydra_patches import compose_quickly
+from zimage_runner.cli.layers import files_read
 from zimage_runner.cli.messages import CONFIG_ERRORS
-from zimage_runner.cli.resume.jobs import check_unchanged, keep_jobs
+from zimage_runner.cli.resume.jobs import check_unchanged, keep_config_files, keep_jobs
 from zimage_runner.cli.resume.sweep import job_to_resume, keep_first_settings
 from zimage_runner.cli.sweep.report import exit_codes, known_code, split_overrides
 from zimage_runner.collect.overrides import varying_fields
@@ -73,6 +74,7 @@ class WarmLauncher(Launcher):
         else:
             if not self.config.dry_run:
                 keep_jobs(directory, configs)
+                keep_config_files(directory, files_read)
             self._tell_complaints(configs)
         labels = job_labels(job_overrides, initial_job_idx)
         returns: dict[int, JobReturn] = {}

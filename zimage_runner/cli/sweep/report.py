@@ -16,7 +16,7 @@ from typing import Any
 from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from zimage_runner.cli.hydra_patches import parse_override, split_sweep
 from zimage_runner.cli.quoting import hydra_quote
@@ -98,7 +98,8 @@ class SweepReport(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Keep all jobs in one directory: what a job varies (its name, its experiment) would else lead it elsewhere."""
         directory = str(config.hydra.sweep.dir)
-        others = [text for text in config.hydra.overrides.hydra if not text.lstrip("+").startswith("hydra.sweep.dir=")]
+        given = OmegaConf.to_container(config.hydra.overrides.hydra, resolve=False)  # ${hydra.job.num} is not known yet
+        others = [text for text in given if not text.lstrip("+").startswith("hydra.sweep.dir=")]
         config.hydra.overrides.hydra = [*others, f"hydra.sweep.dir={hydra_quote(directory)}"]
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
