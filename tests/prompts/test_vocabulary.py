@@ -215,16 +215,18 @@ def _every_table(folder):
     yield from ((Jsonl, "p.jsonl"), (Csv, "p.csv"), (Csv, "p.tsv"), (TextFile, "p.txt"), (Parquet, "p.parquet"))
     yield from ((FileGlob, f"*.{kind}") for kind in ("jsonl", "csv", "txt", "parquet"))
     yield HfDataset, "set"
+    yield Stdin, "p.txt"
 
 
 @pytest.mark.parametrize("wins", list(Wins))
 def test_whose_word_holds_for_every_table(tmp_path, monkeypatch, caplog, wins):
     pytest.importorskip("pyarrow.parquet")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("zimage_runner.prompts.stdin._stdin_bytes", lambda: (tmp_path / "p.txt").read_bytes())
     kinds = set()
     for kind, name in _every_table(tmp_path):
         caplog.clear()
-        named = {"glob": name} if kind is FileGlob else {"path": name}
+        named = {"glob": name} if kind is FileGlob else {} if kind is Stdin else {"path": name}
         prompts = read_prompts(kind(**named, wins=wins, typed=["num_inference_steps", "seeds", "width"]))
         kept = ({"num_inference_steps": 8}, (1,)) if wins is Wins.row else ({}, None)
         assert [(prompt.overrides, prompt.seeds) for prompt in prompts] == [kept] * 2, name
@@ -233,8 +235,7 @@ def test_whose_word_holds_for_every_table(tmp_path, monkeypatch, caplog, wins):
         said = said if wins is Wins.row else "the command line wins"
         assert line.endswith(f" and 1 more set num_inference_steps, seeds: {said}"), name
         kinds.add(kind)
-    elsewhere = {Stdin, Images}  # tests/prompts/test_command_line.py, test_images.py
-    assert kinds | elsewhere == {schema for schema in SCHEMAS["prompts"].values() if issubclass(schema, RowSource)}
+    assert kinds | {Images} == {schema for schema in SCHEMAS["prompts"].values() if issubclass(schema, RowSource)}
 
 
 def test_every_source_with_rows_has_the_option():
