@@ -37,7 +37,7 @@ ARROWS: dict[str, set[str]] = {
     },  # view: a run ends with its report
     "cli": {"collect", "config", "model", "outputs", "prompts", "runner", "view"},  # view: so does a multirun
     "startup": {"cli", "config", "engines", "runner", "weights"},
-    "prompts.images": {"outputs", "sampling"},  # a picture's metadata
+    "prompts.images": {"model", "outputs", "sampling"},  # a picture's metadata
     # loose modules
     "errors": set(),
     "logs": {"errors"},

@@ -178,3 +178,13 @@ def test_quotation_marks_that_the_shell_has_removed(cli, words: list[str], writt
     assert [line.rpartition(" write ")[2] for line in hint] == ([written] if written else [])
     _, _, err = cli(*words, "sampling.guidance_scale=1", "dry_run=true")
     assert "for a job of each" not in err
+
+
+def test_a_prompt_that_is_a_files_name_is_told(cli, tmp_path) -> None:
+    (tmp_path / "p.txt").write_text("a cat\n")
+    _, _, err = cli("prompt=p.txt", "dry_run=true")
+    assert err == (
+        "zimage_runner: prompt=p.txt is drawn as text; for what is in the file write prompts=text_file "
+        "prompts.path=p.txt\n"
+    )
+    assert cli("prompt=a sign that says q.txt", "dry_run=true")[2] == ""

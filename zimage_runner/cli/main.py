@@ -23,7 +23,7 @@ from zimage_runner.cli.hydra_patches import bounded_yaml, composed_once, to_yaml
 from zimage_runner.cli.interpolation import literal
 from zimage_runner.cli.layers import files_read, later_choices_replace
 from zimage_runner.cli.messages import CONFIG_ERRORS, explain, typed
-from zimage_runner.cli.quoting import lost_quotes, quote_free_text
+from zimage_runner.cli.quoting import hints, quote_free_text
 from zimage_runner.cli.resume.command_line import resume_command_line
 from zimage_runner.cli.resume.settings import restore
 from zimage_runner.cli.sweep.launcher import register_launcher
@@ -66,7 +66,7 @@ def main(argv: Sequence[str], take: Callable[[Composed], int | Future[int]] = _r
     try:
         use_format(_format_of(argv))
         typed_words = readable([word for word in argv if word != TRUST])
-        for hint in lost_quotes(typed_words):
+        for hint in hints(typed_words):
             say(f"zimage_runner: {hint}")
         words = quote_free_text(readable(resume_command_line(typed_words)))
         sys.argv = [sys.argv[0], *words]

@@ -31,8 +31,10 @@ from zimage_runner.cli.file_mistakes import (
     misplaced,
     missing_package,
 )
+from zimage_runner.cli.words import OWN_EXPERIMENT
 from zimage_runner.config.paths import CONFIG_DIR
 from zimage_runner.errors import PROGRAM, UserError, called, exception_chain
+from zimage_runner.prompts.foreign import remedy_for_flag
 from zimage_runner.prompts.vocabulary import cfg_hint
 
 CONFIG_ERRORS = (HydraException, ConfigCompositionException, OmegaConfBaseException, YAMLError)
@@ -47,6 +49,27 @@ PLAIN_WORDS = {
     "is not a valid bool": "neither true nor false: write one of them",
 }
 """What OmegaConf says of a value, and what people understand."""
+MEANT = {
+    "help": "--help",
+    "version": "--version",
+    "list": "status",
+    "models": "--help model",
+    **dict.fromkeys(("draw", "generate", "sample", "txt2img"), "run prompt='...'"),
+}
+"""Words of other command lines, and what does it here."""
+OTHER_FIELDS = {
+    **dict.fromkeys(("size", "resolution"), "write sampling.width=W sampling.height=H"),
+    **dict.fromkeys(("fp16", "bf16", "half", "precision"), "write model.dtype=float16 (or bfloat16, float32)"),
+    **dict.fromkeys(("verbose", "debug"), "every run writes run.log, with all there is to say; leave it out"),
+    **dict.fromkeys(("overwrite", "force"), "every run has a new folder, nothing is overwritten; leave it out"),
+    **dict.fromkeys(
+        ("num_images", "num_images_per_prompt", "samples", "n_iter", "batch_count", "count"),
+        "for several pictures give several seeds, seeds=1-4",
+    ),
+    **dict.fromkeys(("image", "img", "init_image", "input"), "pictures are not read as input; leave it out"),
+    "config": f"experiments of your own are in a folder: {OWN_EXPERIMENT}",
+}
+"""Fields of other programs that have no counterpart of one word; more are in ``prompts.foreign``."""
 
 
 def explain(error: BaseException) -> str:
@@ -116,19 +139,29 @@ def _no_assignment(text: str) -> str | None:
     if match is None:
         return None
     word = match["word"]
+    if word in MEANT:
+        return f"{word}: write {called(PROGRAM)} {MEANT[word]}"
     if (CONFIG_DIR / "experiment" / f"{word.lstrip('+')}.yaml").is_file():
         return f"{word}: write +experiment={word.lstrip('+')}"
     known = [*known_fields(""), *known_fields(word.rpartition(".")[0])]
     if word.rpartition(".")[2] in known:
-        return f"{word}: write field=value, here {word}=..."
+        return f"{word}: write field=value, here {word}={_example(word)}"
     if word in COMMANDS:
         return f"{word}: a command is the first word: {called(PROGRAM)} {word} ..."
     close = difflib.get_close_matches(word, [*COMMANDS, *known], 1)
     if close and close[0] in COMMANDS:
         return f"{word}: no such command; did you mean {called(PROGRAM)} {close[0]}? Commands: {', '.join(COMMANDS)}"
-    hint = f"did you mean {close[0]}=...?" if close else "for the text of a picture prompt='...', or see --help"
+    hint = (
+        f"did you mean {close[0]}={_example(close[0])}?"
+        if close
+        else "for the text of a picture prompt='...', or see --help"
+    )
     commands = "" if close or not word.isidentifier() else f"; commands: {', '.join(COMMANDS)}"
     return f"{word}: write field=value; {hint}{commands}"
+
+
+def _example(field: str) -> str:
+    return "latest" if field == "resume" else "true" if kind_of(field) == "bool" else "..."
 
 
 def _bad_value(chain: list[BaseException]) -> str | None:
@@ -158,6 +191,8 @@ def _sweep_without_multirun(text: str) -> str | None:
     if re.fullmatch(r"\w+\(.*\)", value, re.S):
         return f"{key}={value}: add -m to sweep over these values"
     kind = "" if key == "name" else kind_of(key)  # a folder's name has no comma
+    if key == "seeds":
+        return f"{key}={value}: write {key}='[{value}]' for all in one run, or add -m to sweep over these values"
     remedies = [f"write {key}='[{value}]' for a list"] if "list" in kind or "Any" in kind else []
     remedies += [f"write {key}='\"{value}\"' for text"] if "str" in kind or "Any" in kind else []
     told = f"{', '.join(remedies)}, or " if remedies else ""
@@ -208,6 +243,8 @@ def _unknown_field(text: str) -> str | None:
     if full == "experiment" and where:
         return missing_package(text)
     known = known_fields(parent)
+    if not parent and (remedy := OTHER_FIELDS.get(full) or remedy_for_flag(full, "")):
+        return f"{where}{full}: no such field: {remedy.rstrip('.')}"
     if not parent and (groups := groups_with(match["key"])):
         return f"{where}{full}: no such field; did you mean {' or '.join(groups)}?{cfg_hint(match['key'])}"
     close = closest(match["key"], parent)

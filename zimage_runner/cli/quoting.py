@@ -9,11 +9,13 @@ of the entry's own: ``[a cat (8k, hdr), a dog]`` are two.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
-from zimage_runner.cli.fields import free_texts, texts
+from zimage_runner.cli.fields import free_texts, reader_of, texts
 from zimage_runner.errors import UserError, one_line
 
 OPEN_MAPPINGS = ("prompts.columns", "prompts.template.fill")
@@ -54,10 +56,21 @@ def quote_free_text(argv: Sequence[str], multirun: bool | None = None) -> list[s
     return [_quote(arg, multirun) for arg in argv]
 
 
-def lost_quotes(argv: Sequence[str]) -> list[str]:
-    """What to say of texts of a multirun that look like several whose quotation marks the shell has eaten."""
-    if not is_multirun(argv):
-        return []
+def hints(argv: Sequence[str]) -> list[str]:
+    """What to say of a command line that means something else than its words say: nothing of it is refused.
+
+    A prompt that is the name of a file; texts of a multirun whose quotation marks the shell has eaten.
+    """
+    files = [value for word in argv if (value := word.removeprefix("prompt=")) != word and Path(value).suffix]
+    found = [
+        f"prompt={file} is drawn as text; for what is in the file write prompts={kind} prompts.path={file}"
+        for file in files
+        if (kind := reader_of(Path(file).suffix.lower())) and os.path.isfile(file)
+    ]
+    return found + (_lost_quotes(argv) if is_multirun(argv) else [])
+
+
+def _lost_quotes(argv: Sequence[str]) -> list[str]:
     pairs = [(name.lstrip("+"), value) for name, _, value in (word.partition("=") for word in argv)]
     return [
         f"{name}={one_line(value, 60)} is one value, because the shell removes the outer quotation marks; for a job of "

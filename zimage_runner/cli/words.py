@@ -22,6 +22,7 @@ CONFIGS = ("job", "hydra", "all")
 INFO = ("--info", "-i")
 INFO_KINDS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 """Hydra's options; the last takes a value or none."""
+OWN_EXPERIMENT = "--config-dir FOLDER +experiment=NAME, for the file FOLDER/experiment/NAME.yaml"
 
 
 def readable(argv: Sequence[str]) -> list[str]:
@@ -79,8 +80,14 @@ def _option(word: str, words: Iterator[str], argv: Sequence[str]) -> list[str]:
         known = [option for option in (*SWITCHES, *WITH_VALUE, *INFO) if option.startswith(name)]
     if name == "-p" and not any(other.startswith(("--cfg", "-c=")) or other == "-c" for other in argv):
         known = []  # it would choose a part of --cfg's output
+    if name == "--config":
+        raise UserError(f"{name}: experiments of your own are in a folder: {OWN_EXPERIMENT}")
+    if len(known) > 1 and name not in known:
+        raise UserError(f"{name}: this may be {' or '.join(known)}: write the whole word")
     if not known:
         raise UserError(_no_such_option(name, value if equals else next(words, "")))
+    if "--resolve" in known and not any(other.startswith(("--cfg", "-c=")) or other == "-c" for other in argv):
+        raise UserError("--resolve goes with --cfg job, which prints the run's settings: add that, or leave it out")
     if known[0] in SWITCHES:
         return [word]
     if known[0] in ("--cfg", "-c"):
@@ -138,6 +145,8 @@ def _a_file_for_an_option(group: str, value: str) -> str | None:
     path = PurePath(value)
     if group == "prompts" and (kind := reader_of(path.suffix.lower())):
         return f"write prompts={kind} prompts.path={value}"
+    if group == "prompts" and path.name and Path(value).is_dir():
+        return f"write prompts=files prompts.glob='{path}/*.txt', or for pictures prompts=images prompts.path={value}"
     if group != "model" or "/" not in value:
         return None
     if value.startswith(("/", "~", ".")) or Path(value).is_dir():

@@ -7,14 +7,15 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from zimage_runner.errors import UserError
+from zimage_runner.model import FREE_TEXT
 from zimage_runner.outputs.beneath import Inside
 from zimage_runner.outputs.ledger import RECORD, RECORDS
-from zimage_runner.prompts.base import NOTHING, Prompt, RowSource, Wins
+from zimage_runner.prompts.base import INPUT, NOTHING, Prompt, RowSource, Wins
 from zimage_runner.prompts.carried import carry
 from zimage_runner.prompts.generation_data import OWN_PROGRAM, GenerationData, of_comfyui, of_parameters
 from zimage_runner.prompts.notes import warn_once
@@ -32,9 +33,9 @@ class Images(RowSource):
 
     wins: Wins = Wins.command_line
     """Where a picture and the command line both set a sampling field or the seeds: command_line, or row."""
-    path: str | None = None
+    path: str | None = field(default=None, metadata=INPUT | FREE_TEXT)
     """A picture, or a folder with pictures at any depth: runs, multiruns, what collect made."""
-    glob: str | None = None
+    glob: str | None = field(default=None, metadata=INPUT | FREE_TEXT)
     """Pattern, instead of path; ** descends into folders."""
 
     def read(self) -> Iterator[Prompt]:

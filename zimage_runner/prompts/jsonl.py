@@ -21,7 +21,7 @@ MAX_OBJECT_BYTES = 64 * 2**20
 class Jsonl(TableSource):
     """``prompts=jsonl prompts.path=FILE``: lines such as {"text": "a cat", "id": "c1", "width": 768, "seeds": [1]}."""
 
-    suffixes: ClassVar[tuple[str, ...]] = (".jsonl",)
+    suffixes: ClassVar[tuple[str, ...]] = (".jsonl", ".json")
 
     path: str | None = field(default=None, metadata=INPUT | FREE_TEXT)
     """The file; relative to where the program is started."""

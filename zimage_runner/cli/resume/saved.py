@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import re
 from collections.abc import Collection, Sequence
@@ -148,7 +149,8 @@ def read_yaml(directory: Path, name: str) -> Any:
         return from_yaml(Inside(directory, name).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         what = "is not a directory" if not directory.is_dir() else f"holds no run (no {name} in it)"
-        newest = max(directory.glob(f"*/{SETTINGS}"), key=lambda path: path.stat().st_mtime, default=None)
+        below = itertools.chain(directory.glob(f"*/{SETTINGS}"), directory.glob(f"*/*/{SETTINGS}"))
+        newest = max(below, key=lambda path: path.stat().st_mtime, default=None)
         hint = "" if newest is None else f"; the newest below it is {newest.parents[1]}"
         raise UserError(f"resume={directory} {what}: give the run directory that the first run printed{hint}") from None
     except NotPlain as error:
