@@ -34,7 +34,6 @@ from zimage_runner.cli.file_mistakes import (
 from zimage_runner.cli.words import OWN_EXPERIMENT
 from zimage_runner.config.paths import CONFIG_DIR
 from zimage_runner.errors import PROGRAM, UserError, called, exception_chain
-from zimage_runner.prompts.foreign import remedy_for_flag
 from zimage_runner.prompts.vocabulary import cfg_hint
 
 CONFIG_ERRORS = (HydraException, ConfigCompositionException, OmegaConfBaseException, YAMLError)
@@ -66,10 +65,13 @@ OTHER_FIELDS = {
         ("num_images", "num_images_per_prompt", "samples", "n_iter", "batch_count", "count"),
         "for several pictures give several seeds, seeds=1-4",
     ),
-    **dict.fromkeys(("image", "img", "init_image", "input"), "pictures are not read as input; leave it out"),
+    **dict.fromkeys(("sampler", "sampler_name", "scheduler"), "Euler is the model's own sampler; leave it out"),
+    **dict.fromkeys(
+        ("image", "img", "init_image", "input", "strength"), "pictures are not read as input; leave it out"
+    ),
     "config": f"experiments of your own are in a folder: {OWN_EXPERIMENT}",
 }
-"""Fields of other programs that have no counterpart of one word; more are in ``prompts.foreign``."""
+"""Fields of other programs that have no counterpart of one word; and what to do."""
 
 
 def explain(error: BaseException) -> str:
@@ -243,8 +245,8 @@ def _unknown_field(text: str) -> str | None:
     if full == "experiment" and where:
         return missing_package(text)
     known = known_fields(parent)
-    if not parent and (remedy := OTHER_FIELDS.get(full) or remedy_for_flag(full, "")):
-        return f"{where}{full}: no such field: {remedy.rstrip('.')}"
+    if not parent and (remedy := OTHER_FIELDS.get(full)):
+        return f"{where}{full}: no such field: {remedy}"
     if not parent and (groups := groups_with(match["key"])):
         return f"{where}{full}: no such field; did you mean {' or '.join(groups)}?{cfg_hint(match['key'])}"
     close = closest(match["key"], parent)
