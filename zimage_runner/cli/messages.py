@@ -71,7 +71,7 @@ OTHER_FIELDS = {
     ),
     "config": f"experiments of your own are in a folder: {OWN_EXPERIMENT}",
 }
-"""Fields of other programs that have no counterpart of one word; and what to do."""
+"""Fields of other programs that have no counterpart of one word, and what to do instead."""
 
 
 def explain(error: BaseException) -> str:
