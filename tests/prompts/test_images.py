@@ -103,7 +103,7 @@ def test_what_is_drawn_is_the_same_picture(cli, run):
 
 def test_a_multirun_with_its_grid_and_pictures_without_metadata(cli):
     """Ids and settings of several jobs; the grid is none of the pictures; records stand in for metadata."""
-    Path("p.jsonl").write_text('{"text": "a cat", "id": "c", "metadata": {"k": 1}}\n')
+    Path("p.jsonl").write_text('{"text": "a cat", "id": "c", "metadata": {"k": 1}}\n', encoding="utf-8")
     code, _, err = cli(
         "-m", "prompts=jsonl", "prompts.path=p.jsonl", "sampling.num_inference_steps=1,2", "warmup=none",
         "output.metadata=false", "hydra.sweep.dir=sw",
@@ -227,7 +227,7 @@ def test_pictures_that_are_refused(tmp_path, texts, expected):
 def test_files_and_folders_that_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
-    Path("t.png").write_text("no picture")
+    Path("t.png").write_text("no picture", encoding="utf-8")
     for source, expected in (
         (Images(), "prompts.path is not set: prompts=images needs prompts.path=PICTURE_OR_FOLDER"),
         (Images(path="a", glob="b"), "prompts.path and prompts.glob are both set"),

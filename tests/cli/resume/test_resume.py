@@ -488,7 +488,7 @@ def test_options_of_ones_own_are_kept_with_the_run(cli: Cli) -> None:
         "experiment/x": "# @package _global_\ndefaults: [{override /model: mine}]\n",
     }.items():
         Path(f"c/{name}.yaml").parent.mkdir(parents=True)
-        Path(f"c/{name}.yaml").write_text(text)
+        Path(f"c/{name}.yaml").write_text(text, encoding="utf-8")
     run = first_run(cli, "--config-dir=c", "+experiment=x")
     shutil.rmtree("c")
     next(run.glob("items/*/*/image.png")).unlink()

@@ -84,12 +84,12 @@ def test_the_plan_of_a_sweep(cli: Cli) -> None:
 
 def test_a_job_that_was_never_begun_is_as_it_was_or_refused(cli: Cli) -> None:
     texts = Path("p.txt")
-    texts.write_text("a cat\n")
+    texts.write_text("a cat\n", encoding="utf-8")
     mine = experiments(cats="defaults: [{override /prompts: text_file}]\nprompts: {path: p.txt}")
     code, _, err = cli("-m", mine, "+experiment=cats", *FAST[:1], *FAST[2:], "seeds=1,2", "hydra.sweep.dir=sw")
     assert code == 0, err
     shutil.rmtree("sw/1")
-    texts.write_text("a dog\n")
+    texts.write_text("a dog\n", encoding="utf-8")
     code, _, err = cli("resume=sw")
     assert code == 2
     assert (
@@ -97,7 +97,7 @@ def test_a_job_that_was_never_begun_is_as_it_was_or_refused(cli: Cli) -> None:
         in err
     )
     assert not Path("sw/1").exists()
-    texts.write_text("a cat\n")
+    texts.write_text("a cat\n", encoding="utf-8")
     code, _, err = cli("resume=sw")
     assert code == 0, err
     assert drawn("sw/1") == ("a cat", 2)
@@ -124,7 +124,7 @@ def test_a_multirun_needs_only_its_own_directory(cli: Cli, fate: str) -> None:
     elif fate == "renamed":
         Path("c/experiment/b.yaml").rename("c/experiment/other.yaml")
     elif fate == "broken":
-        Path("c/experiment/base.yaml").write_text("[: {")
+        Path("c/experiment/base.yaml").write_text("[: {", encoding="utf-8")
     else:
         shutil.rmtree("c")
         sweep = str(Path("sw").rename("elsewhere")) if "moved" in fate else sweep
