@@ -38,7 +38,7 @@ def shard_of(folder: Folder, run: Mapping[str, Any], path: str) -> Shard | None:
     config = read_settings(folder, run["path"]).config if run["sweep"] is None else {}
     prompts = config.get("prompts")
     match = _SHARD.fullmatch(str(prompts.get("shard"))) if isinstance(prompts, dict) else None
-    if match is None:
+    if match is None or not isinstance(prompts, dict):
         return None
     same = {key: value for key, value in config.items() if key not in OF_ONE_RUN}
     same["prompts"] = {key: value for key, value in prompts.items() if key != "shard"}
