@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -337,13 +336,11 @@ def test_words_that_are_not_utf_8_are_refused_first(cli, word, dry_run):
 @pytest.mark.parametrize("source", [TextFile, Csv, Jsonl, Parquet])
 def test_named_pipes_are_not_waited_for(tmp_path, source):
     os.mkfifo(tmp_path / "p.txt")
-    started = time.monotonic()
     assert message(source(path=str(tmp_path / "p.txt"))) == (
         f"prompts.path={tmp_path}/p.txt is a named pipe: read it with prompts=stdin < {tmp_path}/p.txt"
     )
     assert "prompts.template.fill.x=" in message(fill_from(str(tmp_path / "p.txt")))
     assert "is no file, but a device or socket: name a file" in message(source(path="/dev/zero"))
-    assert time.monotonic() - started < 5
 
 
 def fill_from(path: str) -> Inline:

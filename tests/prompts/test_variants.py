@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from typing import Any
 
 import pytest
@@ -124,10 +123,8 @@ def test_links_in_circles_are_followed_once(folder):
     os.symlink(folder, folder / "sub" / "round")
     os.symlink(folder, folder / "sub" / "about")
     os.mkfifo(folder / "pipe.txt")
-    started = time.monotonic()
     assert "all" in find_lists(folder)
     assert "prompts.template.wildcards=" in refusal("__pipe__", dynamic=True, wildcards=str(folder))
-    assert time.monotonic() - started < 5
 
 
 LAUGHS = "a0: &a0 [x, y, z]\n" + "".join(
@@ -150,10 +147,8 @@ LAUGHS = "a0: &a0 [x, y, z]\n" + "".join(
 )  # fmt: skip
 def test_files_that_cannot_be_read_are_left_out(folder, caplog, name, content, expected):
     (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    started = time.monotonic()
     assert texts("__one__", dynamic=True, wildcards=str(folder)) == ["no"]
     assert [r.getMessage()[: len(f"{folder}/{expected}")] for r in caplog.records] == [f"{folder}/{expected}"]
-    assert time.monotonic() - started < 10
 
 
 @pytest.mark.parametrize(
@@ -172,12 +167,10 @@ def test_what_grows_out_of_bounds(tmp_path, text, expected, combine):
         (tmp_path / f"grow{n}.txt").write_text(
             f"__grow{n + 1}__ __grow{n + 1}__\n" if n < 29 else "word\n", encoding="utf-8"
         )
-    started = time.monotonic()
     if combine is Combine.random and "more than 100,000" in expected:
         assert len(texts(text, dynamic=True, wildcards=str(tmp_path), combine=combine, count=3)) == 3
     else:
         assert expected in refusal(text, dynamic=True, wildcards=str(tmp_path), combine=combine)
-    assert time.monotonic() - started < 10
 
 
 def sizes(text: str) -> int:
