@@ -127,12 +127,12 @@ def check_recipe(recipe: dict[str, Any], where: str, names: Iterable[str] = SHAP
 
 def _texts(image: Image.Image, pixels: bool) -> dict[str, str]:
     """Texts by name. A PNG's chunks may follow the pixels."""
-    early = {name: text for name, text in image.info.items() if isinstance(text, str)}
+    early = {str(name): text for name, text in image.info.items() if isinstance(text, str)}
     if pixels or (image.format == "PNG" and not {JSON_KEY, TEXT_KEY, COMFYUI_KEY} & early.keys()):
         image.load()
     if image.format != "PNG":
         return _of_exif(image.getexif())
-    return {name: text for name, text in (dict(image.info) | early).items() if isinstance(text, str)}
+    return early | {str(name): text for name, text in image.info.items() if isinstance(text, str)}
 
 
 def _of_exif(data: Image.Exif) -> dict[str, str]:

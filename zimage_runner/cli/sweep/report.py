@@ -98,7 +98,8 @@ class SweepReport(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Keep all jobs in one directory: what a job varies (its name, its experiment) would else lead it elsewhere."""
         directory = str(config.hydra.sweep.dir)
-        given = OmegaConf.to_container(config.hydra.overrides.hydra, resolve=False)  # ${hydra.job.num} is not known yet
+        # Not resolved: ${hydra.job.num} is not known yet.
+        given: Any = OmegaConf.to_container(config.hydra.overrides.hydra, resolve=False)
         others = [text for text in given if not text.lstrip("+").startswith("hydra.sweep.dir=")]
         config.hydra.overrides.hydra = [*others, f"hydra.sweep.dir={hydra_quote(directory)}"]
 
