@@ -207,6 +207,8 @@ def run(*words: str, **options: Any) -> Run:
     from zimage_runner.cli.main import main
     from zimage_runner.runner.execute import execute
 
+    if (encoding := sys.getfilesystemencoding()) != "utf-8":  # the command line starts Python anew; here it is not ours
+        raise UserError(f"this Python takes names of files as {encoding}: start it with PYTHONUTF8=1")
     directories: list[Path] = []
 
     def take(composed: Composed) -> int | Future[int]:

@@ -66,3 +66,18 @@ def test_streams_that_cannot_take_it(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert b"zimage_runner: standard output cannot be written (No space left on device)" in done.stderr
     assert b"Traceback" not in done.stderr
+
+
+def test_a_program_of_others_in_such_a_locale_is_told(tmp_path: Path) -> None:
+    """Pictures of 一只猫 could not be named: before anything is drawn, and with the remedy."""
+    code = (
+        "import zimage_runner as zr\ntry:\n    zr.run('prompt=a cat')\n"
+        "except zr.UserError as error:\n    print(error)\nelse:\n    raise SystemExit('nothing was said')"
+    )
+    without = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, **without}, capture_output=True, text=True,
+        encoding="utf-8", timeout=120, check=False,
+    )  # fmt: skip
+    assert done.stdout == "this Python takes names of files as ascii: start it with PYTHONUTF8=1\n", done
+    assert not list(tmp_path.iterdir())
