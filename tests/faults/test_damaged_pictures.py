@@ -106,8 +106,8 @@ def test_a_ledger_line_that_was_altered_is_believed_by_nobody(run: Run, capfd) -
     records.write_bytes(text[:place] + b"7" + text[place + 1 :])
     assert collect([str(run.run_dir), "into=all"]) == 0
     assert len(list(Path("all").glob("0*"))) == 11
-    ((told,), _) = status_of(str(run.run_dir))
+    (told,) = status_of([str(run.run_dir)])["runs"]
     assert (told["done"], told["planned"], told["state"]) == (11, 12, "interrupted")
     assert main(run.argv()) == 0
-    ((told,), _) = status_of(str(run.run_dir))
+    (told,) = status_of([str(run.run_dir)])["runs"]
     assert (told["done"], told["state"]) == (12, "finished")

@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO, cast
 
 import pytest
 
@@ -146,7 +146,7 @@ class Life:
                 traceback.print_exc()
             finally:
                 with contextlib.suppress(Exception):
-                    sys.stderr.flush()
+                    cast(TextIO, sys.stderr).flush()
                 os._exit(code)
         end = time.monotonic() + PATIENCE
         while (ended := os.waitpid(pid, os.WNOHANG))[0] == 0:

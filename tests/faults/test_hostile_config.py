@@ -422,5 +422,5 @@ def test_so_are_those_of_a_saved_run(cli, name: str, text: str) -> None:
     assert cli("resume=run", "dry_run=true")[0] == 2
     from zimage_runner.view.status import status_of
 
-    ((told,), _) = status_of("run")
+    (told,) = status_of(["run"])["runs"]
     assert (told["done"], told["failed"]) == (1, 0)

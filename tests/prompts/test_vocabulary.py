@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 
@@ -226,7 +227,7 @@ def test_whose_word_holds_for_every_table(tmp_path, monkeypatch, caplog, wins):
     kinds = set()
     for kind, name in _every_table(tmp_path):
         caplog.clear()
-        named = {"glob": name} if kind is FileGlob else {} if kind is Stdin else {"path": name}
+        named: dict[str, Any] = {"glob": name} if kind is FileGlob else {} if kind is Stdin else {"path": name}
         prompts = read_prompts(kind(**named, wins=wins, typed=["num_inference_steps", "seeds", "width"]))
         kept = ({"num_inference_steps": 8}, (1,)) if wins is Wins.row else ({}, None)
         assert [(prompt.overrides, prompt.seeds) for prompt in prompts] == [kept] * 2, name

@@ -142,9 +142,9 @@ OF_A_RUN = tuple(
 def _status(folder: Path) -> None:
     from zimage_runner.view.status import status_of
 
-    runs, multiruns = status_of(str(folder))
-    json.dumps([runs, multiruns], allow_nan=False)
-    assert len(runs) == 1
+    told = status_of([str(folder)])
+    json.dumps(told, allow_nan=False)
+    assert len(told["runs"]) == 1
 
 
 def _report(folder: Path) -> None:

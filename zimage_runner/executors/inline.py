@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from zimage_runner.errors import check_range
 from zimage_runner.executors.backoff import MemoryBackoff
-from zimage_runner.executors.base import Batch, BatchResult, Executor, ExecutorConfig, SessionFactory
+from zimage_runner.executors.base import Batch, BatchResult, Executor, ExecutorConfig, SessionFactory, SessionLike
 from zimage_runner.executors.watchdog import Watchdog, WatchedSession
 from zimage_runner.memory.policies import Health
 from zimage_runner.signals import StopRequest
@@ -54,7 +54,7 @@ class InlineExecutor(Executor):
     def start(self) -> dict[str, Any]:
         self._session = WatchedSession(self._make_session(), self._watchdog)
         self._session.start()
-        self._backoff = MemoryBackoff(self._session, auto_batch=self._auto_batch)
+        self._backoff = MemoryBackoff(cast("SessionLike", self._session), auto_batch=self._auto_batch)
         return self.report()
 
     def extend(self, shapes: Sequence[WarmupShape], texts: Sequence[tuple[str, int]]) -> bool:
