@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from zimage_runner.errors import UserError
@@ -90,9 +91,32 @@ class Prepare(enum.Enum):
     """Load the published files."""
 
 
+class Variant(enum.Enum):
+    """Which of the two models a file is of: nothing in the file tells."""
+
+    turbo = "turbo"
+    """Z-Image-Turbo: 8 steps without guidance, shift 3."""
+    base = "base"
+    """Z-Image: 28 to 50 steps with guidance and negative prompts, shift 6."""
+
+
+PARTS = ("transformer", "text_encoder", "vae", "tokenizer")
+"""Fields of ``model`` that put one part in the place of the checkpoint's own."""
+FILE_SUFFIXES = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
+"""Of files of weights, readable or not: a name that ends so means a file."""
+
+
+def names_a_file(path: str | None) -> bool:
+    """Whether a path means a file of weights, there or not."""
+    if path is None:
+        return False
+    place = Path(path).expanduser()
+    return place.is_file() or (path.lower().endswith(FILE_SUFFIXES) and not place.is_dir())
+
+
 @dataclass(kw_only=True, slots=True)
 class Model:
-    """A Z-Image checkpoint in diffusers layout and what its makers recommend for sampling."""
+    """A Z-Image checkpoint and what its makers recommend for sampling."""
 
     name: str
     source: Source = Source.modelscope
@@ -101,7 +125,15 @@ class Model:
     revision: str | None = None
     """Hub branch, tag or commit; null is the hub's default branch."""
     path: str | None = field(default=None, metadata=FREE_TEXT)
-    """A local diffusers-format directory to use instead of the hub."""
+    """A local diffusers-format directory to use instead of the hub, or a file, which the hub's checkpoint completes."""
+    transformer: str | None = field(default=None, metadata=FREE_TEXT)
+    """A file or directory to take the transformer from, instead of the checkpoint's own."""
+    text_encoder: str | None = field(default=None, metadata=FREE_TEXT)
+    """A file or directory to take the text encoder from."""
+    vae: str | None = field(default=None, metadata=FREE_TEXT)
+    """A file or directory to take the VAE from."""
+    tokenizer: str | None = field(default=None, metadata=FREE_TEXT)
+    """A directory to take the tokenizer from."""
     cache_dir: str | None = field(default=None, metadata=HARMLESS)
     """Where downloads live; exported as MODELSCOPE_CACHE and HF_HOME. null keeps the hubs' own defaults."""
     offline: bool = field(default=False, metadata=HARMLESS)
@@ -122,10 +154,31 @@ class Model:
                 "model.dtype=float16 overflows with Z-Image and gives black or broken pictures: "
                 "use bfloat16 (same size) or float32"
             )
+        if self.source is Source.local and names_a_file(self.path):
+            raise UserError(
+                f"model.path={self.path} is a file, and model=local is for directories: "
+                f"write model=file model.path={self.path} model.variant=turbo (or base)"
+            )
         if self.path is None and self.source is Source.local:
             raise UserError("model.path is not set: model=local needs model.path=DIRECTORY (diffusers format)")
         if self.path is None and self.source in (Source.modelscope, Source.huggingface) and not self.repo:
             raise UserError(f"model.repo is not set: model.source={self.source.value} needs model.repo=OWNER/NAME")
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """The parts that are put in the place of the checkpoint's own: name -> path."""
+        return {name: path for name in PARTS if (path := getattr(self, name)) is not None}
+
+    @property
+    def places(self) -> dict[str, str]:
+        """Names, without their folders, of the files and directories that ``path`` and the parts name."""
+        path = {"path": self.path} if self.path is not None else {}
+        return {field: Path(place).name for field, place in (path | self.parts).items()}
+
+    @property
+    def is_assembled(self) -> bool:
+        """Whether its parts come from several places: a file holds no tokenizer and no scheduler."""
+        return bool(self.parts) or names_a_file(self.path)
 
     def check_size(self, height: int, width: int) -> None:
         """Raise UserError for a size this model cannot draw."""
@@ -135,3 +188,37 @@ class Model:
                 f"sampling.width={width} sampling.height={height}: {self.name} can only draw {sizes} pictures; "
                 f"set sampling.height and sampling.width to {self.native_sizes[0]}, or choose another model"
             )
+
+
+PUBLISHED = {
+    Variant.turbo: ("Tongyi-MAI/Z-Image-Turbo", {"num_inference_steps": 8, "guidance_scale": 0.0}),
+    Variant.base: ("Tongyi-MAI/Z-Image", {"num_inference_steps": 50, "guidance_scale": 4.0}),
+}
+"""Of each variant, the repository that completes a file and what its makers recommend: as in conf/model/."""
+
+
+@dataclass(kw_only=True, slots=True)
+class FileModel(Model):
+    """A checkpoint in one file, or in one file for each part, of whatever layout; the published one completes it."""
+
+    variant: Variant | None = None
+    """turbo or base: steps, guidance and the scheduler's shift follow. No file says which it is."""
+
+    def __post_init__(self) -> None:
+        file = self.path or self.transformer
+        if file is None:
+            raise UserError(
+                "model.path is not set: model=file needs model.path=FILE (.safetensors or .gguf), or model.transformer"
+            )
+        if self.path is not None and Path(self.path).expanduser().is_dir():
+            raise UserError(f"model.path={self.path} is a directory: write model=local model.path={self.path}")
+        if self.variant is None:
+            raise UserError(
+                "model.variant is not set: a file does not say whether it is of Z-Image-Turbo or of Z-Image (base): "
+                "add model.variant=turbo (8 steps, no guidance) or model.variant=base (28 to 50 steps with guidance)"
+            )
+        repo, recommended = PUBLISHED[self.variant]
+        if self.source in (Source.modelscope, Source.huggingface):
+            self.repo = self.repo or repo
+        self.recommended = recommended | self.recommended
+        Model.__post_init__(self)

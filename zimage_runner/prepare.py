@@ -123,7 +123,7 @@ def _verify(wanted: Wanted) -> int:
     layout = locate(model)
     digests = file_digests(layout.weight_paths, force=True)
     for digest in digests:
-        name = digest.path.relative_to(layout.path)
+        name = layout.name_of(digest.path)
         expected = digest.expected
         verdict = f"ALTERED since {digest.expected_from}, was {expected}" if digest.is_altered else "as expected"
         print(f"{name}: sha256 {digest.sha256} {verdict if expected else 'recorded: nothing known to compare with'}")
@@ -159,7 +159,7 @@ def _accept(wanted: Wanted) -> int:
     files = [*layout.weight_paths, *layout.config_files]
     forget(files)
     for digest in file_digests(files, force=True):
-        print(f"{digest.path.relative_to(layout.path)}: sha256 {digest.sha256} accepted")
+        print(f"{layout.name_of(digest.path)}: sha256 {digest.sha256} accepted")
     return EXIT_OK
 
 

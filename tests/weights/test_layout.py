@@ -43,7 +43,7 @@ SINGLE_FILE_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no directory": (shutil.rmtree, r"model\.path=.*nano: no such directory$"),
     "a file": (
         lambda p: (shutil.rmtree(p), p.write_bytes(b"")),
-        r"is a file: give the diffusers-format directory that holds model_index\.json",
+        r"is a file, and model=local is for directories: write model=file model\.path=",
     ),
     "no index": (lambda p: (p / "model_index.json").unlink(), r"model_index\.json is missing \(it holds .*vae\)"),
     "index not json": (

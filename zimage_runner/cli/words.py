@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from zimage_runner.cli.fields import closest, groups_with, known_fields, prompt_inputs, reader_of
 from zimage_runner.errors import UserError
+from zimage_runner.model import names_a_file
 from zimage_runner.prompts.text import shown
 from zimage_runner.prompts.vocabulary import in_our_words
 
@@ -147,6 +148,8 @@ def _a_file_for_an_option(group: str, value: str) -> str | None:
         return f"write prompts={kind} prompts.path={value}"
     if group == "prompts" and path.name and Path(value).is_dir():
         return f"write prompts=files prompts.glob='{path}/*.txt', or for pictures prompts=images prompts.path={value}"
+    if group == "model" and names_a_file(value):
+        return f"write model=file model.path={value} model.variant=turbo (or base)"
     if group != "model" or "/" not in value:
         return None
     if value.startswith(("/", "~", ".")) or Path(value).is_dir():

@@ -16,7 +16,7 @@ from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.executors.inline import InlineExecutorConfig
 from zimage_runner.executors.process import ProcessExecutorConfig
 from zimage_runner.memory.policies import GroupOffload, ModelOffload, Resident, SequentialOffload, Staged, Streamed
-from zimage_runner.model import Model
+from zimage_runner.model import FileModel, Model
 from zimage_runner.outputs.config import Output
 from zimage_runner.prompts.csv_file import Csv
 from zimage_runner.prompts.files import FileGlob
@@ -31,7 +31,7 @@ from zimage_runner.sampling import Sampling
 from zimage_runner.warmup import Article, Generate, Hardware, NoWarmup
 
 SCHEMAS: dict[str, dict[str, type]] = {
-    "model": {"checkpoint": Model},
+    "model": {"checkpoint": Model, "file": FileModel},
     "engine": {"auto": AutoEngine, "native": NativeEngine, "diffusers": DiffusersEngine},
     "memory": {
         "resident": Resident,

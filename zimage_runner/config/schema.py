@@ -130,7 +130,8 @@ class Composed:
 
 PATHS = (
     "output_file", "output.root", "prompts.path", "prompts.glob", "prompts.template.wildcards", "model.path",
-    "model.cache_dir", "compile.cache_dir", "embedding_cache.path", "skip_existing",
+    "model.transformer", "model.text_encoder", "model.vae", "model.tokenizer", "model.cache_dir", "compile.cache_dir",
+    "embedding_cache.path", "skip_existing",
 )  # fmt: skip
 """Fields that hold a path: ``~`` is the home directory, others are relative to where the program was started."""
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from zimage_runner.engines.base import EngineConfig
 from zimage_runner.errors import UserError
-from zimage_runner.model import Device, Dtype, Model, Source
+from zimage_runner.model import Device, Dtype, Model, Source, names_a_file
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,8 @@ def warn_without_gpu(model: Model, engine: EngineConfig, exists: Callable[[str],
 
     To be called before gigabytes are downloaded to a machine that would need an hour for a picture.
     """
-    from_hub = model.source in (Source.modelscope, Source.huggingface) and model.path is None
+    is_local = model.path is not None and not names_a_file(model.path)
+    from_hub = model.source in (Source.modelscope, Source.huggingface) and not is_local
     if not from_hub or engine.device is not Device.auto or not sys.platform.startswith("linux"):
         return
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
@@ -66,5 +67,5 @@ def warn_without_gpu(model: Model, engine: EngineConfig, exists: Callable[[str],
         log.warning(
             "no GPU is seen here, and %s takes many minutes a picture on a CPU: model=zimage_nano is made for CPUs "
             "(engine.device=cpu says that it is meant, without this line)",
-            model.name,
+            next(iter(model.places.values()), model.name),
         )

@@ -95,6 +95,7 @@ class RunSpec:
                 "repo": model.repo,
                 "revision": self.checkpoint.revision,
                 "digest": self.checkpoint.digest,
+                **({"files": model.places} if model.is_assembled else {}),
             },
             "numerics": report["numerics"],
             "versions": report["versions"],

@@ -15,6 +15,7 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import quants
 
 from tests.support import weight_formats as support
+from tests.support.quantised_layouts import finish, write_gguf
 from zimage_runner.errors import UserError
 from zimage_runner.weights.formats.checkpoint_file import ComponentTensors, open_checkpoint_file
 from zimage_runner.weights.formats.decode import StoredTensor
@@ -33,28 +34,11 @@ def original() -> support.Weights:
 
 
 def write(path: Path, weights: Mapping[str, torch.Tensor], kind: Kind, architecture: str = "lumina2") -> Path:
-    """As city96's converter: matrices of blocks in ``kind`` (here one), other large tensors BF16, small ones F32."""
-    writer = gguf.GGUFWriter(path, architecture)
-    for name, tensor in weights.items():
-        values = tensor.float().numpy()
-        if is_in_kind(name, tensor):
-            chosen = kind
-        else:
-            chosen = Kind.F32 if tensor.ndim == 1 or tensor.numel() <= 1024 else Kind.BF16
-        writer.add_tensor(name, quants.quantize(values, chosen), raw_dtype=chosen)
-    finish(writer)
-    return path
+    return write_gguf(path, weights, kind, is_in_kind, architecture)
 
 
 def is_in_kind(name: str, tensor: torch.Tensor) -> bool:
     return tensor.ndim == 2 and ("layers.1." in name or "blk." in name) and "adaLN" not in name
-
-
-def finish(writer: gguf.GGUFWriter) -> None:
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 @pytest.mark.parametrize("kind", [Kind.BF16, Kind.F16, Kind.F32, *WRITTEN], ids=lambda kind: kind.name)

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.support import quantised_layouts as layouts
 from tests.support import weight_formats as support
+from tests.support.quantised_layouts import Encode, cast, convrot, fp8_e5m2, int8, scaled
 from zimage_runner.errors import UserError
 from zimage_runner.weights.formats.checkpoint_file import open_checkpoint_file
 from zimage_runner.weights.formats.decode import hadamard
 
 Weights = support.Weights
-Encoded = tuple[Weights, torch.Tensor]
-"""(a layer's tensors by leaf name, the numbers that they stand for)."""
 
 
 @functools.cache
@@ -29,48 +28,7 @@ def original() -> Weights:
     return support.transformer()
 
 
-def scaled(key: str, rows: bool, marks: dict | None, extra: str = "") -> Callable[[torch.Tensor], Encoded]:
-    def encode(weight: torch.Tensor) -> Encoded:
-        values, scale = support.fp8(weight, rows)
-        tensors = {"weight": values, key: scale}
-        if marks is not None:
-            tensors["comfy_quant"] = support.marker(**marks)
-        if extra:
-            tensors[extra] = torch.tensor(1.0)
-        return tensors, values.float() * scale
-
-    return encode
-
-
-def fp8_e5m2(weight: torch.Tensor) -> Encoded:
-    scale = weight.float().abs().max().reshape(1) / 57344
-    values = (weight.float() / scale).to(torch.float8_e5m2)
-    return {"weight": values, "weight_scale": scale}, values.float() * scale
-
-
-def cast(weight: torch.Tensor) -> Encoded:
-    values = weight.to(torch.float8_e4m3fn)
-    return {"weight": values}, values.float()
-
-
-def int8(rows: bool, flat: bool = False) -> Callable[[torch.Tensor], Encoded]:
-    def encode(weight: torch.Tensor) -> Encoded:
-        values, scale = support.int8(weight, rows)
-        stored = scale.flatten() if flat else scale
-        marks = support.marker(format="int8_tensorwise", per_row=rows)
-        return {"weight": values, "weight_scale": stored, "comfy_quant": marks}, values.float() * scale
-
-    return encode
-
-
-def convrot(weight: torch.Tensor) -> Encoded:
-    values, scale = support.int8(support.rotated(weight), rows=True)
-    marks = support.marker(format="int8_tensorwise", convrot=True)
-    tensors = {"weight": values, "weight_scale": scale, "comfy_quant": marks}
-    return tensors, support.rotated(values.float() * scale)
-
-
-FORMATS: dict[str, tuple[Callable[[torch.Tensor], Encoded], float, float]] = {
+FORMATS: dict[str, tuple[Encode, float, float]] = {
     "fp8_scaled, old, scalar": (scaled("scale_weight", False, None, "scale_input"), 2**-4, 1 / 448),
     "fp8_scaled, new, scalar": (
         scaled("weight_scale", False, {"format": "float8_e4m3fn"}, "input_scale"),
@@ -83,7 +41,7 @@ FORMATS: dict[str, tuple[Callable[[torch.Tensor], Encoded], float, float]] = {
     "int8, tensor": (int8(False), 0.0, 1 / 150),
     "int8, rows": (int8(True), 0.0, 1 / 150),
     "int8, rows, flat": (int8(True, flat=True), 0.0, 1 / 150),
-    "int8 convrot": (convrot, 0.0, 1 / 40),
+    "int8 convrot": (convrot(), 0.0, 1 / 40),
     "nvfp4": (support.nvfp4, 0.0, 1 / 5),
     "mxfp8": (support.mxfp8, 2**-4, 1 / 448),
 }
@@ -93,23 +51,8 @@ PRECISION = {"old": "fp8 e4m3 scaled", "new": "fp8 e4m3 scaled", "e5m2": "fp8 e5
              "convrot": "int8 convrot", "nvfp4": "nvfp4", "mxfp8": "mxfp8"}  # fmt: skip
 
 
-def encoded(encode: Callable[[torch.Tensor], Encoded], prefix: str = "") -> tuple[Weights, Weights]:
-    """(a ComfyUI file's tensors, the published weights that they stand for)."""
-    file: Weights = {}
-    meant = dict(original())
-    for name, tensor in support.comfyui(original()).items():
-        if name not in QUANTISED:
-            file[prefix + name] = tensor
-            continue
-        layer = name.removesuffix(".weight")
-        tensors, values = encode(tensor)
-        file |= {f"{prefix}{layer}.{leaf}": value for leaf, value in tensors.items()}
-        if ".qkv." in name:
-            parts = [name.replace(".qkv.", f".to_{part}.") for part in "qkv"]
-            meant |= dict(zip(parts, values.chunk(3), strict=True))
-        else:
-            meant[name.replace(".out.", ".to_out.0.")] = values
-    return file, meant
+def encoded(encode: Encode, prefix: str = "") -> tuple[Weights, Weights]:
+    return layouts.encoded(original(), encode, lambda name, _: name in QUANTISED, prefix)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -137,7 +80,7 @@ def test_formats_are_read_as_they_are_defined(kind: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 @pytest.mark.parametrize("keys_have_prefix", [True, False])
 def test_formats_in_the_header_instead_of_markers(prefix: str, keys_have_prefix: bool, tmp_path: Path) -> None:
-    tensors, meant = encoded(convrot, prefix)
+    tensors, meant = encoded(convrot(), prefix)
     layers = {name.removesuffix(".comfy_quant") for name in tensors if name.endswith(".comfy_quant")}
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".comfy_quant")}
     entry = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 256}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zimage_runner.compile import Compile, Full, Regional, uses_cuda_graphs
+from zimage_runner.engines.diffusers.from_file import load_from_file
 from zimage_runner.errors import UserError
 from zimage_runner.memory.policies import Memory
 
@@ -72,6 +73,12 @@ class Setup:
         elif self.memory.device_map == "cpu":
             options["device_map"] = "cpu"
         with phase(phases, "read"):
+            where = self.device if self._straight_to_gpu else "cpu"
+            for component in ("transformer", "text_encoder", "vae"):
+                if component not in options:
+                    module = load_from_file(self.path / component, where, self._torch_dtype)
+                    if module is not None:
+                        options[component] = module
             pipe = ZImagePipeline.from_pretrained(
                 str(self.path),
                 dtype=self._torch_dtype,

@@ -24,6 +24,7 @@ from zimage_runner.engines.native.loading import (
     open_tensors,
 )
 from zimage_runner.engines.native.model import NativeModel, Options
+from zimage_runner.engines.native.quantised import FP8
 from zimage_runner.engines.native.sampler import read_shift
 from zimage_runner.engines.native.streamed_encoder import StreamedTextEncoder
 from zimage_runner.engines.native.text_encoder import TextEncoder, TextEncoderConfig
@@ -31,6 +32,8 @@ from zimage_runner.engines.native.tokenizer import CaptionTokenizer
 from zimage_runner.engines.native.transformer import Transformer, TransformerConfig
 from zimage_runner.engines.native.vae_decoder import VaeConfig, VaeDecoder
 from zimage_runner.errors import UserError
+from zimage_runner.weights.formats.source import source_component
+from zimage_runner.weights.prepared.as_stored import StoredFp8
 
 LoadedTensors = Callable[[str], "Mapping[str, torch.Tensor] | None"]
 """A component's tensors where they are on the device already; None to read its files."""
@@ -105,10 +108,13 @@ def load_transformer(model: NativeModel, path: Path, loaded: LoadedTensors = fro
     with torch.device("meta"):
         attention, config = model.attention, model.description.transformer
         module = Transformer(config, model.ops, attention.attend, options.arithmetic, attention.attend_fp8)
-    if options.streamed:
-        tensors, place = open_parts(path / "transformer", options.device), module.stream_blocks(model.device)
+    place = module.stream_blocks(model.device) if options.streamed else in_place
+    if options.precision == FP8.name and (source := source_component(path / "transformer")) is not None:
+        tensors = StoredFp8(source, options.device, options.bf16_layers)
+    elif options.streamed:
+        tensors = open_parts(path / "transformer", options.device)
     else:
-        tensors, place = component_tensors("transformer", path, options, loaded), in_place
+        tensors = component_tensors("transformer", path, options, loaded)
     kind = (options.device, options.dtype, "transformer")
     model.transformer = assign(module, tensors, TRANSFORMER_RULES, TRANSFORMER_UNUSED, *kind, place=place)
     if module.stream is not None:

@@ -18,6 +18,8 @@ from torch import nn
 
 from zimage_runner.engines.native.quantised import FORMATS, SCALE, QuantisedLinear
 from zimage_runner.errors import UserError, counted
+from zimage_runner.weights.formats.checkpoint_file import ComponentTensors
+from zimage_runner.weights.formats.source import source_component
 from zimage_runner.weights.packed.format import TENSOR as PACKED
 from zimage_runner.weights.parts import packed_parts
 
@@ -123,8 +125,11 @@ def open_tensors(folder: Path, device: str) -> Mapping[str, torch.Tensor]:
 
     A prepared component arrives as a whole, as fast as the machine allows, unpacked if it is packed, and is used in
     place. A published one is read tensor by tensor: fusing copies them, and a whole file's memory would stay taken by
-    its smallest tensor.
+    its smallest tensor. One in a file elsewhere is decoded tensor by tensor.
     """
+    component = source_component(folder)
+    if component is not None:
+        return ComponentTensors(component, device)
     tensors = TensorFiles(folder, device)
     is_fused = any(name.endswith(FUSED) for name in tensors)
     if set(tensors) != {PACKED} and (device == "cpu" or not is_fused):
@@ -141,6 +146,9 @@ def in_place(owner: nn.Module, leaf: str, value: torch.Tensor) -> torch.Tensor:
 
 def open_parts(folder: Path, device: str) -> Mapping[str, torch.Tensor]:
     """A component's tensors on the device, each read when it is asked for: there is no room for all of them."""
+    component = source_component(folder)
+    if component is not None:
+        return ComponentTensors(component, device)
     files = tensor_files(folder)
     parts = packed_parts(files[0], device) if len(files) == 1 else None
     return TensorFiles(folder, device) if parts is None else parts

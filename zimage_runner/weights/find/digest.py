@@ -26,10 +26,14 @@ BLOCKS = 64
 
 def weights_digest(layout: Layout) -> str:
     """sha256 hex of what decides a picture: configs, tokenizer, headers and sampled tensor bytes."""
-    weights = [file for files in layout.weights.values() for file in files]
+    weights = [(component, file) for component, files in layout.weights.items() for file in files]
     parts = [(path.relative_to(layout.path).as_posix(), _bytes_digest(path)) for path in layout.config_files]
-    names = [file.path.relative_to(layout.path).as_posix() for file in weights]
-    parts += zip(names, sampled_digests(weights), strict=True)
+    # A file that lies elsewhere has no name here: it may be moved and renamed.
+    names = [
+        f"{component}/" if component in layout.sources else file.path.relative_to(layout.path).as_posix()
+        for component, file in weights
+    ]
+    parts += zip(names, sampled_digests([file for _, file in weights]), strict=True)
     total = hashlib.sha256()
     for name, digest in sorted(parts):
         total.update(f"{name}\0{digest}\n".encode())

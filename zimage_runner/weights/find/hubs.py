@@ -6,12 +6,13 @@ Nothing is deleted from a hub's cache by this project: it may be a read-only mou
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 from zimage_runner.errors import UserError, one_line
 from zimage_runner.model import Model, Source
 from zimage_runner.weights.find.hugging_face import check_answers, keep_partial_files
-from zimage_runner.weights.find.layout import HUB_PATTERNS
+from zimage_runner.weights.find.layout import WEIGHT_STEMS, hub_patterns
 
 HUB_NAMES = {Source.modelscope: "ModelScope", Source.huggingface: "Hugging Face"}
 DEFAULT_CACHES = {
@@ -55,8 +56,8 @@ def cache_dir_of(model: Model) -> Path:
     return Path(os.environ.get(variable) or Path.home() / default).expanduser().absolute()
 
 
-def snapshot(model: Model, *, local_files_only: bool) -> Path:
-    """The repository's directory, from the cache alone or downloaded as needed.
+def snapshot(model: Model, *, local_files_only: bool, components: Collection[str] = tuple(WEIGHT_STEMS)) -> Path:
+    """The repository's directory, from the cache alone or downloaded as needed: weights of ``components`` alone.
 
     Raises UserError when the cache has nothing (local_files_only) or the hub cannot deliver.
     """
@@ -65,14 +66,14 @@ def snapshot(model: Model, *, local_files_only: bool) -> Path:
         os.environ.setdefault(variable, seconds)
     fetch = _from_modelscope if model.source is Source.modelscope else _from_huggingface
     try:
-        return Path(fetch(model, local_files_only)).absolute()
+        return Path(fetch(model, local_files_only, hub_patterns(components))).absolute()
     except (UserError, MemoryError):
         raise
     except Exception as error:  # their transport libraries raise whatever they like: httpx, requests, urllib3, ssl
         raise _failed(model, error, local_files_only) from error
 
 
-def _from_modelscope(model: Model, local_files_only: bool) -> str:
+def _from_modelscope(model: Model, local_files_only: bool, patterns: list[str]) -> str:
     from modelscope import snapshot_download
 
     return snapshot_download(
@@ -82,11 +83,11 @@ def _from_modelscope(model: Model, local_files_only: bool) -> str:
         # The client's own default differs from MODELSCOPE_CACHE in older versions, so it is always explicit.
         cache_dir=str(cache_dir_of(model)),
         local_files_only=local_files_only,
-        allow_patterns=HUB_PATTERNS,
+        allow_patterns=patterns,
     )
 
 
-def _from_huggingface(model: Model, local_files_only: bool) -> str:
+def _from_huggingface(model: Model, local_files_only: bool, patterns: list[str]) -> str:
     if model.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
     from huggingface_hub import get_token, snapshot_download
@@ -104,7 +105,7 @@ def _from_huggingface(model: Model, local_files_only: bool) -> str:
             revision=model.revision,
             cache_dir=cache_dir_of(model) / "hub",
             local_files_only=local_files_only,
-            allow_patterns=HUB_PATTERNS,
+            allow_patterns=patterns,
         )
     except IncompleteSnapshotError as error:
         if local_files_only:

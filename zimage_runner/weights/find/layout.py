@@ -5,14 +5,17 @@ Reads JSON and safetensors headers only. Nothing in a model directory is ever ex
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from zimage_runner.errors import UserError, one_line
 from zimage_runner.outputs.parsed import from_json
 from zimage_runner.weights.find.whole import check_configs, check_tensors
+from zimage_runner.weights.formats.checkpoint_file import Component
 from zimage_runner.weights.formats.files import LFS_POINTER, what_else
+from zimage_runner.weights.formats.source import source_component
 from zimage_runner.weights.safetensors_file import BadWeightsFile, WeightsFile, read_header
 
 PIPELINES = ("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline")
@@ -34,7 +37,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 _HEAD = 4096
 MAX_JSON = 64 * 2**20
 """Bytes; Z-Image-Turbo's largest index has 0.05 MB."""
-HUB_PATTERNS = [
+SMALL_FILES = [
     "model_index.json",
     "scheduler/scheduler_config.json",
     "tokenizer/*.json",
@@ -42,10 +45,14 @@ HUB_PATTERNS = [
     "tokenizer/*.jinja",
     *(f"{folder}/config.json" for folder in WEIGHT_STEMS),
     "text_encoder/generation_config.json",
-    *(f"{folder}/*.safetensors" for folder in WEIGHT_STEMS),
-    *(f"{folder}/*.safetensors.index.json" for folder in WEIGHT_STEMS),
 ]
-"""What is downloaded of a repository: no pictures, no pickles."""
+"""What is downloaded of a repository besides weights: no pictures."""
+
+
+def hub_patterns(components: Collection[str]) -> list[str]:
+    """What is downloaded of a repository whose weights of these components are wanted: no pickles."""
+    ends = ("safetensors", "safetensors.index.json")
+    return [*SMALL_FILES, *(f"{folder}/*.{end}" for end in ends for folder in WEIGHT_STEMS if folder in components)]
 
 
 class IncompleteCheckpoint(UserError):
@@ -69,18 +76,28 @@ class Layout:
     """Files of each component with weights, in name order."""
     config_files: list[Path]
     """Every small file that shapes a picture: configs, scheduler, tokenizer; in name order."""
+    sources: dict[str, Component] = field(default_factory=dict)
+    """Components whose weights lie in a file elsewhere, in another layout or precision (formats/source.py)."""
 
     @property
     def weight_bytes(self) -> int:
-        return sum(file.size for files in self.weights.values() for file in files)
+        return sum({file.path: file.size for files in self.weights.values() for file in files}.values())
 
     @property
     def weight_paths(self) -> list[Path]:
-        return [file.path for folder in WEIGHT_STEMS for file in self.weights[folder]]
+        """Each file once, though it may hold several components."""
+        return list(dict.fromkeys(file.path for folder in WEIGHT_STEMS for file in self.weights.get(folder, [])))
+
+    def name_of(self, path: Path) -> str:
+        """A file's name in messages and lists: below the directory, or as a whole path if it is elsewhere."""
+        return path.relative_to(self.path).as_posix() if path.is_relative_to(self.path) else str(path)
 
 
-def inspect(path: Path, field: str = "model.path") -> Layout:
+def inspect(path: Path, field: str = "model.path", components: Collection[str] = tuple(WEIGHT_STEMS)) -> Layout:
     """Check a diffusers-format Z-Image directory and list its files: all there, whole, and what its configs ask for.
+
+    ``components``: those that are wanted of it. Of some alone, whether they fit their configs is left to who puts them
+    together with others.
 
     Raises UserError for what cannot be repaired (not a directory, another pipeline, pickles, custom code, quantised
     weights) and IncompleteCheckpoint, a UserError, when files or tensors are missing or damaged. ``field``
@@ -89,7 +106,8 @@ def inspect(path: Path, field: str = "model.path") -> Layout:
     index = _model_index(path, field)
     _check_classes(path, index)
     problems: list[str] = []
-    configs = {folder: _json(path / folder / "config.json", problems) for folder in WEIGHT_STEMS}
+    wanted = [folder for folder in WEIGHT_STEMS if folder in components]
+    configs = {folder: _json(path / folder / "config.json", problems) for folder in wanted}
     configs["scheduler"] = _json(path / "scheduler" / "scheduler_config.json", problems)
     for folder, config in configs.items():
         if "auto_map" in config:
@@ -97,17 +115,21 @@ def inspect(path: Path, field: str = "model.path") -> Layout:
                 f"{path / folder / 'config.json'}: auto_map asks to run code from the model directory, which is "
                 "never done: use a checkpoint of plain Z-Image"
             )
-    if not problems:
+    is_whole = len(wanted) == len(WEIGHT_STEMS)
+    if not problems and is_whole:
         check_configs(path, configs, problems)
-    weights = {folder: _weights(path / folder, stem, problems) for folder, stem in WEIGHT_STEMS.items()}
-    if not problems:
+    found = {folder: source_component(path / folder) for folder in wanted} if not problems else {}
+    sources = {folder: component for folder, component in found.items() if component is not None}
+    weights = {folder: _weights(path / folder, problems) for folder in wanted if folder not in sources}
+    if not problems and is_whole:
         check_tensors(path, configs, weights, problems)
+    weights |= {folder: [component.file()] for folder, component in sources.items()}
     tokenizer = _tokenizer_files(path / "tokenizer", problems)
     if problems:
         raise IncompleteCheckpoint(path, problems)
     small = [path / "model_index.json", *tokenizer, path / "scheduler" / "scheduler_config.json"]
-    small += [path / folder / "config.json" for folder in WEIGHT_STEMS]
-    return Layout(path, configs, weights, sorted(small))
+    small += [path / folder / "config.json" for folder in wanted]
+    return Layout(path, configs, weights, sorted(small), sources)
 
 
 def _model_index(path: Path, field: str) -> dict[str, Any]:
@@ -188,7 +210,8 @@ def _no_json(head: bytes, tail: bytes) -> str | None:
     return None if tail.rstrip().endswith((b"}", b"]")) else "is cut off"
 
 
-def _weights(folder: Path, stem: str, problems: list[str]) -> list[WeightsFile]:
+def _weights(folder: Path, problems: list[str]) -> list[WeightsFile]:
+    stem = WEIGHT_STEMS[folder.name]
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if single.is_file() and index.is_file():
         # diffusers and transformers disagree on which of the two they would load.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from pathlib import Path
 
 from zimage_runner.errors import PROGRAM, UserError, called
@@ -11,7 +12,9 @@ from zimage_runner.weights.cache import cache_root, is_writable, read_entry, wri
 from zimage_runner.weights.find import hubs
 from zimage_runner.weights.find.checkpoint import Checkpoint
 from zimage_runner.weights.find.digest import weights_digest
-from zimage_runner.weights.find.layout import IncompleteCheckpoint, Layout, inspect
+from zimage_runner.weights.find.finite import check_finite
+from zimage_runner.weights.find.layout import WEIGHT_STEMS, IncompleteCheckpoint, Layout, inspect
+from zimage_runner.weights.find.parts import assemble, base_of, given_parts, missing_parts
 from zimage_runner.weights.find.verify import FileDigest, file_digests
 
 log = logging.getLogger(__name__)
@@ -20,6 +23,7 @@ _INCOMPLETE_HUB = "the hub's own copy is incomplete, or model.revision predates 
 
 CHECKSUMS = "SHA256SUMS"
 """The embedded model's own list, as ``sha256sum`` writes it."""
+ALL = tuple(WEIGHT_STEMS)
 EMBEDDED = Path(__file__).resolve().parent.parent.parent / "assets" / "zimage_nano"
 
 
@@ -38,29 +42,44 @@ def resolve(model: Model) -> Checkpoint:
 
 def resolve_without_network(model: Model) -> Checkpoint | None:
     """As ``resolve``, but None for a hub's model that no earlier run has downloaded."""
-    if model.path is None and model.source in hubs.HUB_NAMES and _cached(model) is None:
+    base, wanted = model, ALL
+    if model.is_assembled:
+        parts = given_parts(model)
+        base, wanted = base_of(model), tuple(name for name in ALL if name not in parts)
+        if not missing_parts(model, parts):
+            return resolve(model)
+    if base.path is None and base.source in hubs.HUB_NAMES and _cached(base, wanted) is None:
         return None
     return resolve(model)
 
 
 def locate(model: Model) -> Layout:
     """The checkpoint's directory and files, sizes and headers checked; downloads what is missing unless offline."""
+    return assemble(model, published) if model.is_assembled else published(model)
+
+
+def published(model: Model, components: Collection[str] = ALL) -> Layout:
+    """The checkpoint that ``model.path`` or ``model.source`` names, or these components of it."""
     if model.path is not None or model.source is Source.local:
-        return _local(Path(model.path or "").expanduser().absolute())
+        path = Path(model.path or "").expanduser().absolute()
+        return _repairable(path, f"model.path={path}", "copy or download the files again", components)
     if model.source is Source.embedded:
-        return _repairable(EMBEDDED, "model.source=embedded", "reinstall zimage-runner")
-    return _cached(model) or _in_hub_cache(model) or download(model)
+        return _repairable(EMBEDDED, "model.source=embedded", "reinstall zimage-runner", components)
+    return _cached(model, components) or _in_hub_cache(model, components) or download(model, components)
 
 
-def download(model: Model) -> Layout:
-    """Bring the hub's snapshot up to date: files that changed on the hub, or fail its checksum, are fetched again."""
+def download(model: Model, components: Collection[str] = ALL) -> Layout:
+    """Bring the hub's snapshot up to date: files that changed on the hub, or fail its checksum, are fetched again.
+
+    ``components``: whose weights are wanted; the small files always are.
+    """
     if model.path is not None or model.source not in hubs.HUB_NAMES:
         raise UserError(f"model.source={model.source.value}: nothing to download, choose a model that a hub holds")
     if model.offline:
         raise UserError("model.offline=true: nothing can be downloaded; set model.offline=false")
     log.info("downloading %s from %s to %s", model.repo, hubs.HUB_NAMES[model.source], hubs.cache_dir_of(model))
-    path = hubs.snapshot(model, local_files_only=False)
-    layout = _repairable(path, f"{model.repo} from {hubs.HUB_NAMES[model.source]}", _INCOMPLETE_HUB)
+    path = hubs.snapshot(model, local_files_only=False, components=components)
+    layout = _repairable(path, f"{model.repo} from {hubs.HUB_NAMES[model.source]}", _INCOMPLETE_HUB, components)
     write_entry("snapshots", _snapshot_key(model), {"path": str(path)})
     return layout
 
@@ -69,7 +88,7 @@ def check_digests(model: Model, layout: Layout) -> None:
     """Compare sha256 with the hub's or the first use's, as ``model.verify`` says. Raises UserError naming the file."""
     if model.verify is Verify.headers:
         return
-    if model.path is None and model.source is Source.embedded:
+    if model.path is None and model.source is Source.embedded and not model.is_assembled:
         _check_embedded(model, layout)
         return
     if model.verify is Verify.first_use and not is_writable():
@@ -80,6 +99,7 @@ def check_digests(model: Model, layout: Layout) -> None:
     altered = [d for d in file_digests(checked_files(model, layout), model.verify is Verify.always) if d.is_altered]
     if altered:
         raise UserError(f"{_describe(altered)}: {_repair(model, layout)}")
+    check_finite(layout.sources.values(), model.verify is Verify.always)
 
 
 def checked_files(model: Model, layout: Layout) -> list[Path]:
@@ -87,7 +107,7 @@ def checked_files(model: Model, layout: Layout) -> list[Path]:
 
     A local folder's configs are its owner's to edit; ``model.verify=always`` looks at them too.
     """
-    own = model.path is not None or model.source is Source.local
+    own = model.path is not None or model.source is Source.local or model.is_assembled
     small = [] if own and model.verify is not Verify.always else layout.config_files
     return [*layout.weight_paths, *small]
 
@@ -104,33 +124,30 @@ def _check_embedded(model: Model, layout: Layout) -> None:
             raise UserError(f"model.source=embedded: {digest.path} was altered: reinstall zimage-runner")
 
 
-def _local(path: Path) -> Layout:
-    return _repairable(path, f"model.path={path}", "copy or download the files again")
-
-
-def _repairable(path: Path, field: str, remedy: str) -> Layout:
+def _repairable(path: Path, field: str, remedy: str, components: Collection[str]) -> Layout:
     try:
-        return inspect(path)
+        return inspect(path, components=components)
     except IncompleteCheckpoint as error:
         raise UserError(f"{field}: {_problems(error)}: {remedy}") from error
 
 
-def _cached(model: Model) -> Layout | None:
+def _cached(model: Model, components: Collection[str] = ALL) -> Layout | None:
     """The snapshot that was complete last time, if it still is: without importing the hub's client."""
     entry = read_entry("snapshots", _snapshot_key(model))
     if entry is None or not isinstance(entry.get("path"), str):
         return None
     try:
-        return inspect(Path(entry["path"]))
+        return inspect(Path(entry["path"]), components=components)
     except UserError as error:
         log.info("the snapshot of the last run is no longer usable: %s", error)
         return None
 
 
-def _in_hub_cache(model: Model) -> Layout | None:
+def _in_hub_cache(model: Model, components: Collection[str]) -> Layout | None:
     """A complete snapshot in the hub's cache. Offline, whatever is missing is an error."""
     try:
-        layout = inspect(hubs.snapshot(model, local_files_only=True))
+        path = hubs.snapshot(model, local_files_only=True, components=components)
+        layout = inspect(path, components=components)
     except IncompleteCheckpoint as error:
         if model.offline:
             raise UserError(
@@ -157,6 +174,8 @@ def _snapshot_key(model: Model) -> str:
 
 def _revision(model: Model, path: Path) -> str | None:
     """Hubs keep a snapshot in snapshots/<revision>; Hugging Face writes the commit there, ModelScope the name."""
+    if model.is_assembled:
+        return None
     if model.path is None and path.parent.name == "snapshots":
         return path.name
     return model.revision if model.path is None and model.source in hubs.HUB_NAMES else None
@@ -173,6 +192,6 @@ def _describe(altered: list[FileDigest]) -> str:
 
 def _repair(model: Model, layout: Layout) -> str:
     accept = f"or accept it as it is with `{called(PROGRAM)} prepare accept` and the same model options"
-    if model.path is None and model.source in hubs.HUB_NAMES:
+    if model.path is None and model.source in hubs.HUB_NAMES and not model.is_assembled:
         return f"repair it with `{called(PROGRAM)} prepare download` and the same model options, {accept}"
-    return f"copy {layout.path.name} again, {accept}"
+    return f"copy {'it' if model.is_assembled else layout.path.name} again, {accept}"

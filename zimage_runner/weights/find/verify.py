@@ -72,7 +72,9 @@ def forget(paths: Sequence[Path]) -> None:
 
 def remember(path: Path, sha256: str) -> None:
     """Record a digest that was computed elsewhere, for the file as it is now."""
-    write_entry("sha256", str(path.resolve()), {**_stat(path), "sha256": sha256, "first": sha256, "first_time": _now()})
+    write_entry(
+        "sha256", str(path.resolve()), {**file_state(path), "sha256": sha256, "first": sha256, "first_time": _now()}
+    )
 
 
 def sha256_of(path: Path, advance: Callable[[int], object] = lambda count: None) -> str:
@@ -108,7 +110,7 @@ def _compare(path: Path, entry: dict[str, Any] | None, computed: str | None) -> 
         write_entry(
             "sha256",
             str(path.resolve()),
-            {**_stat(path), "sha256": sha256, "first": first or sha256, "first_time": first_time},
+            {**file_state(path), "sha256": sha256, "first": first or sha256, "first_time": first_time},
         )
     return FileDigest(
         path=path,
@@ -123,10 +125,11 @@ def _unchanged_entry(path: Path) -> dict[str, Any] | None:
     entry = read_entry("sha256", str(path.resolve()))
     if not entry or not isinstance(entry.get("sha256"), str):
         return None
-    return entry if all(entry.get(name) == value for name, value in _stat(path).items()) else None
+    return entry if all(entry.get(name) == value for name, value in file_state(path).items()) else None
 
 
-def _stat(path: Path) -> dict[str, int]:
+def file_state(path: Path) -> dict[str, int]:
+    """What changes when a file's bytes do."""
     stat = path.stat()
     # ctime_ns too: mtime can be put back after a change, and ctime cannot.
     return {

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from zimage_runner.errors import UserError, one_line
+from zimage_runner.weights.formats.checkpoint_file import recognise
 from zimage_runner.weights.formats.configs import MAX_BLOCKS, Config, expected_shapes
 from zimage_runner.weights.safetensors_file import WeightsFile
 
@@ -26,8 +27,9 @@ MARKS = (
 """Last parts of the names that quantisers give to what belongs to a quantised weight."""
 QUANTISED = (
     "quantised weights are not read from a diffusers-format directory, and without their scales they would draw "
-    "another picture: get this model's bfloat16 or float32 files"
+    "another picture"
 )
+OTHER_FILES = "get this model's bfloat16 or float32 files"
 WIDEST, MOST_LEVELS, LARGEST_VOCABULARY = 1_000_000, 16, 10_000_000
 
 
@@ -129,7 +131,7 @@ def check_configs(path: Path, configs: Mapping[str, Config], problems: list[str]
     for component, config in configs.items():
         name = f"{component}/{FILES.get(component, 'config.json')}"
         if config.get("quantization_config") is not None:
-            raise UserError(f"{path / name}: quantization_config: {QUANTISED}")
+            raise UserError(f"{path / name}: quantization_config: {QUANTISED}: {OTHER_FILES}")
         for field, kind in REQUIRED[component].items():
             if field not in config:
                 problems.append(f"{name} lacks {field}")
@@ -211,7 +213,8 @@ def _check_component(
         for stored, info in file.tensors.items():
             name = stored.removeprefix("model.") if component == "text_encoder" else stored
             if info.dtype not in FLOATS or stored.rpartition(".")[2] in MARKS:
-                raise UserError(f"{path / where}: tensor {_shown(stored)} is {info.dtype}: {QUANTISED}")
+                remedy = _remedy(component, files)
+                raise UserError(f"{path / where}: tensor {_shown(stored)} is {info.dtype}: {QUANTISED}: {remedy}")
             if name in found:
                 problems.append(f"{where} holds tensor {_shown(stored)}, which {found[name].path.name} holds too")
             elif name in wanted:
@@ -227,6 +230,15 @@ def _check_component(
         problems.append(f"{place} lacks tensor {_some(missing)} that its config.json asks for")
     if extra:
         problems.append(f"{_some(extra)} belongs to no part of the model that its config.json describes")
+
+
+def _remedy(component: str, files: Sequence[WeightsFile]) -> str:
+    """What to do with quantised weights: a file that can be read by itself is named."""
+    try:
+        is_readable = len(files) == 1 and component in recognise(files[0].path)
+    except UserError:
+        is_readable = False
+    return f"give the file as what it is, with model.{component}={files[0].path}" if is_readable else OTHER_FILES
 
 
 def _some(names: Sequence[str]) -> str:

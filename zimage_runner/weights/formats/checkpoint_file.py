@@ -33,7 +33,7 @@ from zimage_runner.weights.formats.relatives import (
     refuse_architecture,
     refuse_relatives,
 )
-from zimage_runner.weights.safetensors_file import WeightsFile
+from zimage_runner.weights.safetensors_file import TensorInfo, WeightsFile
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +54,8 @@ class Component:
     layout: str
     """ComfyUI, diffusers, LDM, transformers or llama.cpp."""
     prefix: str
+    data_start: int
+    """Where the file's header ends and tensors' bytes begin."""
 
     @property
     def precision(self) -> str:
@@ -76,13 +78,17 @@ class Component:
 
         What streams published safetensors files (pieces.py) streams this: a third of a fused matrix is a stretch of it.
         """
-        infos = {name: tensor.info for name, tensor in self.tensors.items()}
-        whole = {name: info for name, info in infos.items() if info is not None}
-        if len(whole) < len(infos):
-            return None
+        return self.file() if self.is_plain else None
+
+    def file(self) -> WeightsFile:
+        """The same, tensors that must be decoded told as what they become: float32 that lies nowhere."""
+        tensors = {name: tensor.info or _decoded(tensor) for name, tensor in self.tensors.items()}
         path = next(iter(self.tensors.values())).stored.path
-        start = min(info.start for info in whole.values())
-        return WeightsFile(path=path, size=path.stat().st_size, data_start=start, tensors=whole)
+        return WeightsFile(path=path, size=path.stat().st_size, data_start=self.data_start, tensors=tensors)
+
+
+def _decoded(tensor: PublishedTensor) -> TensorInfo:
+    return TensorInfo("F32", tensor.shape, 0, 4 * math.prod(tensor.shape))
 
 
 class ComponentTensors(Mapping[str, "torch.Tensor"]):
@@ -149,26 +155,63 @@ def open_checkpoint_file(
     published Z-Image's values stand. Raises UserError, one line, for a file that is damaged, another model, quantised
     in a way that is not read, or whose tensors are not exactly those of its components: they are named.
     """
-    file = open_stored(path, label)
-    split = _split(file)
-    refuse_relatives(file, {name: info.shape for name, info in split.get("transformer", {}).items()})
-    if is_adapter(file.tensors):
-        raise UserError(f"{path} is a LoRA or another adapter, not a checkpoint: use loras=[{path.name}]")
-    stored = stored_tensors(file)
-    by_component: dict[str, dict[str, StoredTensor]] = {}
-    for name, tensor in stored.items():
-        component, rest = component_of(name)
-        if rest in by_component.setdefault(component, {}):
-            raise UserError(f"{path}: {rest} is there twice, as {by_component[component][rest].name} and {name}")
-        by_component[component][rest] = tensor
+    file, stored = _open(path, label)
+    by_component = _by_component(path, stored)
     components = {
         name: component
         for name in COMPONENTS
         if (component := _component(file, name, by_component.get(name, {}), (base or {}).get(name)))
     }
     if not components:
-        raise UserError(f"{path} holds no part of Z-Image ({kinds_of_names(list(stored)) or 'no tensors'}): {NEED}")
+        raise _nothing(path, stored)
     return CheckpointFile(file, components)
+
+
+def open_component(path: Path, name: str, base: Mapping[str, Any] | None = None, label: str = "") -> Component:
+    """One component of a file; ``base`` is the config that fills in what shapes do not tell. Raises UserError, as
+    above, also where the file does not hold it."""
+    file, stored = _open(path, label)
+    component = _component(file, name, _by_component(path, stored).get(name, {}), base)
+    if component is None:
+        raise UserError(f"{label or path} holds no {name}")
+    return component
+
+
+def recognise(path: Path, label: str = "") -> list[str]:
+    """The components that a file holds, by its names alone: whether they are whole is open_checkpoint_file's to say.
+
+    Raises UserError, one line, for a file that is damaged, another model, or quantised in a way that is not read.
+    """
+    _, stored = _open(path, label)
+    names = [component_of(name) for name in stored]
+    found = {component for component, rest in names if not JUNK[component].fullmatch(rest)}
+    if not found:
+        raise _nothing(path, stored)
+    return [name for name in COMPONENTS if name in found]
+
+
+def _open(path: Path, label: str) -> tuple[StoredFile, dict[str, StoredTensor]]:
+    """A file's header, and its tensors but scales and markers. Raises UserError for other models and adapters."""
+    file = open_stored(path, label)
+    split = _split(file)
+    refuse_relatives(file, {name: info.shape for name, info in split.get("transformer", {}).items()})
+    if is_adapter(file.tensors):
+        raise UserError(f"{path} is a LoRA or another adapter, not a checkpoint: use loras=[{path.name}]")
+    return file, stored_tensors(file)
+
+
+def _nothing(path: Path, stored: Mapping[str, StoredTensor]) -> UserError:
+    return UserError(f"{path} holds no part of Z-Image ({kinds_of_names(list(stored)) or 'no tensors'}): {NEED}")
+
+
+def _by_component(path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
+    by_component: dict[str, dict[str, StoredTensor]] = {}
+    for name, tensor in stored.items():
+        component, rest = component_of(name)
+        if rest in by_component.setdefault(component, {}):
+            raise UserError(f"{path}: {rest} is there twice, as {by_component[component][rest].name} and {name}")
+        by_component[component][rest] = tensor
+    return by_component
 
 
 def _split(file: StoredFile) -> dict[str, dict[str, Any]]:
@@ -194,7 +237,8 @@ def _component(
         raise UserError(f"{file.path}: {error}: not Z-Image's {name}, or damaged (it holds {keys}): {NEED}") from error
     refuse_architecture(file, name)
     _check(file, name, tensors, expected_shapes(name, config))
-    return Component(name, config, tensors, layout, prefix_of(next(iter(used.values())).name))
+    start = min(info.start for info in file.tensors.values())
+    return Component(name, config, tensors, layout, prefix_of(next(iter(used.values())).name), start)
 
 
 def _published(

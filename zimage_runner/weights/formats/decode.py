@@ -56,6 +56,11 @@ class StoredTensor:
         return self.shape[0] if self.shape else 1
 
     @property
+    def is_fp8(self) -> bool:
+        """Whether it is e4m3 with a scale of the tensor, of each row or none: what fp8 products take as it is."""
+        return self.info.dtype == "F8_E4M3" and self.encoding in ("plain", "scaled") and not self.rotation
+
+    @property
     def is_plain_float(self) -> bool:
         """Whether its bytes are the numbers, so that a stretch of the file is a stretch of rows."""
         return self.encoding == "plain" and self.info.dtype in FLOATS
@@ -130,6 +135,30 @@ class PublishedTensor:
             yield self.stored.read(self.first, self.last, device)
         for first in range(self.first, self.last, step):
             yield self.stored.read(first, min(first + step, self.last), device)
+
+    def elements(self, first: int, count: int) -> torch.Tensor:
+        """``count`` consecutive numbers from the ``first`` on, flat; float32 or as stored. Whole rows are decoded."""
+        width = max(math.prod(self.stored.shape[1:]), 1)
+        begin, lead = divmod(first, width)
+        last = self.first + -(-(first + count) // width)
+        return self.stored.read(self.first + begin, last).flatten()[lead : lead + count]
+
+    def raw_bytes(self, first: int, count: int) -> torch.Tensor:
+        """``count`` stored numbers of eight bits from the ``first`` on, uint8."""
+        width = max(math.prod(self.stored.shape[1:]), 1)
+        info = self.stored.info
+        whole, begin = TensorInfo("U8", (info.nbytes,), info.start, info.nbytes), self.first * width + first
+        return _raw_rows(self.stored.path, whole, begin, begin + count)
+
+    def row_scales(self) -> torch.Tensor:
+        """[rows] float32 that multiply the stored numbers of each row."""
+        import torch
+
+        rows = self.last - self.first
+        if self.stored.encoding == "plain":
+            return torch.ones(rows)
+        scale = self.stored.scale("weight_scale", torch.device("cpu")).float().flatten()
+        return scale.expand(rows).clone() if scale.numel() == 1 else scale[self.first : self.last].clone()
 
 
 def read_tensor(path: Path, info: TensorInfo) -> torch.Tensor:
@@ -239,6 +268,8 @@ def _gguf_rows(tensor: StoredTensor, first: int, last: int) -> torch.Tensor:
     info = TensorInfo("U8", (stored[0], row), tensor.info.start, tensor.info.nbytes)
     blocks = _raw_rows(tensor.path, info, begin, end).numpy()
     values = torch.from_numpy(dequantize(blocks, GGMLQuantizationType[tensor.info.dtype]))
+    if not bool(torch.isfinite(values).all()):
+        raise UserError(f"{tensor.path}: {tensor.name} holds NaN or infinity: the file is damaged")
     return values.reshape(tensor.shape)[first:last] if is_reshaped else values.reshape(last - first, *stored[1:])
 
 

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING
 from zimage_runner.errors import UserError
 from zimage_runner.model import Device, Dtype, Model, Prepare
 from zimage_runner.weights.find.checkpoint import Checkpoint
+from zimage_runner.weights.formats.source import source_file
 from zimage_runner.weights.preload.cuda_driver import CudaUnavailable, torch_is_cpu_only
 from zimage_runner.weights.preload.lanes import pinned_ahead
 from zimage_runner.weights.preload.page_cache import CudaContext, read_ahead
 from zimage_runner.weights.preload.preload import Preload
 from zimage_runner.weights.prepared import prepared
+from zimage_runner.weights.prepared.names import COMPONENTS
 from zimage_runner.weights.prepared.prepared import BF16, Prepared
 from zimage_runner.weights.safetensors_file import BadWeightsFile
 
@@ -116,8 +118,9 @@ def begin(
         preload = Preload(ranges, packings=packings)
     elif wants_gpu:
         CudaContext()
-        files = sorted(checkpoint.path.glob("*/*.safetensors"))
-        read_ahead([file for file in files if encodes or file.parent.name != TEXT_ENCODER])
+        folders = [checkpoint.path / name for name in COMPONENTS if encodes or name != TEXT_ENCODER]
+        files = [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
+        read_ahead([*dict.fromkeys(file for folder in folders if (file := source_file(folder))), *files])
     return WeightsSource(checkpoint, model, found, preload, precision)
 
 

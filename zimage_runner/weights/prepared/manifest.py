@@ -38,7 +38,7 @@ def describe(
             "path": str(layout.path),
             "revision": checkpoint.revision,
             "digest": checkpoint.digest,
-            "files": {path.relative_to(layout.path).as_posix(): path.stat().st_size for path in layout.weight_paths},
+            "files": {layout.name_of(path): path.stat().st_size for path in layout.weight_paths},
         },
         "dtype": "bfloat16",
         "precision": precision,
@@ -54,7 +54,7 @@ def describe(
                 "sha256": sha256[component],
                 "sampled_sha256": sampled[component],
                 "tensors": len(tensors),
-                "fused": {t.name: [name for name, _, _ in t.sources] for t in tensors if len(t.sources) > 1},
+                "fused": {t.name: [origin.name for origin in t.sources] for t in tensors if len(t.sources) > 1},
                 "in_eight_bits": sum(t.dtype != "BF16" and t.dtype != "F32" for t in tensors),
                 "left_out": _left_out(layout, component, tensors),
             }
@@ -64,7 +64,7 @@ def describe(
 
 
 def _left_out(layout: Layout, component: str, plan: list[PlannedTensor]) -> list[str]:
-    used = {name for tensor in plan for name, _, _ in tensor.sources}
+    used = {origin.name for tensor in plan for origin in tensor.sources}
     return sorted(name for file in layout.weights[component] for name in file.tensors if name not in used)
 
 

@@ -19,6 +19,8 @@ from zimage_runner.weights.safetensors_file import ITEM_BITS, TensorInfo
 if TYPE_CHECKING:
     import torch
 
+    from zimage_runner.weights.formats.decode import PublishedTensor
+
 PIECE = 8 * 1024 * 1024
 """Elements handled at a time by each thread."""
 ALIGNMENT = 256
@@ -31,14 +33,25 @@ SCALE = "_scale"
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """A published tensor that a prepared one is made of."""
+
+    name: str
+    path: Path
+    info: TensorInfo
+    """Where its numbers lie; of one that must be decoded, as if they lay at byte 0 in float32."""
+    decoded: PublishedTensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class PlannedTensor:
     """A tensor of a prepared file and the published tensors it is made of, stacked along dimension 0."""
 
     name: str
     shape: tuple[int, ...]
-    sources: tuple[tuple[str, Path, TensorInfo], ...]
+    sources: tuple[Origin, ...]
     dtype: str = "BF16"
-    scales: RowScales | None = None
+    scales: Scales | None = None
     """Of a weight in eight bits and of the tensor of its scales."""
 
     @property
@@ -61,7 +74,9 @@ class Piece:
     """The dtype in the prepared file."""
     first: int = 0
     """The piece's first element, counted in the prepared tensor."""
-    scales: RowScales | None = None
+    scales: Scales | None = None
+    decoded: PublishedTensor | None = None
+    """What the numbers are decoded from; ``source_offset`` then counts as if they were float32."""
 
     @property
     def item_bytes(self) -> int:
@@ -85,11 +100,13 @@ def plan_component(layout: Layout, component: str, precision: str = "bf16") -> l
     for name, (path, info) in stored.items():
         if info.dtype not in DTYPES:
             raise UserError(f"{path}: tensor {name!r} is {info.dtype}: only {', '.join(DTYPES)} can be prepared")
+    source = layout.sources.get(component)
+    decoded = {name: tensor for name, tensor in source.tensors.items() if tensor.info is None} if source else {}
     layers = int(layout.configs[component].get("num_hidden_layers", 0))
     planned = []
     for tensor in prepared_tensors(component, stored, num_hidden_layers=layers):
-        sources = tuple((name, *stored[name]) for name in tensor.sources)
-        shapes = [info.shape for _, _, info in sources]
+        sources = tuple(Origin(name, *stored[name], decoded.get(name)) for name in tensor.sources)
+        shapes = [source.info.shape for source in sources]
         shape = shapes[0] if len(shapes) == 1 else (sum(s[0] for s in shapes), *shapes[0][1:])
         planned.append(PlannedTensor(tensor.name, shape, sources))
     if component == "transformer" and precision != "bf16":
@@ -105,7 +122,9 @@ def _in_eight_bits(planned: Iterable[PlannedTensor], precision: str) -> Iterator
         if QUANTISED.fullmatch(tensor.name) is None:
             yield tensor
             continue
-        scales = RowScales(tensor, precision)
+        decoded = [origin.decoded for origin in tensor.sources]
+        as_stored = precision == "fp8" and all(source is not None and source.stored.is_fp8 for source in decoded)
+        scales = StoredScales(tensor) if as_stored else RowScales(tensor, precision)
         yield replace(tensor, dtype=EIGHT_BITS[precision], scales=scales)
         yield replace(tensor, name=tensor.name + SCALE, shape=tensor.shape[:1], dtype="F32", scales=scales)
 
@@ -121,16 +140,19 @@ def pieces(plan: Iterable[PlannedTensor], places: Mapping[str, int]) -> Iterator
     for tensor in plan:
         offset, first = places[tensor.name], 0
         if tensor.dtype == "F32":  # scales: their rows' weights are the source
-            _, path, info = tensor.sources[0]
-            yield Piece(tensor.name, path, info.start, "F32", tensor.shape[0], offset, "F32", 0, tensor.scales)
+            origin = tensor.sources[0]
+            yield Piece(
+                tensor.name, origin.path, origin.info.start, "F32", tensor.shape[0], offset, "F32", 0, tensor.scales
+            )
             continue
         item = ITEM_BITS[tensor.dtype] // 8
-        for _, path, info in tensor.sources:
+        for origin in tensor.sources:
+            info = origin.info
             total, size = math.prod(info.shape), 4 if info.dtype == "F32" else 2
             for begin in range(0, total, PIECE):
                 yield Piece(
-                    tensor.name, path, info.start + begin * size, info.dtype, min(PIECE, total - begin),
-                    offset + item * begin, tensor.dtype, first + begin, tensor.scales,
+                    tensor.name, origin.path, info.start + begin * size, info.dtype, min(PIECE, total - begin),
+                    offset + item * begin, tensor.dtype, first + begin, tensor.scales, origin.decoded,
                 )  # fmt: skip
             offset, first = offset + item * total, first + total
 
@@ -156,13 +178,15 @@ def read_piece(piece: Piece) -> torch.Tensor:
         return read_bfloat16(piece).view(torch.uint8)
     if piece.stored == "F32":
         return piece.scales()[piece.first : piece.first + piece.count].contiguous().view(torch.uint8)
-    return piece.scales.rounded(read_bfloat16(piece), piece.first).view(torch.uint8)
+    return piece.scales.numbers(piece)
 
 
 def read_bfloat16(piece: Piece) -> torch.Tensor:
     """The piece's elements rounded to bfloat16 (round to nearest even, as ``Tensor.to`` does)."""
     import torch
 
+    if piece.decoded is not None:
+        return piece.decoded.elements(piece.source_offset // piece.item_bytes, piece.count).to(torch.bfloat16)
     dtype = getattr(torch, DTYPES[piece.dtype])
     tensor = torch.empty(piece.count, dtype=dtype)
     with piece.source.open("rb", buffering=0) as file:
@@ -188,22 +212,29 @@ class RowScales:
 
         with self._lock:
             if self._scales is None:
-                self._scales = torch.cat([self._of(path, info) for _, path, info in self._tensor.sources])
+                self._scales = torch.cat([self._of(origin) for origin in self._tensor.sources])
             return self._scales
 
-    def _of(self, path: Path, info: TensorInfo) -> torch.Tensor:
+    def _of(self, origin: Origin) -> torch.Tensor:
         import torch
 
         from zimage_runner.weights.eight_bits import FORMATS, quantise_rows
 
-        rows = max(1, PIECE // self._columns)
+        info, rows = origin.info, max(1, PIECE // self._columns)
         scales = []
         for begin in range(0, info.shape[0], rows):
             count = min(rows, info.shape[0] - begin) * self._columns
             item = 4 if info.dtype == "F32" else 2
-            piece = Piece(self._tensor.name, path, info.start + begin * self._columns * item, info.dtype, count, 0)
+            start = info.start + begin * self._columns * item
+            piece = Piece(self._tensor.name, origin.path, start, info.dtype, count, 0, decoded=origin.decoded)
             scales.append(quantise_rows(read_bfloat16(piece).view(-1, self._columns), FORMATS[self._precision])[1])
         return torch.cat(scales)
+
+    def numbers(self, piece: Piece) -> torch.Tensor:
+        """The piece's weights in eight bits, uint8."""
+        import torch
+
+        return self.rounded(read_bfloat16(piece), piece.first).view(torch.uint8)
 
     def rounded(self, weights: torch.Tensor, first: int) -> torch.Tensor:
         """Consecutive weights in eight bits; ``first`` is the first one's number in the tensor."""
@@ -218,3 +249,24 @@ class RowScales:
         scales = self()[begin : begin + rows]
         values = round_rows(whole.view(rows, -1), scales, FORMATS[self._precision])
         return values.flatten()[lead : lead + len(weights)].contiguous()
+
+
+class StoredScales:
+    """Of a weight whose published tensors are fp8 with scales: its numbers are taken as they are."""
+
+    def __init__(self, tensor: PlannedTensor) -> None:
+        self._origins = [origin.decoded for origin in tensor.sources if origin.decoded is not None]
+
+    def __call__(self) -> torch.Tensor:
+        """[rows] float32."""
+        import torch
+
+        return torch.cat([origin.row_scales() for origin in self._origins])
+
+    def numbers(self, piece: Piece) -> torch.Tensor:
+        """The piece's numbers, uint8."""
+        assert piece.decoded is not None
+        return piece.decoded.raw_bytes(piece.source_offset // piece.item_bytes, piece.count)
+
+
+Scales = RowScales | StoredScales
