@@ -14,8 +14,13 @@ from safetensors.torch import load_file
 from tests.support import NANO
 from tests.support import weight_formats as support
 from tests.support.quantised_layouts import Encode, convrot, encoded, int8, scaled, write_gguf
+from zimage_runner.compile import Compile
 from zimage_runner.engines.native.assembly import load_model
+from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.engines.native.model import Options
+from zimage_runner.engines.precision import Precision
+from zimage_runner.engines.request import LoadRequest
+from zimage_runner.memory.policies import Staged
 from zimage_runner.model import FileModel, Model, Prepare, Source, Variant
 from zimage_runner.prepare import main
 from zimage_runner.weights.find.layout import inspect
@@ -113,12 +118,20 @@ def test_products_in_fp8_take_the_files_own_numbers(kind: str, tmp_path: Path, m
     assert torch.equal(numbers, fused(meant))  # nothing was rounded again
 
 
-def test_layers_kept_in_bf16_are_decoded(tmp_path: Path) -> None:
+def test_layers_kept_in_bf16_come_from_the_copy_in_bf16(tmp_path: Path) -> None:
+    """A copy in fp8 holds no layer in bf16, so it is not used; the others are rounded as that copy's would be."""
     model, meant = file_of(tmp_path / "q.safetensors", ENCODERS["fp8"])
+    checkpoint = resolve(model)
+    prepare.build(checkpoint, model, precision="fp8")
+    plain = prepare.build(checkpoint, model, packed=False)
+    config = NativeEngine(precision=Precision.fp8, bf16_layers=[2])
+    request = LoadRequest(checkpoint=checkpoint, model=model, memory=Staged(), compile=Compile())
+    weights = config._weights(request)
+    assert weights.path == plain.path
     options = Options(dtype=torch.bfloat16, precision="fp8", bf16_layers=frozenset({2}))
-    direct = load_model(resolve(model).path, options).transformer.state_dict()
+    direct, copied = (load_model(p, options).transformer.state_dict() for p in (checkpoint.path, weights.path))
+    assert all(torch.equal(direct[name].float(), tensor.float()) for name, tensor in copied.items())
     assert torch.equal(direct[MATRIX], fused(meant).bfloat16())
-    assert direct[MATRIX.replace("2", "3")].dtype == torch.float8_e4m3fn
 
 
 def test_other_formats_are_rounded_to_eight_bits_as_bf16_is(tmp_path: Path) -> None:

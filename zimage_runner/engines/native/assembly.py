@@ -109,8 +109,9 @@ def load_transformer(model: NativeModel, path: Path, loaded: LoadedTensors = fro
         attention, config = model.attention, model.description.transformer
         module = Transformer(config, model.ops, attention.attend, options.arithmetic, attention.attend_fp8)
     place = module.stream_blocks(model.device) if options.streamed else in_place
-    if options.precision == FP8.name and (source := source_component(path / "transformer")) is not None:
-        tensors = StoredFp8(source, options.device, options.bf16_layers)
+    takes_fp8 = options.precision == FP8.name and not options.bf16_layers
+    if takes_fp8 and (source := source_component(path / "transformer")) is not None:
+        tensors = StoredFp8(source, options.device)
     elif options.streamed:
         tensors = open_parts(path / "transformer", options.device)
     else:

@@ -79,7 +79,8 @@ class NativeEngine(EngineConfig):
         from zimage_runner.weights.prepared import prepared
 
         checkpoint, model, memory = request.checkpoint, request.model, request.memory
-        precision = self.precision.value
+        # A copy in eight bits holds no layer in bf16: these engines round that in bf16 themselves.
+        precision = (Precision.bf16 if self.bf16_layers else self.precision).value
         if memory.staged or memory.per_process_fraction is not None:
             # All networks at once on the device is what staging avoids; a limit of torch's binds its allocator alone.
             found = None if model.prepare is Prepare.never else prepared.find(checkpoint, model, precision=precision)

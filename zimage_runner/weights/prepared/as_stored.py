@@ -5,7 +5,7 @@ What the prepared copy in fp8 holds of such a file is the same, so that a pictur
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from zimage_runner.weights.formats.checkpoint_file import Component, ComponentTensors
@@ -21,16 +21,14 @@ class StoredFp8(Mapping[str, "torch.Tensor"]):
     """The tensors of a transformer in a file: those that are multiplied in fp8 and stored so with their scales; the
     others as ComponentTensors has them."""
 
-    def __init__(self, component: Component, device: str, bf16_layers: Collection[int] = ()) -> None:
-        """``bf16_layers``: main blocks that compute in bf16 all the same."""
+    def __init__(self, component: Component, device: str) -> None:
         self._others = ComponentTensors(component, device)
         self._device = device
         self._taken: dict[str, list[PublishedTensor]] = {}
         parts: set[str] = set()
-        kept = tuple(f"layers.{layer}." for layer in bf16_layers)
         for tensor in prepared_tensors("transformer", component.tensors):
             sources = [component.tensors[name] for name in tensor.sources]
-            is_multiplied = QUANTISED.fullmatch(tensor.name) is not None and not tensor.name.startswith(kept)
+            is_multiplied = QUANTISED.fullmatch(tensor.name) is not None
             if is_multiplied and all(source.stored.is_fp8 for source in sources):
                 self._taken[tensor.name] = sources
                 parts.update(tensor.sources)
