@@ -112,9 +112,12 @@ def groups_with(field: str) -> list[str]:
 
 def option_of(group: str, type_name: str | None) -> str:
     """The option that stands in a config group, by the name of its dataclass."""
+    from zimage_runner.config.paths import CONFIG_DIR
     from zimage_runner.config.registry import SCHEMAS
 
-    names = [name for name, option in SCHEMAS.get(group, {}).items() if option.__name__ == type_name]
+    options = SCHEMAS.get(group, {}).items()
+    named = [name for name, option in options if option.__name__ == type_name]
+    names = [name for name in named if (CONFIG_DIR / group / f"{name}.yaml").is_file()]  # several may share a schema
     return f"{group}={names[0]}" if names else f"the {group} chosen"
 
 

@@ -78,6 +78,8 @@ class Layout:
     """Every small file that shapes a picture: configs, scheduler, tokenizer; in name order."""
     sources: dict[str, Component] = field(default_factory=dict)
     """Components whose weights lie in a file elsewhere, in another layout or precision (formats/source.py)."""
+    composition: str = ""
+    """Which part comes from where, in one line, if not all are from one place."""
 
     @property
     def weight_bytes(self) -> int:

@@ -7,17 +7,15 @@ folder for a checkpoint; nothing large is copied, and nothing is written beside 
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from zimage_runner.errors import UserError
-from zimage_runner.logs import say
 from zimage_runner.model import FileModel, Model, Source, names_a_file
 from zimage_runner.weights.cache import cache_root, make_folders, write_json
 from zimage_runner.weights.find.hubs import HUB_NAMES
@@ -121,11 +119,9 @@ def assemble(model: Model, published: Published) -> Layout:
         ) from error
     told = _composition(model, parts, missing, base)
     try:
-        layout = inspect(folder)
+        return replace(inspect(folder), composition=told)
     except IncompleteCheckpoint as error:
         raise UserError(f"{told}: {'; '.join(error.problems[:3])}") from error
-    _tell(told)
-    return layout
 
 
 def _base(model: Model, published: Published, parts: Mapping[str, Part], missing: list[str]) -> Layout:
@@ -154,11 +150,6 @@ def _composition(model: Model, parts: Mapping[str, Part], missing: list[str], ba
     *others, last = missing
     names = f"{', '.join(others)} and {last} come" if others else f"{last} comes"
     return f"{_places(parts)}; {names} from {model.repo if is_hub else base.path}"
-
-
-@functools.cache  # jobs of a sweep say it once
-def _tell(text: str) -> None:
-    say(f"zimage_runner: {text}")
 
 
 def _folder(parts: Mapping[str, Part], base: Layout | None, model: Model) -> Path:

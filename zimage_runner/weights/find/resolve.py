@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Collection
 from pathlib import Path
 
 from zimage_runner.errors import PROGRAM, UserError, called
+from zimage_runner.logs import say
 from zimage_runner.model import Model, Source, Verify
 from zimage_runner.weights.cache import cache_root, is_writable, read_entry, write_entry
 from zimage_runner.weights.find import hubs
@@ -37,7 +39,14 @@ def resolve(model: Model) -> Checkpoint:
     layout = locate(model)
     check_digests(model, layout)
     digest = weights_digest(layout)
+    if layout.composition:
+        _tell(layout.composition)
     return Checkpoint(path=layout.path, revision=_revision(model, layout.path) or digest[:12], digest=digest)
+
+
+@functools.cache  # jobs of a sweep say it once
+def _tell(text: str) -> None:
+    say(f"zimage_runner: {text}")
 
 
 def resolve_without_network(model: Model) -> Checkpoint | None:
