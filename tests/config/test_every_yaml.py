@@ -31,7 +31,7 @@ def composed(*overrides: str) -> RunConfig:
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=[f"{g}={o}" for g, o in OPTIONS])
 def test_option(group: str, option: str) -> None:
-    needs = ["model.path=."] if (group, option) == ("model", "local") else []
+    needs = {"local": ["model.path=."], "file": ["model.path=x.gguf", "model.variant=base"]}.get(option, [])
     part = getattr(composed(f"{group}={option}", *needs), group)
     assert type(part) in SCHEMAS[group].values()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +17,8 @@ from modelscope_hub.config import set_default_config
 
 from tests.support.modelscope_server import ModelScopeServer, files_of
 from zimage_runner.errors import UserError
-from zimage_runner.model import Model, Source
-from zimage_runner.weights.find.resolve import EMBEDDED, download, resolve
+from zimage_runner.model import FileModel, Model, Source, Variant
+from zimage_runner.weights.find.resolve import EMBEDDED, download, resolve, resolve_without_network
 
 REPO = "some-maker/Z-Image-0.1"
 EXTRA_FILES = {"README.md": b"# a model card", "assets/teaser.png": b"\x89PNG", "transformer/old.bin": b"\x80\x04."}
@@ -208,3 +209,34 @@ def test_complete_cache_is_never_written(server: ModelScopeServer, model: Model,
     assert {p: p.stat().st_mtime_ns for p in Path(str(model.cache_dir)).rglob("*")} == before
     assert server.requests == []
     assert path.is_dir()
+
+
+def test_a_file_is_completed_without_downloading_what_it_replaces(
+    server: ModelScopeServer, model: Model, tmp_path: Path
+) -> None:
+    file = shutil.copy(EMBEDDED / SHARD, tmp_path / "mine.safetensors")
+    part = FileModel(
+        name="file", source=Source.modelscope, repo=REPO, cache_dir=model.cache_dir, path=str(file),
+        variant=Variant.base,
+    )  # fmt: skip
+    assert resolve_without_network(part) is None
+    first = resolve(part)
+    assert "vae/diffusion_pytorch_model.safetensors" in server.fetched()
+    assert SHARD not in server.fetched()
+    assert first.revision == first.digest[:12]
+    server.requests.clear()
+    part.offline = True
+    assert resolve(part) == resolve_without_network(part) == first
+    assert server.requests == []
+    assert files_of(resolve(model).path) == files_of(EMBEDDED)  # later the whole is completed
+    assert {request.file for request in server.requests if request.file.endswith("safetensors")} == {SHARD}
+
+
+def test_what_is_missing_offline_is_named(server: ModelScopeServer, model: Model, tmp_path: Path) -> None:
+    file = shutil.copy(EMBEDDED / SHARD, tmp_path / "mine.safetensors")
+    model.vae, model.path, model.offline = str(EMBEDDED / "vae"), str(file), True
+    told = (
+        "has the transformer, model.vae=.* has the vae, and not text_encoder, tokenizer, scheduler: model.offline=true"
+    )
+    with pytest.raises(UserError, match=f"{told} and {REPO} is not in ModelScope's cache"):
+        resolve(model)
