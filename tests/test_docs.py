@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from zimage_runner.cli.commands import MODULES
+from zimage_runner.weights.safetensors_file import create
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
@@ -21,6 +22,8 @@ NOT_HERE = ("resume=", "--help", "--cfg", "$run", "prompts=stdin")
 """Lines that need an earlier run, or are told elsewhere."""
 NOTICES = ("no GPU is seen here", "prompts replaces prompt: left out prompt of experiment/turbo.yaml")
 """What the commands rightly say on this machine, and of the experiment's own prompt."""
+FILE = "mine.safetensors"
+"""The file of weights that the pages draw from."""
 PROMPTS = "\n".join(f"a cat number {number}" for number in range(300))
 
 
@@ -43,12 +46,19 @@ def test_it_is_composed_as_printed(cli, tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "my_conf" / "experiment" / "cats.yaml").write_text(example[1], encoding="utf-8")
     (tmp_path / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
     (tmp_path / "prompts.csv").write_text("caption,width,height,category\na cat,768,1024,animals\n", encoding="utf-8")
-    argv = [word for word in shlex.split(words, comments=True) if not word.startswith("model.path=")]
+    write_header(tmp_path / FILE, "x_pad_token")
+    write_header(tmp_path / "ae.safetensors", "decoder.conv_in.bias")
+    argv = [word for word in shlex.split(words, comments=True) if word.partition("model.path=")[2] in ("", FILE)]
     code, out, err = cli(*argv, *([] if "dry_run=true" in argv else ["dry_run=true"]))
     assert code == 0, err
     assert [line for line in err.splitlines() if not any(notice in line for notice in NOTICES)] == []
     assert re.search(r"pictures? of", out)
     assert not (tmp_path / "cat.png").exists()
+
+
+def write_header(path: Path, name: str) -> None:
+    """A safetensors file with one number, which is enough for its kind to be known."""
+    create(path, {name: ("F32", (1,))}, {})
 
 
 def test_there_are_commands() -> None:
