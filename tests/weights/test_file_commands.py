@@ -56,7 +56,7 @@ def test_a_file_draws_the_repositorys_picture_and_says_where_the_rest_is_from(cl
     )
     drawn = pixels(tmp_path / "p.png")
     (record,) = tmp_path.glob("outputs/run/*/items/*/*/record.json")
-    model = json.loads(record.read_text())["model"]
+    model = json.loads(record.read_text(encoding="utf-8"))["model"]
     assert (model["name"], model["files"]) == ("file", {"path": "z.safetensors"})
     code, _, err = cli("model=local", f"model.path={NANO}", *DRAW)
     assert code == 0, err

@@ -87,8 +87,8 @@ def test_both_engines_draw_one_picture_with_a_negative_prompt(base: Path) -> Non
 def test_a_files_variant_recommends_what_the_published_model_does(variant: Variant) -> None:
     import yaml
 
-    published = yaml.safe_load((CONFIG_DIR / f"model/zimage_{variant.value}.yaml").read_text())
-    file = yaml.safe_load((CONFIG_DIR / "model/file.yaml").read_text())
+    published = yaml.safe_load((CONFIG_DIR / f"model/zimage_{variant.value}.yaml").read_text(encoding="utf-8"))
+    file = yaml.safe_load((CONFIG_DIR / "model/file.yaml").read_text(encoding="utf-8"))
     repo, recommended = PUBLISHED[variant]
     assert repo == published["repo"]
     assert file["recommended"] | recommended == published["recommended"]

@@ -8,15 +8,17 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zimage_runner.errors import UserError, one_line
 from zimage_runner.outputs.parsed import from_json
 from zimage_runner.weights.find.whole import check_configs, check_tensors
-from zimage_runner.weights.formats.checkpoint_file import Component
 from zimage_runner.weights.formats.files import LFS_POINTER, what_else
 from zimage_runner.weights.formats.source import source_component
 from zimage_runner.weights.safetensors_file import BadWeightsFile, WeightsFile, read_header
+
+if TYPE_CHECKING:
+    from zimage_runner.weights.formats.checkpoint_file import Component
 
 PIPELINES = ("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline")
 """Pipelines that are made of the same five components."""

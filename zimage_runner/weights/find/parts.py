@@ -17,6 +17,7 @@ from typing import Any
 
 from zimage_runner.errors import UserError
 from zimage_runner.model import FileModel, Model, Source, names_a_file
+from zimage_runner.outputs.parsed import from_json
 from zimage_runner.weights.cache import cache_root, make_folders, write_json
 from zimage_runner.weights.find.hubs import HUB_NAMES
 from zimage_runner.weights.find.layout import CLASSES, IncompleteCheckpoint, Layout, inspect
@@ -205,7 +206,7 @@ def _base_configs(base: Layout | None) -> dict[str, dict[str, Any]]:
     for name in COMPONENTS if base else ():
         assert base is not None
         try:
-            config = json.loads((base.path / name / "config.json").read_bytes())
+            config = from_json((base.path / name / "config.json").read_bytes())
         except (OSError, ValueError):
             continue
         if isinstance(config, dict):
@@ -215,7 +216,7 @@ def _base_configs(base: Layout | None) -> dict[str, dict[str, Any]]:
 
 def _tokenizer_class(folder: Path) -> str:
     try:
-        config = json.loads((folder / "tokenizer_config.json").read_bytes())
+        config = from_json((folder / "tokenizer_config.json").read_bytes())
         name = config.get("tokenizer_class")
     except (OSError, ValueError, AttributeError):
         name = None  # what is wrong with it shows when the folder is looked at
@@ -236,7 +237,7 @@ def _link(path: Path, target: Path) -> None:
 def _write(path: Path, content: dict[str, Any]) -> None:
     """Write a small file, unless it says so already."""
     try:
-        if json.loads(path.read_bytes()) == content:
+        if from_json(path.read_bytes()) == content:
             return
     except (OSError, ValueError):
         pass

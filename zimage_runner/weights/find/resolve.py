@@ -14,9 +14,7 @@ from zimage_runner.weights.cache import cache_root, is_writable, read_entry, wri
 from zimage_runner.weights.find import hubs
 from zimage_runner.weights.find.checkpoint import Checkpoint
 from zimage_runner.weights.find.digest import weights_digest
-from zimage_runner.weights.find.finite import check_finite
 from zimage_runner.weights.find.layout import WEIGHT_STEMS, IncompleteCheckpoint, Layout, inspect
-from zimage_runner.weights.find.parts import assemble, base_of, given_parts, missing_parts
 from zimage_runner.weights.find.verify import FileDigest, file_digests
 
 log = logging.getLogger(__name__)
@@ -53,6 +51,8 @@ def resolve_without_network(model: Model) -> Checkpoint | None:
     """As ``resolve``, but None for a hub's model that no earlier run has downloaded."""
     base, wanted = model, ALL
     if model.is_assembled:
+        from zimage_runner.weights.find.parts import base_of, given_parts, missing_parts
+
         parts = given_parts(model)
         base, wanted = base_of(model), tuple(name for name in ALL if name not in parts)
         if not missing_parts(model, parts):
@@ -64,7 +64,11 @@ def resolve_without_network(model: Model) -> Checkpoint | None:
 
 def locate(model: Model) -> Layout:
     """The checkpoint's directory and files, sizes and headers checked; downloads what is missing unless offline."""
-    return assemble(model, published) if model.is_assembled else published(model)
+    if not model.is_assembled:
+        return published(model)
+    from zimage_runner.weights.find.parts import assemble  # only files need the readers of all layouts
+
+    return assemble(model, published)
 
 
 def published(model: Model, components: Collection[str] = ALL) -> Layout:
@@ -108,7 +112,10 @@ def check_digests(model: Model, layout: Layout) -> None:
     altered = [d for d in file_digests(checked_files(model, layout), model.verify is Verify.always) if d.is_altered]
     if altered:
         raise UserError(f"{_describe(altered)}: {_repair(model, layout)}")
-    check_finite(layout.sources.values(), model.verify is Verify.always)
+    if layout.sources:
+        from zimage_runner.weights.find.finite import check_finite
+
+        check_finite(layout.sources.values(), model.verify is Verify.always)
 
 
 def checked_files(model: Model, layout: Layout) -> list[Path]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from zimage_runner.errors import UserError, one_line
-from zimage_runner.weights.formats.checkpoint_file import recognise
 from zimage_runner.weights.formats.configs import MAX_BLOCKS, Config, expected_shapes
 from zimage_runner.weights.safetensors_file import WeightsFile
 
@@ -234,6 +233,8 @@ def _check_component(
 
 def _remedy(component: str, files: Sequence[WeightsFile]) -> str:
     """What to do with quantised weights: a file that can be read by itself is named."""
+    from zimage_runner.weights.formats.checkpoint_file import recognise
+
     try:
         is_readable = len(files) == 1 and component in recognise(files[0].path)
     except UserError:

@@ -5,12 +5,14 @@ The folder holds config.json, as every component's does, and ``source.json`` wit
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zimage_runner.errors import UserError, one_line
-from zimage_runner.weights.formats.checkpoint_file import Component, open_component
+from zimage_runner.outputs.parsed import from_json
+
+if TYPE_CHECKING:
+    from zimage_runner.weights.formats.checkpoint_file import Component
 
 SOURCE = "source.json"
 _REMEDY = "delete {}, and it is made again"
@@ -32,13 +34,17 @@ def source_component(folder: Path) -> Component | None:
     ``folder`` is named as its component is.
     """
     file = source_file(folder)
-    return None if file is None else open_component(file, folder.name, _json(folder / "config.json"))
+    if file is None:
+        return None
+    from zimage_runner.weights.formats.checkpoint_file import open_component
+
+    return open_component(file, folder.name, _json(folder / "config.json"))
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        content = from_json(path.read_bytes())
+    except (OSError, ValueError) as error:
         reason = one_line(str(error), 100)
         raise UserError(f"{path} cannot be read ({reason}): {_REMEDY.format(path.parent.parent)}") from error
     if not isinstance(content, dict):
