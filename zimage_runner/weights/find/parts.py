@@ -192,7 +192,7 @@ def _config(part: Part, configs: Mapping[str, dict[str, Any]], model: Model) -> 
     try:
         return open_component(part.path, part.name, configs.get(part.name)).config
     except UserError as error:
-        if model.source is not Source.embedded:
+        if model.source is not Source.embedded or isinstance(model, FileModel):
             raise
         raise UserError(
             f"{part.field}={part.path} is no {part.name} of model={model.name}: a file of Z-Image is drawn with "
