@@ -86,7 +86,7 @@ def test_a_change_is_seen_though_its_mtime_was_put_back(model: Model, nano: Path
 
 
 def test_silent_corruption_is_found_on_request(model: Model, nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "_stat", lambda path: {"size": path.stat().st_size})
+    monkeypatch.setattr(verify, "file_state", lambda path: {"size": path.stat().st_size})
     resolve(model)
     flip_unsampled_byte(nano / WEIGHTS, keep_mtime=True)
     resolve(model)  # as a failing disk changes it, without a trace: not looked at
