@@ -27,7 +27,7 @@ REFUSALS = (UserError,)
 class Reader:
     """``write`` leaves good files in an empty folder; ``read`` reads them, changed or not, and checks what it gets."""
 
-    write: Callable[[Path], None]
+    write: Callable[[Path], object]
     files: tuple[str, ...]
     """Those of ``write`` that are changed, one at a time."""
     read: Callable[[Path], Any]
