@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from zimage_runner.errors import UserError, check_range
@@ -16,6 +16,8 @@ MAX_SIDE = 4096
 MAX_STEPS = 1000
 MAX_SEQUENCE_LENGTH = 1024
 """Upper bound on caption tokens: the rotary table of the published model has 1536 caption positions."""
+MAX_LORA_WEIGHT = 100.0
+"""Either way from 0. Trainers' own pictures have 1; what is beyond a few is noise."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -44,8 +46,32 @@ SAMPLING_FIELDS = tuple(f.name for f in fields(Sampling))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Lora:
+    """An adapter file (a LoRA or a relative of it) and how strongly it is applied.
+
+    Equal digest and weight are the same adapter, wherever its file lies and whatever it is called.
+    """
+
+    digest: str
+    """sha256 of the file, hex."""
+    weight: float
+    """0 would leave the model as it is, 1 is what was trained."""
+    name: str = field(compare=False)
+    """The file's name without its suffix."""
+    path: str = field(compare=False)
+    """Where the file is, as it was named: absolute, or relative to where the program was started."""
+    hash: str = field(compare=False)
+    """The 12 digits by which image tools and Civitai know it (see weights/adapters/adapter.py)."""
+    encodes: bool = field(compare=False)
+    """Whether it changes the text encoder too."""
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.weight:g}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
-    """Sampling fields with every null resolved. Equal params mean equal arithmetic."""
+    """Sampling fields with every null resolved, and the adapters. Equal params mean equal arithmetic."""
 
     height: int
     width: int
@@ -55,6 +81,8 @@ class SamplingParams:
     max_sequence_length: int = field(metadata={OF_ITEM: 1})
     cfg_normalization: float = field(metadata={OF_GUIDANCE: 0.0})
     cfg_truncation: float = field(metadata={OF_GUIDANCE: 1.0})
+    loras: tuple[Lora, ...] = ()
+    """Merged into the weights one after another, in this order."""
 
     def __post_init__(self) -> None:
         for name in ("height", "width"):
@@ -64,6 +92,8 @@ class SamplingParams:
         check_range("sampling.max_sequence_length", self.max_sequence_length, 1, MAX_SEQUENCE_LENGTH)
         check_range("sampling.cfg_normalization", self.cfg_normalization, 0.0, 100.0)
         check_range("sampling.cfg_truncation", self.cfg_truncation, 0.0, 1.0)
+        for lora in self.loras:
+            check_range(f"the weight of {lora.name}", lora.weight, -MAX_LORA_WEIGHT, MAX_LORA_WEIGHT)
         if self.negative_prompt and not self.uses_guidance:
             raise UserError(
                 f"sampling.negative_prompt={self.negative_prompt!r} has no effect with guidance_scale=0: "
@@ -73,6 +103,11 @@ class SamplingParams:
     @property
     def uses_guidance(self) -> bool:
         return self.guidance_scale > 0
+
+    @property
+    def encoder_loras(self) -> tuple[Lora, ...]:
+        """The adapters that decide caption features: those that change the text encoder."""
+        return tuple(lora for lora in self.loras if lora.encodes)
 
     def of_batch(self) -> SamplingParams:
         """Return what items must share to be drawn together: fields that concern one item alone are neutral in it."""
@@ -91,7 +126,8 @@ class SamplingParams:
         return replace(self, **overrides) if overrides else self
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Return the sampling fields by name, without the adapters."""
+        return {name: getattr(self, name) for name in SAMPLING_FIELDS}
 
 
 def _check_side(name: str, value: int) -> None:

@@ -26,7 +26,7 @@ def told(caplog, *texts: str) -> list[str]:
 @pytest.mark.parametrize(
     ("text", "found", "remedy"),
     [
-        ("a cat <lora:foo:0.8> x", "<lora:foo:0.8>", "merge the LoRA into a checkpoint and give that as model.path"),
+        ("a cat <lora:foo:0.8> x", "<lora:foo:0.8>", "lora_dirs=[FOLDER] says where its file is"),
         ("embedding:EasyNegative", "embedding:EasyNegative",
          "textual inversions and other tools' tags are not read; leave it out"),
         ("a (red:1.4) cat", "(red:1.4)", WEIGHTS),

@@ -17,6 +17,8 @@ from typing import NoReturn
 
 from zimage_runner.cli.fields import free_texts, reader_of, texts
 from zimage_runner.errors import UserError, one_line
+from zimage_runner.prompts.loras import parse_lora
+from zimage_runner.prompts.text import unquoted
 
 OPEN_MAPPINGS = ("prompts.columns", "prompts.template.fill")
 """Mappings whose keys are the user's own. Hydra wants ``++`` before a new key, which nobody should have to know."""
@@ -25,8 +27,10 @@ EXAMPLES = {
     "prompts.metadata": """'["author","标题"]'""",
     "prompts.columns": """'{text: "标题"}'""",
     "prompts.template.fill": """'{subject: ["a cat","狗"]}'""",
+    "lora_dirs": """'["/data/loras"]'""",
 }
 """Fields whose entries are free text, each with a form that works in any shell."""
+LORAS_EXAMPLE = "'loras=[style.safetensors:0.8,grain.safetensors:-0.3]'"
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
 _QUOTED = re.compile(r'(?s)"(?:[^"\\]|\\.)*"|\'(?:[^\'\\]|\\.)*\'')
 _PLAIN = re.compile(r"(?!(?:true|false|null|nan|inf)$)[A-Za-z][A-Za-z0-9_.+-]*|0|[1-9][0-9]{0,17}", re.IGNORECASE)
@@ -92,6 +96,8 @@ def _quote(arg: str, multirun: bool) -> str:
     match = _ASSIGNMENT.fullmatch(arg)
     if match and match["key"] == "seeds" and re.fullmatch(r"\s*\{[^{}]*\}\s*", match["value"]):
         return f"seeds={hydra_quote(match['value'])}"  # OmegaConf cannot put a mapping where a list was
+    if match and match["key"].lstrip("+") == "loras":
+        return f"{match['key']}={_lora_lists(match['value'], multirun)}"
     if match and field_of(name := match["key"].lstrip("+")):
         key = f"++{name}" if _is_open(name) else match["key"]
         return f"{key}={quote_entries(name, match['value'], multirun, hydra_quote)}"
@@ -177,12 +183,42 @@ def quote_entries(key: str, value: str, multirun: bool, quote: Callable[[str], s
     return _value(text, key, quote, refusal)
 
 
+def _lora_lists(value: str, multirun: bool) -> str:
+    """``[style.safetensors:0.8]``, or in a multirun several of them, as lists of {path, weight}."""
+    refusal, text = _Refusal("loras", value), re.sub(r"[\r\n]+", " ", value.strip())
+    if text in ("", "null") or text.startswith("${") or re.fullmatch(r"(?s)(?:choice|shuffle|sort|glob)\(.*\)", text):
+        return value
+    lists = _split(text, refusal)
+    if len(lists) > 1 and not multirun:
+        refusal("a list is needed")
+    return ",".join(_lora_list(part, refusal) for part in lists)
+
+
+def _lora_list(text: str, refusal: _Refusal) -> str:
+    entries = _split(text[1:-1], refusal) if text.startswith("[") and text.endswith("]") else [text]
+    return "[" + ",".join(_lora(entry, refusal) for entry in entries) + "]"
+
+
+def _lora(text: str, refusal: _Refusal) -> str:
+    if text.startswith("{") and text.endswith("}"):
+        return "{" + ",".join(_pair(part, "loras", hydra_quote, refusal) for part in _split(text[1:-1], refusal)) + "}"
+    quoted = _QUOTED.match(text)
+    if quoted and quoted.end() < len(text) and not text[quoted.end() :].lstrip().startswith(":"):
+        refusal(f"{text} is quoted in part only")
+    plain = unquoted(quoted[0]) + text[quoted.end() :] if quoted else _ESCAPED.sub(r"\1", text)
+    try:
+        lora = parse_lora(plain, "loras")
+    except UserError:
+        refusal("an entry is empty")
+    return f"{{path:{hydra_quote(lora.name)},weight:{lora.weight!r}}}"
+
+
 class _Refusal:
     """One line that says what is wrong with this value and shows a form that works."""
 
     def __init__(self, key: str, value: str) -> None:
         self._given = f"{key}={value}" if len(value) <= 60 else f"{key}={value[:57]}..."
-        self._example = f"{field_of(key)}={EXAMPLES[field_of(key) or '']}"
+        self._example = f"{field_of(key)}={EXAMPLES[field_of(key) or '']}" if field_of(key) else LORAS_EXAMPLE
 
     def __call__(self, problem: str) -> NoReturn:
         raise UserError(f"{self._given}: {problem}: write {self._example}")
@@ -198,7 +234,7 @@ def _value(text: str, key: str, quote: Callable[[str], str], refusal: _Refusal) 
         if text[0] == "[":
             return "[" + ",".join(_entry(part, key, quote, refusal) for part in parts) + "]"
         return "{" + ",".join(_pair(part, key, quote, refusal) for part in parts) + "}"
-    if key == "prompts.texts":
+    if key in ("prompts.texts", "lora_dirs"):
         refusal("a list is needed")
     return _scalar(text, key, quote)
 

@@ -43,6 +43,16 @@ class WarmLauncherConfig:
     """A failed job does not stop the others; the exit code shows that it failed."""
 
 
+@dataclass(kw_only=True, slots=True)
+class LoraFile:
+    """An entry of ``loras``."""
+
+    path: str = MISSING
+    """A .safetensors file, or its name in one of ``lora_dirs``."""
+    weight: float = 1.0
+    """How strongly it is applied; negative ones lead away from it."""
+
+
 class Report(enum.Enum):
     """Which figures are printed when a run ends."""
 
@@ -77,6 +87,10 @@ class RunConfig:
     skip_existing: str | None = field(default=None, metadata=HARMLESS | FREE_TEXT)
     """Directory or glob of earlier runs: their identical pictures are linked instead of drawn."""
 
+    loras: list[LoraFile] = field(default_factory=list)
+    """Adapters merged into the weights: [{path: style.safetensors, weight: 0.8}], or loras=[style.safetensors:0.8]."""
+    lora_dirs: list[str] = field(default_factory=list, metadata=HARMLESS)
+    """Folders in which adapters are looked for by name: those of loras, of <lora:name:0.8> in prompts, of tables."""
     embedding_cache: EmbeddingCacheConfig = field(default_factory=EmbeddingCacheConfig, metadata=HARMLESS)
     """Caption features kept on disk between runs."""
 
@@ -96,6 +110,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         folder_name(self.name)
         check_home(self)
+        check_loras(self)
         if self.prompt is not None and not self.prompt.strip():
             raise UserError("prompt='' is empty: write prompt='what the picture should show'")
         if self.output_file is not None:
@@ -144,6 +159,18 @@ def check_home(config: RunConfig) -> None:
             value = getattr(value, step, None)
         if isinstance(value, str):
             at_home(value, name)
+
+
+def check_loras(config: RunConfig) -> None:
+    """Raise UserError for an adapter without a file, or with ``~`` where nobody knows what the home directory is."""
+    for place, lora in enumerate(config.loras):
+        if not lora.path.strip():
+            raise UserError(f"loras.{place}.path='' is empty: name a .safetensors file")
+        at_home(lora.path, f"loras.{place}.path")
+    for place, folder in enumerate(config.lora_dirs):
+        if not folder.strip():
+            raise UserError(f"lora_dirs.{place}='' is empty: name a folder")
+        at_home(folder, f"lora_dirs.{place}")
 
 
 def at_home(path: str, field: str) -> str:

@@ -12,13 +12,15 @@ from zimage_runner.plan.items import Bucket, WorkItem
 from zimage_runner.plan.plan import Duplicate, Plan, Truncation
 from zimage_runner.prompts.base import Prompt
 from zimage_runner.prompts.seeds import Seeds
-from zimage_runner.sampling import SamplingParams
+from zimage_runner.sampling import Lora, SamplingParams
 
 MAX_ITEMS = 10_000_000
 _TEXTS_AT_ONCE = 1024
 
 CountTokens = Callable[[Sequence[str]], Sequence[int]]
 """Caption tokens of each text, chat template included, before truncation."""
+FindLoras = Callable[[Prompt], tuple[Lora, ...]]
+"""The adapters that a prompt is drawn with."""
 
 
 def build_plan(
@@ -28,13 +30,17 @@ def build_plan(
     *,
     check_size: Callable[[int, int], None],
     count_tokens: CountTokens | None = None,
+    find_loras: FindLoras | None = None,
 ) -> Plan:
-    """Expand prompts x seeds. Raises UserError, naming the prompt's line, for sampling that cannot be drawn."""
+    """Expand prompts x seeds. Raises UserError, naming the prompt's line, for sampling that cannot be drawn.
+
+    ``find_loras`` gives each prompt's adapters; None where there can be none.
+    """
     _check_count(prompts, seeds)
-    resolved = _resolve(prompts, params, check_size)
+    resolved = _resolve(prompts, params, check_size, find_loras)
     counts = _count(prompts, resolved, count_tokens)
     buckets = _buckets(prompts, resolved, counts)
-    rank = {id(b): place for place, b in enumerate(sorted(set(buckets), key=lambda b: b.cost, reverse=True))}
+    rank = _rank(buckets)
     order = sorted(range(len(prompts)), key=lambda i: rank[id(buckets[i])])
     items = [
         WorkItem(
@@ -56,6 +62,19 @@ def build_plan(
     )
 
 
+def _rank(buckets: Sequence[Bucket]) -> dict[int, int]:
+    """Place of each bucket, by its id: those of one set of adapters together, within them the largest first.
+
+    Another set of adapters costs a change of weights, so each set has one turn: first what needs none, then as the
+    prompts come.
+    """
+    unique = dict.fromkeys(buckets)
+    turns = {loras: turn for turn, loras in enumerate(dict.fromkeys([(), *(b.params.loras for b in unique)]))}
+    largest_first = sorted(unique, key=lambda b: b.cost, reverse=True)
+    ordered = sorted(largest_first, key=lambda b: turns[b.params.loras])
+    return {id(bucket): place for place, bucket in enumerate(ordered)}
+
+
 def _number(prompt: Prompt, place: int) -> int:
     return place if prompt.index is None else prompt.index
 
@@ -74,17 +93,21 @@ def _check_count(prompts: Sequence[Prompt], seeds: Seeds) -> None:
 
 
 def _resolve(
-    prompts: Sequence[Prompt], params: SamplingParams, check_size: Callable[[int, int], None]
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    check_size: Callable[[int, int], None],
+    find_loras: FindLoras | None,
 ) -> list[SamplingParams]:
     """Each prompt's sampling; prompts with equal overrides share one instance."""
     check_size(params.height, params.width)
-    shared: dict[tuple[tuple[str, Any], ...], SamplingParams] = {(): params}
+    shared: dict[tuple[Any, ...], SamplingParams] = {} if find_loras else {((), (), ()): params}
     resolved = []
     for prompt in prompts:
-        key = tuple(sorted(prompt.overrides.items()))
+        key = (tuple(sorted(prompt.overrides.items())), prompt.loras, prompt.lora_weights)
         if key not in shared:
             try:
-                shared[key] = params.overridden(dict(prompt.overrides))
+                own = {"loras": find_loras(prompt)} if find_loras else {}
+                shared[key] = params.overridden({**prompt.overrides, **own})
                 check_size(shared[key].height, shared[key].width)
             except UserError as error:
                 raise UserError(f"{prompt.source}: {error}") from None

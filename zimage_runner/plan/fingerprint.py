@@ -53,7 +53,10 @@ def _what_counts(params: SamplingParams) -> dict[str, Any]:
         for name in ("negative_prompt", "cfg_normalization", "cfg_truncation"):
             del values[name]
     # 4 and 4.0 are the same guidance.
-    return {name: float(v) if isinstance(v, float) or name == "guidance_scale" else v for name, v in values.items()}
+    counts = {name: float(v) if isinstance(v, float) or name == "guidance_scale" else v for name, v in values.items()}
+    if params.loras:
+        counts["loras"] = [[lora.digest, float(lora.weight)] for lora in params.loras]
+    return counts
 
 
 def _canonical(value: Any) -> bytes:

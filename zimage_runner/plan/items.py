@@ -10,7 +10,7 @@ from typing import Any
 
 from zimage_runner.errors import counted
 from zimage_runner.prompts.base import Prompt
-from zimage_runner.sampling import SAMPLING_FIELDS, SamplingParams
+from zimage_runner.sampling import SAMPLING_FIELDS, Lora, SamplingParams
 
 SLUG_CHARACTERS = 40
 """In CJK 120 bytes; with index and temporary suffixes below the 143 bytes that the strictest file systems allow."""
@@ -38,7 +38,10 @@ class Bucket:
 
     @property
     def cost(self) -> tuple[Any, ...]:
-        """Grows with memory and time; the plan runs the largest first, so that what cannot fit fails early."""
+        """Grows with memory and time; of one set of adapters the plan runs the largest first.
+
+        So what cannot fit fails early.
+        """
         params = self.params
         return (params.height * params.width, params.uses_guidance, self.caption_tokens, *self.sort_key)
 
@@ -52,7 +55,9 @@ class Bucket:
         params = self.params
         guidance = f", guidance {params.guidance_scale:g}" if params.uses_guidance else ""
         tokens = f", {self.caption_tokens} caption tokens" if self.caption_tokens else ""
-        return f"{params.width}x{params.height}, {counted(params.num_inference_steps, 'step')}{guidance}{tokens}"
+        loras = "".join(f", {lora}" for lora in params.loras)
+        steps = counted(params.num_inference_steps, "step")
+        return f"{params.width}x{params.height}, {steps}{guidance}{tokens}{loras}"
 
 
 def _comparable(value: Any) -> tuple[int, float, str]:
@@ -78,11 +83,16 @@ class WorkItem:
         return f"items/{self.prompt_index:05d}_{slug(self.prompt.id or self.prompt.text)}/seed_{self.seed}"
 
 
-def item_encodings(item: WorkItem) -> list[tuple[str, int]]:
-    """(text, max_sequence_length) of the caption and, with guidance, of the negative prompt."""
-    length = item.params.max_sequence_length
-    keys = [(item.prompt.text, length)]
-    return [*keys, (item.params.negative_prompt, length)] if item.params.uses_guidance else keys
+Encoding = tuple[str, int, *tuple[Lora, ...]]
+"""A text, its max_sequence_length, and the adapters that change the text encoder."""
+
+
+def item_encodings(item: WorkItem) -> list[Encoding]:
+    """Return what must be encoded of the caption and, with guidance, of the negative prompt."""
+    params = item.params
+    key = (params.max_sequence_length, *params.encoder_loras)
+    texts = [item.prompt.text, *([params.negative_prompt] if params.uses_guidance else [])]
+    return [(text, *key) for text in texts]
 
 
 @functools.lru_cache(maxsize=1024)

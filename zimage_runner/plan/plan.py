@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from zimage_runner.plan.items import Bucket, WorkItem, item_encodings
+from zimage_runner.plan.items import Bucket, Encoding, WorkItem, item_encodings
 from zimage_runner.prompts.base import Prompt
-from zimage_runner.sampling import SamplingParams
+from zimage_runner.sampling import Lora, SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +39,7 @@ class Duplicate:
 
 @dataclass(kw_only=True, slots=True)
 class Plan:
-    """All items of a run in the order they are drawn: by bucket, then prompt, then seed."""
+    """All items of a run in the order they are drawn: by adapters, then bucket, prompt and seed."""
 
     items: list[WorkItem]
     prompts: list[Prompt]
@@ -72,9 +72,9 @@ class Plan:
         if batch:
             yield batch
 
-    def encodings(self) -> Iterator[tuple[str, int]]:
-        """Each (text, max_sequence_length) that must be encoded, once, in the order of first use."""
-        seen: set[tuple[str, int]] = set()
+    def encodings(self) -> Iterator[Encoding]:
+        """Each (text, max_sequence_length, adapters ...) that must be encoded, once, in the order of first use."""
+        seen: set[Encoding] = set()
         last: WorkItem | None = None
         for item in self.items:
             if last is not None and item.prompt is last.prompt:
@@ -89,6 +89,14 @@ class Plan:
         """Return every set of sampling parameters that the plan draws with."""
         found: dict[int, SamplingParams] = {id(item.params): item.params for item in self.items}
         return set(found.values())
+
+    def loras(self) -> dict[Lora, int]:
+        """Number of items that each adapter at each weight is for, in the order they run."""
+        counts: dict[Lora, int] = {}
+        for item in self.items:
+            for lora in item.params.loras:
+                counts[lora] = counts.get(lora, 0) + 1
+        return counts
 
     def buckets(self) -> dict[Bucket, int]:
         """Number of items of each bucket, in the order they run."""

@@ -14,11 +14,13 @@ from typing import Any
 
 from zimage_runner.errors import UserError
 from zimage_runner.prompts.foreign import remedy_for_flag
+from zimage_runner.prompts.loras import parse_loras, parse_weights
 from zimage_runner.prompts.notes import warn_once
+from zimage_runner.prompts.prompt import LoraWord
 from zimage_runner.prompts.rows import SAMPLING_KINDS, convert, seeds_of
 from zimage_runner.prompts.vocabulary import FIELD_OF, LETTERS, NAMES, is_cfg
 
-FLAGS = {**{name: name for name in ("seeds", *SAMPLING_KINDS)}, **FIELD_OF, **LETTERS}
+FLAGS = {**{name: name for name in ("seeds", *SAMPLING_KINDS, "loras", "lora_weights")}, **FIELD_OF, **LETTERS}
 """Name of a flag, with underscores, to the field that it sets."""
 _NUMBERS = "|".join(
     sorted(n for f in ("seeds", "width", "height", "num_inference_steps", "guidance_scale") for n in (f, *NAMES[f]))
@@ -40,6 +42,8 @@ class FlaggedText:
 
     text: str
     overrides: dict[str, Any] = field(default_factory=dict)
+    loras: tuple[LoraWord, ...] = ()
+    lora_weights: tuple[float, ...] = ()
     seeds: tuple[int, ...] | None = None
 
 
@@ -77,12 +81,16 @@ def _apply(parsed: FlaggedText, flag: str, value: str, where: str) -> None:
         raise UserError(f"{where}: unknown flag --{flag}: {hint} If it is part of the text, set prompts.flags=false")
     if not value:
         raise UserError(f"{where}: --{flag} has no value: write it after a space")
-    if name in parsed.overrides or (name == "seeds" and parsed.seeds is not None) or (name == "text" and parsed.text):
+    if name in parsed.overrides or getattr(parsed, name, None):
         raise UserError(f"{where}: --{flag} sets {name} a second time: keep one")
     if name == "text":
         parsed.text = value
     elif name == "seeds":
         parsed.seeds = seeds_of(value, f"{where}: --{flag}")
+    elif name == "loras":
+        parsed.loras = parse_loras(value, f"{where}: --{flag}")
+    elif name == "lora_weights":
+        parsed.lora_weights = parse_weights(value, f"{where}: --{flag}")
     else:
         parsed.overrides[name] = convert(name, value, f"{where}: --{flag}", cfg=is_cfg(word))
         if is_cfg(word):

@@ -74,7 +74,7 @@ def _lone_and(text: str) -> str | None:
 
 
 KINDS: dict[str, tuple[Callable[[str], str | None], str]] = {
-    "lora": (_lora, "merge the LoRA into a checkpoint and give that as model.path"),
+    "lora": (_lora, "lora_dirs=[FOLDER] says where its file is"),
     "embedding": (
         _first(r"(?<![\w:])embedding:[\w.-]+|<(?:hypernet|wildcard|random|segment|setvar):[^<>]*>"),
         "textual inversions and other tools' tags are not read; leave it out",
@@ -106,7 +106,7 @@ _OTHER_FLAGS = {
         "pictures as input are not read from a line, leave it out."
     ),
     ("t", "strength", "denoising_strength"): "there is no picture to start from, leave it out.",
-    ("am", "m", "a", "lora", "network_mul", "lora_weight"): "LoRA strengths are not set in a line, leave it out.",
+    ("m", "a"): "weights of the run's loras are --am 0.8,0.4.",
     ("sampler", "sampler_name", "sampler_index", "ss", "scheduler"): "Euler is the model's own sampler, leave it out.",
     ("fs", "flow_shift", "shift"): "the shift of the schedule is the model's own, leave it out.",
     ("batch_size", "n_iter", "count", "num"): "for several pictures give several seeds, --d 1-4 or seeds=1-4.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 NOTHING: Mapping[str, Any] = {}
 """The one empty mapping that prompts without overrides or metadata share, so that a million of them stay small."""
@@ -12,6 +12,14 @@ NOTHING: Mapping[str, Any] = {}
 
 def _nothing() -> Mapping[str, Any]:
     return NOTHING
+
+
+class LoraWord(NamedTuple):
+    """An adapter as a prompt names it."""
+
+    name: str
+    """A file's path, or its name in one of ``lora_dirs``."""
+    weight: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +36,10 @@ class Prompt:
     """Its number in the whole source, before offset, sample or shard; null means its place in the list."""
     overrides: Mapping[str, Any] = field(default_factory=_nothing)
     """Sampling fields that differ for this prompt; keys are names in ``sampling.SAMPLING_FIELDS``."""
+    loras: tuple[LoraWord, ...] = ()
+    """Adapters for this prompt beside the run's; of one that the run has too, this weight holds."""
+    lora_weights: tuple[float, ...] = ()
+    """Weights of the run's adapters in their order, for this prompt alone; the last one goes on."""
     seeds: tuple[int, ...] | None = None
     """Seeds for this prompt alone, instead of the run's."""
     metadata: Mapping[str, Any] = field(default_factory=_nothing)

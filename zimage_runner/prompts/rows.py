@@ -13,17 +13,18 @@ from typing import Any, NamedTuple
 from zimage_runner.errors import UserError
 from zimage_runner.prompts.base import NOTHING, Prompt, RowSource
 from zimage_runner.prompts.carried import MAX_METADATA_BYTES, MAX_SNAPSHOT_BYTES, carry
+from zimage_runner.prompts.loras import parse_loras, parse_weights
 from zimage_runner.prompts.notes import warn_once
 from zimage_runner.prompts.seeds import parse_seed_list
 from zimage_runner.prompts.text import check_characters, check_text
 from zimage_runner.prompts.vocabulary import FIELD_OF, PLAIN_NAMES, guidance_of_cfg, is_cfg, meant
-from zimage_runner.sampling import SamplingParams
+from zimage_runner.sampling import SAMPLING_FIELDS, SamplingParams
 
-SAMPLING_KINDS: dict[str, str] = {f.name: str(f.type) for f in fields(SamplingParams)}
+SAMPLING_KINDS: dict[str, str] = {f.name: str(f.type) for f in fields(SamplingParams) if f.name in SAMPLING_FIELDS}
 """Each sampling field's type by name: int, float or str."""
 OF_SNAPSHOTS = ("index", "source")
 """Written by snapshot.py."""
-PROMPT_FIELDS = ("text", "id", "seeds", *SAMPLING_KINDS, "metadata", *OF_SNAPSHOTS)
+PROMPT_FIELDS = ("text", "id", "seeds", *SAMPLING_KINDS, "loras", "lora_weights", "metadata", *OF_SNAPSHOTS)
 TEXT_NAMES = ("text", "texts", "prompt", "prompts", "caption", "captions", "description", "sentence")
 """Usual names, in small letters, of the column that holds the prompts."""
 
@@ -33,8 +34,8 @@ class TableSource(RowSource):
     """A source whose rows have named columns."""
 
     columns: dict[str, str] = field(default_factory=dict)
-    """Field to column, where the names differ: {text: caption, id: image_id}. Fields: text, id, seeds, metadata and
-    every sampling field."""
+    """Field to column, where the names differ: {text: caption, id: image_id}. Fields: text, id, seeds, loras,
+    lora_weights, metadata and every sampling field."""
     metadata: list[str] = field(default_factory=list)
     """Columns carried into the record as they are; ["*"] carries every column that is not a field."""
 
@@ -163,6 +164,7 @@ def _prompt(
     if not isinstance(text, str):
         raise UserError(f'{where}: text={short(text)} is not a string: write "..."')
     seeds = values.pop("seeds", None)
+    loras, weights = values.pop("loras", None), values.pop("lora_weights", None)
     index, source = values.pop("index", None), values.pop("source", where)
     carried = values.pop("metadata", None)
     if carried is not None:
@@ -173,6 +175,8 @@ def _prompt(
         id=None if name is None else check_id(name, where),
         index=None if index is None else _check_index(index, where),
         overrides={f: convert(f, v, where, cfg=cfg and f == "guidance_scale") for f, v in values.items()} or NOTHING,
+        loras=() if loras is None else parse_loras(loras, f"{where}: loras"),
+        lora_weights=() if weights is None else parse_weights(weights, f"{where}: lora_weights"),
         seeds=None if seeds is None else seeds_of(seeds, f"{where}: seeds"),
         metadata=carry(metadata, where, MAX_METADATA_BYTES if index is None else MAX_SNAPSHOT_BYTES) or NOTHING,
     )
@@ -250,8 +254,8 @@ def is_unset(name: str, value: object) -> bool:
     """Null, and where a number is needed what Python and pandas write for a gap: NaN."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return True
-    number = name == "seeds" or SAMPLING_KINDS.get(name) in ("int", "float")
-    return number and isinstance(value, str) and value.strip().lower() in ("", "nan", "<na>")
+    blank = name in ("seeds", "loras", "lora_weights") or SAMPLING_KINDS.get(name) in ("int", "float")
+    return blank and isinstance(value, str) and value.strip().lower() in ("", "nan", "<na>")
 
 
 def _metadata(value: object, where: str) -> Mapping[str, Any]:

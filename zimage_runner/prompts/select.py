@@ -12,17 +12,23 @@ from dataclasses import replace
 from zimage_runner.errors import UserError
 from zimage_runner.prompts.base import NOTHING, Prompt, PromptSource, RowSource, Wins
 from zimage_runner.prompts.foreign import warn_foreign
+from zimage_runner.prompts.loras import take_tags
 from zimage_runner.prompts.notes import once_a_run, warn_once
 from zimage_runner.prompts.template import expand
 from zimage_runner.prompts.text import shown
 
 
-def read_prompts(source: PromptSource) -> list[Prompt]:
-    """All prompts of a run, in order. Raises UserError for bad input and when nothing is left to draw."""
+def read_prompts(source: PromptSource, *, lora_tags: bool = False) -> list[Prompt]:
+    """All prompts of a run, in order. Raises UserError for bad input and when nothing is left to draw.
+
+    ``lora_tags``: read ``<lora:name:0.8>``, which is text otherwise.
+    """
     with once_a_run():
         prompts = _select(source)
         if isinstance(source, RowSource):
             prompts = settle(prompts, source)
+        if lora_tags:
+            prompts = [take_tags(prompt) for prompt in prompts]
         warn_foreign(prompts)
     return prompts
 

@@ -47,6 +47,10 @@ def _row(place: int, prompt: Prompt) -> dict[str, Any]:
     if prompt.id is not None:
         row["id"] = prompt.id
     row |= prompt.overrides
+    if prompt.loras:
+        row["loras"] = [f"{lora.name}:{lora.weight!r}" for lora in prompt.loras]
+    if prompt.lora_weights:
+        row["lora_weights"] = list(prompt.lora_weights)
     if prompt.seeds is not None:
         row["seeds"] = _runs(prompt.seeds)
     if prompt.metadata:

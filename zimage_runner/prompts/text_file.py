@@ -58,5 +58,7 @@ def prompts_of_lines(lines: Iterable[tuple[int, str]], name: str, *, flags: bool
             text=check_text(parsed.text, where),
             source=where,
             overrides=parsed.overrides or NOTHING,
+            loras=parsed.loras,
+            lora_weights=parsed.lora_weights,
             seeds=parsed.seeds,
         )

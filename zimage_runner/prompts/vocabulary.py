@@ -16,6 +16,8 @@ NAMES: dict[str, tuple[str, ...]] = {
     "num_inference_steps": ("steps", "num_steps", "inference_steps", "sampling_steps"),
     "guidance_scale": ("guidance", "cfg", "cfg_scale", "cfgscale"),
     "negative_prompt": ("negative", "neg_prompt", "negative_prompts", "negativeprompt"),
+    "loras": ("lora",),
+    "lora_weights": ("lora_weight", "network_mul"),
 }
 """Field of a prompt to its other names."""
 LETTERS = {
@@ -25,6 +27,7 @@ LETTERS = {
     "no": "negative_prompt",
     "g": "guidance_scale",
     "l": "guidance_scale",
+    "am": "lora_weights",
 }
 CFG_NAMES = frozenset({"cfg", "cfg_scale", "cfgscale"})
 """Names of ComfyUI's, AUTOMATIC1111's and InvokeAI's number c, where 1 is no guidance. Z-Image's own ``guidance_scale``

@@ -19,6 +19,7 @@ from zimage_runner.prompts.base import PromptSource
 from zimage_runner.prompts.inline import Inline
 from zimage_runner.prompts.seeds import Seeds, parse_seeds
 from zimage_runner.prompts.snapshot import SNAPSHOT_NAME, Snapshot
+from zimage_runner.runner.loras import LoraFinder, recorded, uses_loras
 from zimage_runner.sampling import SamplingParams, resolve_sampling
 from zimage_runner.session import SessionConfig
 from zimage_runner.warmup import WarmupShape
@@ -97,6 +98,7 @@ class RunSpec:
                 "digest": self.checkpoint.digest,
                 **({"files": model.places} if model.is_assembled else {}),
             },
+            **({"loras": recorded(item.params.loras)} if item.params.loras else {}),
             "numerics": report["numerics"],
             "versions": report["versions"],
             **({"id": prompt.id} if prompt.id is not None else {}),
@@ -124,7 +126,9 @@ def plan_run(config: RunConfig, memo: dict[str, Any] | None = None) -> RunSpec:
     Raises UserError with one line for whatever the user can mend.
     """
     params, seeds = check(config)
-    prompts = read_prompts(prompt_source(config))
+    source = prompt_source(config)
+    # A run's own prompts.jsonl has its prompts' adapters beside their texts.
+    prompts = read_prompts(source, lora_tags=uses_loras(config) and not isinstance(source, Snapshot))
     memo = {} if memo is None else memo
     _once(
         memo,
@@ -133,7 +137,14 @@ def plan_run(config: RunConfig, memo: dict[str, Any] | None = None) -> RunSpec:
     )
     checkpoint = _once(memo, f"checkpoint {config.model} {config.dry_run}", lambda: _checkpoint(config))
     count_tokens = _once(memo, f"tokens {checkpoint.path}", lambda: token_counter(checkpoint.path))
-    plan = build_plan(prompts, seeds, params, check_size=config.model.check_size, count_tokens=count_tokens)
+    plan = build_plan(
+        prompts,
+        seeds,
+        params,
+        check_size=config.model.check_size,
+        count_tokens=count_tokens,
+        find_loras=LoraFinder(config, None if checkpoint is NOT_DOWNLOADED else checkpoint.path),
+    )
     config.engine.check(Needs.of(config.model, config.memory, config.compile, plan.params()))
     if config.output_file is not None and len(plan) > 1:
         raise UserError(

@@ -42,16 +42,7 @@ class Adapter:
     def check(self, component: str, shapes: Mapping[str, Sequence[int]]) -> None:
         """Raise UserError, one line, where it does not fit a component with these tensors (published name -> shape)."""
         for delta in self.of(component):
-            missing = next((name for name in delta.tensors if name not in shapes), None)
-            if missing:
-                raise UserError(f"{self.path}: {delta.source}: the model has no {missing}: made for another model?")
-            shape = stacked_shape([shapes[name] for name in delta.tensors])
-            found = delta.change.shape
-            if _without_ones(found) != _without_ones(shape):
-                raise UserError(
-                    f"{self.path}: {delta.source} changes a weight of shape {list(found)}, the model's is "
-                    f"{list(shape)}: made for another model?"
-                )
+            check_fit(str(self.path), delta.source, delta.tensors, delta.change.shape, shapes)
 
     def of(self, component: str) -> list[Delta]:
         """Its changes of one component."""
@@ -67,6 +58,24 @@ def merged(weight: torch.Tensor, changes: Iterable[tuple[Change, float]]) -> tor
     for change, strength in changes:
         value = change.apply(value, strength)
     return value.to(weight.dtype)
+
+
+def check_fit(
+    file: str, source: str, tensors: Sequence[str], found: Sequence[int], shapes: Mapping[str, Sequence[int]]
+) -> None:
+    """Raise UserError where a change of this shape does not fit a model's tensors (published name -> shape).
+
+    ``source``: the module as the file spells it.
+    """
+    missing = next((name for name in tensors if name not in shapes), None)
+    if missing:
+        raise UserError(f"{file}: {source}: the model has no {missing}: made for another model?")
+    shape = stacked_shape([shapes[name] for name in tensors])
+    if _without_ones(found) != _without_ones(shape):
+        raise UserError(
+            f"{file}: {source} changes a weight of shape {list(found)}, the model's is {list(shape)}: "
+            "made for another model?"
+        )
 
 
 def stacked_shape(shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
