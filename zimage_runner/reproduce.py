@@ -35,6 +35,7 @@ from zimage_runner.outputs.encoders import encode
 from zimage_runner.outputs.metadata import check_recipe, read_metadata
 from zimage_runner.prompts.inline import Inline
 from zimage_runner.prompts.seeds import parse_seeds
+from zimage_runner.runner.loras import recorded, recorded_files
 from zimage_runner.runner.pool import executor_of_run
 from zimage_runner.runner.spec import RunSpec, plan_run
 from zimage_runner.sampling import SAMPLING_FIELDS, Sampling
@@ -67,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
 def reproduce(path: Path, overrides: Sequence[str]) -> int:
     """Draw the picture again, say how it compares, and return the exit code."""
     recipe = read_recipe(path)
-    config = recipe_config(recipe, overrides)
+    config = recipe_config(recipe, overrides, path)
     spec = plan_run(config)
     pixels, report = _draw(spec)
     if config.output_file is not None:
@@ -93,7 +94,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return recipe
 
 
-def recipe_config(recipe: Mapping[str, Any], overrides: Sequence[str]) -> RunConfig:
+def recipe_config(recipe: Mapping[str, Any], overrides: Sequence[str], picture: Path) -> RunConfig:
     """The run that draws this one picture. The file's texts are used as values only, never as commands."""
     given = {override_key(override) for override in overrides}
     if idle := sorted(key for key in given if key.partition(".")[0] in OF_A_RUN):
@@ -113,7 +114,14 @@ def recipe_config(recipe: Mapping[str, Any], overrides: Sequence[str]) -> RunCon
     seeds = config.seeds if "seeds" in given else [recipe["seed"]]
     if (count := len(parse_seeds(seeds))) > 1:
         raise UserError(f"seeds gives {count} pictures, and one is drawn again: give one seed, or none for its own")
-    return replace(config, prompts=Inline(texts=[recipe["prompt"]]), prompt=None, sampling=sampling, seeds=seeds)
+    loras = config.loras
+    if not any(key.partition(".")[0] == "loras" for key in given):
+        loras = recorded_files(recipe.get("loras", []), config.lora_dirs, picture)
+    prompts = Inline(texts=[recipe["prompt"]])  # its tags, where they were read, are loras now
+    lora_dirs = config.lora_dirs if loras else []
+    return replace(
+        config, prompts=prompts, prompt=None, sampling=sampling, seeds=seeds, loras=loras, lora_dirs=lora_dirs
+    )
 
 
 def _options(recipe: Mapping[str, Any]) -> dict[str, str]:
@@ -158,11 +166,15 @@ def _save(target: Path, pixels: np.ndarray, spec: RunSpec, report: dict[str, Any
 def _changes(recipe: Mapping[str, Any], spec: RunSpec, report: Mapping[str, Any]) -> list[str]:
     """What is not as it was, for a person who wonders why pixels differ."""
     was = {"seed": recipe["seed"], **recipe["params"], "weights": recipe["model"].get("digest")}
-    was |= {**recipe["numerics"], **recipe.get("versions", {})}
+    was |= {**recipe["numerics"], **recipe.get("versions", {}), "loras": _loras(recipe.get("loras", []))}
     item = spec.plan.items[0]
     now = {"seed": item.seed, **item.params.to_dict(), "weights": spec.checkpoint.digest}
-    now |= {**report["numerics"], **report["versions"]}
+    now |= {**report["numerics"], **report["versions"], "loras": _loras(recorded(item.params.loras))}
     return [f"{k} was {was[k]}, now {now.get(k)}" for k in was if str(was[k]) != str(now.get(k))]
+
+
+def _loras(record: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(f"{lora.get('name')}:{lora['weight']:g}" for lora in record) or "none"
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,6 +98,8 @@ class Session:
     def warm_up(self, shapes: Sequence[WarmupShape]) -> None:
         """Run the warm-up for these shapes. Called again when another job brings shapes that are not warm yet."""
         started = time.perf_counter()
+        if self.config.warmup.generates and shapes:
+            self.engine.adapt(())  # another run may have left some
         try:
             passes = self.config.warmup.run(self.engine, shapes, self.encode)
         except Exception as error:
@@ -110,7 +112,7 @@ class Session:
         self._report["warmup_passes"] = [asdict(p) for p in passes]
 
     def generate(self, items: Sequence[WorkItem], *, attempt: int = 1, tiled: bool = False) -> GeneratedBatch:
-        """Draw one batch: items of one bucket, so of equal sampling params and padded caption length.
+        """Draw one batch: items of one bucket, so of equal sampling params, adapters and padded caption length.
 
         ``attempt`` above 1: the first try gave a bad picture, so decode in float32. ``tiled``: decode in tiles.
         """
@@ -121,10 +123,13 @@ class Session:
         params = items[0].params
         health = self._check_health()
         clock = _Clock()
-        embeds = self.encode([item.prompt.text for item in items], params.max_sequence_length)
+        if self.engine.adapt(params.loras):
+            clock.lap("adapt")
+        length, loras = params.max_sequence_length, params.encoder_loras
+        embeds = self.captions.encode([item.prompt.text for item in items], length, loras)
         negatives = None
         if params.uses_guidance:
-            negatives = self.encode([item.params.negative_prompt for item in items], params.max_sequence_length)
+            negatives = self.captions.encode([item.params.negative_prompt for item in items], length, loras)
         clock.lap("encode")
         noise_device = self.config.engine.noise_device.value
         seeds = [item.seed for item in items]

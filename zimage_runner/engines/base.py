@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from zimage_runner.engines.precision import Precision
+from zimage_runner.errors import UserError
 from zimage_runner.model import HARMLESS, LATENT_CHANNELS, VAE_FACTOR, Device
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from zimage_runner.engines.request import DenoiseRequest, LoadRequest, Needs
+    from zimage_runner.sampling import Lora
 
 
 AUTO = "auto"
@@ -106,6 +108,15 @@ class Engine(abc.ABC):
     """Whether decode_carefully takes less memory in tiles than decode does."""
     load_phases: dict[str, float]
     """Seconds of each part of loading, in order, for the summary."""
+
+    def adapt(self, loras: Sequence[Lora]) -> bool:
+        """Encode and denoise with these adapters from now on, and with no others. Return whether weights changed.
+
+        What another set had changed is first restored, bit for bit. Raises UserError for what this engine cannot do.
+        """
+        if loras:
+            raise UserError(f"engine={self.name} draws without loras: leave them out")
+        return False
 
     @abc.abstractmethod
     def encode(self, texts: Sequence[str], max_sequence_length: int) -> list[torch.Tensor]:

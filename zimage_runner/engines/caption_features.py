@@ -7,7 +7,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from zimage_runner.engines.embedding_cache import EmbeddingCache
+from zimage_runner.engines.embedding_cache import Caption, EmbeddingCache
+from zimage_runner.sampling import Lora
 
 if TYPE_CHECKING:
     import torch
@@ -18,9 +19,6 @@ IN_MEMORY = 4096
 """Captions whose features are kept in memory: 512 x 2560 bf16 is 2.6 MB at worst, a usual caption a tenth of that."""
 WORTH_FREEING = 64e6
 """Bytes of features whose loss may let a batch fit that did not."""
-
-Caption = tuple[str, int]
-"""A text and its max_sequence_length."""
 
 
 class CaptionFeatures:
@@ -37,17 +35,22 @@ class CaptionFeatures:
         self._kept: OrderedDict[Caption, torch.Tensor] = OrderedDict()
         self.disk: EmbeddingCache | None = None
 
-    def encode(self, texts: Sequence[str], max_sequence_length: int) -> list[torch.Tensor]:
-        """Return the features [L_i, cap_feat_dim] of each text, encoding those that are not there yet."""
-        captions = [(text, max_sequence_length) for text in texts]
+    def encode(
+        self, texts: Sequence[str], max_sequence_length: int, loras: tuple[Lora, ...] = ()
+    ) -> list[torch.Tensor]:
+        """Return the features [L_i, cap_feat_dim] of each text, encoding those that are not there yet.
+
+        ``loras``: the adapters that change the text encoder, which the engine has been given (``Engine.adapt``).
+        """
+        captions: list[Caption] = [(text, max_sequence_length, *loras) for text in texts]
         missing = [caption for caption in dict.fromkeys(captions) if caption not in self._kept]
         missing = [caption for caption in missing if not self._read_back(caption)]
         if missing:
-            features = self._engine().encode([text for text, _ in missing], max_sequence_length)
+            features = self._engine().encode([caption[0] for caption in missing], max_sequence_length)
             for caption, embeds in zip(missing, features, strict=True):
                 self._kept[caption] = embeds
                 if self.disk is not None:
-                    self.disk.put(*caption, embeds)
+                    self.disk.put(caption, embeds)
         result = [self._kept[caption] for caption in captions]
         for caption in captions:
             self._kept.move_to_end(caption)
@@ -60,11 +63,12 @@ class CaptionFeatures:
         if not self._ahead:
             return {}
         started = time.perf_counter()
-        by_length: dict[int, list[str]] = {}
-        for text, length in dict.fromkeys(captions):
-            by_length.setdefault(length, []).append(text)
-        for length, texts in by_length.items():
-            self.encode(texts, length)
+        alike: dict[tuple[int, tuple[Lora, ...]], list[str]] = {}
+        for text, length, *loras in dict.fromkeys(captions):
+            alike.setdefault((length, tuple(loras)), []).append(text)
+        for (length, loras), texts in alike.items():
+            self._engine().adapt(loras)
+            self.encode(texts, length, loras)
         return {"encode": time.perf_counter() - started}
 
     def free_memory(self) -> bool:
@@ -81,7 +85,7 @@ class CaptionFeatures:
 
     def _read_back(self, caption: Caption) -> bool:
         """Take the features from the disk. Return False if they are not there."""
-        embeds = None if self.disk is None else self.disk.get(*caption, self._engine().device)
+        embeds = None if self.disk is None else self.disk.get(caption, self._engine().device)
         if embeds is None:
             return False
         self._kept[caption] = embeds

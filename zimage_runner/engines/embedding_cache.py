@@ -1,7 +1,8 @@
 """Caption features kept on disk, so that a prompt is encoded once and not once a run.
 
-An entry's name is the sha256 of everything that decides it: text, max_sequence_length, weights, numerics and library
-versions. A run whose captions are all here does not load the text encoder (``foresees`` tells before anything is).
+An entry's name is the sha256 of everything that decides it: text, max_sequence_length, weights, adapters that change
+the text encoder, numerics and library versions. A run whose captions are all here does not load the text encoder
+(``foresees`` tells before anything is).
 
 The directory is the user's, who may keep other things in it: the cache lives in a folder of its own there, marked by a
 CACHEDIR.TAG, and counts and deletes nothing but plain files of its own names in it. Links are not followed.
@@ -28,12 +29,15 @@ from zimage_runner import GB
 from zimage_runner.errors import UserError
 from zimage_runner.outputs import atomic, beneath
 from zimage_runner.outputs.parsed import from_json
+from zimage_runner.sampling import Lora
 
 if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
 
+Caption = tuple[str, int, *tuple[Lora, ...]]
+"""A text, its max_sequence_length, and the adapters that change the text encoder."""
 FORMAT = 2
 TENSOR = "prompt_embeds"
 FOLDER = "zimage_runner_captions"
@@ -89,9 +93,9 @@ class EmbeddingCache:
             raise UserError(f"embedding_cache.path={config.path} cannot be made: {error.strerror}") from None
         self._size = sum(size for _, size, _ in self._entries())
 
-    def get(self, text: str, max_sequence_length: int, device: str) -> torch.Tensor | None:
+    def get(self, caption: Caption, device: str) -> torch.Tensor | None:
         """The features [L, cap_feat_dim] on ``device``, or None. A damaged entry is removed and counts as missing."""
-        name = self._name(text, max_sequence_length)
+        name = self._name(caption)
         try:
             with os.fdopen(beneath.open_file(self._fd, name), "rb") as file:
                 data = file.read(LARGEST_ENTRY + 1)
@@ -105,9 +109,9 @@ class EmbeddingCache:
             self._remove(name)
             return None
 
-    def put(self, text: str, max_sequence_length: int, embeds: torch.Tensor) -> None:
+    def put(self, caption: Caption, embeds: torch.Tensor) -> None:
         """Keep the features. A disk that takes no more is told once a call and costs nothing else."""
-        name = self._name(text, max_sequence_length)
+        name = self._name(caption)
         data = _packed(embeds, name)
         try:
             beneath.make_dirs(self._fd, name[:2])
@@ -119,8 +123,8 @@ class EmbeddingCache:
         if self._size > self._limit:
             self._evict()
 
-    def _name(self, text: str, max_sequence_length: int) -> str:
-        return _name(self._identity, text, max_sequence_length)
+    def _name(self, caption: Caption) -> str:
+        return _name(self._identity, caption)
 
     def _entries(self) -> list[tuple[float, int, str]]:
         """(time of last use, bytes, name) of every entry; leftovers of killed processes are among them."""
@@ -242,8 +246,8 @@ def _checksum(tensor: torch.Tensor, name: str) -> str:
     return total.hexdigest()
 
 
-def foresees(config: EmbeddingCacheConfig, asked: str, texts: Iterable[tuple[str, int]]) -> bool:
-    """Whether each (text, max_sequence_length) is there, if numerics and versions are those that ``asked`` gave last.
+def foresees(config: EmbeddingCacheConfig, asked: str, captions: Iterable[Caption]) -> bool:
+    """Whether each caption's features are there, if numerics and versions are those that ``asked`` gave last.
 
     A guess, made before torch is imported: who relies on it must still be able to encode.
     """
@@ -255,8 +259,8 @@ def foresees(config: EmbeddingCacheConfig, asked: str, texts: Iterable[tuple[str
             identity, status = _remembered(fd, asked), beneath.Statuses(fd)
             if identity is None:
                 return False
-            for text, length in texts:
-                status(_name(identity, text, length))
+            for caption in captions:
+                status(_name(identity, caption))
     except OSError:
         return False
     return True
@@ -285,6 +289,8 @@ def _folder(config: EmbeddingCacheConfig) -> Path:
     return Path(config.path).expanduser() / FOLDER
 
 
-def _name(identity: str, text: str, max_sequence_length: int) -> str:
-    key = hashlib.sha256(f"{identity}\n{max_sequence_length}\n{text}".encode()).hexdigest()
+def _name(identity: str, caption: Caption) -> str:
+    text, length, *loras = caption
+    adapted = "".join(f" {lora.digest}:{float(lora.weight)!r}" for lora in loras)
+    key = hashlib.sha256(f"{identity}\n{length}{adapted}\n{text}".encode()).hexdigest()
     return f"{key[:2]}/{key}.safetensors"

@@ -30,6 +30,10 @@ class Needs:
     compile: Compile
     guided: bool = False
     """Whether a picture is drawn with classifier-free guidance."""
+    adapted: bool = False
+    """Whether a picture is drawn with adapters."""
+    encoder_adapted: bool = False
+    """Whether an adapter changes the text encoder."""
     sizes: frozenset[tuple[int, int]] = frozenset()
     """Height and width of the pictures in pixels; empty where they are not known."""
 
@@ -42,6 +46,8 @@ class Needs:
             memory=memory,
             compile=compile,
             guided=any(one.uses_guidance for one in params),
+            adapted=any(one.loras for one in params),
+            encoder_adapted=any(one.encoder_loras for one in params),
             sizes=frozenset((one.height, one.width) for one in params),
         )
 

@@ -60,6 +60,8 @@ class Memory:
     compiles: ClassVar[bool] = True
     """torch.compile can capture what it does; False for hooks within the transformer."""
     needs_gpu: ClassVar[bool] = False
+    merges: ClassVar[bool] = True
+    """Weights can be changed once they are loaded; False where other copies of them are what is computed with."""
 
     alloc_conf: str | None = None
     """Verbatim allocator settings, e.g. ``expandable_segments:True``; null keeps the environment's."""
@@ -156,6 +158,7 @@ class SequentialOffload(Memory):
     offloads: ClassVar[bool] = True
     compiles: ClassVar[bool] = False
     needs_gpu: ClassVar[bool] = True
+    merges: ClassVar[bool] = False
 
     def place(self, pipe: Any, device: Any) -> None:
         pipe.enable_sequential_cpu_offload(device=device)
@@ -169,6 +172,7 @@ class GroupOffload(Memory):
     engines: ClassVar[tuple[str, ...]] = ("diffusers",)
     offloads: ClassVar[bool] = True
     compiles: ClassVar[bool] = False
+    merges: ClassVar[bool] = False
 
     offload_type: OffloadType = OffloadType.block_level
     num_blocks_per_group: int = 1

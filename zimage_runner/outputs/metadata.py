@@ -75,7 +75,9 @@ def exif(said: Metadata | None) -> Image.Exif:
 def parameters_text(recipe: dict[str, Any]) -> str:
     """The convention of AUTOMATIC1111's web UI, which ComfyUI's and most galleries' readers understand."""
     params = recipe.get("params", {})
-    lines = [recipe.get("prompt", "")]
+    loras = recipe.get("loras", [])
+    # Civitai takes an adapter's weight from the tag and finds the adapter by its hash.
+    lines = [" ".join([recipe.get("prompt", ""), *(f"<lora:{lora['name']}:{lora['weight']:g}>" for lora in loras)])]
     if params.get("negative_prompt"):
         lines.append(f"Negative prompt: {params['negative_prompt']}")
     fields = {
@@ -87,6 +89,7 @@ def parameters_text(recipe: dict[str, Any]) -> str:
         "Size": f"{params['width']}x{params['height']}" if "width" in params else None,
         "Model hash": str(recipe.get("model", {}).get("digest") or "")[:10] or None,
         "Model": recipe.get("model", {}).get("name"),
+        "Lora hashes": ", ".join(f"{lora['name']}: {lora['hash']}" for lora in loras) or None,
         "Version": f"zimage_runner {recipe.get('versions', {}).get('zimage_runner', '')}".strip(),
     }
     lines.append(", ".join(f"{k}: {_quoted(v)}" for k, v in fields.items() if v is not None))

@@ -44,6 +44,7 @@ def describe(spec: RunSpec, progress: Progress | None = None, linked: Collection
     rows = [("items", _items(spec, progress, len(linked), len(items)))]
     rows += _prompt_rows(spec)
     rows += _bucket_rows(spec, done)
+    rows += _listed("loras", _loras(spec)) if spec.plan.loras() else []
     rows.append(("prompts to encode", f"{sum(1 for _ in spec.plan.encodings()):,}"))
     rows.append(("caption tokens", _tokens(spec)))
     if spec.plan.caption_tokens:
@@ -107,6 +108,10 @@ def _bucket_rows(spec: RunSpec, done: Callable[[WorkItem], bool]) -> list[tuple[
     rows += [("", line) for line in told[:SHAPES_LISTED]]
     more = len(told) - SHAPES_LISTED
     return rows + ([("", f"... and {counted(more, 'more shape')}")] if more > 0 else [])
+
+
+def _loras(spec: RunSpec) -> list[str]:
+    return [f"{lora}: {counted(count, 'picture')}, {lora.path}" for lora, count in spec.plan.loras().items()]
 
 
 def _tokens(spec: RunSpec) -> str:

@@ -11,15 +11,18 @@ from zimage_runner.engines.device import choose_device, choose_dtype, release
 from zimage_runner.engines.diffusers.attention import MASKLESS, check_name, choose_backend, this_machine
 from zimage_runner.engines.diffusers.setup import Setup, Stage, check_compile, phase, synchronize
 from zimage_runner.engines.diffusers.vae_fallback import fallback_vae
+from zimage_runner.engines.merging import Adapters, Component, Slot
 from zimage_runner.engines.precision import Precision
 from zimage_runner.engines.request import DenoiseRequest, LoadRequest
 from zimage_runner.errors import UserError
 from zimage_runner.model import Device, padded_length, unshifted_sigmas
+from zimage_runner.weights.prepared.names import canonical
 
 if TYPE_CHECKING:
     import torch
 
     from zimage_runner.engines.request import Needs
+    from zimage_runner.sampling import Lora
 
 
 @dataclass(kw_only=True, slots=True)
@@ -41,6 +44,11 @@ class DiffusersEngine(EngineConfig):
         if "diffusers" not in needs.memory.engines:
             raise UserError(f"memory={needs.memory.placement} is not for engine=diffusers: use engine=native with it")
         check_compile(needs.memory, needs.compile)
+        if needs.adapted and not needs.memory.merges:
+            raise UserError(
+                f"memory={needs.memory.placement} keeps copies of the weights that loras cannot be merged into: "
+                "use memory=resident, staged or model_offload, or engine=native"
+            )
 
     def create(self, request: LoadRequest) -> Engine:
         return DiffusersPipelineEngine(self, request)
@@ -82,6 +90,7 @@ class DiffusersPipelineEngine(Engine):
         self.latent_channels = self._setup.transformer_config()["in_channels"]
         self.pipe: Any = None
         self._stage: Stage | None = None
+        self._adapters = Adapters()
         self._enter(Stage.encoder if request.memory.staged else Stage.whole)
         self.vae_scale_factor = self.pipe.vae_scale_factor
 
@@ -92,8 +101,19 @@ class DiffusersPipelineEngine(Engine):
         self._free()
         self.pipe = self._setup.load(stage, self.load_phases)
         self._stage = stage
+        for name in ("transformer", "text_encoder"):
+            if (module := getattr(self.pipe, name)) is not None:
+                self._adapters.attach(adapted(name, module, self.device))
+
+    def adapt(self, loras: Sequence[Lora]) -> bool:
+        return self._adapters.want(loras)
+
+    def free_memory(self) -> bool:
+        return self._adapters.free_memory()
 
     def _free(self) -> None:
+        for name in ("transformer", "text_encoder"):
+            self._adapters.detach(name)
         if self.pipe is None:
             return
         networks = [part for part in self.pipe.components.values() if hasattr(part, "parameters")]
@@ -190,6 +210,17 @@ class DiffusersPipelineEngine(Engine):
     @property
     def _embeds_device(self) -> Any:
         return "cpu" if self._setup.memory.staged else self._input_device
+
+
+def adapted(name: str, module: torch.nn.Module, device: str) -> Component:
+    """A component of the pipeline, for adapters to be merged into; its parameters have the published names."""
+    import torch
+
+    slots: dict[str, Slot] = {}
+    for parameter, _ in module.named_parameters():
+        owner, _, leaf = parameter.rpartition(".")
+        slots[canonical(name, parameter)] = Slot(module.get_submodule(owner), leaf)
+    return Component(name, slots, torch.device(device))
 
 
 def quiet_libraries() -> None:

@@ -51,6 +51,11 @@ class NativeEngine(EngineConfig):
                 f"memory={memory.placement} is not for engine=native, which keeps what it computes with on the GPU: "
                 "use memory=resident, memory=staged (8 GB less at the same speed), or engine=diffusers"
             )
+        if needs.encoder_adapted and memory.streamed:
+            raise UserError(
+                "memory=streamed reads the text encoder's layers from their files again and again, and one of the "
+                "loras changes them: use memory=resident or memory=staged"
+            )
         for name, value, why in (
             ("loading", memory.loads_through_host() and "cpu_then_gpu", "weights go straight to the GPU"),
             ("vae_tiling", memory.vae_tiling, "it decodes a picture at a time in a fraction of the usual memory"),

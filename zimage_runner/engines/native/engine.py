@@ -6,6 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,15 +14,19 @@ import torch
 
 from zimage_runner.engines.base import Engine, PendingImages
 from zimage_runner.engines.device import choose_device, choose_dtype, release
+from zimage_runner.engines.merging import Adapters
+from zimage_runner.engines.native.adapted import adapted_text_encoder, adapted_transformer
 from zimage_runner.engines.native.assembly import load_text_encoder, load_transformer, load_vae, open_model
 from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.engines.native.images import HostCopy, Ready
 from zimage_runner.engines.native.model import Options
 from zimage_runner.engines.native.sampler import Guidance
 from zimage_runner.engines.native.streaming import BlockStream
+from zimage_runner.engines.native.text_encoder import TextEncoder
 from zimage_runner.engines.precision import Precision, check_device
 from zimage_runner.engines.request import DenoiseRequest, LoadRequest
 from zimage_runner.errors import UnsupportedCheckpoint, UserError
+from zimage_runner.sampling import Lora
 from zimage_runner.weights.preload.source import WeightsSource
 
 HIDDEN = 1.1
@@ -49,15 +54,24 @@ class NativeEngineAdapter(Engine):
     tiles = False
     """Pictures are decoded one by one, with a fraction of a usual decoder's memory."""
 
-    def __init__(self, weights: WeightsSource, options: Options, staged: bool, encodes: bool = True) -> None:
+    def __init__(
+        self,
+        weights: WeightsSource,
+        options: Options,
+        staged: bool,
+        encodes: bool = True,
+        published: Path | None = None,
+    ) -> None:
         """Load the checkpoint. Raises UserError for one that this engine does not compute.
 
-        Without ``encodes`` the text encoder waits for the first call of ``encode``.
+        Without ``encodes`` the text encoder waits for the first call of ``encode``. ``published``: the directory that
+        was downloaded, where the weights are those of a prepared copy.
         """
         self.load_phases = {}
         path = weights.path
         self._path, self._staged = path, staged
         self._weights, self._taken = weights, set[str]()
+        self._published, self._adapters = published or path, Adapters()
         with self._phase("open"):
             self.model = open_model(path, options)
         if encodes:
@@ -90,7 +104,10 @@ class NativeEngineAdapter(Engine):
         check_device(config.precision, device, dtype)
         memory.apply_limits(device)
         weights.settle(device, dtype)
-        return cls(weights, options, memory.staged, request.encodes)
+        return cls(weights, options, memory.staged, request.encodes, request.checkpoint.path)
+
+    def adapt(self, loras: Sequence[Lora]) -> bool:
+        return self._adapters.want(loras)
 
     def encode(self, texts: Sequence[str], max_sequence_length: int) -> list[torch.Tensor]:
         self._load_encoder()
@@ -140,9 +157,9 @@ class NativeEngineAdapter(Engine):
         return max(1, math.ceil(HIDDEN * self._drawn * stream.copying_over_computing()))
 
     def free_memory(self) -> bool:
-        held = self.model.graphs.give_up()
+        held = [self.model.graphs.give_up(), self._adapters.free_memory()]
         self.model.forget()
-        return held
+        return any(held)
 
     def close(self) -> None:
         self.model.forget()
@@ -156,6 +173,8 @@ class NativeEngineAdapter(Engine):
             self._free("transformer", "vae")
         with self._phase("text_encoder"):
             load_text_encoder(self.model, self._path, self._tensors)
+        if isinstance(self.model.text_encoder, TextEncoder):
+            self._adapters.attach(adapted_text_encoder(self.model))
 
     def _load_denoiser(self) -> None:
         if hasattr(self.model, "transformer"):
@@ -164,6 +183,7 @@ class NativeEngineAdapter(Engine):
             self._free("text_encoder")
         with self._phase("transformer"):
             load_transformer(self.model, self._path, self._tensors)
+        self._adapters.attach(adapted_transformer(self.model, self._published / "transformer"))
         with self._phase("vae"):
             load_vae(self.model, self._path, self._tensors)
 
@@ -177,6 +197,7 @@ class NativeEngineAdapter(Engine):
     def _free(self, *networks: str) -> None:
         size = 0
         for name in networks:
+            self._adapters.detach(name)
             network = getattr(self.model, name, None)
             if network is None:
                 continue

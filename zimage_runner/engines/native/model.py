@@ -176,6 +176,11 @@ class NativeModel:
         self._tables.cache_clear()
         self._steps.cache_clear()
 
+    def weights_changed(self) -> None:
+        """Drop what was computed from the transformer's weights, which were overwritten where they are."""
+        self._captions.clear()
+        self._steps.cache_clear()
+
     def _float32_vae(self) -> VaeDecoder:
         with torch.device("meta"):
             vae = VaeDecoder(self.description.vae, self.ops)

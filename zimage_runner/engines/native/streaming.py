@@ -166,6 +166,12 @@ class BlockStream:
         locked = f", page-locked in {self._locking:.1f} s" if self._pinned else ""
         log.info("memory=streamed: %.1f GB of weights in host memory%s", gigabytes, locked)
 
+    def pause(self) -> None:
+        """Let the host's weights be changed: wait for copies on their way, which the next forward begins anew."""
+        if self._copies is not None:
+            self._copies.synchronize()
+        self._coming.clear()
+
     def close(self) -> None:
         """Free the memory on the device and unlock the host's."""
         if self._copies is not None:
