@@ -26,7 +26,15 @@ from zimage_runner.cli.resume.saved import override_key
 from zimage_runner.config.paths import CONFIG_DIR
 from zimage_runner.config.registry import register
 from zimage_runner.config.schema import RunConfig
-from zimage_runner.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK, UserError, called
+from zimage_runner.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_INTERRUPTED,
+    EXIT_ITEMS_FAILED,
+    EXIT_OK,
+    UserError,
+    called,
+    one_line,
+)
 from zimage_runner.executors.base import Batch
 from zimage_runner.logs import log_to_terminal, refuse, say
 from zimage_runner.outputs import atomic
@@ -68,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
 def reproduce(path: Path, overrides: Sequence[str]) -> int:
     """Draw the picture again, say how it compares, and return the exit code."""
     recipe = read_recipe(path)
-    config = recipe_config(recipe, overrides, path)
+    config = recipe_config(recipe, overrides, str(path))
     spec = plan_run(config)
     pixels, report = _draw(spec)
     if config.output_file is not None:
@@ -94,7 +102,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return recipe
 
 
-def recipe_config(recipe: Mapping[str, Any], overrides: Sequence[str], picture: Path) -> RunConfig:
+def recipe_config(recipe: Mapping[str, Any], overrides: Sequence[str], picture: str = "the picture") -> RunConfig:
     """The run that draws this one picture. The file's texts are used as values only, never as commands."""
     given = {override_key(override) for override in overrides}
     if idle := sorted(key for key in given if key.partition(".")[0] in OF_A_RUN):
@@ -166,15 +174,17 @@ def _save(target: Path, pixels: np.ndarray, spec: RunSpec, report: dict[str, Any
 def _changes(recipe: Mapping[str, Any], spec: RunSpec, report: Mapping[str, Any]) -> list[str]:
     """What is not as it was, for a person who wonders why pixels differ."""
     was = {"seed": recipe["seed"], **recipe["params"], "weights": recipe["model"].get("digest")}
-    was |= {**recipe["numerics"], **recipe.get("versions", {}), "loras": _loras(recipe.get("loras", []))}
+    was |= {**recipe["numerics"], **recipe.get("versions", {}), "loras": _loras(recipe.get("loras"))}
     item = spec.plan.items[0]
     now = {"seed": item.seed, **item.params.to_dict(), "weights": spec.checkpoint.digest}
     now |= {**report["numerics"], **report["versions"], "loras": _loras(recorded(item.params.loras))}
     return [f"{k} was {was[k]}, now {now.get(k)}" for k in was if str(was[k]) != str(now.get(k))]
 
 
-def _loras(record: Sequence[Mapping[str, Any]]) -> str:
-    return ", ".join(f"{lora.get('name')}:{lora['weight']:g}" for lora in record) or "none"
+def _loras(record: object) -> str:
+    entries = record if isinstance(record, list) else []
+    said = [(lora.get("digest"), lora.get("weight")) for lora in entries if isinstance(lora, Mapping)]
+    return ", ".join(f"{one_line(str(digest), 13)}:{weight}" for digest, weight in said) or "none"
 
 
 @dataclass(frozen=True, slots=True)

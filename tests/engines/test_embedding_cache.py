@@ -9,6 +9,7 @@ import pytest
 
 from zimage_runner.engines.embedding_cache import FOLDER, EmbeddingCache, EmbeddingCacheConfig, foresees
 from zimage_runner.errors import UserError
+from zimage_runner.sampling import Lora
 
 torch = pytest.importorskip("torch")
 
@@ -20,27 +21,27 @@ def cache(path: Path, max_gb: float = 1.0, **identity: str) -> EmbeddingCache:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_features_come_back_bit_by_bit(tmp_path, dtype):
     embeds = torch.randn(7, 16).to(dtype)
-    cache(tmp_path).put("一只猫", 512, embeds)
-    found = cache(tmp_path).get("一只猫", 512, "cpu")
+    cache(tmp_path).put(("一只猫", 512), embeds)
+    found = cache(tmp_path).get(("一只猫", 512), "cpu")
     assert found is not None
     assert found.dtype is dtype
     assert torch.equal(found, embeds)
 
 
 def test_everything_that_decides_them_is_in_the_name(tmp_path):
-    cache(tmp_path, dtype="a").put("a cat", 512, torch.ones(1, 1))
-    assert cache(tmp_path, dtype="a").get("a cat", 512, "cpu") is not None
-    assert cache(tmp_path, dtype="b").get("a cat", 512, "cpu") is None
-    assert cache(tmp_path, dtype="a").get("a cat", 256, "cpu") is None
-    assert cache(tmp_path, dtype="a").get("a cat ", 512, "cpu") is None
+    cache(tmp_path, dtype="a").put(("a cat", 512), torch.ones(1, 1))
+    assert cache(tmp_path, dtype="a").get(("a cat", 512), "cpu") is not None
+    assert cache(tmp_path, dtype="b").get(("a cat", 512), "cpu") is None
+    assert cache(tmp_path, dtype="a").get(("a cat", 256), "cpu") is None
+    assert cache(tmp_path, dtype="a").get(("a cat ", 512), "cpu") is None
 
 
 @pytest.mark.parametrize("damage", [b"", b"x" * 40, None])
 def test_a_damaged_entry_is_missing_and_goes_away(tmp_path, damage, caplog):
-    cache(tmp_path).put("a", 8, torch.randn(64, 64))
+    cache(tmp_path).put(("a", 8), torch.randn(64, 64))
     (entry,) = (tmp_path / FOLDER).glob("??/*")
     entry.write_bytes(entry.read_bytes()[:500] if damage is None else damage)
-    assert cache(tmp_path).get("a", 8, "cpu") is None
+    assert cache(tmp_path).get(("a", 8), "cpu") is None
     assert not entry.exists()
     assert "encoded again" in caplog.text
 
@@ -48,16 +49,16 @@ def test_a_damaged_entry_is_missing_and_goes_away(tmp_path, damage, caplog):
 def test_the_size_limit_drops_what_was_used_longest_ago(tmp_path):
     limited = cache(tmp_path, max_gb=50e3 / 1e9)
     for n in range(10):
-        limited.put(str(n), 8, torch.randn(16, 64))  # 4 KB each
+        limited.put((str(n), 8), torch.randn(16, 64))  # 4 KB each
         for age, path in enumerate(sorted((tmp_path / FOLDER).glob("??/*"), key=os.path.getmtime, reverse=True)):
             os.utime(path, (1e9 - age, 1e9 - age))
-    assert limited.get("0", 8, "cpu") is not None  # now the freshest
+    assert limited.get(("0", 8), "cpu") is not None  # now the freshest
     for n in range(10, 14):
-        limited.put(str(n), 8, torch.randn(16, 64))
+        limited.put((str(n), 8), torch.randn(16, 64))
     assert sum(p.stat().st_size for p in (tmp_path / FOLDER).glob("??/*")) <= 50e3
-    assert limited.get("0", 8, "cpu") is not None
-    assert limited.get("1", 8, "cpu") is None
-    assert limited.get("13", 8, "cpu") is not None
+    assert limited.get(("0", 8), "cpu") is not None
+    assert limited.get(("1", 8), "cpu") is None
+    assert limited.get(("13", 8), "cpu") is not None
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def test_what_is_there_is_foreseen(tmp_path):
     assert not foresees(config, "asked", texts)
     for n, (text, length) in enumerate(texts):
         assert foresees(config, "asked", texts) is False
-        cache(tmp_path).put(text, length, torch.full((1, 1), n))
+        cache(tmp_path).put((text, length), torch.full((1, 1), n))
     assert foresees(config, "asked", texts)
     assert not foresees(config, "something else", texts)
     assert not foresees(config, "asked", [*texts, ("a cat", 256)])
@@ -147,7 +148,7 @@ def test_a_wrong_guess_costs_the_loading_and_nothing_else(cli, tmp_path, monkeyp
 
 def test_a_damaged_guess_is_none(tmp_path):
     config = EmbeddingCacheConfig(path=str(tmp_path))
-    cache(tmp_path).put("a cat", 512, torch.ones(1, 1))
+    cache(tmp_path).put(("a cat", 512), torch.ones(1, 1))
     (guess,) = tmp_path.glob("*/identities/*")
     guess.write_bytes(b"\xff{")
     assert not foresees(config, "asked", [("a cat", 512)])
@@ -187,9 +188,9 @@ def test_nothing_of_the_users_is_counted_or_deleted(tmp_path):
     limited = cache(tmp_path, max_gb=6e3 / 1e9)
     assert limited._size == 0
     for n in range(5):
-        limited.put(str(n), 8, torch.randn(16, 64))
+        limited.put((str(n), 8), torch.randn(16, 64))
     assert 4e3 < limited._size <= 6e3  # one entry, the last
-    assert limited.get("4", 8, "cpu") is not None
+    assert limited.get(("4", 8), "cpu") is not None
     assert {file: file.read_bytes() for file in files} == files
     assert elsewhere.read_bytes() == b"x" * 9000
 
@@ -201,8 +202,8 @@ def test_what_killed_processes_left_is_counted_and_goes_first(tmp_path):
     left.write_bytes(b"x" * 5000)
     os.utime(left, (1e9, 1e9))
     assert cache(tmp_path)._size == 5000
-    limited.put("a", 8, torch.randn(16, 64))
-    cache(tmp_path, max_gb=6e3 / 1e9).put("b", 8, torch.randn(1, 1))
+    limited.put(("a", 8), torch.randn(16, 64))
+    cache(tmp_path, max_gb=6e3 / 1e9).put(("b", 8), torch.randn(1, 1))
     assert not left.exists()
 
 
@@ -221,8 +222,8 @@ def test_a_folder_of_that_name_that_is_somebody_elses_is_refused(tmp_path):
 def test_the_directory_may_be_a_link_and_its_folder_may_not(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
-    cache(tmp_path / "link").put("a", 8, torch.ones(1, 1))
-    assert cache(tmp_path / "real").get("a", 8, "cpu") is not None
+    cache(tmp_path / "link").put(("a", 8), torch.ones(1, 1))
+    assert cache(tmp_path / "real").get(("a", 8), "cpu") is not None
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / FOLDER).symlink_to(tmp_path / "real")
     with pytest.raises(UserError, match=f"{FOLDER} is a link"):
@@ -233,15 +234,15 @@ def test_the_directory_may_be_a_link_and_its_folder_may_not(tmp_path):
 @pytest.mark.parametrize("kind", ["link", "fifo", "folder"])
 def test_an_entry_that_is_no_plain_file_is_missing_and_left_alone(tmp_path, kind, caplog):
     here = cache(tmp_path / "c")
-    here.put("a", 8, torch.ones(2, 2))
+    here.put(("a", 8), torch.ones(2, 2))
     (entry,) = (tmp_path / "c" / FOLDER).glob("??/*")
     entry.rename(tmp_path / "moved")
     {"link": lambda: entry.symlink_to(tmp_path / "moved"), "fifo": lambda: os.mkfifo(entry), "folder": entry.mkdir}[
         kind
     ]()
     before, data = os.lstat(entry), (tmp_path / "moved").read_bytes()
-    assert here.get("a", 8, "cpu") is None
-    here.put("a", 8, torch.zeros(2, 2))
+    assert here.get(("a", 8), "cpu") is None
+    here.put(("a", 8), torch.zeros(2, 2))
     assert (tmp_path / "moved").read_bytes() == data
     if kind != "link":  # a link of the entry's name is replaced by the entry
         assert os.path.samestat(before, os.lstat(entry))
@@ -251,14 +252,14 @@ def test_an_entry_that_is_no_plain_file_is_missing_and_left_alone(tmp_path, kind
 def test_every_flipped_bit_costs_the_entry_and_nothing_else(tmp_path, caplog):
     """Without a checksum, another picture would be drawn with the same fingerprint."""
     here, embeds = cache(tmp_path), torch.randn(3, 4).to(torch.bfloat16)
-    here.put("a", 8, embeds)
+    here.put(("a", 8), embeds)
     (entry,) = (tmp_path / FOLDER).glob("??/*")
     good = entry.read_bytes()
     for place in range(len(good)):
         bad = bytearray(good)
         bad[place] ^= 1 << place % 8
         entry.write_bytes(bad)
-        found = here.get("a", 8, "cpu")
+        found = here.get(("a", 8), "cpu")
         assert found is None or (found.dtype is embeds.dtype and torch.equal(found, embeds)), place
         assert entry.exists() == (found is not None)
     for place in range(len(good) - embeds.numel() * 2, len(good)):
@@ -266,21 +267,31 @@ def test_every_flipped_bit_costs_the_entry_and_nothing_else(tmp_path, caplog):
         bad[place] ^= 1 << place % 8
         entry.write_bytes(bad)
         caplog.clear()
-        assert here.get("a", 8, "cpu") is None
+        assert here.get(("a", 8), "cpu") is None
         assert len(caplog.records) == 1
         assert "checksum does not match" in caplog.text
-    here.put("a", 8, embeds)
-    found = here.get("a", 8, "cpu")
+    here.put(("a", 8), embeds)
+    found = here.get(("a", 8), "cpu")
     assert found is not None
     assert torch.equal(found, embeds)
 
 
 def test_an_entry_under_another_ones_name_is_wrong(tmp_path):
     here = cache(tmp_path)
-    here.put("a", 8, torch.ones(2, 2))
+    here.put(("a", 8), torch.ones(2, 2))
     (entry,) = (tmp_path / FOLDER).glob("??/*")
     other = tmp_path / FOLDER / here._name("b", 8)
     other.parent.mkdir(exist_ok=True)
     entry.rename(other)
-    assert here.get("b", 8, "cpu") is None
+    assert here.get(("b", 8), "cpu") is None
     assert not other.exists()
+
+
+def test_adapters_of_the_text_encoder_are_part_of_the_name(tmp_path):
+    half, whole = (
+        Lora(digest="d", weight=weight, name="a", path="a", hash="h", encodes=True) for weight in (0.5, 1.0)
+    )
+    cache(tmp_path).put(("a", 8, half), torch.ones(1, 1))
+    assert cache(tmp_path).get(("a", 8, half), "cpu") is not None
+    for other in (("a", 8), ("a", 8, whole), ("a", 8, half, whole)):
+        assert cache(tmp_path).get(other, "cpu") is None

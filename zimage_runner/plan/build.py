@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,8 @@ from zimage_runner.plan.plan import Duplicate, Plan, Truncation
 from zimage_runner.prompts.base import Prompt
 from zimage_runner.prompts.seeds import Seeds
 from zimage_runner.sampling import Lora, SamplingParams
+
+log = logging.getLogger(__name__)
 
 MAX_ITEMS = 10_000_000
 _TEXTS_AT_ONCE = 1024
@@ -102,17 +105,36 @@ def _resolve(
     check_size(params.height, params.width)
     shared: dict[tuple[Any, ...], SamplingParams] = {} if find_loras else {((), (), ()): params}
     resolved = []
-    for prompt in prompts:
-        key = (tuple(sorted(prompt.overrides.items())), prompt.loras, prompt.lora_weights)
+    for prompt, overrides in zip(prompts, _without_idle_negatives(prompts, params), strict=True):
+        key = (tuple(sorted(overrides.items())), prompt.loras, prompt.lora_weights)
         if key not in shared:
             try:
                 own = {"loras": find_loras(prompt)} if find_loras else {}
-                shared[key] = params.overridden({**prompt.overrides, **own})
+                shared[key] = params.overridden({**overrides, **own})
                 check_size(shared[key].height, shared[key].width)
             except UserError as error:
                 raise UserError(f"{prompt.source}: {error}") from None
         resolved.append(shared[key])
     return resolved
+
+
+def _without_idle_negatives(prompts: Sequence[Prompt], params: SamplingParams) -> list[Mapping[str, Any]]:
+    """Each prompt's overrides, without the negative prompts that do nothing because there is no guidance; told once."""
+    found, idle = [], []
+    for prompt in prompts:
+        overrides = prompt.overrides
+        negative = overrides.get("negative_prompt", params.negative_prompt)
+        if negative and not overrides.get("guidance_scale", params.guidance_scale) > 0:
+            overrides = {**overrides, "negative_prompt": ""}
+            idle.append(prompt)
+        found.append(overrides)
+    if idle:
+        more = f" (and of {len(idle) - 1:,} more)" if len(idle) > 1 else ""
+        log.warning(
+            "%s: the negative prompt%s does nothing with guidance_scale=0 and is left out: set guidance_scale above 0 "
+            "to use it, with a model that takes guidance", idle[0].source or "prompt", more,
+        )  # fmt: skip
+    return found
 
 
 def _count(

@@ -100,7 +100,7 @@ def recorded(loras: Sequence[Lora]) -> list[dict[str, Any]]:
     ]
 
 
-def recorded_files(record: object, folders: Sequence[str], picture: Path) -> list[LoraFile]:
+def recorded_files(record: object, folders: Sequence[str], picture: str) -> list[LoraFile]:
     """Find the files that a picture was drawn with: where they were, else by their digest below ``folders``.
 
     ``record``: what ``recorded`` said, read from a file of anybody's. Raises UserError if one is gone or has changed.
@@ -109,7 +109,7 @@ def recorded_files(record: object, folders: Sequence[str], picture: Path) -> lis
     return [LoraFile(path=str(_find(entry, folders, picture)), weight=float(entry["weight"])) for entry in entries]
 
 
-def _find(entry: Any, folders: Sequence[str], picture: Path) -> Path:
+def _find(entry: Any, folders: Sequence[str], picture: str) -> Path:
     kinds = {"path": str, "digest": str, "weight": int | float}
     if not isinstance(entry, Mapping) or not all(isinstance(entry.get(name), kind) for name, kind in kinds.items()):
         raise UserError(f"{picture}: what its metadata says of its loras cannot be read: it cannot be reproduced")
@@ -130,7 +130,7 @@ def _find(entry: Any, folders: Sequence[str], picture: Path) -> Path:
     what = "has changed since" if changed else "is not there"
     looked = f", and no file in {', '.join(folders)} has its sha256" if folders else ""
     raise UserError(
-        f"{picture}: drawn with {name} (sha256 {one_line(digest, 12)}), which {what}{looked}: "
+        f"{picture}: drawn with {name} (sha256 {one_line(digest, 13)}), which {what}{looked}: "
         "lora_dirs=[FOLDER] says where to look for it"
     )
 
