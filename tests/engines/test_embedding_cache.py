@@ -280,7 +280,7 @@ def test_an_entry_under_another_ones_name_is_wrong(tmp_path):
     here = cache(tmp_path)
     here.put(("a", 8), torch.ones(2, 2))
     (entry,) = (tmp_path / FOLDER).glob("??/*")
-    other = tmp_path / FOLDER / here._name("b", 8)
+    other = tmp_path / FOLDER / here._name(("b", 8))
     other.parent.mkdir(exist_ok=True)
     entry.rename(other)
     assert here.get(("b", 8), "cpu") is None
@@ -288,9 +288,7 @@ def test_an_entry_under_another_ones_name_is_wrong(tmp_path):
 
 
 def test_adapters_of_the_text_encoder_are_part_of_the_name(tmp_path):
-    half, whole = (
-        Lora(digest="d", weight=weight, name="a", path="a", hash="h", encodes=True) for weight in (0.5, 1.0)
-    )
+    half, whole = (Lora(digest="d", weight=weight, name="a", path="a", hash="h", encodes=True) for weight in (0.5, 1.0))
     cache(tmp_path).put(("a", 8, half), torch.ones(1, 1))
     assert cache(tmp_path).get(("a", 8, half), "cpu") is not None
     for other in (("a", 8), ("a", 8, whole), ("a", 8, half, whole)):
