@@ -47,7 +47,7 @@ class WarmLauncherConfig:
 class LoraFile:
     """An entry of ``loras``."""
 
-    path: str = MISSING
+    path: str = ""
     """A .safetensors file, or its name in one of ``lora_dirs``."""
     weight: float = 1.0
     """How strongly it is applied; negative ones lead away from it."""

@@ -108,8 +108,8 @@ def _resolve(
     for prompt, overrides in zip(prompts, _without_idle_negatives(prompts, params), strict=True):
         key = (tuple(sorted(overrides.items())), prompt.loras, prompt.lora_weights)
         if key not in shared:
+            own = {"loras": find_loras(prompt)} if find_loras else {}
             try:
-                own = {"loras": find_loras(prompt)} if find_loras else {}
                 shared[key] = params.overridden({**overrides, **own})
                 check_size(shared[key].height, shared[key].width)
             except UserError as error:
