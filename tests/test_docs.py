@@ -7,7 +7,9 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.support.loras import written
 from zimage_runner.cli.commands import MODULES
 from zimage_runner.weights.safetensors_file import create
 
@@ -48,6 +50,10 @@ def test_it_is_composed_as_printed(cli, tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "prompts.csv").write_text("caption,width,height,category\na cat,768,1024,animals\n", encoding="utf-8")
     write_header(tmp_path / FILE, "x_pad_token")
     write_header(tmp_path / "ae.safetensors", "decoder.conv_in.bias")
+    (tmp_path / "loras").mkdir()
+    for name in ("style.safetensors", "loras/style.safetensors", "loras/grain.safetensors"):
+        factor = torch.full((1, 1), 1.0 + len(name))  # each is another file
+        written(tmp_path / name, {f"layers.0.attention.to_q.lora_{half}.weight": factor for half in "AB"})
     argv = [word for word in shlex.split(words, comments=True) if word.partition("model.path=")[2] in ("", FILE)]
     code, out, err = cli(*argv, *([] if "dry_run=true" in argv else ["dry_run=true"]))
     assert code == 0, err

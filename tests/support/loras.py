@@ -85,7 +85,7 @@ def text_encoder_adapter(seed: int = 1) -> Weights:
 
 def written(path: Path, tensors: Weights, metadata: dict[str, str] | None = None) -> Path:
     """The file, of these tensors."""
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+    save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, path, metadata)
     return path
 
 
