@@ -192,6 +192,8 @@ def test_files_are_checked_before_anything_is_loaded(tmp_path: Path) -> None:
         (["prompt=a cat", "loras=[style:1,style.safetensors:1]"], "loras: style.safetensors is named twice"),
         (["prompt=a <lora:style:1> cat <lora:style:2>", "lora_dirs=[.]"], "style.safetensors is named twice"),
         (["prompt=a cat", "loras=[{weight: 1}]"], "loras.0.path='' is empty: name a .safetensors file"),
+        (["prompt=a cat", "loras=[{path: x, wieght: 1}]"], "loras: wieght: no such field; an entry has path and weight"),
+        (["prompt=a cat", "loras.0.weight=1"], "loras has no entry of that number: name the files first"),
         (["prompt=a cat", "loras=[loras]"], "loras.0.path: loras is a folder, and lora_dirs names no folder"),
         (["prompts=text_file", "prompts.path=two.txt", "loras=[style]"],
          "two.txt:1: 2 LoRA weights, and the run has 1 loras: loras=[FILE,...] names them"),
@@ -236,7 +238,7 @@ def test_a_sweep_over_a_weight(folder: Path) -> None:
 def test_an_experiment_file(folder: Path) -> None:
     (folder / "conf" / "experiment").mkdir(parents=True)
     (folder / "conf" / "experiment" / "mine.yaml").write_text(
-        "# @package _global_\nprompt: a cat\nlora_dirs: [loras]\nloras: [{path: grain, weight: 0.25}, {path: style}]\n"
+        "# @package _global_\nprompt: a cat\nlora_dirs: [loras]\nloras: [grain:0.25, {path: style}]\n"
     )
     code, out, err = command(folder, "--config-dir", "conf", "+experiment=mine", "dry_run=true")
     assert code == 0, err

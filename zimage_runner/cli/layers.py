@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from zimage_runner.cli.fields import field_names, prompt_inputs
 from zimage_runner.cli.foreign import foreign_file
-from zimage_runner.cli.typed_texts import keep_texts
+from zimage_runner.cli.typed_texts import keep_texts, write_out_loras
 from zimage_runner.errors import UserError
 from zimage_runner.logs import say
 
@@ -91,6 +91,7 @@ def later_choices_replace(words: Sequence[str]) -> Iterator[None]:
             if ".." not in name.split("/") and not name.startswith("/"):
                 files_read[name] = Path(path)
             keep_texts(result.config, default.package or "", Path(path), f"{default.config_path}.yaml")
+            write_out_loras(result.config)
         return rule.without_what_is_replaced(result, default)
 
     loader.create_defaults_list = create_defaults_list

@@ -95,6 +95,7 @@ def explain(error: BaseException) -> str:
         or _bad_value(chain)
         or _sweep_without_multirun(text)
         or _not_a_list(text)
+        or _bad_lora(text)
         or explain_file(text)
         or _unknown_option(text)
         or _unknown_field(text)
@@ -244,6 +245,8 @@ def _unknown_field(text: str) -> str | None:
         return f"{where}{full}: not a field of {chosen}, only of {', '.join(options)}: choose that or leave it out"
     if full == "experiment" and where:
         return missing_package(text)
+    if match["type"] == "LoraFile":
+        return f"{where}loras: {match['key']}: no such field; an entry has path and weight"
     known = known_fields(parent)
     if not parent and (remedy := OTHER_FIELDS.get(full)):
         return f"{where}{full}: no such field: {remedy}"
@@ -256,6 +259,19 @@ def _unknown_field(text: str) -> str | None:
         else (f"; fields here: {', '.join(known)}" if known else "")
     )
     return f"{where}{full}: no such field{hint}"
+
+
+def _bad_lora(text: str) -> str | None:
+    """Something else than an entry where one of ``loras`` is needed."""
+    match = re.search(r"is not a subclass of LoraFile\.\s+value: (?P<value>.*)", text)
+    if match is not None and match["value"].strip() == "{}":
+        return "loras has no entry of that number: name the files first, loras=[style.safetensors] loras.0.weight=0.5"
+    if match is not None:
+        entry = match["value"].strip()
+        return f"{file_of(text)}loras: {entry} is no entry: write {{path: style.safetensors, weight: 0.8}}"
+    if "reference_type=LoraFile" in text and "'None'" in text:
+        return f"{file_of(text)}loras: an entry's path or weight is null: a weight that is left out is 1"
+    return None
 
 
 def _wrong_type(text: str) -> str | None:

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, ListConfig
 from zimage_runner.cli.fields import texts
 from zimage_runner.cli.quoting import MISSING
 from zimage_runner.errors import UserError
+from zimage_runner.prompts.loras import parse_lora
 
 _Loader: Any = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
 """Every scalar is a text."""
@@ -47,6 +48,16 @@ def keep_texts(config: DictConfig, package: str, path: Path, file: str) -> None:
             if not isinstance(typed, str):
                 raise UserError(f"{file}: {where}={value}: this is a text: put it in quotation marks")
             parent[entry] = typed
+
+
+def write_out_loras(config: DictConfig) -> None:
+    """Make {path, weight} of entries of ``loras`` that are short: ``style.safetensors:0.8``. Raises UserError."""
+    entries = config._get_node("loras")
+    if isinstance(entries, ListConfig) and _is_there(entries):
+        for place, entry in enumerate(list(entries)):
+            if isinstance(entry, str):
+                lora = parse_lora(entry, f"loras.{place}")
+                entries[place] = {"path": lora.name, "weight": lora.weight}
 
 
 def _entries(node: DictConfig, key: str, kind: str) -> Iterator[tuple[Any, Any]]:
