@@ -192,7 +192,7 @@ def test_files_are_checked_before_anything_is_loaded(tmp_path: Path) -> None:
         (["prompt=a cat", "loras=[style:1,style.safetensors:1]"], "loras: style.safetensors is named twice"),
         (["prompt=a <lora:style:1> cat <lora:style:2>", "lora_dirs=[.]"], "style.safetensors is named twice"),
         (["prompt=a cat", "loras=[{weight: 1}]"], "loras.0.path='' is empty: name a .safetensors file"),
-        (["prompt=a cat", "loras=[{path: x, wieght: 1}]"], "loras: wieght: no such field; an entry has path and weight"),
+        (["prompt=a cat", "loras=[{path: x, wieght: 1}]"], "loras: wieght: no such field; an entry has path"),
         (["prompt=a cat", "loras.0.weight=1"], "loras has no entry of that number: name the files first"),
         (["prompt=a cat", "loras=[loras]"], "loras.0.path: loras is a folder, and lora_dirs names no folder"),
         (["prompts=text_file", "prompts.path=two.txt", "loras=[style]"],
