@@ -205,3 +205,19 @@ def test_slugs_are_always_safe(text):
 
 
 PINNED = "074a5e6452697e164fa6c7657a59b0cb9754f70c02584e4bcb55b7de8b25fdeb"
+
+
+def test_a_prompts_own_negative_without_guidance_is_told_once_and_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    prompts = [
+        Prompt(text="a", source="p.txt:1"),
+        Prompt(text="b", source="p.txt:2", overrides={"negative_prompt": "blurry"}),
+        Prompt(text="c", source="p.txt:3", overrides={"negative_prompt": "blurry", "guidance_scale": 3.0}),
+        Prompt(text="d", source="p.txt:4", overrides={"negative_prompt": "dull", "guidance_scale": 0.0}),
+    ]
+    params = replace(PARAMS, guidance_scale=0.0, negative_prompt="")
+    plan = build_plan(prompts, parse_seeds([1]), params, check_size=lambda h, w: None)
+    assert {item.prompt.text: item.params.negative_prompt for item in plan.items} == {
+        "a": "", "b": "", "c": "blurry", "d": "",
+    }  # fmt: skip
+    (record,) = caplog.records
+    assert record.getMessage().startswith("p.txt:2: the negative prompt (and of 1 more) does nothing with guidance")

@@ -7,7 +7,7 @@ Weights in eight bits are merged before they are rounded: from the published ten
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from zimage_runner.engines.native.loading import (
     TEXT_ENCODER_UNUSED,
     TRANSFORMER_RULES,
     Rules,
-    TensorFiles,
+    open_parts,
     owner_of,
     published_names,
 )
@@ -71,14 +71,14 @@ class Published:
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
         self._folder, self._device, self._dtype = folder, device, dtype
-        self._files: TensorFiles | None = None
+        self._tensors: Mapping[str, torch.Tensor] | None = None
 
     def __call__(self, name: str) -> torch.Tensor:
         """The tensor on the device, rounded to the compute dtype. Raises UserError if it is not there."""
         try:
-            if self._files is None:
-                self._files = TensorFiles(self._folder)
-            return self._files[name].to(self._device).to(self._dtype)
+            if self._tensors is None:
+                self._tensors = open_parts(self._folder, str(self._device))
+            return self._tensors[name].to(self._device).to(self._dtype)
         except (KeyError, OSError) as error:
             raise UserError(
                 f"adapters are merged into weights before these are rounded to eight bits, and {self._folder} has no "
