@@ -220,4 +220,4 @@ def test_a_prompts_own_negative_without_guidance_is_told_once_and_left_out(caplo
         "a": "", "b": "", "c": "blurry", "d": "",
     }  # fmt: skip
     (record,) = caplog.records
-    assert record.getMessage().startswith("p.txt:2: the negative prompt (and of 1 more) does nothing with guidance")
+    assert record.getMessage().startswith("p.txt:2 and 1 more: the negative prompt does nothing with guidance_scale=0")

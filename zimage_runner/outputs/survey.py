@@ -165,11 +165,17 @@ def _changes(file: Inside, item: WorkItem, numerics: dict[str, Any]) -> list[str
     """What differs between a picture's record and now, as far as the record can be read."""
     try:
         record = from_json(file.read_bytes())
-        was = {"prompt": record["prompt"], **record["params"], **record["numerics"]}
-    except (OSError, ValueError, KeyError, TypeError):
+        loras = [(lora["name"], lora["weight"], lora["digest"]) for lora in record.get("loras", [])]
+        was = {"prompt": record["prompt"], **record["params"], "loras": _shown(loras), **record["numerics"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
-    now = {"prompt": item.prompt.text, **item.params.to_dict(), **numerics}
+    loras = [(lora.name, lora.weight, lora.digest) for lora in item.params.loras]
+    now = {"prompt": item.prompt.text, **item.params.to_dict(), "loras": _shown(loras), **numerics}
     changes = [
         f"{k} was {was.get(k)}, now {now.get(k)}" for k in dict.fromkeys([*was, *now]) if was.get(k) != now.get(k)
     ]
     return changes or ["the weights differ"]
+
+
+def _shown(loras: Iterable[tuple[str, float, str]]) -> str:
+    return ", ".join(f"{name}:{weight:g} (sha256 {digest[:8]})" for name, weight, digest in loras) or "none"

@@ -129,11 +129,12 @@ def _without_idle_negatives(prompts: Sequence[Prompt], params: SamplingParams) -
             idle.append(prompt)
         found.append(overrides)
     if idle:
-        more = f" (and of {len(idle) - 1:,} more)" if len(idle) > 1 else ""
+        where = (idle[0].source or "prompt") + (f" and {len(idle) - 1:,} more" if len(idle) > 1 else "")
         log.warning(
-            "%s: the negative prompt%s does nothing with guidance_scale=0 and is left out: set guidance_scale above 0 "
-            "to use it, with a model that takes guidance", idle[0].source or "prompt", more,
-        )  # fmt: skip
+            "%s: the negative prompt does nothing with guidance_scale=0 and is left out: set guidance_scale above 0 to "
+            "use it, with a model that takes guidance",
+            where,
+        )
     return found
 
 
