@@ -121,7 +121,10 @@ def test_weights_are_merged_before_they_are_rounded_to_eight_bits(
     embeds, latents = model.encode(["a red fox"], 512), noise(1, 64, 64)
     plain = model.denoise(embeds, latents, 1)
     exact = support.written(tmp_path / "full.safetensors", support.full_difference(support.known()))
+    places = {name: parameter.data_ptr() for name, parameter in model.transformer.named_parameters()}
     adapters.want([support.lora(exact)])
+    # Where they were: recorded graphs and compiled code have the addresses.
+    assert {name: parameter.data_ptr() for name, parameter in model.transformer.named_parameters()} == places
     assert same_bits(weights_of(model), target)
     assert torch.equal(model.denoise(embeds, latents, 1), expected.denoise(embeds, latents, 1))
     adapters.want([])

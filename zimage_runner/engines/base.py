@@ -89,7 +89,8 @@ class GeneratedBatch:
 
     images: PendingImages
     details: dict[str, Any] = field(default_factory=dict)
-    """For the record: timings (seconds of encode, denoise, decode), gpu_memory, recovery (steps, as text)."""
+    """For the record: timings (seconds of encode, denoise, decode; of adapt where adapters were changed), gpu_memory,
+    recovery (steps, as text)."""
 
 
 class Engine(abc.ABC):

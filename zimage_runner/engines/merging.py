@@ -12,7 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from zimage_runner.engines.originals import Originals
 from zimage_runner.errors import RunStopped, UserError
@@ -99,6 +99,11 @@ class Component:
         self._merged: set[str] = set()
         """Tensors that are not what they were."""
 
+    @property
+    def is_changed(self) -> bool:
+        """Whether a tensor is, or may be, not what it was when the component was loaded."""
+        return bool(self._merged)
+
     def merge(self, adapters: Iterable[tuple[Adapter, float]]) -> None:
         """Change every tensor as these adapters do, one after another, and put back all others that were changed."""
         import torch
@@ -183,14 +188,13 @@ class Adapters:
     def _settle(self) -> bool:
         changed = False
         for name, component in self._components.items():
-            if self._settled[name] == self._wanted:
+            if self._settled.get(name) == self._wanted:
                 continue
             steps = [(self._read(lora), lora.weight) for lora in self._wanted]
             steps = [(adapter, weight) for adapter, weight in steps if adapter.of(name)]
-            was = self._settled.pop(name)
-            if steps or any(self._read(lora).of(name) for lora in was):
+            if steps or component.is_changed:
                 began = time.perf_counter()
-                self._settled[name] = _UNKNOWN
+                self._settled.pop(name)  # a merge that fails is made again
                 component.merge(steps)
                 log.debug("%s: %d adapters merged in %.3f s", name, len(steps), time.perf_counter() - began)
                 changed = True
@@ -213,7 +217,3 @@ class Adapters:
                 self._files.popitem(last=False)
         self._files.move_to_end(lora.digest)
         return self._files[lora.digest]
-
-
-_UNKNOWN: Any = object()
-"""What a component is merged with after a merge that failed."""
