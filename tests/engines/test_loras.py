@@ -19,6 +19,7 @@ from tests.support.adapter_layouts import ATTENTION, FEED_FORWARD, layouts
 from tests.support.drawing import SMALL, items, session_config
 from tests.support.reference import noise
 from zimage_runner.compile import NoCompile
+from zimage_runner.engines import originals
 from zimage_runner.engines.base import EngineConfig
 from zimage_runner.engines.diffusers.engine import DiffusersEngine
 from zimage_runner.engines.merging import Adapters, Component, Slot, together
@@ -26,6 +27,7 @@ from zimage_runner.engines.native.adapted import adapted_transformer
 from zimage_runner.engines.native.assembly import load_model
 from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.engines.native.model import NativeModel, Options
+from zimage_runner.engines.originals import Originals
 from zimage_runner.engines.request import Needs
 from zimage_runner.errors import RunStopped, UserError
 from zimage_runner.memory.policies import GroupOffload, Memory, Resident, SequentialOffload, Staged, Streamed
@@ -35,6 +37,7 @@ from zimage_runner.weights.adapters.adapter import Delta
 from zimage_runner.weights.adapters.changes import Difference, LowRank
 from zimage_runner.weights.adapters.reader import read_adapter
 
+FP8 = torch.float8_e4m3fn
 PARAMS = replace(engines.PARAMS, height=64, width=64, num_inference_steps=1)
 CONFIGS: list[EngineConfig] = [NativeEngine(), DiffusersEngine()]
 
@@ -260,3 +263,19 @@ def test_the_adapters_reader_and_the_plan_agree(tmp_path: Path) -> None:
     changed = {name for delta in read_adapter(path).deltas for name in delta.tensors}
     assert changed == {f"{module}.weight" for module in support.known().up}
     assert {f"layers.0.{module}.weight" for module in FEED_FORWARD} <= changed
+
+
+def test_originals_go_to_the_host_where_the_gpu_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the CPU in the GPU's place: what is kept is copied into page-locked blocks, side by side."""
+    kept = Originals(torch.device("cpu"))
+    monkeypatch.setattr(originals, "BLOCK", 1024)
+    tensors = {f"{n}": torch.randn(n, 7).to(dtype) for n, dtype in ((3, torch.bfloat16), (60, torch.float32), (1, FP8))}
+    with torch.inference_mode():
+        copies = {name: kept._copy(tensor) for name, tensor in tensors.items()}
+        for name, tensor in tensors.items():
+            assert copies[name].dtype == tensor.dtype
+            assert torch.equal(copies[name].view(torch.uint8), tensor.view(torch.uint8))
+        kept.keep("a", lambda: [tensors["3"]])
+        kept.keep("a", lambda: pytest.fail("kept already"))
+    assert not kept.to_host()  # nothing is on a GPU
+    assert torch.equal(kept.of("a")[0], tensors["3"])

@@ -64,7 +64,8 @@ class Slot:
     def fill(self, values: Sequence[torch.Tensor]) -> None:
         """Copy these into what is stored."""
         for place, value in zip(self.stored(), values, strict=True):
-            place.copy_(value.reshape(place.shape), non_blocking=True)
+            # Weights in host memory travel on other streams, which do not wait for this one.
+            place.copy_(value.reshape(place.shape), non_blocking=place.is_cuda)
 
     def view(self, leaf: str) -> torch.Tensor:
         """This slot's rows of a parameter of its module, wherever the parameter's memory is now."""
@@ -194,7 +195,7 @@ class Adapters:
             steps = [(adapter, weight) for adapter, weight in steps if adapter.of(name)]
             if steps or component.is_changed:
                 began = time.perf_counter()
-                self._settled.pop(name)  # a merge that fails is made again
+                self._settled.pop(name, None)  # a merge that fails is made again
                 component.merge(steps)
                 log.debug("%s: %d adapters merged in %.3f s", name, len(steps), time.perf_counter() - began)
                 changed = True

@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 ROOM = 12e9
 """Bytes that must stay free on the GPU beside originals: for pictures, and for what a merge takes."""
-BLOCK = 1 << 30
+BLOCK = 1 << 28
 """Page-locked memory is taken in pieces of a power of two, because torch would round others up to one."""
 ALIGNMENT = 256
 
@@ -39,11 +39,14 @@ class Originals:
 
     def to_host(self) -> bool:
         """Make room on the GPU. Return whether there was something to move."""
+        import torch
+
         moved = False
-        for name, parts in self._kept.items():
-            if any(part.is_cuda for part in parts):
-                self._kept[name] = tuple(self._copy(part) if part.is_cuda else part for part in parts)
-                moved = True
+        with torch.inference_mode():  # as when they were kept: its tensors are changed in it alone
+            for name, parts in self._kept.items():
+                if any(part.is_cuda for part in parts):
+                    self._kept[name] = tuple(self._copy(part) if part.is_cuda else part for part in parts)
+                    moved = True
         return moved
 
     def _kept_copy(self, part: torch.Tensor) -> torch.Tensor:
