@@ -23,6 +23,7 @@ from zimage_runner.engines import originals
 from zimage_runner.engines.base import EngineConfig
 from zimage_runner.engines.diffusers.engine import DiffusersEngine
 from zimage_runner.engines.merging import Adapters, Component, Slot, together
+from zimage_runner.engines.native import images
 from zimage_runner.engines.native.adapted import adapted_transformer
 from zimage_runner.engines.native.assembly import load_model
 from zimage_runner.engines.native.config import NativeEngine
@@ -269,6 +270,7 @@ def test_originals_go_to_the_host_where_the_gpu_is_full(monkeypatch: pytest.Monk
     """With the CPU in the GPU's place: what is kept is copied into page-locked blocks, side by side."""
     kept = Originals(torch.device("cpu"))
     monkeypatch.setattr(originals, "BLOCK", 1024)
+    monkeypatch.setattr(images, "page_locked", lambda shape, dtype: torch.empty(shape, dtype=dtype))
     tensors = {f"{n}": torch.randn(n, 7).to(dtype) for n, dtype in ((3, torch.bfloat16), (60, torch.float32), (1, FP8))}
     with torch.inference_mode():
         copies = {name: kept._copy(tensor) for name, tensor in tensors.items()}
