@@ -95,6 +95,14 @@ def test_the_picture_says_so_as_other_tools_read_it(run: Path) -> None:
     assert "lora" not in plain
 
 
+def test_pictures_as_prompts_bring_theirs(run: Path, folder: Path) -> None:
+    code, out, err = command(folder, "prompts=images", f"prompts.path={run}", "lora_dirs=[loras]", "dry_run=true")
+    assert code == 0, err
+    assert "style 0.8: 2 pictures" in out
+    assert "style -0.5: 1 picture" in out
+    assert "grain 0.5: 1 picture" in out
+
+
 def test_a_resumed_run_draws_what_is_missing_with_them(run: Path, folder: Path) -> None:
     was = {index: pixels(run, index) for index in (2, 3)}
     for index in was:

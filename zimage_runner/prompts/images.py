@@ -18,7 +18,9 @@ from zimage_runner.outputs.ledger import RECORD, RECORDS
 from zimage_runner.prompts.base import INPUT, NOTHING, Prompt, RowSource, Wins
 from zimage_runner.prompts.carried import carry
 from zimage_runner.prompts.generation_data import OWN_PROGRAM, GenerationData, of_comfyui, of_parameters
+from zimage_runner.prompts.loras import parse_loras
 from zimage_runner.prompts.notes import warn_once
+from zimage_runner.prompts.prompt import LoraWord
 from zimage_runner.prompts.rows import SAMPLING_KINDS, check_id, convert, is_unset, seeds_of
 from zimage_runner.prompts.text import check_text, shown
 
@@ -43,7 +45,8 @@ class Images(RowSource):
         for file in self._files():
             prompt = prompt_of_picture(file)
             seeds, same = prompt.seeds, replace(prompt, seeds=None, source="")
-            key = (same.text, same.id, seeds is None, repr((sorted(same.overrides.items()), same.metadata)))
+            said = repr((sorted(same.overrides.items()), same.loras, same.metadata))
+            key = (same.text, same.id, seeds is None, said)
             first = prompts.setdefault(key, prompt)
             if first is not prompt and seeds and first.seeds:
                 prompts[key] = replace(first, seeds=tuple(dict.fromkeys((*first.seeds, *seeds))))
@@ -143,9 +146,17 @@ def _prompt(data: GenerationData, where: str, recipe: dict[str, Any] | None = No
         source=where,
         id=None if name is None else check_id(name, where),
         overrides=overrides or NOTHING,
+        loras=_loras((recipe or {}).get("loras", []), where),
         seeds=None if seeds is None else seeds_of(seeds, f"{where}: seed"),
         metadata=carry(carried, where) if isinstance(carried, dict) else NOTHING,
     )
+
+
+def _loras(record: object, where: str) -> tuple[LoraWord, ...]:
+    """The adapters that a picture was drawn with, by the paths that their files had."""
+    entries = record if isinstance(record, list) else [record]
+    named = [{k: entry.get(k) for k in ("path", "weight")} if isinstance(entry, dict) else entry for entry in entries]
+    return parse_loras(named, f"{where}: loras")
 
 
 def _tell(data: GenerationData, where: str) -> None:
