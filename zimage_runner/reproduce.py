@@ -43,7 +43,7 @@ from zimage_runner.outputs.encoders import encode
 from zimage_runner.outputs.metadata import check_recipe, read_metadata
 from zimage_runner.prompts.inline import Inline
 from zimage_runner.prompts.seeds import parse_seeds
-from zimage_runner.runner.loras import recorded, recorded_files
+from zimage_runner.runner.loras import recorded_files
 from zimage_runner.runner.pool import executor_of_run
 from zimage_runner.runner.spec import RunSpec, plan_run
 from zimage_runner.sampling import SAMPLING_FIELDS, Sampling
@@ -177,7 +177,7 @@ def _changes(recipe: Mapping[str, Any], spec: RunSpec, report: Mapping[str, Any]
     was |= {**recipe["numerics"], **recipe.get("versions", {}), "loras": _loras(recipe.get("loras"))}
     item = spec.plan.items[0]
     now = {"seed": item.seed, **item.params.to_dict(), "weights": spec.checkpoint.digest}
-    now |= {**report["numerics"], **report["versions"], "loras": _loras(recorded(item.params.loras))}
+    now |= {**report["numerics"], **report["versions"], "loras": _loras([lora.record() for lora in item.params.loras])}
     return [f"{k} was {was[k]}, now {now.get(k)}" for k in was if str(was[k]) != str(now.get(k))]
 
 

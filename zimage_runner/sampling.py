@@ -68,6 +68,10 @@ class Lora:
     def __str__(self) -> str:
         return f"{self.name} {self.weight:g}"
 
+    def record(self) -> dict[str, Any]:
+        """What a picture's record says of it."""
+        return {name: getattr(self, name) for name in ("name", "path", "digest", "hash", "weight")}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:

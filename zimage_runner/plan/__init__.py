@@ -1,6 +1,6 @@
 """What a run will draw: prompts x seeds as work items. No torch, and no I/O."""
 
-from zimage_runner.plan.build import CountTokens, build_plan
+from zimage_runner.plan.build import CountTokens, FindLoras, build_plan
 from zimage_runner.plan.fingerprint import Fingerprints, fingerprint
 from zimage_runner.plan.items import Bucket, WorkItem, item_encodings, slug
 from zimage_runner.plan.plan import Duplicate, Plan, Truncation
@@ -9,6 +9,7 @@ __all__ = [
     "Bucket",
     "CountTokens",
     "Duplicate",
+    "FindLoras",
     "Fingerprints",
     "Plan",
     "Truncation",

@@ -87,23 +87,11 @@ class LoraFinder:
         return file
 
 
-def uses_loras(config: RunConfig) -> bool:
-    """Whether the run may draw with adapters: it names some, or folders of them. Then tags in prompts are read."""
-    return bool(config.loras or config.lora_dirs)
-
-
-def recorded(loras: Sequence[Lora]) -> list[dict[str, Any]]:
-    """What a picture's record says of its adapters."""
-    return [
-        {"name": lora.name, "path": lora.path, "digest": lora.digest, "hash": lora.hash, "weight": lora.weight}
-        for lora in loras
-    ]
-
-
 def recorded_files(record: object, folders: Sequence[str], picture: str) -> list[LoraFile]:
     """Find the files that a picture was drawn with: where they were, else by their digest below ``folders``.
 
-    ``record``: what ``recorded`` said, read from a file of anybody's. Raises UserError if one is gone or has changed.
+    ``record``: what ``Lora.record`` said of each, read from a file of anybody's. Raises UserError if one is gone or has
+    changed.
     """
     entries = record if isinstance(record, list) else [record]
     return [LoraFile(path=str(_find(entry, folders, picture)), weight=float(entry["weight"])) for entry in entries]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,12 @@ from zimage_runner.engines.device import warn_without_gpu
 from zimage_runner.engines.native.tokenizer import CaptionTokenizer
 from zimage_runner.engines.request import Needs
 from zimage_runner.errors import UserError
-from zimage_runner.plan import CountTokens, Plan, WorkItem, build_plan
+from zimage_runner.plan import CountTokens, FindLoras, Plan, WorkItem, build_plan
 from zimage_runner.prompts import read_prompts
-from zimage_runner.prompts.base import PromptSource
+from zimage_runner.prompts.base import Prompt, PromptSource
 from zimage_runner.prompts.inline import Inline
 from zimage_runner.prompts.seeds import Seeds, parse_seeds
 from zimage_runner.prompts.snapshot import SNAPSHOT_NAME, Snapshot
-from zimage_runner.runner.loras import LoraFinder, recorded, uses_loras
 from zimage_runner.sampling import SamplingParams, resolve_sampling
 from zimage_runner.session import SessionConfig
 from zimage_runner.warmup import WarmupShape
@@ -98,7 +97,7 @@ class RunSpec:
                 "digest": self.checkpoint.digest,
                 **({"files": model.places} if model.is_assembled else {}),
             },
-            **({"loras": recorded(item.params.loras)} if item.params.loras else {}),
+            **({"loras": [lora.record() for lora in item.params.loras]} if item.params.loras else {}),
             "numerics": report["numerics"],
             "versions": report["versions"],
             **({"id": prompt.id} if prompt.id is not None else {}),
@@ -128,7 +127,8 @@ def plan_run(config: RunConfig, memo: dict[str, Any] | None = None) -> RunSpec:
     params, seeds = check(config)
     source = prompt_source(config)
     # A run's own prompts.jsonl has its prompts' adapters beside their texts.
-    prompts = read_prompts(source, lora_tags=uses_loras(config) and not isinstance(source, Snapshot))
+    reads_tags = bool(config.loras or config.lora_dirs) and not isinstance(source, Snapshot)
+    prompts = read_prompts(source, lora_tags=reads_tags)
     memo = {} if memo is None else memo
     _once(
         memo,
@@ -143,7 +143,7 @@ def plan_run(config: RunConfig, memo: dict[str, Any] | None = None) -> RunSpec:
         params,
         check_size=config.model.check_size,
         count_tokens=count_tokens,
-        find_loras=LoraFinder(config, None if checkpoint is NOT_DOWNLOADED else checkpoint.path),
+        find_loras=_lora_finder(config, prompts, checkpoint),
     )
     config.engine.check(Needs.of(config.model, config.memory, config.compile, plan.params()))
     if config.output_file is not None and len(plan) > 1:
@@ -152,6 +152,15 @@ def plan_run(config: RunConfig, memo: dict[str, Any] | None = None) -> RunSpec:
             "give one prompt and one seed, or leave output_file out"
         )
     return RunSpec(config=config, plan=plan, checkpoint=checkpoint, session=session_config(config, checkpoint))
+
+
+def _lora_finder(config: RunConfig, prompts: Sequence[Prompt], checkpoint: Checkpoint) -> FindLoras | None:
+    """Return what gives each prompt its adapters; None where no prompt has any. Raises UserError for a bad file."""
+    if not (config.loras or config.lora_dirs or any(prompt.loras or prompt.lora_weights for prompt in prompts)):
+        return None
+    from zimage_runner.runner.loras import LoraFinder
+
+    return LoraFinder(config, None if checkpoint is NOT_DOWNLOADED else checkpoint.path)
 
 
 def session_config(config: RunConfig, checkpoint: Checkpoint) -> SessionConfig:
