@@ -38,9 +38,9 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="write the JSON here too")
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()
-    from zimage_runner.startup.process import wait_without_spinning
+    from zimage_runner.engines.threads import wait_passively
 
-    wait_without_spinning()  # as the command line does, before torch is there
+    wait_passively()  # as a session does, before torch is there
     with tempfile.TemporaryDirectory(prefix="bench_loras_") as folder:
         result = measure(Path(folder), args.rank, args.switches, args.pictures, args.overrides)
     text = json.dumps({"prediction": PREDICTION, "command": " ".join(sys.argv[1:]), **result}, indent=2)

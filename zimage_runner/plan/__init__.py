@@ -2,13 +2,14 @@
 
 from zimage_runner.plan.build import CountTokens, FindLoras, build_plan
 from zimage_runner.plan.fingerprint import Fingerprints, fingerprint
-from zimage_runner.plan.items import Bucket, WorkItem, item_encodings, slug
+from zimage_runner.plan.items import Bucket, Encoding, WorkItem, item_encodings, slug
 from zimage_runner.plan.plan import Duplicate, Plan, Truncation
 
 __all__ = [
     "Bucket",
     "CountTokens",
     "Duplicate",
+    "Encoding",
     "FindLoras",
     "Fingerprints",
     "Plan",

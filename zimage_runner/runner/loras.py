@@ -93,7 +93,7 @@ def recorded_files(record: object, folders: Sequence[str], picture: str) -> list
     ``record``: what ``Lora.record`` said of each, read from a file of anybody's. Raises UserError if one is gone or has
     changed.
     """
-    entries = record if isinstance(record, list) else [record]
+    entries: list[Any] = record if isinstance(record, list) else [record]
     return [LoraFile(path=str(_find(entry, folders, picture)), weight=float(entry["weight"])) for entry in entries]
 
 

@@ -13,7 +13,7 @@ from zimage_runner.engines.device import warn_without_gpu
 from zimage_runner.engines.native.tokenizer import CaptionTokenizer
 from zimage_runner.engines.request import Needs
 from zimage_runner.errors import UserError
-from zimage_runner.plan import CountTokens, FindLoras, Plan, WorkItem, build_plan
+from zimage_runner.plan import CountTokens, Encoding, FindLoras, Plan, WorkItem, build_plan
 from zimage_runner.prompts import read_prompts
 from zimage_runner.prompts.base import Prompt, PromptSource
 from zimage_runner.prompts.inline import Inline
@@ -72,7 +72,7 @@ class RunSpec:
         return list(shapes.values())
 
     @property
-    def texts(self) -> list[tuple[str, int]]:
+    def texts(self) -> list[Encoding]:
         """What the session wants to know of the plan's captions beforehand; nothing unless it makes a difference."""
         wanted = self.config.memory.staged or self.config.embedding_cache.path is not None
         return list(self.plan.encodings()) if wanted else []

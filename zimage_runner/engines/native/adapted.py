@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from zimage_runner.engines.merging import Component, Slot
+from zimage_runner.engines.native.layers import PackedLinear
 from zimage_runner.engines.native.loading import (
     TEXT_ENCODER_RULES,
     TEXT_ENCODER_UNUSED,
@@ -38,7 +39,7 @@ class NativeSlot(Slot):
 
     def fill(self, values: Sequence[torch.Tensor]) -> None:
         super().fill(values)
-        if getattr(self.owner, "_packed", None) is not None:
+        if isinstance(self.owner, PackedLinear):
             self.owner._packed = None  # the CPU's second form of the weight is made anew
 
 
