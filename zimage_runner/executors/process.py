@@ -7,7 +7,7 @@ item that takes two workers with it is given up.
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from zimage_runner.engines.base import PendingImages, ReadyImages
 from zimage_runner.errors import check_range
 from zimage_runner.executors.base import Batch, BatchResult, BrokenImages, Executor, ExecutorConfig, SessionFactory
+from zimage_runner.executors.blame import Blame, Flight, given_up_text
 from zimage_runner.executors.child import WorkerDied
 from zimage_runner.executors.messages import Drawn, Failed, Finished, Start, Started, SteppedDown, Work
 from zimage_runner.executors.supervisor import Supervisor
@@ -22,14 +23,11 @@ from zimage_runner.memory.policies import Action, Health
 from zimage_runner.signals import StopRequest
 
 if TYPE_CHECKING:
-    from zimage_runner.plan import WorkItem
     from zimage_runner.session import SessionConfig
     from zimage_runner.warmup import WarmupShape
 
 BATCHES_AHEAD = 2
 """One being drawn, one waiting in the worker, so that it never waits for the parent."""
-DEADLY = 2
-"""Workers that an item may take with it before it is given up."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -77,26 +75,16 @@ class ProcessExecutorConfig(ExecutorConfig):
         return ProcessExecutor(supervisor, self.item_timeout_s)
 
 
-@dataclass(slots=True)
-class _Flight:
-    """A batch that the worker has."""
-
-    batch: Batch
-    missing: dict[int, WorkItem]
-    """Position -> item, of those without a result."""
-    started: bool = False
-
-
 class ProcessExecutor(Executor):
     """Feeds the worker, collects its results, and decides what a death means for the items it had."""
 
     def __init__(self, supervisor: Supervisor, item_timeout_s: float) -> None:
         self._supervisor = supervisor
         self._item_timeout_s = item_timeout_s
-        self._flights: dict[int, _Flight] = {}
+        self._flights: dict[int, Flight] = {}
         self._again: deque[Batch] = deque()
         """Batches taken back from dead workers: suspects (one item each) first."""
-        self._kills: Counter[str] = Counter()
+        self._blame = Blame()
         self._ticket = 0
         self._heard = 0.0
 
@@ -153,18 +141,11 @@ class ProcessExecutor(Executor):
             if not self._flights:
                 self._heard = time.monotonic()
             self._ticket += 1
-            self._flights[self._ticket] = _Flight(batch, dict(enumerate(batch.items)))
+            self._flights[self._ticket] = Flight.of(batch)
             self._supervisor.child.send(Work(self._ticket, batch))
 
     def _must_wait(self) -> bool:
-        """A suspect is drawn alone, so that a further death is its own doing."""
-        if not self._flights:
-            return False
-        flying = (item for flight in self._flights.values() for item in flight.batch.items)
-        return self._is_suspect(flying) or (bool(self._again) and self._is_suspect(self._again[0].items))
-
-    def _is_suspect(self, items: Iterable[WorkItem]) -> bool:
-        return any(item.item_dir in self._kills for item in items) if self._kills else False
+        return self._blame.must_wait(self._flights.values(), self._again[0] if self._again else None)
 
     def _next_result(self) -> BatchResult | None:
         """Handle one message of the worker. Raises WorkerDied."""
@@ -198,16 +179,8 @@ class ProcessExecutor(Executor):
     def _take_back(self, death: WorkerDied) -> Iterator[BatchResult]:
         """Queue again what the dead worker had; give up the items that have now taken two with them."""
         flights, self._flights = [f for f in self._flights.values() if f.missing], {}
-        innocent = [f for f in flights if not f.started]
-        self._again.extendleft(
-            Batch(items=list(f.missing.values()), attempt=f.batch.attempt) for f in reversed(innocent)
-        )
-        for flight in flights:
-            for item in flight.missing.values() if flight.started else ():
-                self._kills[item.item_dir] += 1
-                if self._kills[item.item_dir] < DEADLY:
-                    self._again.appendleft(Batch(items=[item], attempt=flight.batch.attempt))
-                    continue
-                self._supervisor.story.quarantined.append(item.item_dir)
-                error = f"given up: {DEADLY} worker processes died drawing this (the last one {death})"
-                yield BatchResult(items=[item], error=error, attempt=flight.batch.attempt)
+        again, given_up = self._blame.judge(flights)
+        self._again.extendleft(reversed(again))
+        for batch in given_up:
+            self._supervisor.story.quarantined.append(batch.items[0].item_dir)
+            yield BatchResult(items=batch.items, error=given_up_text(death), attempt=batch.attempt)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from zimage_runner.errors import RunStopped, UserError, counted
 from zimage_runner.executors.child import Child, WorkerBroken, WorkerDied
 from zimage_runner.executors.messages import Extend, Start
+from zimage_runner.executors.story import Story, merged, reserved_gb
 from zimage_runner.memory.policies import Action, Health
 from zimage_runner.signals import StopRequest
 
@@ -22,31 +22,11 @@ log = logging.getLogger(__name__)
 LONGEST_PAUSE_S = 60.0
 
 
-@dataclass(slots=True)
-class Story:
-    """What happened to the workers, for the report."""
-
-    deaths: list[str] = field(default_factory=list)
-    recycled: int = 0
-    quarantined: list[str] = field(default_factory=list)
-    recovery: list[str] = field(default_factory=list)
-    """Steps down of all workers' ladders."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "kind": "process",
-            "restarts": len(self.deaths),
-            "deaths": self.deaths[:100],
-            "recycled": self.recycled,
-            "quarantined": self.quarantined[:1000],
-        }
-
-
 class Supervisor:
     """One worker at a time. Used from one thread, which must live as long as the worker (it dies with it)."""
 
     def __init__(self, config: ProcessExecutorConfig, start: Start, health: Health, stop: StopRequest) -> None:
-        self.story = Story()
+        self.story = Story("process")
         self.stop = stop
         self._config = config
         self._start = start
@@ -73,15 +53,7 @@ class Supervisor:
 
     def update(self, report: dict[str, Any]) -> None:
         """Take over a worker's report; the phases stay those of the first one, and peaks those of all."""
-        before = self._report
-        memory, peak_before = report.get("gpu_memory") or {}, before.get("gpu_memory") or {}
-        peaks = {k: max(v, peak_before.get(k, 0.0)) for k, v in memory.items() if k.startswith("peak_")}
-        self._report = {
-            **report,
-            "phases": before.get("phases") or report.get("phases", {}),
-            "gpu_memory": {**memory, **peaks},
-            "peak_host_gb": max(report.get("peak_host_gb", 0.0), before.get("peak_host_gb", 0.0)),
-        }
+        self._report = merged(self._report, report)
 
     def extend(self, shapes: Sequence[WarmupShape], texts: Sequence[tuple[str, int]]) -> None:
         """Get the worker, and every later one, ready for another job. The phases then tell of this job."""
@@ -194,4 +166,4 @@ class Supervisor:
 
     @property
     def _reserved_gb(self) -> float:
-        return self._report.get("gpu_memory", {}).get("reserved_gb", 0.0)
+        return reserved_gb(self._report)
