@@ -15,6 +15,7 @@ from zimage_runner.engines.diffusers.engine import DiffusersEngine
 from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.executors.inline import InlineExecutorConfig
 from zimage_runner.executors.process import ProcessExecutorConfig
+from zimage_runner.executors.ray_config import RayExecutorConfig
 from zimage_runner.memory.policies import GroupOffload, ModelOffload, Resident, SequentialOffload, Staged, Streamed
 from zimage_runner.model import FileModel, Model
 from zimage_runner.outputs.config import Output
@@ -56,7 +57,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "stdin": Stdin,
     },
     "output": {"output": Output},
-    "executor": {"inline": InlineExecutorConfig, "process": ProcessExecutorConfig},
+    "executor": {"inline": InlineExecutorConfig, "process": ProcessExecutorConfig, "ray": RayExecutorConfig},
 }
 
 

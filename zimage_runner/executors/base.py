@@ -41,12 +41,39 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Written:
+    """What became of an item whose files were written where it was drawn. Its line in the ledger is still to come."""
+
+    status: str
+    """ok, failed or bad (not a picture, nothing written)."""
+    line: dict[str, Any] = field(default_factory=dict)
+    """For the ledger; empty when bad."""
+    error: str | None = None
+
+
+class Sink(Protocol):
+    """Writes pictures where they are drawn. Picklable: it crosses to the worker once."""
+
+    def open(self) -> None:
+        """Get ready in the worker. Raises UserError where the run's directory is not to be seen from there."""
+        ...
+
+    def write(
+        self, items: Sequence[WorkItem], pixels: np.ndarray, details: dict[str, Any], attempt: int
+    ) -> list[Written]:
+        """Write the items' files; picture i (uint8 [n, height, width, 3]) is item i's. Raises RunStopped."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class BatchResult:
     """Pictures of ``items``, or the error that all of them share."""
 
     items: Sequence[WorkItem]
     images: PendingImages | None = None
-    """Picture i is item i's. None when ``error`` is set."""
+    """Picture i is item i's. None when ``error`` or ``written`` is set."""
+    written: Sequence[Written] | None = None
+    """What became of item i, where a worker has written it."""
     error: str | None = None
     """Why there is no picture: exception type and message."""
     details: dict[str, Any] = field(default_factory=dict)
@@ -125,6 +152,9 @@ class Executor(abc.ABC):
         False means that this executor cannot, and that the other job needs a new one.
         """
         return False
+
+    def write_with(self, sink: Sink | None) -> None:  # noqa: B027
+        """Offer a way to write the next runs' pictures in the workers, for executors whose workers are elsewhere."""
 
     @abc.abstractmethod
     def run(self, batches: Iterable[Batch]) -> Iterator[BatchResult]:
