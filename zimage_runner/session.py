@@ -23,6 +23,7 @@ from zimage_runner.model import Model
 from zimage_runner.warmup import WARMUP_PROMPT, Warmup
 from zimage_runner.weights.cache import read_entry
 from zimage_runner.weights.find.checkpoint import Checkpoint
+from zimage_runner.weights.find.elsewhere import on_this_machine
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +44,8 @@ class SessionConfig:
     compile: Compile
     checkpoint: Checkpoint
     embedding_cache: EmbeddingCacheConfig = field(default_factory=EmbeddingCacheConfig)
+    may_be_elsewhere: bool = False
+    """Whether the session may be on another machine than the one that found the checkpoint."""
 
     def key(self) -> str:
         """Return a key that is equal for jobs which one session serves: the one place that says so.
@@ -50,6 +53,7 @@ class SessionConfig:
         A batch size is per call and left out; measuring it (auto) is not.
         """
         parts = asdict(self)
+        del parts["may_be_elsewhere"]
         parts["engine"]["batch_size"] = self.engine.auto_batch
         kinds = [type(part).__name__ for part in (self.engine, self.memory, self.warmup, self.compile)]
         return repr((kinds, parts))
@@ -188,8 +192,11 @@ class Session:
         config.memory.apply_environment()
         config.compile.apply_environment()
         started = time.perf_counter()
+        checkpoint = config.checkpoint
+        if config.may_be_elsewhere:
+            checkpoint = on_this_machine(config.model, checkpoint)
         needs = Needs.of(config.model, config.memory, config.compile, (shape.params for shape in self._shapes))
-        request = LoadRequest.for_needs(needs, checkpoint=config.checkpoint, encodes=not self._foresees_all())
+        request = LoadRequest.for_needs(needs, checkpoint=checkpoint, encodes=not self._foresees_all())
         self._engine = config.engine.create(request)
         self._engine.synchronize()
         engine = self._engine

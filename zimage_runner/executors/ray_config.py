@@ -11,7 +11,6 @@ from zimage_runner.executors.base import Executor, SessionFactory
 from zimage_runner.executors.messages import Start
 from zimage_runner.executors.ray_options import RayOptions
 from zimage_runner.memory.policies import Action, Health
-from zimage_runner.model import Device
 from zimage_runner.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -23,9 +22,9 @@ class RayExecutorConfig(RayOptions):
     """One warm session in each of many workers, on the GPUs of this machine or of a Ray cluster."""
 
     def adapt(self, session: SessionConfig) -> SessionConfig:
-        """A large worker is replaced as a whole; its session need not rebuild itself as well."""
+        """A large worker is replaced as a whole, so its session need not do it; each node has its own weights."""
         health = replace(session.memory.health, action=Action.warn)
-        return replace(session, memory=replace(session.memory, health=health))
+        return replace(session, memory=replace(session.memory, health=health), may_be_elsewhere=True)
 
     def create(
         self,
@@ -51,8 +50,6 @@ class RayExecutorConfig(RayOptions):
 
 def _may_use_gpu(make_session: Any) -> bool:
     """Whether the session may want a GPU: all do, but those of ``engine.device=cpu``."""
-    for argument in getattr(make_session, "args", ()):
-        engine = getattr(argument, "engine", None)
-        if getattr(engine, "device", None) is Device.cpu:
-            return False
-    return True
+    engines = (getattr(argument, "engine", None) for argument in getattr(make_session, "args", ()))
+    devices = (getattr(engine, "device", None) for engine in engines)
+    return all(getattr(device, "value", "auto") != "cpu" for device in devices)
