@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -10,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from tests.support.faulty_session import picture
+from zimage_runner.errors import UserError
 from zimage_runner.executors.base import Batch, Sink
 from zimage_runner.executors.fleet import Died, Done, Event, Hired, Notice, Part, Ready, Refused
 
 REPORT: dict[str, Any] = {
-    "phases": {"load": 1.0}, "numerics": {"engine": "simulated"}, "versions": {}, "gpu_memory": {"reserved_gb": 0.0},
+    "phases": {"load": 1.0}, "numerics": {"engine": "simulated"}, "versions": {}, "gpu_memory": {},
 }  # fmt: skip
 
 
@@ -23,8 +25,8 @@ def drawn_parts(batch: Batch, sink: Sink | None) -> list[Part]:
     pixels = np.stack([picture(i.prompt.text, i.seed, i.params.height, i.params.width) for i in batch.items])
     positions = list(range(len(batch.items)))
     if sink is None:
-        return [Part(positions=positions, pixels=pixels)]
-    return [Part(positions=positions, written=sink.write(batch.items, pixels, {}, batch.attempt))]
+        return [Part(positions=positions, pixels=pixels, details={"worker": "one"})]
+    return [Part(positions=positions, written=sink.write(batch.items, pixels, {"worker": "one"}, batch.attempt))]
 
 
 class SimulatedFleet:
@@ -46,6 +48,8 @@ class SimulatedFleet:
         self.refusal: str | None = None
         self.elsewhere = False
         self.sinks: dict[int, tuple[Sink | None, bool]] = {}
+        self.unseen: list[str] = []
+        """What sinks said that could not be opened."""
         self.hired: list[int] = []
         self.most_in_flight = 0
         self.shapes_of: dict[int, list[Any]] = {}
@@ -54,6 +58,8 @@ class SimulatedFleet:
         self._batches: dict[int, list[tuple[int, Batch]]] = {}
         self._events: list[tuple[int, Event]] = []
         self.closed = False
+        self.pace = 0.7
+        """Share of the busy workers that finish a batch between two looks at them."""
 
     def connect(self) -> None:
         pass
@@ -75,6 +81,13 @@ class SimulatedFleet:
         self._events.append((worker, Ready(report=REPORT)))
 
     def equip(self, worker: int, sink: Sink | None, *, must: bool) -> None:
+        if sink is not None:
+            sink = pickle.loads(pickle.dumps(sink))
+            try:
+                sink.open()
+            except UserError as error:
+                self.unseen.append(str(error))
+                sink = None
         self.sinks[worker] = (sink, must)
 
     def draw(self, worker: int, ticket: int, batch: Batch) -> None:
@@ -96,7 +109,7 @@ class SimulatedFleet:
     def poll(self, timeout_s: float) -> list[Notice]:
         events, self._events = self._events, []
         for worker, waiting in list(self._batches.items()):
-            if waiting and self._random.random() < 0.7:
+            if waiting and self._random.random() < self.pace:
                 event = self._next(worker)
                 if event is not None:
                     events.append((worker, event))

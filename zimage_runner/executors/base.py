@@ -142,6 +142,9 @@ class Executor(abc.ABC):
     on_overdue: Callable[[Sequence[WorkItem], str], None] | None = None
     """Hears, from another thread, of items of ``run`` that take too long and cannot be given up, and of the reason."""
 
+    has_workers_elsewhere: bool = False
+    """Whether pictures may be drawn on other machines, and so be written there."""
+
     @abc.abstractmethod
     def start(self) -> dict[str, Any]:
         """Start the session; its report."""

@@ -112,10 +112,11 @@ class _Task:
 class Drawer:
     """One worker. ``collect`` is called from a thread of its own, all else from another."""
 
-    def __init__(self) -> None:
-        for number in (signal.SIGINT, *OF_A_QUEUE):
+    def __init__(self, number: int) -> None:
+        self._name = {"worker": f"worker {number} on {socket.gethostname()}"}
+        for signal_number in (signal.SIGINT, *OF_A_QUEUE):
             # Ending the run is the driver's affair: it lets the pictures in flight finish.
-            signal.signal(number, signal.SIG_IGN)
+            signal.signal(signal_number, signal.SIG_IGN)
         self._lines: list[tuple[int, str, str]] = []
         handler = _Keep(self._lines)
         logging.getLogger("zimage_runner").addHandler(handler)
@@ -215,18 +216,19 @@ class Drawer:
 
     def _part(self, result: BatchResult, places: dict[int, int], sink: Sink | None) -> Part:
         positions = [places[id(item)] for item in result.items]
+        details = result.details | self._name
         if result.images is None:
-            return Part(positions=positions, error=result.error or "unknown error", details=result.details)
+            return Part(positions=positions, error=result.error or "unknown error", details=details)
         try:
             pixels = result.images.wait()
         except Exception as error:  # the item boundary
             bad = isinstance(error, BadPictureError)
             text = str(error) if bad else error_text(error)
-            return Part(positions=positions, error=text, bad_picture=bad, details=result.details)
+            return Part(positions=positions, error=text, bad_picture=bad, details=details)
         if sink is None:
-            return Part(positions=positions, pixels=pixels, details=result.details)
-        written = sink.write(result.items, pixels, result.details, result.attempt)
-        return Part(positions=positions, written=written, details=result.details)
+            return Part(positions=positions, pixels=pixels, details=details)
+        written = sink.write(result.items, pixels, details, result.attempt)
+        return Part(positions=positions, written=written, details=details)
 
     def _report(self) -> dict[str, Any]:
         assert self._session is not None

@@ -124,7 +124,7 @@ class RayFleet:
         demand = self._demand
         resources = {name: amount for name, amount in self._config.resources.items() if amount}
         options = {"num_cpus": demand["CPU"], "num_gpus": demand["GPU"], "resources": resources}
-        actor = self._actors[worker] = _Actor(self._class.options(**options).remote())
+        actor = self._actors[worker] = _Actor(self._class.options(**options).remote(worker))
         self._expect(worker, actor, actor.handle.hello.remote())
 
     def load(self, worker: int) -> None:

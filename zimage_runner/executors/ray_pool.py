@@ -38,6 +38,8 @@ LONGEST_PAUSE_S = 60.0
 class RayExecutor(Executor):
     """Feeds the workers, collects their results, and replaces those that die, hang or grow."""
 
+    has_workers_elsewhere = True
+
     def __init__(self, config: RayOptions, fleet: Fleet, health: Health, stop: StopRequest) -> None:
         self._config = config
         self._fleet = fleet
@@ -262,7 +264,7 @@ class RayExecutor(Executor):
                 images=images,
                 written=part.written,
                 error=error,
-                details={**part.details, "worker": str(member)},
+                details=part.details,
                 attempt=flight.batch.attempt,
             )
 

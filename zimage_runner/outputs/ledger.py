@@ -14,6 +14,7 @@ import re
 import sys
 import threading
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -93,16 +94,22 @@ class Ledger:
 
     def append(self, record: dict[str, Any], *, sync: bool = False) -> None:
         """Add one line: item, status (ok or failed), sha256, bytes, fingerprint and whatever else. Raises DiskError."""
-        line = with_checksum(compact_json(record).encode())
-        item, entry = _parse(line)
+        self.append_all([record], sync=sync)
+
+    def append_all(self, records: Sequence[dict[str, Any]], *, sync: bool = False) -> None:
+        """Add lines at once, as ``append`` does one. Raises DiskError."""
+        lines = [with_checksum(compact_json(record).encode()) for record in records]
+        parsed = [_parse(line) for line in lines]
+        if not lines:
+            return
         with self._lock:
             try:
-                self._append(line)
+                self._append(b"".join(lines))
                 if sync:
                     os.fsync(self._fd)
             except OSError as error:
                 raise atomic.disk_error(error, str(self.path)) from error
-            self.entries[item] = entry
+            self.entries.update(parsed)
 
     def _append(self, line: bytes) -> None:
         before = os.fstat(self._fd)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
+import socket
 import stat
 import threading
 import unicodedata
@@ -19,7 +21,9 @@ from zimage_runner.outputs.config import Output
 from zimage_runner.outputs.ledger import RECORDS
 from zimage_runner.outputs.lock import LOCK_NAME, RunLock
 
-OWN_FILES = (LOCK_NAME, RECORDS, "summary.json", "run.log", "prompts.jsonl")
+TOKEN_NAME = ".workers"
+"""Proves to workers on other machines that they see the run directory. There only while a run lasts."""
+OWN_FILES = (LOCK_NAME, TOKEN_NAME, RECORDS, "summary.json", "run.log", "prompts.jsonl")
 OWN_FOLDERS = ("items", ".hydra")
 RECORD_BYTES = 16_384
 """Room for a picture's record, its ledger line and the blocks of its two folders."""
@@ -31,7 +35,7 @@ class RunDirectory:
     Layout: items/<index>_<slug>/seed_<seed>/{image.png,record.json}, records.jsonl, summary.json, run.log, .hydra/
     """
 
-    def __init__(self, path: Path, dir_fd: int, lock: RunLock) -> None:
+    def __init__(self, path: Path, dir_fd: int, lock: RunLock | None) -> None:
         self.path = path
         self.dir_fd = dir_fd
         """Everything below is written relative to this descriptor; see atomic.py."""
@@ -76,6 +80,39 @@ class RunDirectory:
             raise UserError(
                 f"cannot write to {path} ({error.strerror}): set output.root to a directory you can write to"
             ) from None
+
+    def admit_workers(self) -> str:
+        """Leave a token by which workers elsewhere know that they see this directory. Return what is in it."""
+        token = secrets.token_hex(16)
+        self.write_file(TOKEN_NAME, token.encode())
+        return token
+
+    def dismiss_workers(self) -> None:
+        """Remove the token. Harmless when there is none."""
+        with contextlib.suppress(OSError):
+            atomic.remove(self.dir_fd, TOKEN_NAME)
+
+    @classmethod
+    def join(cls, path: str | os.PathLike[str], token: str) -> Self:
+        """The directory of a run that another process has locked, for a worker of that run.
+
+        Raises UserError unless the token is there: the path may be another disk's on this machine.
+        """
+        unseen = f"{path} of the machine that was started is not to be seen on {socket.gethostname()}"
+        remedy = "put output.root on storage that all machines share at the same path, or use executor.writes=driver"
+        try:
+            dir_fd = atomic.open_dir(Path(path))
+        except OSError:
+            raise UserError(f"{unseen}: {remedy}") from None
+        try:
+            with os.fdopen(beneath.open_file(dir_fd, TOKEN_NAME), "rb") as file:
+                found = file.read(len(token) + 1)
+        except OSError:
+            found = b""
+        if found != token.encode():
+            os.close(dir_fd)
+            raise UserError(f"{unseen}: {remedy}")
+        return cls(Path(path), dir_fd, None)
 
     @property
     def records_path(self) -> Path:
@@ -159,7 +196,8 @@ class RunDirectory:
         if self.dir_fd < 0:
             return
         with contextlib.suppress(OSError):  # the directory may be gone
-            self._lock.release()
+            if self._lock is not None:
+                self._lock.release()
         os.close(self.dir_fd)
         self.dir_fd = -1
 

@@ -10,26 +10,20 @@ No thread ends unseen: whatever goes wrong in one stops the run, resumable, and 
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
 import logging
-import os
 import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from zimage_runner.errors import BadPictureError, RunStopped, error_text
-from zimage_runner.outputs import atomic, beneath, thumbnails
+from zimage_runner.outputs import atomic
 from zimage_runner.outputs.config import Fsync, Output
-from zimage_runner.outputs.encoders import check_pixels, encode
-from zimage_runner.outputs.json_text import readable_json
-from zimage_runner.outputs.ledger import RECORD, Ledger, record_head
-from zimage_runner.outputs.run_dir import RunDirectory, checked_item_dir
+from zimage_runner.outputs.item_files import Filed, ItemFiles, WriteRequest
+from zimage_runner.outputs.ledger import Ledger
+from zimage_runner.outputs.run_dir import RunDirectory
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,27 +35,8 @@ log = logging.getLogger(__name__)
 
 PATIENCE = 5.0
 """Seconds that pictures on their way are waited for after a fault: the GPU may be lost too."""
-OF_THE_ITEM = (errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM)
-"""What writing fails with where something else stands in the place of an item's folder, or it is closed to us."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WriteRequest:
-    """One item on its way to disk."""
-
-    item_dir: str
-    """items/<index>_<slug>/seed_<seed>, relative to the run directory; also the item's name in the ledger."""
-    index: int
-    """Position of the prompt in the run."""
-    seed: int
-    fingerprint: str
-    recipe: dict[str, Any]
-    """All that decides the picture (prompt, params, model, numerics, versions ..): goes into record and picture.
-    Nothing that differs between two runs of the same item belongs here."""
-    details: dict[str, Any] = field(default_factory=dict)
-    """What happened this time (timings, GPU memory, attempts, host ..): goes into the record alone."""
-    output_file: str | None = None
-    """Also put the picture here."""
+RECORDS_AHEAD = 4096
+"""Lines of items that workers have written which may wait: they are small, and appended together."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,7 +96,7 @@ class Writer:
         self._ledger = ledger
         self._output = output
         self._on_done = on_done
-        self._thumbnails = thumbnails
+        self._files = ItemFiles(run_dir, output, thumbnails=thumbnails)
         self._sync = output.fsync is Fsync.item
         self._fatal: RunStopped | None = None
         self._room = threading.Condition()
@@ -136,6 +111,9 @@ class Writer:
         self._tasks = queue.SimpleQueue()
         self._receiver: threading.Thread | None = None
         self._writers: list[threading.Thread] = []
+        self._written: queue.SimpleQueue[tuple[Sequence[WriteRequest], Sequence[Filed | str]] | None]
+        self._written = queue.SimpleQueue()
+        self._recorder: threading.Thread | None = None
 
     def start_clock(self) -> None:
         """Count the first picture's seconds from here, or from the device's last arrival if that comes later."""
@@ -144,7 +122,7 @@ class Writer:
     def submit(self, requests: Sequence[WriteRequest], images: PendingImages) -> None:
         """Queue a batch; image i is that of request i. Blocks while ``max_pending_images`` wait already."""
         self._start_threads()
-        self._reserve(len(requests))
+        self._reserve(len(requests), self._output.max_pending_images)
         self._batches.put((requests, images))
 
     def fail(self, request: WriteRequest, error: str) -> None:
@@ -154,6 +132,18 @@ class Writer:
         with self._room:
             self._pending += 1
         self._put(request, self._write_failure, request, error)
+
+    def record(self, requests: Sequence[WriteRequest], written: Sequence[Filed | str]) -> None:
+        """Queue the lines of items that workers have written; in place of a line, why there is no picture.
+
+        Blocks while ``RECORDS_AHEAD`` wait already.
+        """
+        self._start_threads()
+        self._reserve(len(requests), RECORDS_AHEAD)
+        if self._recorder is None:
+            self._recorder = threading.Thread(target=self._seen, args=(self._record_all,), name="recorder", daemon=True)
+            self._recorder.start()
+        self._written.put((requests, written))
 
     def flush(self) -> None:
         """Wait until every queued request has its Outcome."""
@@ -173,6 +163,9 @@ class Writer:
         if self._receiver is not None:
             self._batches.put(None)
             self._receiver.join(None if self._fatal is None else PATIENCE)
+        if self._recorder is not None:
+            self._written.put(None)
+            self._recorder.join()
         for _ in self._writers:
             self._tasks.put(None)
         for thread in self._writers:
@@ -216,9 +209,9 @@ class Writer:
         if self._fatal is not None:
             raise self._fatal
 
-    def _reserve(self, count: int) -> None:
+    def _reserve(self, count: int, most: int) -> None:
         """Wait for room for ``count`` pictures; a batch larger than the limit passes once nothing else waits."""
-        limit = max(0, self._output.max_pending_images - count)
+        limit = max(0, most - count)
         with self._room:
             self._room.wait_for(lambda: self._pending <= limit or self._fatal is not None)
             self._check()
@@ -253,6 +246,37 @@ class Writer:
                 self._put(request, self._write_picture, request, picture, seconds, since, arrived)
             del batch, images, pixels, picture  # while waiting for the next
 
+    def _record_all(self) -> None:
+        """Life of the recorder: the lines of all batches that wait are appended, and forced to disk, together."""
+        while (batch := self._written.get()) is not None:
+            since, arrived = self._arrivals.arrive(self._start)
+            batches = [batch]
+            while len(batches) < RECORDS_AHEAD and not self._written.empty():
+                following = self._written.get()
+                if following is None:
+                    self._written.put(None)
+                    break
+                batches.append(following)
+            count = sum(len(requests) for requests, _ in batches)
+            try:
+                if self._fatal is None:
+                    self._append_lines(batches, (arrived - since) / count, since, arrived)
+            finally:
+                self._release(count)
+
+    def _append_lines(
+        self, batches: Sequence[tuple[Sequence[WriteRequest], Sequence[Filed | str]]], *times: float
+    ) -> None:
+        pairs = [pair for requests, written in batches for pair in zip(requests, written, strict=True)]
+        self._ledger.append_all([filed.line for _, filed in pairs if isinstance(filed, Filed)], sync=self._sync)
+        for request, filed in pairs:
+            if isinstance(filed, str):
+                self._report_bad(request, filed)
+            elif filed.error is not None:
+                self._on_done(Outcome(request=request, status="failed", error=filed.error))
+            else:
+                self._on_done(_done(request, filed.line, *times))
+
     def _work(self) -> None:
         """Life of a writer: task after task. Nothing is written after the first fault."""
         while (task := self._tasks.get()) is not None:
@@ -283,87 +307,40 @@ class Writer:
         self, request: WriteRequest, pixels: np.ndarray, seconds: float, since: float, arrived: float
     ) -> None:
         try:
-            check_pixels(pixels, allow_constant=self._output.allow_constant)
+            filed = self._write_item(request, lambda earlier: self._files.picture(request, pixels, seconds, earlier))
         except BadPictureError as error:
             self._report_bad(request, error_text(error))
             return
-        recipe = {"seed": request.seed, "fingerprint": request.fingerprint, **request.recipe}
-        data = encode(pixels, recipe, self._output)
-        result = {
-            "sha256": hashlib.sha256(data).hexdigest(),
-            "bytes": len(data),
-            "pixels_sha256": hashlib.sha256(pixels.tobytes()).hexdigest(),
-        }
-        result = {"image": self._output.image_name, **result, "seconds": round(seconds, 6)}
-        obstacle = self._write_item(request, "ok", result, data)
-        if obstacle is not None:
-            self._on_done(Outcome(request=request, status="failed", error=obstacle))
+        if filed.error is not None:
+            self._on_done(Outcome(request=request, status="failed", error=filed.error))
             return
-        if self._thumbnails:
-            thumbnails.keep(self._run_dir.path / request.item_dir / self._output.image_name, pixels)
-        done = Outcome(request=request, status="ok", sha256=result["sha256"], size=len(data))
-        self._on_done(replace(done, seconds=seconds, since=since, arrived=arrived))
+        self._on_done(_done(request, filed.line, seconds, since, arrived))
 
     def _write_failure(self, request: WriteRequest, error: str) -> None:
-        self._write_item(request, "failed", {"error": error}, None)
+        self._write_item(request, lambda earlier: self._files.failure(request, error, earlier))
         self._on_done(Outcome(request=request, status="failed", error=error))
 
     def _report_bad(self, request: WriteRequest, error: str) -> None:
         self._on_done(Outcome(request=request, status="bad", error=error))
 
-    def _write_item(self, request: WriteRequest, status: str, result: dict[str, Any], data: bytes | None) -> str | None:
-        """Write an item's files and its line. Where something else is in its folder's place the item has failed.
+    def _write_item(self, request: WriteRequest, make: Callable[[frozenset[str]], Filed]) -> Filed:
+        """Write an item's files, then its line."""
+        filed = make(self._earlier_images(request))
+        self._ledger.append(filed.line, sync=self._sync)
+        return filed
 
-        Returns why, then.
-        """
-        item_dir = checked_item_dir(request.item_dir)
-        head = record_head(item_dir, status, request.index, request.seed, request.fingerprint, **result)
-        written = {"written": datetime.now(UTC).isoformat(timespec="milliseconds")}
-        record = readable_json({**head, **request.recipe, **request.details, **written})
-        obstacle = None
-        try:
-            self._write_files(request, data, record)
-        except OSError as error:
-            obstacle = self._obstacle(request.item_dir, error)
-            if obstacle is None:
-                raise
-            head = {name: value for name, value in head.items() if name not in result}
-            head |= {"status": "failed", "error": obstacle}
-        else:
-            if data is not None and request.output_file is not None:
-                copy_to(Path(request.output_file), data, sync=self._sync)
-        timings = {"timings": request.details["timings"]} if "timings" in request.details else {}
-        self._ledger.append({**head, **timings, **written}, sync=self._sync)
-        return obstacle
-
-    def _obstacle(self, item_dir: str, error: OSError) -> str | None:
-        """What is wrong with an item's folder alone; None where the whole run is concerned."""
-        if isinstance(error, beneath.NotPlain):
-            return f"{item_dir}: {error.strerror}"
-        if error.errno in OF_THE_ITEM and os.path.lexists(self._run_dir.path / item_dir):
-            return f"cannot write {item_dir} ({error.strerror}): put a folder there that you can write to, or remove it"
-        if error.errno == errno.ENOTDIR:
-            return f"cannot write {item_dir}: a file is in a folder's place: remove it"
-        return None
-
-    def _write_files(self, request: WriteRequest, data: bytes | None, record: bytes) -> None:
-        """Write the picture, or remove an earlier attempt's, then the record. Raises NotPlain, OSError."""
-        self._run_dir.make_dirs(request.item_dir, sync=self._sync)
-        with atomic.directory(request.item_dir, self._run_dir.dir_fd) as folder:
-            mine = None if data is None else self._output.image_name
-            for name in self._earlier_images(request) - {mine}:
-                for left in (name, name + atomic.TMP_SUFFIX):
-                    atomic.remove(folder, left)
-            if data is not None:
-                atomic.write_file(folder, self._output.image_name, data, sync=self._sync)
-            atomic.write_file(folder, RECORD, record, sync=self._sync)
-            if self._sync:
-                atomic.sync_dir(folder, ".")
-
-    def _earlier_images(self, request: WriteRequest) -> set[str]:
+    def _earlier_images(self, request: WriteRequest) -> frozenset[str]:
         """Names under which an earlier attempt, perhaps in another format, may have left the item's picture."""
         entry = self._ledger.entries.get(request.item_dir)
-        return {self._output.image_name} | ({entry.image} if entry is not None else set())
+        return frozenset() if entry is None else frozenset([entry.image])
+
+
+def _done(request: WriteRequest, line: dict[str, Any], seconds: float, since: float, arrived: float) -> Outcome:
+    """The outcome of an item whose picture is there."""
+    return Outcome(
+        request=request, status="ok", sha256=line["sha256"], size=line["bytes"],
+        seconds=seconds, since=since, arrived=arrived,
+    )  # fmt: skip
 
 
 def refused_thread(error: Exception) -> RunStopped:
@@ -372,9 +349,3 @@ def refused_thread(error: Exception) -> RunStopped:
         f"no thread could be started to write pictures ({error}): raise the limit of processes (ulimit -u) or of "
         "memory, or end other programs"
     )
-
-
-def copy_to(path: Path, data: bytes, *, sync: bool) -> None:
-    """The one-shot request's extra file, replaced as a whole; its folder is made if it is missing. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic.replace_file(path, data, sync=sync)

@@ -28,13 +28,13 @@ from zimage_runner.logs import refuse, run_log, say, use_format
 from zimage_runner.outputs import atomic
 from zimage_runner.outputs.beneath import Inside
 from zimage_runner.outputs.config import Fsync
+from zimage_runner.outputs.item_files import copy_to
 from zimage_runner.outputs.json_text import readable_json
 from zimage_runner.outputs.ledger import RECORDS, Ledger
 from zimage_runner.outputs.parsed import from_json
 from zimage_runner.outputs.run_dir import RunDirectory
 from zimage_runner.outputs.summary import Summary
 from zimage_runner.outputs.survey import Progress, survey
-from zimage_runner.outputs.writer import copy_to
 from zimage_runner.runner.dry_run import describe
 from zimage_runner.runner.pool import SharedExecutor, executor_of_run
 from zimage_runner.runner.reuse import foreseen

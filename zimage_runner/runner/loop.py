@@ -6,14 +6,16 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from zimage_runner.executors.base import Batch
+from zimage_runner.executors.base import Batch, Written
 from zimage_runner.executors.watchdog import OnOverdue
+from zimage_runner.outputs.item_files import Filed, WriteRequest
 from zimage_runner.outputs.ledger import Ledger
 from zimage_runner.outputs.run_dir import RunDirectory
-from zimage_runner.outputs.writer import Outcome, Writer, WriteRequest
+from zimage_runner.outputs.writer import Outcome, Writer
 from zimage_runner.plan import Fingerprints, WorkItem
 from zimage_runner.runner.pool import Lease
 from zimage_runner.runner.spec import RunSpec
+from zimage_runner.runner.worker_writes import WorkerSink
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +49,7 @@ class GenerationLoop:
         """Items whose picture was bad, and why."""
         self._output_file = None if spec.output_file is None else str(spec.output_file)
         self._items: dict[str, WorkItem] = {}
+        self._recipe = spec.recipe
         self._writer = Writer(
             run_dir,
             ledger,
@@ -54,6 +57,23 @@ class GenerationLoop:
             self._on_done,
             lease.arrivals,
             thumbnails=spec.config.output.reports(len(spec.plan)),
+        )
+        self._run_dir = run_dir
+
+    def offer_writing(self) -> None:
+        """Let workers that see the run directory write into it, where the executor has such workers."""
+        if not self._lease.has_workers_elsewhere:
+            return
+        self._lease.write_with(
+            WorkerSink(
+                directory=str(self._run_dir.path.absolute()),
+                token=self._run_dir.admit_workers(),
+                output=self._spec.config.output,
+                recipe=self._recipe,
+                report={name: self._session_report[name] for name in ("numerics", "versions")},
+                output_file=self._output_file,
+                thumbnails=self._spec.config.output.reports(len(self._spec.plan)),
+            )
         )
 
     def start_clock(self) -> None:
@@ -64,9 +84,13 @@ class GenerationLoop:
         """Hand the batches to the executor and its images to the writer, where the last may still be on their way."""
         for result in self._lease.run(batches, self._on_overdue):
             details = {**result.details, "attempt": result.attempt}
-            requests = [self._write_request(item, details) for item in result.items]
+            requests = [
+                self._write_request(item, details, is_written=result.written is not None) for item in result.items
+            ]
             if result.images is not None:
                 self._writer.submit(requests, result.images)
+            elif result.written is not None:
+                self._writer.record(requests, [_filed(written) for written in result.written])
             else:
                 for request in requests:
                     self._writer.fail(request, result.error or "unknown error")
@@ -89,21 +113,25 @@ class GenerationLoop:
         Called from any thread, for a process that ends now.
         """
         for item in items:
-            self._writer.fail(self._write_request(item, {"attempt": 1}), error)
+            self._writer.fail(self._write_request(item, {"attempt": 1}, is_written=False), error)
         self._writer.write_arrived(patience)
 
     def close(self) -> None:
         """Write what is queued and end the writer. Raise DiskError if something could not be written."""
+        if self._lease.has_workers_elsewhere:
+            self._lease.write_with(None)
+            self._run_dir.dismiss_workers()
         self._writer.close()
 
-    def _write_request(self, item: WorkItem, details: dict[str, Any]) -> WriteRequest:
+    def _write_request(self, item: WorkItem, details: dict[str, Any], *, is_written: bool) -> WriteRequest:
+        """``is_written``: by a worker, which has made the recipe itself."""
         self._items[item.item_dir] = item
         return WriteRequest(
             item_dir=item.item_dir,
             index=item.prompt_index,
             seed=item.seed,
             fingerprint=self._fingerprints(item),
-            recipe=self._spec.recipe(item, self._session_report),
+            recipe={} if is_written else self._recipe(item, self._session_report),
             details=details,
             output_file=self._output_file,
         )
@@ -118,3 +146,10 @@ class GenerationLoop:
         else:
             self._items[outcome.request.item_dir] = item
             self._writer.fail(outcome.request, outcome.error or "bad picture")
+
+
+def _filed(written: Written) -> Filed | str:
+    """What the writer makes of what a worker has written; why there is no picture, where it has not."""
+    if written.status == "bad":
+        return written.error or "bad picture"
+    return Filed(line=written.line, error=written.error)

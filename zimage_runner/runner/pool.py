@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from typing import Any
 
-from zimage_runner.executors.base import Batch, BatchResult, Executor
+from zimage_runner.executors.base import Batch, BatchResult, Executor, Sink
 from zimage_runner.executors.watchdog import OnOverdue
 from zimage_runner.outputs.writer import ArrivalClock
 from zimage_runner.runner.spec import RunSpec, executor_key
@@ -136,6 +136,15 @@ class Lease:
         """Return the results of every batch, as ``Executor.run`` does; ``on_overdue``: see there."""
         self._executor.on_overdue = on_overdue
         return self._executor.run(self._while_busy(batches))
+
+    @property
+    def has_workers_elsewhere(self) -> bool:
+        """Whether pictures may be drawn on other machines."""
+        return self._executor.has_workers_elsewhere
+
+    def write_with(self, sink: Sink | None) -> None:
+        """Offer a way to write pictures where they are drawn; None: no longer."""
+        self._executor.write_with(sink)
 
     def end_after_run(self) -> None:
         """Draw for no other run with this executor: something unforeseen has happened in it."""

@@ -13,12 +13,12 @@ from zimage_runner.errors import UserError
 from zimage_runner.outputs import atomic
 from zimage_runner.outputs.beneath import Inside
 from zimage_runner.outputs.config import Fsync
+from zimage_runner.outputs.item_files import copy_to
 from zimage_runner.outputs.json_text import readable_json
 from zimage_runner.outputs.ledger import RECORD, RECORDS, Entry, Ledger, record_head
 from zimage_runner.outputs.parsed import from_json
 from zimage_runner.outputs.run_dir import RunDirectory
 from zimage_runner.outputs.survey import Pictures
-from zimage_runner.outputs.writer import copy_to
 from zimage_runner.plan import Fingerprints, Plan, WorkItem
 from zimage_runner.runner.spec import RunSpec
 

@@ -89,9 +89,13 @@ class Run:
             self._count_linked(self.reuse.from_earlier_runs(self.progress.todo))
             self.summary.start_clock()
             self._loop.start_clock()
-            self._guarded(lambda: self._loop.draw(self._batches()))
+            self._guarded(self._draw)
             self._open = opened.pop_all()
         self._display.logs = False  # until ``report``, the log may be the next run's
+
+    def _draw(self) -> None:
+        self._loop.offer_writing()
+        self._loop.draw(self._batches())
 
     def report(self) -> int:
         """Wait until everything is written, draw once more what came out bad, and report. Return the exit code."""

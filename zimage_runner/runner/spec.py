@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -82,21 +82,35 @@ class RunSpec:
         """Where the single picture goes as well: a whole path, for runs that work in their own directory."""
         return None if self.config.output_file is None else Path(os.path.abspath(self.config.output_file))
 
-    def recipe(self, item: WorkItem, report: dict[str, Any]) -> dict[str, Any]:
+    @property
+    def recipe(self) -> Recipe:
+        """What makes the recipe of each item."""
+        model, checkpoint = self.config.model, self.checkpoint
+        of_model = {
+            "name": model.name,
+            "repo": model.repo,
+            "revision": checkpoint.revision,
+            "digest": checkpoint.digest,
+            **({"files": model.places} if model.is_assembled else {}),
+        }
+        return Recipe(of_model)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Says of an item all that decides its picture. Small: it crosses to the workers that write."""
+
+    model: Mapping[str, Any]
+    """Name, repository, revision and digest of its model; the files, where it was put together from such."""
+
+    def __call__(self, item: WorkItem, report: Mapping[str, Any]) -> dict[str, Any]:
         """All that decides the item's picture; goes into its record and its PNG."""
-        model = self.config.model
         prompt = item.prompt
         return {
             "prompt": prompt.text,
             "params": item.params.to_dict(),
             "seed": item.seed,
-            "model": {
-                "name": model.name,
-                "repo": model.repo,
-                "revision": self.checkpoint.revision,
-                "digest": self.checkpoint.digest,
-                **({"files": model.places} if model.is_assembled else {}),
-            },
+            "model": dict(self.model),
             **({"loras": [lora.record() for lora in item.params.loras]} if item.params.loras else {}),
             "numerics": report["numerics"],
             "versions": report["versions"],

@@ -179,11 +179,11 @@ def inhabited(world: World) -> Iterator[None]:
 
     write = Writer._write_item
 
-    def write_item(self: Writer, job: Any, *rest: Any) -> None:
+    def write_item(self: Writer, job: Any, *rest: Any) -> Any:
         world.visit("write")
         if world.faults.get(job.seed) == "disk":
             raise OSError(28, "No space left on device")
-        write(self, job, *rest)
+        return write(self, job, *rest)
 
     with ExitStack() as patches:
         for patch in (
