@@ -94,3 +94,21 @@ def test_no_picture_at_all():
 def test_one_line_is_safe_for_a_terminal():
     assert one_line("a\r\n\x1b]0;x\x07\u202eb") == "a   ]0;x  b"
     assert one_line("x" * 1000, 300) == "x" * 297 + "..."
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [
+        (1, []),
+        (2, ["worker 1  3 images, 1.50 images/s, idle 25%, on a", "worker 2  3 images, 1.50 images/s, idle 25%, on a, died"]),
+        (20, ["workers  20, 1.50 images/s each (the slowest 1.50), idle 25%, 10 died"]),
+    ],
+)  # fmt: skip
+def test_what_each_worker_has_done_is_told(count: int, expected: list[str]) -> None:
+    workers = [
+        {"worker": f"worker {n} on a", "images": 3, "images_per_second": 1.5, "idle_share": 0.25, "died": n % 2 == 0}
+        for n in range(1, count + 1)
+    ]
+    summary = Summary(Path("run"), planned=1).to_dict({"executor": {"kind": "ray", "workers": workers}})
+    rows = [" ".join(line.split()) for line in table(summary).splitlines() if line.lstrip().startswith("worker")]
+    assert rows == [" ".join(line.split()) for line in expected]

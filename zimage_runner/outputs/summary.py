@@ -21,6 +21,8 @@ LISTED = 1000
 """Failures named in summary.json; all are in records.jsonl."""
 PRINTED = 10
 """Failures named on the terminal."""
+WORKERS_PRINTED = 16
+"""Workers with a line of their own; of more, only what is common to them."""
 SHOWN_SECONDS = 0.005
 """Shorter phases are not told of in one line."""
 LONGEST_ERROR = 300
@@ -153,6 +155,7 @@ def table(summary: dict[str, Any]) -> str:
         rows.append(("throughput", f"{images['images_per_second']:.2f} images/s"))
     rows += _memory_rows(summary["session"])
     rows += _likeness_rows(summary["session"])
+    rows += _worker_rows(summary["session"])
     rows.append(("total", _total(summary)))
     rows.append(("items", _counts(items)))
     width = max(len(name) for name, _ in rows)
@@ -233,6 +236,25 @@ def _likeness_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     floor = f"; noise floor {known['floor']['psnr']['mean']:.1f} dB" if "floor" in known else ""
     figures = f"PSNR {psnr['mean']:.1f} dB (worst {psnr['worst']:.1f}), FLIP {flip['mean']:.3f} ({flip['worst']:.3f})"
     return [("likeness to bf16", f"{figures}, {counted(known['pictures'], 'picture')}{floor}")]
+
+
+def _worker_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """What each worker has done, where there are several; of many, the middle and the slowest."""
+    workers = [w for w in report.get("executor", {}).get("workers", ()) if w["images"] or w["died"]]
+    if len(workers) < 2:
+        return []
+    if len(workers) <= WORKERS_PRINTED:
+        return [(w["worker"].partition(" on ")[0], _worker(w)) for w in workers]
+    pace = [w["images_per_second"] for w in workers if w["images"]] or [0.0]
+    idle = statistics.median(w["idle_share"] for w in workers)
+    died = sum(w["died"] for w in workers)
+    told = f"{len(workers)}, {statistics.median(pace):.2f} images/s each (the slowest {min(pace):.2f}), idle {idle:.0%}"
+    return [("workers", told + (f", {died} died" if died else ""))]
+
+
+def _worker(figures: dict[str, Any]) -> str:
+    told = f"{figures['images']} images, {figures['images_per_second']:.2f} images/s, idle {figures['idle_share']:.0%}"
+    return f"{told}, on {figures['worker'].partition(' on ')[2]}" + (", died" if figures["died"] else "")
 
 
 def _recoveries(report: dict[str, Any]) -> list[str]:
