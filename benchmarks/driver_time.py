@@ -78,9 +78,7 @@ class SimulatedFleet:
             result = {"image": "image.png", "sha256": hashlib.sha256(b"%d" % item.seed).hexdigest(), "bytes": 1_500_000}
             head = record_head(item.item_dir, "ok", item.prompt_index, item.seed, _fingerprint(item), **result)
             timings = {"encode": 0.1, "denoise": 1.0, "decode": 0.1}
-            written.append(
-                Written(status="ok", line={**head, "timings": timings})
-            )
+            written.append(Written(status="ok", line={**head, "timings": timings}))
         parts = [Part(positions=list(range(len(batch.items))), written=written, details={"worker": "w"})]
         return Done(ticket=ticket, parts=parts, report=REPORT, seconds=1.0)
 
