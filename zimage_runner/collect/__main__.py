@@ -1,7 +1,7 @@
 """Bring the pictures of runs together: in one folder with a table of what each shows, or on contact sheets.
 
     python -m zimage_runner collect RUN... into=FOLDER [name='{index:05d}_{slug}_seed_{seed}'] [overwrite=true]
-                                                 [format=webp] [quality=90] [starred=true] [rejected=false]
+                  [layout=webdataset] [format=webp] [quality=90] [starred=true] [rejected=false]
     python -m zimage_runner collect RUN... sheet=FILE.png [tile=192] [columns=8] [rows=8] [starred=true]
 
 RUN     a run directory, a folder of runs (outputs/cats, a multirun, all shards of a set), or latest
@@ -11,6 +11,9 @@ name    of index, slug (of the id or prompt), id, seed, run and job (the run's f
 format  png, jpeg or webp for all; without it they stay as they are. quality: 1 to 100 (usually 90), for webp also
         lossless
 starred true: only pictures that were starred in the gallery. rejected=false: all but those that were rejected there
+layout  of into: imagefolder (usual), webdataset (00000.tar with .png, .txt and .json of each picture, and the table
+        00000.parquet) or parquet (data/train-00000-of-00003.parquet, as Hugging Face has it): these two hold copies
+shard_pictures, shard_mb   most pictures (10000) and megabytes (1000) in a file of webdataset or parquet
 sheet   each picture with its prompt and seed below; more pages are FILE_2.png, FILE_3.png ...
 
 Exit codes: 0 done, 2 bad input.
@@ -27,13 +30,31 @@ from zimage_runner.cli.resume.command_line import LATEST, find_latest
 from zimage_runner.collect.contact_sheet import Layout, draw_sheets
 from zimage_runner.collect.folder import NAME, collect_into
 from zimage_runner.collect.pictures import find_runs, marked, pictures_of
+from zimage_runner.collect.shards import MOST_IN_A_SHARD, Bounds, collect_shards
 from zimage_runner.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, PROGRAM, UserError, called, counted
 from zimage_runner.logs import log_to_terminal, refuse
 from zimage_runner.outputs.beneath import NotPlain
 from zimage_runner.outputs.config import Format, Output, check_quality
 
-FIELDS = ("into", "name", "format", "quality", "overwrite", "sheet", "tile", "columns", "rows", "starred", "rejected")
-OF_INTO, OF_SHEET = ("name", "format", "quality", "overwrite"), ("tile", "columns", "rows")
+FIELDS = (
+    "into",
+    "layout",
+    "shard_pictures",
+    "shard_mb",
+    "name",
+    "format",
+    "quality",
+    "overwrite",
+    "sheet",
+    "tile",
+    "columns",
+    "rows",
+    "starred",
+    "rejected",
+)
+OF_SHARDS, LAYOUTS = ("shard_pictures", "shard_mb"), ("imagefolder", "webdataset", "parquet")
+OF_INTO = ("name", "format", "quality", "overwrite", "layout", *OF_SHARDS)
+OF_SHEET = ("tile", "columns", "rows")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -77,6 +98,7 @@ def _parse(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 
 def _collect(runs: list[str], fields: dict[str, str]) -> int:
     overwrite = _switch(fields, "overwrite", False)
+    form, bounds = _layout(fields)
     starred, rejected = _switch(fields, "starred", False), _switch(fields, "rejected", True)
     layout = Layout(**{name: _count(fields, name) for name in OF_SHEET if name in fields})
     output = _output(fields.get("format"), fields.get("quality"))
@@ -88,7 +110,12 @@ def _collect(runs: list[str], fields: dict[str, str]) -> int:
         if not pictures:
             what = "is starred" if starred else "is left: all were rejected"
             raise UserError(f"{' '.join(runs)}: no picture there {what}; {called(PROGRAM)} view marks them")
-    if "into" in fields:
+    if "into" in fields and form != LAYOUTS[0]:
+        folder = Path(fields["into"]).expanduser()
+        shards, number = collect_shards(folder, pictures, form, bounds, overwrite=overwrite, output=output)
+        print(f"{counted(number, 'picture')} in {counted(shards, 'shard')}", file=sys.stderr)
+        print(folder)
+    elif "into" in fields:
         folder = Path(fields["into"]).expanduser()
         table, number = collect_into(folder, pictures, fields.get("name", NAME), overwrite=overwrite, output=output)
         print(f"{counted(number, 'picture')}, listed in {table}", file=sys.stderr)
@@ -97,6 +124,24 @@ def _collect(runs: list[str], fields: dict[str, str]) -> int:
         for page in draw_sheets(Path(fields["sheet"]).expanduser(), pictures, layout):
             print(page)
     return EXIT_OK
+
+
+def _layout(fields: dict[str, str]) -> tuple[str, Bounds]:
+    """``layout=`` and the bounds of its shards. Raises UserError."""
+    form = fields.get("layout", LAYOUTS[0])
+    if form not in LAYOUTS:
+        raise UserError(f"layout={form}: write {', '.join(LAYOUTS[:-1])} or {LAYOUTS[-1]}")
+    if form == LAYOUTS[0] and (idle := [name for name in OF_SHARDS if name in fields]):
+        raise UserError(f"{idle[0]}={fields[idle[0]]} has no effect without layout=webdataset or layout=parquet")
+    if form != LAYOUTS[0] and "name" in fields:
+        raise UserError(f"name={fields['name']} has no effect on layout={form}, whose keys are numbers: leave it out")
+    pictures = fields.get("shard_pictures", str(MOST_IN_A_SHARD))
+    if not re.fullmatch(r"[0-9]{1,5}", pictures) or not 1 <= int(pictures) <= MOST_IN_A_SHARD:
+        raise UserError(f"shard_pictures={pictures}: write a whole number from 1 to {MOST_IN_A_SHARD}")
+    megabytes = fields.get("shard_mb", "1000")
+    if not re.fullmatch(r"[0-9]{1,6}", megabytes) or int(megabytes) < 1:
+        raise UserError(f"shard_mb={megabytes}: write a whole number from 1 to 999999")
+    return form, Bounds(pictures=int(pictures), megabytes=int(megabytes))
 
 
 def _folder(name: str) -> Path:

@@ -38,8 +38,8 @@ def collect_into(
 
     What is there already and the same is left; something else of that name is an error unless ``overwrite``.
     """
-    rows = [_row(picture, name, _suffix(picture, output)) for picture in pictures]
-    pictures, rows = _each_once(pictures, rows)
+    rows = [row_of(picture, name, suffix_of(picture, output)) for picture in pictures]
+    pictures, rows = each_once(pictures, rows)
     _check_unique(pictures, [row["file_name"] for row in rows], name)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"into={folder} is a file: name a folder")
@@ -52,7 +52,7 @@ def collect_into(
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         tasks = [
             pool.submit(
-                _put, _conversion(picture, output), picture.image, folder / row["file_name"], overwrite=overwrite
+                _put, conversion_of(picture, output), picture.image, folder / row["file_name"], overwrite=overwrite
             )
             for picture, row in zip(pictures, rows, strict=True)
         ]
@@ -66,18 +66,20 @@ def collect_into(
     return folder / TABLE, len(rows)
 
 
-def _conversion(picture: Picture, output: Output | None) -> Output | None:
+def conversion_of(picture: Picture, output: Output | None) -> Output | None:
     """How a picture is converted; None for one that has the format already."""
     if output is None or (not output.format.has_quality and picture.path.suffix == output.format.suffix):
         return None
     return output
 
 
-def _suffix(picture: Picture, output: Output | None) -> str:
+def suffix_of(picture: Picture, output: Output | None) -> str:
+    """Of its file, once converted."""
     return picture.path.suffix if output is None else output.format.suffix
 
 
-def _row(picture: Picture, name: str, suffix: str) -> dict[str, Any]:
+def row_of(picture: Picture, name: str, suffix: str) -> dict[str, Any]:
+    """What the table says of a picture; ``file_name`` is ``name`` with its blanks filled. Raises UserError."""
     record = picture.record()
     values = {
         "index": picture.index,
@@ -123,7 +125,7 @@ def _filled(name: str, values: dict[str, Any]) -> str:
     return filled
 
 
-def _each_once(
+def each_once(
     pictures: Sequence[Picture], rows: Sequence[dict[str, Any]]
 ) -> tuple[list[Picture], list[dict[str, Any]]]:
     """Leave out what an earlier run has under the same name already: the same file, which two runs share."""

@@ -35,7 +35,8 @@ class Member:
 
     def __init__(self, number: int) -> None:
         self.id = number
-        self.node = "?"
+        self.node = ""
+        """Its name, once the worker has a place there."""
         self.is_elsewhere = False
         """Whether it is on another machine."""
         self.state = State.waiting
@@ -54,7 +55,7 @@ class Member:
         self.images = 0
 
     def __str__(self) -> str:
-        return f"worker {self.id} on {self.node}"
+        return f"worker {self.id} on {self.node}" if self.node else f"worker {self.id}"
 
     def limit(self, config: RayOptions) -> float | None:
         """Seconds that its present task may take; None for no limit."""

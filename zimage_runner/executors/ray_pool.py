@@ -205,7 +205,7 @@ class RayExecutor(Executor):
             case Refused():
                 if not self._report:
                     raise UserError(event.message)
-                raise RunStopped(f"a worker on {member.node} cannot start: {event.message}")
+                raise RunStopped(f"{member} cannot start: {event.message}")
             case Stopped():
                 raise RunStopped(f"{member}: {event.message}")
             case Done():

@@ -254,7 +254,8 @@ def _worker_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _worker(figures: dict[str, Any]) -> str:
     told = f"{figures['images']} images, {figures['images_per_second']:.2f} images/s, idle {figures['idle_share']:.0%}"
-    return f"{told}, on {figures['worker'].partition(' on ')[2]}" + (", died" if figures["died"] else "")
+    _, on, node = figures["worker"].partition(" on ")
+    return told + (f", on {node}" if on else "") + (", died" if figures["died"] else "")
 
 
 def _recoveries(report: dict[str, Any]) -> list[str]:
