@@ -23,8 +23,14 @@ class Nodes:
         self.address: str = cluster.address
         self.added: list[Any] = [self.add() for _ in range(count)]
 
-    def add(self) -> Any:
-        return self._cluster.add_node(wait=False, num_cpus=1, object_store_memory=STORE)
+    def add(self, attempts: int = 3) -> Any:
+        """Start one more. Ray gives a node 30 s, which is not enough on a machine that is very busy."""
+        try:
+            return self._cluster.add_node(wait=False, num_cpus=1, object_store_memory=STORE)
+        except Exception as error:
+            if attempts == 1 or "timed out" not in str(error):
+                raise
+            return self.add(attempts - 1)
 
     def remove(self, node: Any) -> None:
         """End a node as a machine ends whose power is cut."""
