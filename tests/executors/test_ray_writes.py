@@ -112,3 +112,16 @@ def test_join_wants_the_token(tmp_path):
         run_dir.dismiss_workers()
         with pytest.raises(UserError):
             RunDirectory.join(run_dir.path, token)
+
+
+def test_jobs_of_a_multirun_share_the_workers(cli, tmp_path, fleet):
+    fleet.elsewhere = True
+    words = [word for word in RUN if not word.startswith("hydra.run.dir")]
+    code, _, err = cli("-m", *words, "name=one,two", "hydra.sweep.dir=sweep")
+    assert code == 0, err
+    assert len(pictures(tmp_path / "sweep" / "0")) == len(pictures(tmp_path / "sweep" / "1")) == 20
+    for job in "01":
+        summary = json.loads((tmp_path / "sweep" / job / "summary.json").read_bytes())
+        assert sum(worker["images"] for worker in summary["session"]["executor"]["workers"]) == 20
+    assert len(fleet.hired) == 3, "the second job has the first one's workers"
+    assert all(sink.directory.endswith("sweep/1") for sink, _ in fleet.sinks.values())

@@ -177,7 +177,8 @@ class Roster:
                 group.pop(member.id, None)
 
     def start_clocks(self) -> None:
-        """A run begins: workers that are ready could draw from now on."""
+        """A run begins: its figures start from nothing, and workers that are ready could draw from now on."""
+        self._figures.clear()
         for member in self.ready.values():
             self._ready_since[member.id] = time.monotonic()
 

@@ -96,6 +96,8 @@ class RayExecutor(Executor):
         self._sink = sink
         for member in self._roster:
             member.equipped = False
+        if sink is not None:  # once in each run, before its first batch
+            self._roster.start_clocks()
 
     def report(self) -> dict[str, Any]:
         recovery = {"recovery": list(self._story.recovery)} if self._story.recovery else {}
@@ -108,7 +110,6 @@ class RayExecutor(Executor):
 
     def run(self, batches: Iterable[Batch]) -> Iterator[BatchResult]:
         self._queue = BatchQueue(iter(batches), 1)
-        self._roster.start_clocks()
         try:
             yield from self._run()
         finally:
