@@ -95,6 +95,23 @@ def test_the_embedded_model_draws_the_same_pictures_on_two_nodes(cli, tmp_path, 
     assert len(ours) == 8
 
 
+@pytest.mark.parametrize(
+    ("address", "text"),
+    [
+        ("127.0.0.1:1", "executor.address=127.0.0.1:1: nobody answers there (Connection refused): start a cluster"),
+        ("ray://head:10001", "executor.address=ray://head:10001: write host:port as `ray start --head` prints it"),
+        ("head", "executor.address=head: write host:port"),
+        ("head:99999", "executor.address=head:99999: write host:port"),
+    ],
+)
+def test_an_address_without_a_cluster_is_refused_at_once(cli, tmp_path, address, text):
+    code, _, err = cli("+experiment=quickstart", "executor=ray", f"executor.address={address}")
+    assert code == 2
+    assert text in err
+    assert len(err.splitlines()) == 1
+    assert not list(tmp_path.glob("outputs/*/*")), "no run directory is left"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", range(CAMPAIGN))

@@ -82,9 +82,10 @@ class SimulatedFleet:
 
     def equip(self, worker: int, sink: Sink | None, *, must: bool) -> None:
         if sink is not None:
-            sink = pickle.loads(pickle.dumps(sink))
+            copy: Sink = pickle.loads(pickle.dumps(sink))
             try:
-                sink.open()
+                copy.open()
+                sink = copy
             except UserError as error:
                 self.unseen.append(str(error))
                 sink = None

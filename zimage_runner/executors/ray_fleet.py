@@ -6,10 +6,8 @@ import contextlib
 import functools
 import logging
 import os
-import signal
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +20,7 @@ from zimage_runner.executors.fleet import Died, Event, Hired, Notice, Ready, Ref
 from zimage_runner.executors.messages import Start
 from zimage_runner.executors.ray_actor import Answer, Drawer, Drawn, Identity, differences, software
 from zimage_runner.executors.ray_options import AUTO, RayOptions
+from zimage_runner.executors.ray_start import check_address, own_signals, quiet
 
 if TYPE_CHECKING:
     from zimage_runner.warmup import WarmupShape
@@ -30,8 +29,6 @@ log = logging.getLogger(__name__)
 
 LOOK_S = 5.0
 """How often the cluster is asked for its nodes."""
-MIN_STORE_GB = 0.08
-"""Of Ray's object store."""
 
 
 @dataclass(slots=True)
@@ -64,7 +61,7 @@ class RayFleet:
     def connect(self) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         if not ray.is_initialized():
-            with _quiet(self._config.verbose), _own_signals():
+            with quiet(self._config.verbose), own_signals():
                 self._init()
             self._owns_ray = True
         self._here = ray.get_runtime_context().get_node_id()
@@ -82,6 +79,7 @@ class RayFleet:
                 options["object_store_memory"] = int(self._config.object_store_gb * 1e9)
         else:
             options["address"] = self._config.address
+            check_address(self._config.address)
         try:
             ray.init(**options, configure_logging=self._config.verbose)
         except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as error:
@@ -245,7 +243,7 @@ class RayFleet:
             self.fire(worker)
         self._sink = self._start_ref = None
         if self._owns_ray:
-            with _quiet(self._config.verbose), _own_signals():
+            with quiet(self._config.verbose), own_signals():
                 ray.shutdown()
             self._owns_ray = False
 
@@ -278,34 +276,3 @@ def _how(error: Any) -> str:
         detail = text.rpartition("Worker exit detail:")[2].strip().partition(". ")[0]
         return f"died ({one_line(detail or text, 200)})"
     return f"lost its results ({one_line(f'{type(error).__name__}: {text}', 200)})"
-
-
-@contextlib.contextmanager
-def _quiet(verbose: bool) -> Iterator[None]:
-    """Keep Ray's own messages off the terminal: this program says what they say."""
-    logging.getLogger("ray").setLevel(logging.NOTSET if verbose else logging.ERROR)
-    if not verbose:
-        with contextlib.suppress(ImportError, AttributeError):
-            from ray._private import worker
-
-            worker.print_to_stdstream = _to_log  # deaths of processes, printed on standard output
-    yield
-
-
-def _to_log(data: dict[str, Any], ignore_prefix: bool = False) -> None:
-    for line in data.get("lines", ()):
-        log.info("ray: %s", one_line(str(line), 500))
-
-
-@contextlib.contextmanager
-def _own_signals() -> Iterator[None]:
-    """Keep this program's answers to signals, which Ray replaces."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,0 +1,69 @@
+"""Around the start and the end of Ray: its address, its messages, its handlers of signals."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from zimage_runner.errors import UserError, one_line
+
+log = logging.getLogger(__name__)
+
+CONNECT_S = 10.0
+"""Seconds that a cluster may take to answer."""
+
+
+def check_address(address: str) -> None:
+    """Raise UserError unless somebody listens there: Ray itself would ask for minutes."""
+    wanted = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
+    if not wanted:
+        return  # Ray finds the cluster of this machine, or says that there is none
+    host, _, port = wanted.rpartition(":")
+    if "://" in wanted or not host or not port.isdecimal() or int(port) > 65535:
+        raise UserError(
+            f"executor.address={wanted}: write host:port as `ray start --head` prints it (usually port 6379), or auto"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+    except OSError as error:
+        raise UserError(
+            f"executor.address={wanted}: nobody answers there ({error.strerror or error}): start a cluster with "
+            "`ray start --head`, or leave the address out for a Ray of this machine's own"
+        ) from None
+
+
+@contextlib.contextmanager
+def quiet(verbose: bool) -> Iterator[None]:
+    """Keep Ray's own messages off the terminal: this program says what they say."""
+    logging.getLogger("ray").setLevel(logging.NOTSET if verbose else logging.ERROR)
+    if not verbose:
+        with contextlib.suppress(ImportError, AttributeError):
+            from ray._private import worker
+
+            worker.print_to_stdstream = _to_log  # deaths of processes, printed on standard output
+    yield
+
+
+def _to_log(data: dict[str, Any], ignore_prefix: bool = False) -> None:
+    for line in data.get("lines", ()):
+        log.info("ray: %s", one_line(str(line), 500))
+
+
+@contextlib.contextmanager
+def own_signals() -> Iterator[None]:
+    """Keep this program's answers to signals, which Ray replaces."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
