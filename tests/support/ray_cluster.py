@@ -40,8 +40,9 @@ class Nodes:
 @contextlib.contextmanager
 def ray_cluster(nodes: int) -> Iterator[Nodes]:
     """A head that draws too, and so many nodes besides. One worker fits on each."""
-    before = {name: os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_USAGE_STATS_ENABLED")}
-    os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    wanted = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ |= wanted
     import ray
     from ray.cluster_utils import Cluster
 

@@ -75,6 +75,8 @@ class RayFleet:
         options: dict[str, Any] = {"log_to_driver": self._config.verbose, "namespace": f"zimage_runner_{os.getpid()}"}
         if self._config.address is None:
             options |= {"address": "local", "include_dashboard": False}
+            # Ray would start workers at niceness 15: the thread that feeds a GPU would wait for everybody else's.
+            os.environ.setdefault("RAY_worker_niceness", "0")
             if self._config.object_store_gb is not None:
                 options["object_store_memory"] = int(self._config.object_store_gb * 1e9)
         else:
