@@ -143,6 +143,8 @@ class Writer:
         if self._recorder is None:
             self._recorder = threading.Thread(target=self._seen, args=(self._record_all,), name="recorder", daemon=True)
             self._recorder.start()
+        with self._room:
+            self._arrived += len(requests)
         self._written.put((requests, written))
 
     def flush(self) -> None:
@@ -223,10 +225,10 @@ class Writer:
             self._arrived += 1
         self._tasks.put((request, call, arguments))
 
-    def _release(self) -> None:
+    def _release(self, count: int = 1) -> None:
         with self._room:
-            self._pending -= 1
-            self._arrived -= 1
+            self._pending -= count
+            self._arrived -= count
             self._room.notify_all()
 
     def _receive_all(self) -> None:
