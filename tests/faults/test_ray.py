@@ -85,6 +85,7 @@ def test_three_nodes_with_a_worker_and_a_node_killed(cli, tmp_path, nodes, monke
     assert "(pid=" not in err
 
 
+@pytest.mark.slow  # two processes import torch
 def test_the_embedded_model_draws_the_same_pictures_on_two_nodes(cli, tmp_path, nodes):
     plan = ("+experiment=quickstart", "warmup=none", "output.min_free_gb=0", "output.report=false", 'seeds="0-1"',
             'prompts.texts=["a red circle","a blue square"]')  # fmt: skip
