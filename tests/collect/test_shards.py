@@ -90,7 +90,7 @@ def test_made_again(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "wds has 00000.parquet already: use another folder, or overwrite=true" in capsys.readouterr().err
     assert main([str(run), "into=wds", "layout=webdataset", "shard_pictures=2", "overwrite=true"]) == 0
     assert Path("wds/00000.tar").read_bytes() == before, "the same pictures make the same files"
-    Path("wds/mine.txt").write_text("mine")
+    Path("wds/mine.txt").write_text("mine", encoding="utf-8")
     assert main([str(run), "into=wds", "layout=webdataset", "overwrite=true"]) == 2
     assert "wds has mine.txt, which is no shard" in capsys.readouterr().err
     assert Path("wds/00003.tar").exists()
