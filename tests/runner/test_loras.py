@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.support import NANO
 from tests.support import loras as support
 from tests.support.command import command
 from zimage_runner.outputs.metadata import read_metadata
@@ -237,6 +238,14 @@ def test_the_plan_names_them_and_reads_no_file_twice(folder: Path, monkeypatch: 
     assert "grain 0.5: 1 picture, loras/grain.safetensors" in out
     monkeypatch.setitem(sys.modules, "zimage_runner.weights.adapters.reader", None)  # importing it fails
     assert command(folder, *words)[0] == 0
+
+
+def test_a_transformer_in_a_file_elsewhere_takes_them_too(run: Path, folder: Path) -> None:
+    shutil.copy(NANO / support.TRANSFORMER, folder / "elsewhere.safetensors")
+    words = ["prompt=a cat", "loras=[style.safetensors:0.8]", "seeds=7", "model.transformer=elsewhere.safetensors"]
+    code, out, err = command(folder, *words, *FAST)
+    assert code == 0, err
+    assert np.array_equal(pixels(folder / out.strip(), 0), pixels(run, 1))
 
 
 def test_a_sweep_over_a_weight(folder: Path) -> None:

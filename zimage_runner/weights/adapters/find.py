@@ -17,6 +17,7 @@ from zimage_runner.weights.adapters.adapter import check_fit, tensors_sha256
 from zimage_runner.weights.cache import read_entry, write_entry
 from zimage_runner.weights.find.verify import file_digests
 from zimage_runner.weights.formats.files import open_stored
+from zimage_runner.weights.formats.source import source_component
 from zimage_runner.weights.prepared.names import canonical
 from zimage_runner.weights.safetensors_file import BadWeightsFile, read_header
 
@@ -136,6 +137,9 @@ def component_shapes(checkpoint: Path, component: str) -> dict[str, tuple[int, .
 
     Raises UserError if they cannot be read.
     """
+    elsewhere = source_component(checkpoint / component)
+    if elsewhere is not None:
+        return {canonical(component, name): tuple(tensor.shape) for name, tensor in elsewhere.tensors.items()}
     shapes: dict[str, tuple[int, ...]] = {}
     for file in sorted((checkpoint / component).glob(f"*{SUFFIX}")):
         try:
