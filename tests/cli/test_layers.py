@@ -42,7 +42,8 @@ def test_every_experiment_with_every_option(experiment: str) -> None:
             chosen = {group: options[turn % len(options)] for group, options in OPTIONS.items()}
             words = [f"{group}={option}" for group, option in chosen.items()]
             try:
-                config = composed(f"+experiment={experiment}", *words, "model.path=.")
+                path = "x.safetensors model.variant=turbo" if chosen["model"] == "file" else "."
+                config = composed(f"+experiment={experiment}", *words, *f"model.path={path}".split())
             except UserError as error:  # the article's script as printed cannot work, and says so
                 if (experiment, chosen["compile"]) != ("article_verbatim", "full") or "compile.target" not in str(
                     error

@@ -20,7 +20,7 @@ import numpy as np
 from zimage_runner.engines.base import GeneratedBatch, ReadyImages
 from zimage_runner.errors import UserError
 from zimage_runner.executors.base import BatchResult, BrokenImages
-from zimage_runner.plan import Bucket, WorkItem
+from zimage_runner.plan import Bucket, Encoding, WorkItem
 from zimage_runner.prompts.base import Prompt
 from zimage_runner.sampling import SamplingParams
 
@@ -91,7 +91,7 @@ class FaultySession:
         self.calls.append((0, 0, False))
         return False
 
-    def extend(self, shapes: Sequence[Any], texts: Sequence[tuple[str, int]]) -> None:
+    def extend(self, shapes: Sequence[Any], texts: Sequence[Encoding]) -> None:
         for fault in faults("extend"):
             misbehave(fault)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import atheris  # pyright: ignore[reportMissingImports]  # optional: pip install atheris
 
-with atheris.instrument_imports(include=["zimage_runner"]):
+with atheris.instrument_imports(include=["zimage_runner"]):  # pyright: ignore[reportAttributeAccessIssue]
     from tests.support.readers import READERS
 
 

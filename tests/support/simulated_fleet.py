@@ -14,6 +14,7 @@ from tests.support.faulty_session import picture
 from zimage_runner.errors import UserError
 from zimage_runner.executors.base import Batch, Sink
 from zimage_runner.executors.fleet import Died, Done, Event, Hired, Notice, Part, Ready, Refused
+from zimage_runner.plan import Encoding
 
 REPORT: dict[str, Any] = {
     "phases": {"load": 1.0}, "numerics": {"engine": "simulated"}, "versions": {}, "gpu_memory": {},
@@ -77,7 +78,7 @@ class SimulatedFleet:
         event = Refused(message=self.refusal) if self.refusal else Ready(report=self.reports.get(worker, REPORT))
         self._events.append((worker, event))
 
-    def extend(self, worker: int, shapes: Sequence[Any], texts: Sequence[tuple[str, int]]) -> None:
+    def extend(self, worker: int, shapes: Sequence[Any], texts: Sequence[Encoding]) -> None:
         self._events.append((worker, Ready(report=REPORT)))
 
     def equip(self, worker: int, sink: Sink | None, *, must: bool) -> None:

@@ -58,7 +58,7 @@ def help_text(argv: Sequence[str]) -> str:
     With the name of a group beside it: that group's fields, for which the schemas (and with them Hydra) are imported.
     Raises UserError for the name of something else.
     """
-    argv = [word.partition(".")[0] if is_group(word.partition(".")[0]) else word for word in argv]
+    argv = [head if dot and is_group(head) else word for word in argv for head, dot, _ in (word.partition("."),)]
     words = [word for word in argv if word.partition("=")[0].isidentifier()]
     if groups := [word for word in words if is_group(word)]:
         return fields_text(groups) + "\n"

@@ -26,7 +26,7 @@ from zimage_runner.signals import StopRequest
 if TYPE_CHECKING:
     import numpy as np
 
-    from zimage_runner.plan import WorkItem
+    from zimage_runner.plan import Encoding, WorkItem
     from zimage_runner.session import SessionConfig
     from zimage_runner.warmup import WarmupShape
 
@@ -118,7 +118,7 @@ class SessionLike(Protocol):
         """Whether ``tiled`` saves memory."""
         ...
 
-    def extend(self, shapes: Sequence[WarmupShape], texts: Sequence[tuple[str, int]]) -> None:
+    def extend(self, shapes: Sequence[WarmupShape], texts: Sequence[Encoding]) -> None:
         """Get ready for another job: warm up its shapes that are not warm yet."""
         ...
 
@@ -149,7 +149,7 @@ class Executor(abc.ABC):
     def start(self) -> dict[str, Any]:
         """Start the session; its report."""
 
-    def extend(self, shapes: Sequence[WarmupShape], texts: Sequence[tuple[str, int]]) -> bool:
+    def extend(self, shapes: Sequence[WarmupShape], texts: Sequence[Encoding]) -> bool:
         """Get the started session ready for another job's shapes and texts (as Session's constructor takes them).
 
         False means that this executor cannot, and that the other job needs a new one.

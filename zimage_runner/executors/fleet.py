@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from zimage_runner.executors.base import Batch, Sink, Written
+from zimage_runner.plan import Encoding
 
 if TYPE_CHECKING:
     import numpy as np
@@ -118,7 +119,7 @@ class Fleet(Protocol):
         """Have a worker that was hired load its session. Answered by Ready or Refused."""
         ...
 
-    def extend(self, worker: int, shapes: Sequence[WarmupShape], texts: Sequence[tuple[str, int]]) -> None:
+    def extend(self, worker: int, shapes: Sequence[WarmupShape], texts: Sequence[Encoding]) -> None:
         """Have a worker get ready for another job. Answered by Ready."""
         ...
 

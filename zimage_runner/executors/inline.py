@@ -11,6 +11,7 @@ from zimage_runner.executors.backoff import MemoryBackoff
 from zimage_runner.executors.base import Batch, BatchResult, Executor, ExecutorConfig, SessionFactory, SessionLike
 from zimage_runner.executors.watchdog import Watchdog, WatchedSession
 from zimage_runner.memory.policies import Health
+from zimage_runner.plan import Encoding
 from zimage_runner.signals import StopRequest
 from zimage_runner.warmup import WarmupShape
 
@@ -57,7 +58,7 @@ class InlineExecutor(Executor):
         self._backoff = MemoryBackoff(cast("SessionLike", self._session), auto_batch=self._auto_batch)
         return self.report()
 
-    def extend(self, shapes: Sequence[WarmupShape], texts: Sequence[tuple[str, int]]) -> bool:
+    def extend(self, shapes: Sequence[WarmupShape], texts: Sequence[Encoding]) -> bool:
         if self._session is None:
             return False
         self._session.extend(shapes, texts)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from zimage_runner.executors.base import Batch, SessionFactory
+from zimage_runner.plan import Encoding
 from zimage_runner.warmup import WarmupShape
 
 
@@ -23,7 +24,7 @@ class Extend:
     """To the worker, between runs: get ready for another job. Answered by Ready."""
 
     shapes: Sequence[WarmupShape]
-    texts: Sequence[tuple[str, int]]
+    texts: Sequence[Encoding]
 
 
 @dataclass(frozen=True, slots=True)

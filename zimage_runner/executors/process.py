@@ -20,6 +20,7 @@ from zimage_runner.executors.child import WorkerDied
 from zimage_runner.executors.messages import Drawn, Failed, Finished, Start, Started, SteppedDown, Work
 from zimage_runner.executors.supervisor import Supervisor
 from zimage_runner.memory.policies import Action, Health
+from zimage_runner.plan import Encoding
 from zimage_runner.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class ProcessExecutor(Executor):
         _ = self._supervisor.child
         return self.report()
 
-    def extend(self, shapes: Sequence[WarmupShape], texts: Sequence[tuple[str, int]]) -> bool:
+    def extend(self, shapes: Sequence[WarmupShape], texts: Sequence[Encoding]) -> bool:
         self._supervisor.extend(shapes, texts)
         return True
 

@@ -28,6 +28,7 @@ from zimage_runner.executors.backoff import MemoryBackoff
 from zimage_runner.executors.base import Batch, BatchResult, SessionLike, Sink
 from zimage_runner.executors.fleet import Done, Part
 from zimage_runner.executors.messages import Start
+from zimage_runner.plan import Encoding
 from zimage_runner.signals import OF_A_QUEUE
 
 PACKAGES = ("torch", "diffusers", "transformers", "tokenizers", "safetensors", "numpy", "pillow", "ray")
@@ -154,7 +155,7 @@ class Drawer:
         self._backoff = MemoryBackoff(self._session, auto_batch=start.auto_batch, on_step=self._steps.append)
         return Answer(self._report(), lines=self._said())
 
-    def extend(self, shapes: Sequence[Any], texts: Sequence[tuple[str, int]]) -> Answer:
+    def extend(self, shapes: Sequence[Any], texts: Sequence[Encoding]) -> Answer:
         """Get ready for another job."""
         assert self._session is not None
         try:

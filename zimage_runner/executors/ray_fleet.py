@@ -21,6 +21,7 @@ from zimage_runner.executors.messages import Start
 from zimage_runner.executors.ray_actor import Answer, Drawer, Drawn, Identity, differences, software
 from zimage_runner.executors.ray_options import AUTO, RayOptions
 from zimage_runner.executors.ray_start import check_address, own_signals, quiet
+from zimage_runner.plan import Encoding
 
 if TYPE_CHECKING:
     from zimage_runner.warmup import WarmupShape
@@ -131,7 +132,7 @@ class RayFleet:
         actor = self._actors[worker]
         self._expect(worker, actor, self._in_order(actor).start.remote(self._start_ref))
 
-    def extend(self, worker: int, shapes: Sequence[WarmupShape], texts: Sequence[tuple[str, int]]) -> None:
+    def extend(self, worker: int, shapes: Sequence[WarmupShape], texts: Sequence[Encoding]) -> None:
         actor = self._actors[worker]
         self._expect(worker, actor, self._in_order(actor).extend.remote(shapes, texts))
 

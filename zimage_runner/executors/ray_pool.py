@@ -21,6 +21,7 @@ from zimage_runner.executors.ray_member import BATCHES_AHEAD, Member, Roster, St
 from zimage_runner.executors.ray_options import RayOptions, Writes
 from zimage_runner.executors.story import Story, merged
 from zimage_runner.memory.policies import Action, Health
+from zimage_runner.plan import Encoding
 from zimage_runner.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class RayExecutor(Executor):
         self._story = Story("ray")
         self._blame = Blame()
         self._roster = Roster()
-        self._extensions: list[tuple[Sequence[WarmupShape], Sequence[tuple[str, int]]]] = []
+        self._extensions: list[tuple[Sequence[WarmupShape], Sequence[Encoding]]] = []
         self._report: dict[str, Any] = {}
         self._sink: Sink | None = None
         self._queue = BatchQueue(iter(()), 1)
@@ -79,7 +80,7 @@ class RayExecutor(Executor):
                 pass
         return self.report()
 
-    def extend(self, shapes: Sequence[WarmupShape], texts: Sequence[tuple[str, int]]) -> bool:
+    def extend(self, shapes: Sequence[WarmupShape], texts: Sequence[Encoding]) -> bool:
         self._extensions.append((shapes, texts))
         self._report.pop("phases", None)
         for member in list(self._roster.ready.values()):

@@ -11,6 +11,7 @@ from zimage_runner.executors.child import Child, WorkerBroken, WorkerDied
 from zimage_runner.executors.messages import Extend, Start
 from zimage_runner.executors.story import Story, merged, reserved_gb
 from zimage_runner.memory.policies import Action, Health
+from zimage_runner.plan import Encoding
 from zimage_runner.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Supervisor:
         """Take over a worker's report; the phases stay those of the first one, and peaks those of all."""
         self._report = merged(self._report, report)
 
-    def extend(self, shapes: Sequence[WarmupShape], texts: Sequence[tuple[str, int]]) -> None:
+    def extend(self, shapes: Sequence[WarmupShape], texts: Sequence[Encoding]) -> None:
         """Get the worker, and every later one, ready for another job. The phases then tell of this job."""
         extension = Extend(shapes, texts)
         self._extensions.append(extension)

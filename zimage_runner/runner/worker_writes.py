@@ -44,7 +44,7 @@ class WorkerSink:
         if output.fsync is Fsync.run:  # at the run's end nobody else can force to disk what this machine wrote
             output = replace(output, fsync=Fsync.item)
         self._files = ItemFiles(self._run_dir, output, thumbnails=self.thumbnails)
-        self._fingerprints = Fingerprints(self.recipe.digest, self.report["numerics"])
+        self._fingerprints = Fingerprints(str(self.recipe.model["digest"]), self.report["numerics"])
 
     def write(
         self, items: Sequence[WorkItem], pixels: np.ndarray, details: dict[str, Any], attempt: int
