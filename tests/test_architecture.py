@@ -28,7 +28,7 @@ ARROWS: dict[str, set[str]] = {
     "engines": {"compile", "memory", "model", "sampling", "warmup", "weights"},
     "outputs": {"engines", "plan"},
     "executors": {"engines", "memory", "plan", "session", "warmup"},
-    "config": {"engines", "executors", "memory", "outputs", "prompts", *COMPONENTS},
+    "config": {"engines", "executors", "memory", "outputs", "prompts", "serve", *COMPONENTS},  # serve.config
     "collect": {"outputs", "plan"},
     "view": {"collect", "outputs", "prompts"},
     "runner": {
@@ -36,6 +36,9 @@ ARROWS: dict[str, set[str]] = {
         *COMPONENTS,
     },  # view: a run ends with its report
     "cli": {"collect", "config", "model", "outputs", "prompts", "runner", "view"},  # view: so does a multirun
+    "serve": {
+        "cli", "config", "engines", "executors", "outputs", "plan", "prompts", "runner", "session", "view", *COMPONENTS,
+    },
     "startup": {"cli", "config", "engines", "runner", "weights"},
     "prompts.images": {"model", "outputs", "sampling"},  # a picture's metadata
     # loose modules
@@ -51,9 +54,11 @@ ARROWS: dict[str, set[str]] = {
     "compare": {"collect", "engines", "weights"},
     "reproduce": {"cli", "config", "executors", "outputs", "prompts", "runner", "sampling", "startup"},
     "collect.__main__": {"cli", "outputs"},
+    "serve.config": {"model", "view"},
+    "serve.__main__": {"cli", "config", "startup", "view"},
     "view.__main__": {"weights"},
     "view.command": {"cli"},
-    "__main__": {"cli", "collect", "compare", "prepare", "reproduce", "startup", "view"},  # by name: cli.commands
+    "__main__": {"cli", "collect", "compare", "prepare", "reproduce", "serve", "startup", "view"},  # cli.commands
     "api": {"cli", "config", "executors", "outputs", "prompts", "runner", "sampling"},  # a second entrance beside cli
     "__init__": set(),
 }  # fmt: skip

@@ -30,6 +30,8 @@ NOBODY_READS = (errno.EIO, errno.EPIPE)
 LOGGER = logging.getLogger("zimage_runner")
 refusals: ContextVar[list[str] | None] = ContextVar("refusals", default=None)
 """Where a caller in Python (api.py) wants to have what ``refuse`` says, besides the terminal."""
+quiet: ContextVar[bool] = ContextVar("quiet", default=False)
+"""Whether what is said stays off the terminal: a service's runs tell what they draw in their own log alone."""
 
 
 class LogFormat(enum.Enum):
@@ -116,6 +118,8 @@ def say(text: str, file: TextIO | None = None, level: str = "info") -> bool:
     If anyone can still read it: a closed terminal or pipe ends no run. What the stream's encoding has no letters for is
     written as escapes. Returns False, and says so on stderr, where the output is lost for another reason (a full disk).
     """
+    if quiet.get():
+        return True
     stream: TextIO = file or sys.stderr
     if file is None:
         text = for_stderr(text, level)

@@ -8,6 +8,7 @@ COMMANDS = {
     RUN: "draw pictures; the word may be left out",
     "collect": "pictures of runs in one folder, or on contact sheets",
     "view": "runs in the browser, also while they are drawn",
+    "serve": "pictures and runs over HTTP, by one model that stays warm",
     "status": "state, counts, pace and failures of runs",
     "reproduce": "draw a picture again from its file, and compare",
     "compare": "how far apart the pictures of two runs are",
@@ -17,10 +18,11 @@ COMMANDS = {
 MODULES = {name: f"zimage_runner.{name}" for name in ("reproduce", "compare", "prepare")} | {
     "collect": "zimage_runner.collect.__main__",
     "view": "zimage_runner.view.__main__",
+    "serve": "zimage_runner.serve.__main__",
     "status": "zimage_runner.view.status",
 }
 """Where each one's ``main(argv) -> exit code`` is; ``run`` is the program's own."""
-DRAWING = ("reproduce", "prepare")
+DRAWING = ("reproduce", "prepare", "serve")
 """Those that import torch: they begin as a run does (startup/)."""
 HELP = ("--help", "-h")
 

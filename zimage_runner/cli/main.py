@@ -25,17 +25,20 @@ from zimage_runner.cli.layers import files_read, later_choices_replace
 from zimage_runner.cli.messages import CONFIG_ERRORS, explain, typed
 from zimage_runner.cli.quoting import hints, quote_free_text
 from zimage_runner.cli.resume.command_line import resume_command_line
+from zimage_runner.cli.resume.saved import root_of
 from zimage_runner.cli.resume.settings import restore
 from zimage_runner.cli.sweep.launcher import register_launcher
 from zimage_runner.cli.sweep.report import exit_codes, known_code
 from zimage_runner.cli.words import command_line_wins, names_config_dir, readable
 from zimage_runner.config.paths import CONFIG_DIR
 from zimage_runner.config.registry import register
-from zimage_runner.config.schema import Composed, RunConfig
-from zimage_runner.errors import EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK, UserError
+from zimage_runner.config.schema import Composed, RunConfig, ServeConfig
+from zimage_runner.errors import EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK, PROGRAM, UserError, called
 from zimage_runner.logs import LogFormat, log_to_terminal, refuse, say, use_format
 from zimage_runner.outputs.run_dir import remove_if_empty, remove_with_name
 
+SERVE = "serve"
+"""The primary config of the service, beside ``config``."""
 _exit_codes: list[int | Future[int]] = []
 """One per job of this process, added when it starts to run: Hydra returns nothing from main."""
 
@@ -48,15 +51,20 @@ def _run_here(composed: Composed) -> int | Future[int]:
 
 _take: Callable[[Composed], int | Future[int]] = _run_here
 """What is done with a composed job."""
+_serves = False
+"""Whether the command line is the service's."""
 
 
-def main(argv: Sequence[str], take: Callable[[Composed], int | Future[int]] = _run_here) -> int:
+def main(
+    argv: Sequence[str], take: Callable[[Composed], int | Future[int]] = _run_here, *, serves: bool = False
+) -> int:
     """Run one command line and return its exit code. Messages go to stderr, results to stdout.
 
-    ``take`` gets each composed job: it runs it, or hands it to the process that will (head_start.py).
+    ``take`` gets each composed job: it runs it, or hands it to the process that will (head_start.py). ``serves``: the
+    command line is the service's, and has fields of its own (conf/serve.yaml).
     """
-    global _take
-    _take = take
+    global _take, _serves
+    _take, _serves = take, serves
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us instead of Hydra's own report and exit code 1
     _exit_codes.clear()
     exit_codes.clear()
@@ -69,7 +77,8 @@ def main(argv: Sequence[str], take: Callable[[Composed], int | Future[int]] = _r
         for hint in hints(typed_words):
             say(f"zimage_runner: {hint}")
         words = quote_free_text(readable(resume_command_line(typed_words)))
-        sys.argv = [sys.argv[0], *words]
+        primary = [f"--config-name={SERVE}"] if serves else _without_server(words)
+        sys.argv = [sys.argv[0], *primary, *words]
         own = names_config_dir(typed_words) or not names_config_dir(words)
         # Hydra prints --info through logging, which would tell of each line that `head` did not wait for.
         logging.raiseExceptions = not any(word.startswith(("--info", "-i")) for word in words)
@@ -136,7 +145,17 @@ def job(cfg: DictConfig) -> int | Future[int]:
 def _validated(cfg: DictConfig) -> RunConfig:
     config = typed(cfg)
     assert isinstance(config, RunConfig)
+    if isinstance(config, ServeConfig) and not _serves:
+        raise UserError(f"--config-name={SERVE} is the service's: {called(PROGRAM)} serve ...")
     return config
+
+
+def _without_server(words: Sequence[str]) -> tuple[()]:
+    """Raise UserError for a field of the service on the command line of a run."""
+    for word in words:
+        if root_of(word) == "server" and "=" in word:
+            raise UserError(f"{word.partition('=')[0]} is of the command serve: {called(PROGRAM)} serve {word}")
+    return ()
 
 
 def composed_files(cfg: DictConfig) -> dict[str, str]:

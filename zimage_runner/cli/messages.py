@@ -239,6 +239,8 @@ def _unknown_field(text: str) -> str | None:
     full = full_key[1] if full_key else match["key"]
     where = file_of(text)
     parent = full.rpartition(".")[0]
+    if full == "server":
+        return f"{where}server: its fields are of the command serve: {called(PROGRAM)} serve ..."
     options = options_with(parent, match["key"])
     if options:
         chosen = option_of(parent, match["type"])

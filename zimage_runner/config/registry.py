@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from zimage_runner.compile import Full, NoCompile, Regional
 from zimage_runner.config.paths import CONFIG_DIR
-from zimage_runner.config.schema import RunConfig, WarmLauncherConfig, at_home, folder_name
+from zimage_runner.config.schema import RunConfig, ServeConfig, WarmLauncherConfig, at_home, folder_name
 from zimage_runner.engines.auto import AutoEngine
 from zimage_runner.engines.diffusers.engine import DiffusersEngine
 from zimage_runner.engines.native.config import NativeEngine
@@ -29,6 +29,7 @@ from zimage_runner.prompts.parquet import Parquet
 from zimage_runner.prompts.stdin import Stdin
 from zimage_runner.prompts.text_file import TextFile
 from zimage_runner.sampling import Sampling
+from zimage_runner.serve.config import Server
 from zimage_runner.warmup import Article, Generate, Hardware, NoWarmup
 
 SCHEMAS: dict[str, dict[str, type]] = {
@@ -58,6 +59,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
     },
     "output": {"output": Output},
     "executor": {"inline": InlineExecutorConfig, "process": ProcessExecutorConfig, "ray": RayExecutorConfig},
+    "server": {"server": Server},
 }
 
 
@@ -73,6 +75,7 @@ def register() -> None:
 def _store_schemas() -> None:
     store = ConfigStore.instance()
     store.store(group="schema", name="run", node=RunConfig)
+    store.store(group="schema", name="serve", node=ServeConfig)
     store.store(group="hydra/launcher", name="warm", node=WarmLauncherConfig)
     for group, options in SCHEMAS.items():
         for name, node in options.items():

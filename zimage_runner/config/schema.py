@@ -25,6 +25,7 @@ from zimage_runner.outputs.run_dir import remove_if_empty, remove_with_name
 from zimage_runner.outputs.survey import Retry
 from zimage_runner.prompts.base import PromptSource
 from zimage_runner.sampling import Sampling
+from zimage_runner.serve.config import Server
 from zimage_runner.warmup import Warmup
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jxl"}
@@ -122,6 +123,13 @@ class RunConfig:
         if self.resume is None and (self.verify or self.retry is not Retry.unfinished):
             field = "verify=true" if self.verify else f"retry={self.retry.name}"
             raise UserError(f"{field} needs resume=RUN_DIRECTORY (or resume=latest): say which run")
+
+
+@dataclass(kw_only=True, slots=True)
+class ServeConfig(RunConfig):
+    """What the command ``serve`` composes: the settings that its runs begin with, and the service's own."""
+
+    server: Server = MISSING
 
 
 @dataclass(frozen=True, kw_only=True)

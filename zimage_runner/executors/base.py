@@ -141,6 +141,9 @@ class Executor(abc.ABC):
     pictures that are still on their way: the next job may then begin before this one has ended."""
     on_overdue: Callable[[Sequence[WorkItem], str], None] | None = None
     """Hears, from another thread, of items of ``run`` that take too long and cannot be given up, and of the reason."""
+    batches_ahead: int = 1
+    """Batches that ``run`` reads before the first of them is drawn. With 1 it asks for one once it has nothing to do,
+    so that ``batches`` may let it wait."""
 
     has_workers_elsewhere: bool = False
     """Whether pictures may be drawn on other machines, and so be written there."""

@@ -65,7 +65,13 @@ class Blame:
                 self._deaths[item.item_dir] += 1
                 alone = Batch(items=[item], attempt=flight.batch.attempt)
                 (again if self._deaths[item.item_dir] < DEADLY else given_up).append(alone)
+        self.forget(item for batch in given_up for item in batch.items)
         return again + self.acquit(flight for flight in flights if not flight.started), given_up
+
+    def forget(self, items: Iterable[WorkItem]) -> None:
+        """These are settled: another run, or a request, may have items of the same names."""
+        for item in items if self._deaths else ():
+            self._deaths.pop(item.item_dir, None)
 
     @staticmethod
     def acquit(flights: Iterable[Flight]) -> list[Batch]:

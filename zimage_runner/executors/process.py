@@ -82,6 +82,7 @@ class ProcessExecutor(Executor):
     def __init__(self, supervisor: Supervisor, item_timeout_s: float) -> None:
         self._supervisor = supervisor
         self._item_timeout_s = item_timeout_s
+        self.batches_ahead = BATCHES_AHEAD
         self._flights: dict[int, Flight] = {}
         self._again: deque[Batch] = deque()
         """Batches taken back from dead workers: suspects (one item each) first."""
@@ -135,7 +136,7 @@ class ProcessExecutor(Executor):
             if self._flights:
                 return
             self._supervisor.recycle()
-        while len(self._flights) < BATCHES_AHEAD and not self._must_wait():
+        while len(self._flights) < self.batches_ahead and not self._must_wait():
             batch = self._again.popleft() if self._again else next(source, None)
             if batch is None:
                 return
@@ -175,6 +176,7 @@ class ProcessExecutor(Executor):
         flight = self._flights[ticket]
         self._supervisor.drew(len(positions))
         items = [flight.missing.pop(p) for p in positions]
+        self._blame.forget(items)
         return BatchResult(items=items, images=images, error=error, details=details, attempt=flight.batch.attempt)
 
     def _take_back(self, death: WorkerDied) -> Iterator[BatchResult]:

@@ -68,7 +68,7 @@ class Ledger:
                     if not line.endswith(b"\n"):
                         break  # torn: its item is not done
                     try:
-                        item, entry = _parse(line)
+                        item, entry = parse_line(line)
                         entries[item] = entry
                     except (ValueError, KeyError, TypeError):
                         damaged += line != b"\n"
@@ -99,7 +99,7 @@ class Ledger:
     def append_all(self, records: Sequence[dict[str, Any]], *, sync: bool = False) -> None:
         """Add lines at once, as ``append`` does one. Raises DiskError."""
         lines = [with_checksum(compact_json(record).encode()) for record in records]
-        parsed = [_parse(line) for line in lines]
+        parsed = [parse_line(line) for line in lines]
         if not lines:
             return
         with self._lock:
@@ -209,7 +209,8 @@ def _is_record(value: Any) -> bool:
     return True
 
 
-def _parse(line: bytes) -> tuple[str, Entry]:
+def parse_line(line: bytes) -> tuple[str, Entry]:
+    """Item and entry of a whole line. Raises ValueError, KeyError, TypeError for one that cannot be read."""
     if _is_checked(line) and (match := _FAST.fullmatch(line)):
         item, fingerprint, image, sha256, size = match.groups()
         return item.decode(), Entry(True, sha256.decode(), int(size), fingerprint.decode(), sys.intern(image.decode()))

@@ -177,6 +177,17 @@ def shared_executor(stop: StopRequest, *, overlaps: bool = False) -> Iterator[Sh
 
 
 @contextlib.contextmanager
+def lent(shared: SharedExecutor) -> Iterator[None]:
+    """Let the runs of the block use an executor that another part of the program keeps."""
+    global _shared
+    _shared = shared
+    try:
+        yield
+    finally:
+        _shared = None
+
+
+@contextlib.contextmanager
 def executor_of_run() -> Iterator[SharedExecutor]:
     """Give a run the multirun's executor, or one of its own that is closed with it.
 

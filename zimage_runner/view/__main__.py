@@ -16,11 +16,9 @@ Needs the extra web: pip install 'zimage-runner[web]'. Ctrl-C ends it. Exit code
 from __future__ import annotations
 
 import importlib.util
-import ipaddress
 import os
 import re
 import secrets
-import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +26,7 @@ from typing import Any
 
 from zimage_runner.errors import EXIT_OK, UserError, called
 from zimage_runner.logs import refuse
+from zimage_runner.view.address import is_loopback, listen, shown
 
 PORT = 8188
 FIELDS = ("port", "host", "token", "cache_gb")
@@ -49,10 +48,7 @@ class Options:
     @property
     def is_local(self) -> bool:
         """True if only this machine can reach it."""
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host == "localhost"
+        return is_loopback(self.host)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -128,7 +124,8 @@ def _serve(options: Options) -> int:
     missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"{' and '.join(missing)} is not installed: pip install 'zimage-runner[web]'")
-    listener = _listen(options)  # before anything is imported or read: a bad address is told at once
+    ports = [options.port] if options.port is not None else [PORT, 0]
+    listener = listen(options.host, ports)  # before anything is imported or read: a bad address is told at once
     import uvicorn
 
     from zimage_runner.view.gallery import Gallery
@@ -161,34 +158,8 @@ def _serve(options: Options) -> int:
     return EXIT_OK
 
 
-def _listen(options: Options) -> socket.socket:
-    """A socket that listens at the address. Raises UserError."""
-    ports = [options.port] if options.port is not None else [PORT, 0]
-    for port in ports:
-        try:
-            family = socket.getaddrinfo(options.host, port, type=socket.SOCK_STREAM)[0]
-        except (OSError, UnicodeError):
-            raise UserError(f"host={options.host}: there is no such address") from None
-        listener = socket.socket(family[0], socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(family[4])
-            listener.listen(128)  # whoever reads the address may come before the server is ready
-            return listener
-        except OSError as error:
-            listener.close()
-            reason = error.strerror
-            if port != ports[-1]:
-                continue
-    raise UserError(f"host={options.host} port={ports[-1]}: {reason}: choose another port, or port=0 for a free one")
-
-
 def _address(options: Options, port: int) -> str:
-    host = options.host
-    if host in ("0.0.0.0", "::", ""):
-        host = socket.gethostname()
-    host = f"[{host}]" if ":" in host else host
-    return f"http://{host}:{port}/" + (f"?token={options.token}" if options.token else "")
+    return f"http://{shown(options.host)}:{port}/" + (f"?token={options.token}" if options.token else "")
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ class Safety:
 
     def _refusal(self, scope: Any, headers: dict[str, str]) -> str | None:
         host = headers.get("host", "")
-        if not self._host_is_ours(host):
+        if not host_is_ours(host, local=self._local):
             return f"this gallery is not called {host!r:.80}: use the address that it printed"
         origin = headers.get("origin")
         if origin is not None and origin.partition("://")[2] != host:
@@ -71,19 +71,6 @@ class Safety:
         if self._token is not None and not self._has_token(scope, headers):
             return "the token is missing: use the address that the gallery printed"
         return None
-
-    def _host_is_ours(self, host: str) -> bool:
-        name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
-        if name.lower() in LOCAL_NAMES:
-            return True
-        if self._local:
-            return False
-        try:
-            ipaddress.ip_address(name.strip("[]"))
-            return True
-        except ValueError:
-            own = socket.gethostname().lower()
-            return name.lower() in (own, own.partition(".")[0], socket.getfqdn().lower())
 
     def _has_token(self, scope: Any, headers: dict[str, str]) -> bool:
         kind, _, bearer = headers.get("authorization", "").partition(" ")
@@ -104,6 +91,21 @@ class Safety:
         del query["token"]
         rest = urlencode(query, doseq=True)
         return f"{COOKIE}={self._token}; HttpOnly; SameSite=Strict; Path=/", "/" + (f"?{rest}" if rest else "")
+
+
+def host_is_ours(host: str, *, local: bool) -> bool:
+    """Whether a request's Host names this machine. ``local``: by its loopback names alone."""
+    name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
+    if name.lower() in LOCAL_NAMES:
+        return True
+    if local:
+        return False
+    try:
+        ipaddress.ip_address(name.strip("[]"))
+        return True
+    except ValueError:
+        own = socket.gethostname().lower()
+        return name.lower() in (own, own.partition(".")[0], socket.getfqdn().lower())
 
 
 async def _answer(send: Any, status: int, text: str, cookie: tuple[str, str] | None = None) -> None:

@@ -1,0 +1,153 @@
+"""Load on the service: requests from many clients at once, and how long they take.
+
+    python benchmarks/serve.py [--requests 1000] [--clients 32] [--output FILE] [word ...]
+
+Words are those of ``zimage_runner serve``; without any it draws with the embedded model. Each client keeps one
+connection and asks again as soon as it is answered. A request that is answered 429 counts as refused, is asked again
+after what Retry-After says, and its time goes on. Seconds are those of the clients; those in the queue are the
+service's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import http.client
+import json
+import os
+import queue
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+START_SECONDS = 600.0
+ROUTE = "/v1/images/generations"
+PROMPTS = ("a red apple", "a cute cat face", "一只熊猫", "a sailboat on the sea")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="load on the service")
+    parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--output", type=Path, help="write the JSON here too")
+    parser.add_argument("words", nargs="*")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, service(args.words, folder) as (port, process):
+        result = measure(port, args.requests, args.clients)
+        result["words"] = args.words
+        result["memory"] = memory_of(process.pid)
+        process.send_signal(signal.SIGTERM)
+        result["exit_code"] = process.wait(60)
+    text = json.dumps(result, indent=2)
+    print(text)
+    if args.output:
+        args.output.write_text(text + "\n", encoding="utf-8")
+    return 0 if not result["errors"] and result["exit_code"] == 0 else 1
+
+
+@contextlib.contextmanager
+def service(words: Sequence[str], folder: str) -> Iterator[tuple[int, subprocess.Popen[str]]]:
+    """A service that is ready: its port and its process."""
+    argv = [*words, "server.port=0", f"output.root={folder}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "zimage_runner", "serve", *argv], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        address = process.stdout.readline().strip()
+        if not address:
+            raise RuntimeError(f"the service ended with {process.wait()}")
+        port, end = int(address.rpartition(":")[2]), time.monotonic() + START_SECONDS
+        while ask(http.client.HTTPConnection("127.0.0.1", port), "GET", "/ready")[0] != 200:
+            if process.poll() is not None or time.monotonic() > end:
+                raise RuntimeError("the service does not get ready")
+            time.sleep(0.05)
+        yield port, process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def ask(connection: http.client.HTTPConnection, method: str, route: str, body: Any = None) -> tuple[int, Any, float]:
+    """Status, JSON, and seconds to wait before asking again."""
+    headers = {} if body is None else {"content-type": "application/json"}
+    connection.request(method, route, None if body is None else json.dumps(body), headers)
+    answer = connection.getresponse()
+    return answer.status, json.loads(answer.read()), float(answer.headers.get("retry-after") or 0)
+
+
+def measure(port: int, requests: int, clients: int) -> dict[str, Any]:
+    """Errors, refusals and percentiles of ``requests`` requests of one picture each."""
+    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for number in range(requests):
+        waiting.put(number)
+    seconds: list[float] = []
+    in_queue: list[float] = []
+    errors: list[str] = []
+    refused: list[int] = []
+
+    def client() -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                number = waiting.get_nowait()
+                fields = {"prompt": PROMPTS[number % len(PROMPTS)], "seed": number}
+                began = time.perf_counter()
+                try:
+                    status, answer, pause = ask(connection, "POST", ROUTE, fields)
+                    while status == 429:
+                        refused.append(number)
+                        time.sleep(pause)
+                        status, answer, pause = ask(connection, "POST", ROUTE, fields)
+                except (OSError, http.client.HTTPException) as error:
+                    errors.append(repr(error))
+                    connection.close()
+                    continue
+                if status != 200:
+                    errors.append(f"{status}: {answer}")
+                    continue
+                seconds.append(time.perf_counter() - began)
+                in_queue.append(answer["queue_seconds"])
+
+    began = time.perf_counter()
+    threads = [threading.Thread(target=client) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    took = time.perf_counter() - began
+    return {
+        "requests": requests,
+        "clients": clients,
+        "errors": len(errors),
+        "first_errors": errors[:5],
+        "refused_and_asked_again": len(refused),
+        "requests_per_second": len(seconds) / took,
+        "seconds": percentiles(seconds),
+        "seconds_in_queue": percentiles(in_queue),
+    }
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """p50, p95, p99 and the largest; empty for fewer than two values."""
+    if len(values) < 2:
+        return {}
+    cuts = statistics.quantiles(values, n=100, method="inclusive")
+    return {"p50": cuts[49], "p95": cuts[94], "p99": cuts[98], "max": max(values)}
+
+
+def memory_of(pid: int) -> dict[str, int]:
+    """Resident bytes and open descriptors of the service's own process."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return {"resident_bytes": pages * os.sysconf("SC_PAGE_SIZE"), "descriptors": len(os.listdir(f"/proc/{pid}/fd"))}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

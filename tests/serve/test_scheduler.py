@@ -1,0 +1,47 @@
+"""The model's life: warm at the configured shapes, and what happens where none can be had."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.support.serving import served, settings
+from zimage_runner.errors import UserError
+from zimage_runner.prompts.inline import Inline
+from zimage_runner.warmup import Generate
+
+
+def shapes(**options) -> list[tuple[str, bool]]:
+    given = settings("executor=inline", **options)
+    return [(shape.label, shape.whole) for shape in given.shapes(given.plan(Inline(texts=["a"]), 0))]
+
+
+def test_it_is_warm_at_the_configured_shapes():
+    assert shapes() == [("128x128 c32", True), ("128x128 c64", False), ("128x128 c128", False)]
+    assert shapes(warm_sizes=["64x32"], warm_caption_tokens=[1], batch_size=4) == [
+        ("128x128 c32", True), ("128x128 b4 c32", True), ("64x32 c32", True), ("64x32 b4 c32", True),
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="height=33 is not a positive multiple"):
+        shapes(warm_sizes=["32x33"])
+
+
+def test_it_warms_by_drawing_unless_told_otherwise():
+    assert isinstance(settings("executor=inline").config.warmup, Generate)
+
+
+@pytest.mark.parametrize(
+    ("fault", "refused", "text"),
+    [
+        ({"on": "start", "kind": "refuse"}, True, "model.path=/nowhere has no model_index.json"),
+        ({"on": "start", "kind": "raise", "text": "no such device"}, False, "ValueError: no such device"),
+    ],
+)
+def test_a_first_model_that_cannot_be_started_ends_the_service(monkeypatch, fault, refused, text):
+    monkeypatch.setenv("FAULTS", json.dumps([fault]))
+    with served(starts=False) as client, client:
+        scheduler = client.service.scheduler  # pyright: ignore[reportAttributeAccessIssue]
+        assert scheduler.gave_up.wait(60)
+        assert (scheduler.refused, scheduler.trouble) == (refused, text)
+        answer = client.get("/ready")
+        assert (answer.status_code, answer.json()["error"]["message"]) == (503, text)

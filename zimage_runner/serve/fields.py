@@ -1,0 +1,201 @@
+"""What a request may say: a fixed set of fields, each checked before anything is planned.
+
+Nothing a request holds is opened, composed or looked up: no path, no URL, no YAML, no interpolation.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, StrictBool, StrictFloat, StrictInt, StrictStr, ValidationError
+
+from zimage_runner.errors import UserError
+from zimage_runner.outputs.config import Format, Output, check_quality
+from zimage_runner.prompts.base import Prompt
+from zimage_runner.prompts.inline import Inline
+from zimage_runner.prompts.rows import RowReader, TableSource, convert
+from zimage_runner.prompts.seeds import parse_seeds
+from zimage_runner.runner.spec import RunSpec
+from zimage_runner.sampling import SAMPLING_FIELDS, Sampling
+from zimage_runner.serve.config import Server, parse_size
+from zimage_runner.serve.errors import ApiError
+from zimage_runner.serve.settings import Settings
+
+DRAWN_SEED_BITS = 32
+"""Of a seed that the service draws: short enough for every tool."""
+OF_A_ROW = frozenset({"text", "prompt", "id", "seed", "seeds", "metadata", *SAMPLING_FIELDS})
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+Asked = TypeVar("Asked", bound=_Request)
+
+
+class Generation(_Request):
+    """Body of POST /v1/images/generations: OpenAI's fields, then those that other servers of such models accept.
+
+    Fields of OpenAI's that this model has no use for are taken at their neutral values alone.
+    """
+
+    prompt: StrictStr
+    model: StrictStr | None = None
+    n: StrictInt | None = None
+    size: StrictStr | None = None
+    response_format: Literal["b64_json", "url"] | None = None
+    output_format: Literal["png", "jpeg", "webp"] | None = None
+    output_compression: StrictInt | None = None
+    user: StrictStr | None = None
+    background: Literal["auto", "opaque"] | None = None
+    moderation: Literal["auto", "low"] | None = None
+    quality: Literal["auto", "standard"] | None = None
+    stream: StrictBool | None = None
+    seed: StrictInt | None = None
+    num_inference_steps: StrictInt | None = None
+    guidance_scale: StrictFloat | StrictInt | None = None
+    negative_prompt: StrictStr | None = None
+
+
+class RunRequest(_Request):
+    """Body of POST /v1/runs."""
+
+    prompts: list[StrictStr | dict[str, Any]]
+    seeds: StrictInt | StrictStr | list[StrictInt | StrictStr] | dict[str, Any] | None = None
+    sampling: dict[str, Any] = {}
+    name: StrictStr | None = None
+
+
+def parse(kind: type[Asked], body: Any) -> Asked:
+    """A request's JSON as its fields. Raises ApiError naming the first that is wrong."""
+    if not isinstance(body, dict):
+        raise ApiError(400, "the body is no JSON object: send {...}")
+    try:
+        return kind.model_validate(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        name = str(first["loc"][0]) if first["loc"] else None
+        if first["type"] == "extra_forbidden":
+            raise ApiError(
+                400, f"{name}: no such field; fields here: {', '.join(kind.model_fields)}", param=name
+            ) from None
+        raise ApiError(400, f"{name}: {first['msg']}", param=name) from None
+
+
+@dataclass(kw_only=True, slots=True)
+class Rows(TableSource):
+    """Prompts of a request: texts, or objects with fields of their own."""
+
+    rows: list[Any] = field(default_factory=list)
+
+    def read(self) -> Iterator[Prompt]:
+        if not self.rows:
+            raise UserError("prompts is empty: send at least one")
+        reader = RowReader(self)
+        for place, row in enumerate(self.rows):
+            where = f"prompts[{place}]"
+            row = {"text": row} if isinstance(row, str) else row
+            if unknown := set(row) - OF_A_ROW:
+                raise UserError(f"{where}: {min(unknown)!r}: no such field; fields here: {', '.join(sorted(OF_A_ROW))}")
+            yield reader.prompt(row, where)
+
+
+def plan_generation(asked: Generation, settings: Settings) -> tuple[RunSpec, Output]:
+    """The pictures of a request, and how they are encoded. Raises ApiError, UserError."""
+    server, model = settings.server, settings.config.model
+    if asked.model is not None and asked.model != model.name:
+        raise ApiError(
+            404,
+            f"model={asked.model[:80]!r}: this service draws with {model.name!r}",
+            param="model",
+            code="model_not_found",
+        )
+    if asked.stream:
+        raise ApiError(400, "stream=true: pictures are not sent in parts: leave it out", param="stream")
+    n = 1 if asked.n is None else asked.n
+    if not 1 <= n <= server.max_images:
+        raise ApiError(400 if n < 1 else 413, f"n={n}: ask for 1 to {server.max_images} pictures", param="n")
+    _check_length("prompt", asked.prompt, server)
+    changes: dict[str, Any] = {}
+    if asked.size not in (None, "auto"):
+        changes["width"], changes["height"] = parse_size(asked.size, "size")
+    for name in ("num_inference_steps", "guidance_scale", "negative_prompt"):
+        changes[name] = getattr(asked, name)
+    seed = secrets.randbits(DRAWN_SEED_BITS) if asked.seed is None else asked.seed
+    sampling = sampling_of(changes, settings.config.sampling)
+    output = _output(asked, settings.config.output)
+    _check_size(sampling, server)
+    spec = settings.plan(Inline(texts=[asked.prompt]), {"count": n, "base": seed}, sampling=sampling)
+    check_limits(spec, server)
+    return spec, output
+
+
+def plan_run_request(asked: RunRequest, settings: Settings, **changes: Any) -> RunSpec:
+    """The plan of a run. ``changes`` are further fields of RunConfig. Raises ApiError, UserError."""
+    server = settings.server
+    rows, seeds = Rows(rows=list(asked.prompts)), 0 if asked.seeds is None else asked.seeds
+    each, count = len(parse_seeds(seeds)), 0
+    for prompt in rows.read():  # before they are all in memory
+        count += each if prompt.seeds is None else len(prompt.seeds)
+        if count > server.max_run_images:
+            raise ApiError(413, f"the run has more than {server.max_run_images:,} pictures", param="prompts")
+    sampling = sampling_of(asked.sampling, settings.config.sampling)
+    name = settings.config.name if asked.name is None else asked.name
+    spec = settings.plan(rows, seeds, sampling=sampling, name=name, **changes)
+    check_limits(spec, server)
+    return spec
+
+
+def sampling_of(given: Mapping[str, Any], sampling: Sampling) -> Sampling:
+    """The service's sampling fields with a request's in their place. Raises UserError."""
+    if unknown := set(given) - set(SAMPLING_FIELDS):
+        raise UserError(f"sampling.{min(unknown)}: no such field; there are {', '.join(SAMPLING_FIELDS)}")
+    changes = {name: convert(name, value, "sampling") for name, value in given.items() if value is not None}
+    return replace(sampling, **changes)
+
+
+def check_limits(spec: RunSpec, server: Server) -> None:
+    """Raise ApiError for a plan with a picture that is larger than the service draws."""
+    for params in spec.plan.params():
+        if params.height * params.width > server.max_megapixels * 1e6:
+            raise _too_large(params.width, params.height, server)
+        if params.num_inference_steps > server.max_steps:
+            steps = params.num_inference_steps
+            message = f"num_inference_steps={steps}: ask for at most {server.max_steps}"
+            raise ApiError(413, message, param="num_inference_steps")
+        _check_length("negative_prompt", params.negative_prompt, server)
+    for prompt in spec.plan.prompts:
+        _check_length("prompt", prompt.text, server)
+
+
+def _check_size(sampling: Sampling, server: Server) -> None:
+    """Before the plan, whose own limits would word it in another way."""
+    height, width = sampling.height, sampling.width
+    if height and width and height * width > server.max_megapixels * 1e6:
+        raise _too_large(width, height, server)
+
+
+def _too_large(width: int, height: int, server: Server) -> ApiError:
+    most = server.max_megapixels
+    return ApiError(413, f"size={width}x{height}: ask for at most {most:g} million pixels", param="size")
+
+
+def _check_length(name: str, text: str, server: Server) -> None:
+    if len(text) > server.max_prompt_characters:
+        most = server.max_prompt_characters
+        raise ApiError(413, f"{name} has {len(text):,} characters: send at most {most:,}", param=name)
+
+
+def _output(asked: Generation, output: Output) -> Output:
+    """How a request's pictures are encoded."""
+    if asked.output_format is None and asked.output_compression is None:
+        return output
+    kind = output.format if asked.output_format is None else Format[asked.output_format]
+    quality = asked.output_compression
+    check_quality("output_compression", kind, quality)
+    own = {f.name: getattr(output, f.name) for f in fields(output)}
+    level = own["png_compress_level"] if kind is Format.png else 1
+    return Output(**own | {"format": kind, "quality": quality, "png_compress_level": level})
