@@ -239,6 +239,8 @@ class _StderrHandler(logging.Handler):
         super().__init__(logging.WARNING)
 
     def emit(self, record: logging.LogRecord) -> None:
+        if quiet.get():
+            return
         if writes_json():
             _write(_Json(None).format(record), sys.stderr)
             return

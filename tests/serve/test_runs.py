@@ -204,6 +204,23 @@ def test_a_run_that_every_model_is_lost_with_is_set_aside(serve, monkeypatch):
     assert ended(client, begin(client, "a dog"))["counts"]["ok"] == 1
 
 
+def test_a_model_in_this_process_that_hangs_ends_it_and_the_next_one_goes_on(monkeypatch):
+    left = threading.Event()
+
+    def leave(code: int) -> None:
+        assert code == 1
+        left.set()
+
+    monkeypatch.setattr(GatedSession, "gate", threading.Semaphore(0))
+    with served(item_timeout_s=0.2) as client:
+        monkeypatch.setattr("zimage_runner.serve.service.os._exit", leave)
+        run = begin(client, "a cat")
+        assert left.wait(60)
+        (file,) = Path("outputs", FOLDER).glob("run-*.json")
+        saved = json.loads(file.read_text())
+        assert (saved["id"], saved["state"], saved["troubles"]) == (run["id"], "queued", 1)
+
+
 def test_a_run_with_a_picture_that_fails_says_so(serve, monkeypatch):
     monkeypatch.setenv("FAULTS", json.dumps([{"on": 3, "kind": "raise"}]))
     client = serve()

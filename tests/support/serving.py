@@ -21,12 +21,13 @@ from zimage_runner.serve.settings import Settings
 LOCAL = "http://127.0.0.1:8189"
 
 
-def settings(*words: str, batch_size: int = 1, **server: Any) -> Settings:
+def settings(*words: str, batch_size: int = 1, item_timeout_s: float | None = None, **server: Any) -> Settings:
     """The settings that a command line of the service means. ``server``: fields of the group, set without composing."""
     composed = _composed(words)
     found = Settings.of(replace(composed, config=_with_server(composed.config, server)))
     engine = replace(found.config.engine, batch_size=batch_size)
-    return replace(found, config=replace(found.config, engine=engine), memo=_memo)
+    executor = replace(found.config.executor, **({} if item_timeout_s is None else {"item_timeout_s": item_timeout_s}))
+    return replace(found, config=replace(found.config, engine=engine, executor=executor), memo=_memo)
 
 
 _memo: dict[str, Any] = {}
@@ -53,11 +54,11 @@ def _composed(words: tuple[str, ...]) -> Composed:
 
 @contextlib.contextmanager
 def served(
-    executor: str = "inline", *, token: str | None = None, starts: bool = True, batch_size: int = 1, **server: Any
+    executor: str = "inline", *, token: str | None = None, starts: bool = True, **fields: Any
 ) -> Iterator[TestClient]:
-    """A client of a service with these fields of the group ``server``; ``client.service`` is the service itself."""
+    """A client of a service with the ``fields`` of ``settings``; ``client.service`` is the service itself."""
     words = (f"executor={executor}", *(["executor.backoff_s=0"] if executor == "process" else []))
-    service = Service(settings(*words, batch_size=batch_size, **server))
+    service = Service(settings(*words, **fields))
     client = TestClient(application(service, token), base_url=LOCAL, raise_server_exceptions=False)
     client.service = service  # pyright: ignore[reportAttributeAccessIssue]
     try:

@@ -119,7 +119,7 @@ class RunQueue:
 
     def all(self) -> list[ServedRun]:
         """Newest first."""
-        return sorted(list(self._runs.values()), key=lambda run: run.created, reverse=True)
+        return sorted(self._runs.copy().values(), key=lambda run: run.created, reverse=True)
 
     @property
     def waiting(self) -> int:
