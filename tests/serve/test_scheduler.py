@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from tests.support.serving import served, settings
 from zimage_runner.errors import UserError
 from zimage_runner.prompts.inline import Inline
+from zimage_runner.serve.run_files import FOLDER
 from zimage_runner.warmup import Generate
 
 
@@ -28,6 +30,18 @@ def test_it_is_warm_at_the_configured_shapes():
 
 def test_it_warms_by_drawing_unless_told_otherwise():
     assert isinstance(settings("executor=inline").config.warmup, Generate)
+
+
+def test_a_model_that_is_not_there_ends_the_service(monkeypatch):
+    def missing() -> None:
+        raise UserError("model.path=/nowhere: no such directory")
+
+    monkeypatch.setattr("zimage_runner.serve.settings.Settings.executor", lambda self: missing())
+    with served(starts=False) as client, client:
+        scheduler = client.service.scheduler  # pyright: ignore[reportAttributeAccessIssue]
+        assert scheduler.gave_up.wait(60)
+        assert scheduler.refused
+    assert not Path("outputs", FOLDER).exists(), "nothing is left behind"
 
 
 @pytest.mark.parametrize(

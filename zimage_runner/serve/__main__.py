@@ -52,17 +52,34 @@ def main(argv: Sequence[str]) -> int:
         return EXIT_OK
 
     try:
-        _check_installed()
-        check_words(argv)
-        code = compose(argv, take, serves=True)
-        if code != EXIT_OK or not found:  # refused, or the words were --cfg
-            return code
-        settings = Settings.of(found[0])
-        return serve(settings, settings.server.secret())
+        with _ends_at_once():
+            _check_installed()
+            check_words(argv)
+            code = compose(argv, take, serves=True)
+            if code != EXIT_OK or not found:  # refused, or the words were --cfg
+                return code
+            settings = Settings.of(found[0])
+            return serve(settings, settings.server.secret())
     except UserError as error:
         return refuse(str(error))
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+
+
+@contextlib.contextmanager
+def _ends_at_once() -> Iterator[None]:
+    """A signal ends the process cleanly, also where the service does not listen to signals yet, or no more."""
+
+    def leave(number: int, frame: Any) -> None:
+        os._exit(EXIT_OK)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, leave) for number in ENDS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def serve(settings: Any, token: str | None) -> int:
@@ -136,7 +153,6 @@ def _answer(config: Any, service: Any, listener: socket.socket) -> int:
     server.run(sockets=[listener])
     if not service.scheduler.gave_up.is_set():
         return EXIT_OK
-    say(f"zimage_runner: no model could be started: {service.scheduler.trouble}")
     return EXIT_BAD_INPUT if service.scheduler.refused else EXIT_ITEMS_FAILED
 
 

@@ -78,8 +78,10 @@ class RunFiles:
             raise
 
     def close(self) -> None:
-        """Let another process have it."""
+        """Let another process have it. Where nothing was kept it goes."""
         self._open.close()
+        with contextlib.suppress(OSError):
+            self._folder.rmdir()
 
     def load(self) -> list[ServedRun]:
         """The runs of earlier processes, oldest first. A file that cannot be read is told and left alone."""

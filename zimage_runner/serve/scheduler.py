@@ -189,10 +189,11 @@ class Scheduler:
         """The drawing thread: worker processes die with the thread that started them, so there is one for all time."""
         failures = 0
         while not self._closing:
-            executor = self._make_executor()
-            executor.batches_ahead = 1
-            executor.on_overdue = lambda items, reason: self._on_overdue(reason)
+            executor: Executor | None = None
             try:
+                executor = self._make_executor()
+                executor.batches_ahead = 1
+                executor.on_overdue = lambda items, reason: self._on_overdue(reason)
                 self._report = executor.start()
                 self.trouble = None
                 self.ready.set()
@@ -216,7 +217,8 @@ class Scheduler:
                     )
             finally:
                 with contextlib.suppress(Exception):
-                    executor.close()
+                    if executor is not None:
+                        executor.close()
         self.ready.clear()
         self._end()
 
