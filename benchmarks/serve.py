@@ -57,7 +57,7 @@ def service(words: Sequence[str], folder: str) -> Iterator[tuple[int, subprocess
     """A service that is ready: its port and its process."""
     argv = [*words, "server.port=0", f"output.root={folder}"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "zimage_runner", "serve", *argv], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "zimage_runner", "serve", *argv], stdout=subprocess.PIPE, encoding="utf-8"
     )
     try:
         assert process.stdout is not None
@@ -145,7 +145,7 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
 
 def memory_of(pid: int) -> dict[str, int]:
     """Resident bytes and open descriptors of the service's own process."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="utf-8").split()[1])
     return {"resident_bytes": pages * os.sysconf("SC_PAGE_SIZE"), "descriptors": len(os.listdir(f"/proc/{pid}/fd"))}
 
 

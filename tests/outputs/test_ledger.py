@@ -172,7 +172,7 @@ def test_the_fast_path_agrees_with_json(tmp_path):
     assert module._FAST.fullmatch(fast)
     spaced = json.dumps(json.loads(fast)).encode() + b"\n"
     assert not module._FAST.fullmatch(spaced)
-    assert module._parse(fast) == module._parse(spaced)
+    assert module.parse_line(fast) == module.parse_line(spaced)
 
 
 @pytest.mark.slow

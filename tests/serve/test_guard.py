@@ -75,7 +75,7 @@ def test_unsafe_and_impossible_settings_are_refused(fields, text):
 def test_where_a_token_comes_from():
     assert Server(host="127.0.0.9").secret() is None
     assert Server(host="0.0.0.0", insecure=True).secret() is None
-    Path("token").write_text(f"{TOKEN}\n")
+    Path("token").write_text(f"{TOKEN}\n", encoding="utf-8")
     assert Server(host="0.0.0.0", token_file="token").secret() == TOKEN
     for name, text in (("none", "No such file"), (".", "Is a directory")):
         with pytest.raises(UserError, match=text):

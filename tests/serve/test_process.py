@@ -27,11 +27,11 @@ SMALL = {"num_inference_steps": 1}
 @contextlib.contextmanager
 def started(*words: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """A service that is ready, and its port."""
-    Path("token").write_text(TOKEN)
+    Path("token").write_text(TOKEN, encoding="utf-8")
     argv = ["model=zimage_nano", "warmup=hardware", "server.port=0", "server.token_file=token", *words]
     process = subprocess.Popen(
         [sys.executable, "-m", "zimage_runner", "serve", *argv],
-        stdout=subprocess.PIPE, stderr=sys.stderr, text=True, process_group=0,
+        stdout=subprocess.PIPE, stderr=sys.stderr, encoding="utf-8", process_group=0,
     )  # fmt: skip
     try:
         assert process.stdout is not None
@@ -100,5 +100,8 @@ def test_the_next_service_goes_on_after_kill_9():
     with started() as (_, port):
         _until(lambda: ask(port, "GET", f"/v1/runs/{run['id']}")[1]["state"] == "done")
         assert ask(port, "GET", f"/v1/runs/{run['id']}")[1]["counts"]["ok"] == 10
-    lines = [json.loads(line) for line in Path("outputs", run["directory"], "records.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in Path("outputs", run["directory"], "records.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert sorted(line["seed"] for line in lines) == list(range(10)), "each picture exactly once"

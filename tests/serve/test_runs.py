@@ -177,7 +177,7 @@ def test_a_run_whose_service_was_killed_before_it_wrote_anything(serve):
     run = queue.accept(parse(RunRequest, {"prompts": ["a cat"], "sampling": SMALL}))
     queue.path(run).mkdir(parents=True)
     queue.close()
-    Path("outputs", FOLDER, "run-broken.json").write_text("{")
+    Path("outputs", FOLDER, "run-broken.json").write_text("{", encoding="utf-8")
     client = serve()
     assert ended(client, {"id": run.id})["counts"]["ok"] == 1
 
@@ -254,7 +254,7 @@ def test_no_prompt_reaches_the_terminal_unless_asked(serve, monkeypatch, capfd):
         out, err = capfd.readouterr()
         assert ("private" in out + err) == asked
         assert f"{run['id']}: failed, 2 of 4 pictures in {run['directory']}" in err
-        assert "private_matters" in Path("outputs", run["directory"], "run.log").read_text()
+        assert "private_matters" in Path("outputs", run["directory"], "run.log").read_text(encoding="utf-8")
 
 
 def test_a_ledger_is_read_as_it_grows(tmp_path):
