@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from tests.support.faulty_session import item
 from tests.support.serving import served, settings
 from zimage_runner.errors import UserError
+from zimage_runner.executors.base import Batch
 from zimage_runner.prompts.inline import Inline
 from zimage_runner.serve.run_files import FOLDER
+from zimage_runner.serve.scheduler import Place, Scheduler
+from zimage_runner.serve.turns import Turns
 from zimage_runner.warmup import Generate
 
 
@@ -42,6 +48,17 @@ def test_a_model_that_is_not_there_ends_the_service(monkeypatch):
         assert scheduler.gave_up.wait(60)
         assert scheduler.refused
     assert not Path("outputs", FOLDER).exists(), "nothing is left behind"
+
+
+def test_a_run_and_requests_take_turns_where_both_wait():
+    scheduler = Scheduler(lambda: pytest.fail("not started"), most_waiting=9, largest_batch=1, on_overdue=print)
+    orders = [SimpleNamespace(waiting=deque(Place(item(n + k)) for k in (0, 1)), begin=lambda: None) for n in (10, 20)]
+    for order in orders:
+        scheduler.submit(order)  # pyright: ignore[reportArgumentType]
+    turns = Turns(scheduler)
+    for seed in range(6):
+        scheduler.add_run_batch(Batch(items=[item(seed)]), turns)
+    assert [scheduler._next().items[0].seed for _ in range(10)] == [10, 0, 20, 1, 11, 2, 21, 3, 4, 5]
 
 
 @pytest.mark.parametrize(
