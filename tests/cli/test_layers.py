@@ -16,7 +16,7 @@ from zimage_runner.config.schema import RunConfig
 from zimage_runner.errors import UserError
 from zimage_runner.runner.spec import prompt_source
 
-GROUPS = sorted(path for path in CONFIG_DIR.iterdir() if path.is_dir() and path.name != "experiment")
+GROUPS = sorted(path for path in CONFIG_DIR.iterdir() if path.is_dir() and path.name not in ("experiment", "server"))
 OPTIONS = {
     path.name: sorted(option.stem for option in path.glob("*.yaml")) for path in GROUPS if any(path.glob("*.yaml"))
 }
