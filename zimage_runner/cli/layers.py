@@ -125,8 +125,9 @@ class _Rule:
         self._left_out = {}
         layers = _layers(made, repo)
         final = {key: value for key, value in made.overrides.known_choices.items() if isinstance(value, str)}
+        own = {group: option for layer in layers if "/" not in layer.path for group, option in layer.choices.items()}
         for layer in layers:
-            self._refuse_hydras_own(layer, final)
+            self._refuse_hydras_own(layer, own)
             for group, old in layer.options.items():
                 new, said = final.get(group), layer.config.get(group)
                 if new is None or new == old or not isinstance(said, dict):
@@ -136,10 +137,10 @@ class _Rule:
                 self._leave_out(layer, names, f"{group}={new} replaces {group}={old}")
         self._replace_prompts(layers)
 
-    def _refuse_hydras_own(self, layer: Layer, final: dict[str, str]) -> None:
+    def _refuse_hydras_own(self, layer: Layer, own: dict[str, str]) -> None:
         """The package's own config has chosen these already: a file that is read after it would say it in vain."""
         for group, option in layer.choices.items():
-            if group.startswith("hydra/") and option != final.get(group) and group not in self._given:
+            if group.startswith("hydra/") and option != own.get(group, option) and group not in self._given:
                 raise UserError(
                     f"{layer.file}: override /{group}: {option}: an experiment cannot choose this: remove it, and put "
                     f"{group}={option} on the command line"

@@ -124,7 +124,7 @@ class Run:
         except Exception as error:
             self._stopped, self._broken = self._stopped or error_text(error), True
             self.lease.end_after_run()
-            log.error("the run cannot go on: %s", error_text(error), exc_info=error)
+            log.error("%s: the run cannot go on: %s", self.run_dir.path, error_text(error), exc_info=error)
 
     def _write_settings(self, files: Mapping[str, str]) -> None:
         """Leave prompts and settings for a later ``resume``; check a resumed run against those that it has."""

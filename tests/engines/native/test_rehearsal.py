@@ -144,7 +144,7 @@ def test_which_engines_rehearse(monkeypatch, device, staged, wanted):
     weights: Any = SimpleNamespace(settle=lambda *args: None)
     memory = Staged() if staged else Resident()
     model = SimpleNamespace(dtype="bfloat16")
-    request: Any = SimpleNamespace(model=model, memory=memory, encodes=True)
+    request: Any = SimpleNamespace(model=model, memory=memory, encodes=True, checkpoint=SimpleNamespace(path=None))
     monkeypatch.setattr(engine_module, "choose_dtype", lambda dtype, device: dtype)
     engine: Any = Adapter.load(NativeEngine(device=device), weights, request)
     assert engine.options.rehearse_decoder == wanted
