@@ -106,6 +106,7 @@ def test_another_format_is_refused(cli) -> None:
 def test_letters_that_the_terminal_lacks_stay_json(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = io.TextIOWrapper(raw := io.BytesIO(), encoding="latin-1")
     monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(logs.LOGGER, "propagate", False)  # pytest-xdist cannot send what the log captures of it
     logs.use_format(logs.LogFormat.json)
     text = "é 一只猫 🐈 \x1b[31m\x9b\u202e\ud800"
     logs.say(text)

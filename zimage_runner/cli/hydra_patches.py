@@ -20,12 +20,9 @@ from hydra._internal.hydra import Hydra
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from omegaconf import DictConfig, OmegaConf, _utils
+from omegaconf import DictConfig, OmegaConf
 from omegaconf._utils import is_float, is_int, yaml_is_bool
 
-MOST_ALIASED = 100_000
-"""Entries that the aliases (``*name``) of a YAML file may make, on top of what is written in it."""
-DEEPEST = 100
 KEPT = 10_000
 """Configs made for the check and not asked for again; about 100 KB each."""
 _BaseDumper: Any = getattr(yaml, "CDumper", yaml.Dumper)
@@ -100,57 +97,6 @@ def split_sweep(overrides: Sequence[str]) -> list[list[str]]:
     """The overrides of each job that Hydra's own sweeper makes of a multirun's, in its order."""
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     return [list(job) for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
-
-
-@contextlib.contextmanager
-def bounded_yaml() -> Iterator[None]:
-    """While this lasts, OmegaConf reads no YAML whose aliases make astronomically much of it: MarkedYAMLError.
-
-    PyYAML shares what an alias names, and OmegaConf makes a copy for each.
-    """
-    unbounded = _utils.get_yaml_loader
-
-    def get_yaml_loader() -> Any:
-        class Bounded(unbounded()):
-            def get_single_node(self) -> yaml.Node | None:
-                try:
-                    node = super().get_single_node()
-                except RecursionError:
-                    raise yaml.MarkedYAMLError(
-                        problem="it is nested too deeply", problem_mark=self.get_mark()
-                    ) from None
-                if node is not None:
-                    _check_size(node)
-                return node
-
-        return Bounded
-
-    _utils.get_yaml_loader = get_yaml_loader
-    try:
-        yield
-    finally:
-        _utils.get_yaml_loader = unbounded
-
-
-def _check_size(root: yaml.Node) -> None:
-    sizes: dict[int, int] = {}
-
-    def size(node: yaml.Node, above: tuple[int, ...]) -> int:
-        """Entries below a node and itself, each alias counted as what it stands for."""
-        if id(node) in above:
-            raise yaml.MarkedYAMLError(problem="an alias (*name) stands within what it names", problem_mark=mark)
-        if len(above) > DEEPEST:
-            raise yaml.MarkedYAMLError(problem="it is nested too deeply", problem_mark=node.start_mark)
-        if id(node) not in sizes:
-            below = node.value if isinstance(node, yaml.CollectionNode) else []
-            nodes = [part for entry in below for part in (entry if isinstance(entry, tuple) else (entry,))]
-            sizes[id(node)] = 1 + sum(size(part, (*above, id(node))) for part in nodes)
-        return sizes[id(node)]
-
-    mark = root.start_mark
-    if size(root, ()) > MOST_ALIASED + len(sizes):
-        problem = f"its aliases (*name) make more than {MOST_ALIASED:,} entries of it: write out what is meant"
-        raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
 
 
 @contextlib.contextmanager

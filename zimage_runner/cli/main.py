@@ -19,7 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from zimage_runner.cli.foreign import TRUST, files_are_data
-from zimage_runner.cli.hydra_patches import bounded_yaml, composed_once, to_yaml
+from zimage_runner.cli.hydra_patches import composed_once, to_yaml
 from zimage_runner.cli.interpolation import literal
 from zimage_runner.cli.layers import files_read, later_choices_replace
 from zimage_runner.cli.messages import CONFIG_ERRORS, explain, typed
@@ -83,7 +83,6 @@ def main(
         # Hydra prints --info through logging, which would tell of each line that `head` did not wait for.
         logging.raiseExceptions = not any(word.startswith(("--info", "-i")) for word in words)
         with (
-            bounded_yaml(),
             files_are_data(trusted=TRUST in argv, own=own),
             later_choices_replace(words),
             composed_once(words),
