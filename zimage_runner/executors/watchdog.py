@@ -77,8 +77,11 @@ class Watchdog:
                 self._batches.pop(number, None)
 
     def close(self) -> None:
-        """End the thread. Harmless when called twice."""
+        """End the thread, and wait for it. Harmless when called twice."""
         self._ended.set()
+        thread = self._thread
+        if thread is not None and thread.ident is not None and thread is not threading.current_thread():
+            thread.join(SELDOM_S)
 
     def _start(self) -> None:
         if self._thread is not None:
