@@ -34,7 +34,7 @@ def altered(first: Path, target: Path, amount: int, **record: object) -> Path:
     for path in target.rglob("image.png"):
         pixels, size = np.asarray(Image.open(path)).astype(int), path.stat().st_size
         Image.fromarray(np.clip(pixels + amount, 0, 255).astype(np.uint8)).save(path)
-        path.write_bytes(path.read_bytes().ljust(size, b"\0"))  # the ledger knows the size
+        path.write_bytes(path.read_bytes().ljust(size + 1, b"\0"))  # a shorter one would be taken for cut off
         said = json.loads((path.parent / "record.json").read_text(encoding="utf-8"))
         said |= {name: value for name, value in record.items() if name != "numerics"}
         said["numerics"] |= record.get("numerics", {})  # pyright: ignore[reportOperatorIssue]

@@ -14,6 +14,7 @@ from typing import Any
 from zimage_runner.errors import UserError
 from zimage_runner.outputs import atomic
 from zimage_runner.outputs.beneath import Inside, NotPlain, Statuses
+from zimage_runner.outputs.config import Format
 from zimage_runner.outputs.ledger import RECORD, RECORDS, Ledger
 from zimage_runner.outputs.parsed import from_json
 from zimage_runner.outputs.stars import load_stars
@@ -27,7 +28,8 @@ _ENDS = {
     ".jpg": (b"\xff\xd8\xff", b"\xff\xd9"),
     ".webp": (b"RIFF", b""),
 }
-"""The first and last bytes of a picture file, by its suffix."""
+"""The first and last bytes of a picture file, by its suffix; of other formats nothing is known."""
+SUFFIXES = frozenset(format.suffix for format in Format)
 
 _ITEM = re.compile(r"items/[0-9]{5,12}_[^/\\]+/seed_[0-9]{1,19}")
 """A ledger is a file that anybody may have written: nothing outside of its run is read."""
@@ -104,7 +106,7 @@ def pictures_of(runs: Iterable[Path]) -> Iterator[Picture]:
     for run in runs:
         entries = {item: e for item, e in Ledger.load(run / RECORDS).entries.items() if e.ok and _ITEM.fullmatch(item)}
         pictures = [Picture(run=run, item=item, file=entry.image) for item, entry in entries.items()]
-        pictures = [picture for picture in pictures if picture.path.suffix in _ENDS]
+        pictures = [picture for picture in pictures if picture.path.suffix in SUFFIXES]
         damaged: list[str] = []
         with atomic.directory(run) as dir_fd:
             status = Statuses(dir_fd)
@@ -140,7 +142,7 @@ def _damage(picture: Picture, size: int, written: int) -> str | None:
     """
     if size < written:
         return f"{size:,} bytes instead of {written:,}"
-    first, last = _ENDS[picture.path.suffix]
+    first, last = _ENDS.get(picture.path.suffix, (b"", b""))
     try:
         with picture.image.open(0) as file:
             begins = file.read(len(first)) == first
