@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 
@@ -27,6 +28,8 @@ def compositions(monkeypatch):
         return compose_config(self, *args, **kwargs)
 
     monkeypatch.setattr(Hydra, "compose_config", spy)
+    # --info of an earlier test leaves Hydra's log at DEBUG, for which it composes twice more.
+    monkeypatch.setattr(logging.getLogger(Hydra.__module__), "isEnabledFor", lambda level: level > logging.DEBUG)
     return seen
 
 
