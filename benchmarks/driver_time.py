@@ -27,7 +27,7 @@ from zimage_runner.executors.ray_config import RayExecutorConfig
 from zimage_runner.executors.ray_pool import RayExecutor
 from zimage_runner.memory.policies import Health
 from zimage_runner.outputs.ledger import record_head
-from zimage_runner.plan import Fingerprints
+from zimage_runner.plan import Encoding, Fingerprints
 from zimage_runner.runner.run import Run
 
 REPORT: dict[str, Any] = {
@@ -56,7 +56,7 @@ class SimulatedFleet:
     def load(self, worker: int) -> None:
         self._events.append((worker, Ready(report=REPORT)))
 
-    def extend(self, worker: int, shapes: Sequence[Any], texts: Sequence[tuple[str, int]]) -> None: ...
+    def extend(self, worker: int, shapes: Sequence[Any], texts: Sequence[Encoding]) -> None: ...
 
     def equip(self, worker: int, sink: Sink | None, *, must: bool) -> None: ...
 
