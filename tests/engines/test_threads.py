@@ -53,6 +53,7 @@ def test_what_the_user_set_stays(
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     threads.wait_passively()
     assert os.environ.get("OMP_WAIT_POLICY") == policy
+    assert os.environ.get("GOMP_SPINCOUNT") == (threads.SPINS if not set_by_user else set_by_user.get("GOMP_SPINCOUNT"))
     assert set_by_user.items() <= os.environ.items()
 
 
@@ -70,8 +71,9 @@ def test_torchs_own_runtime_has_read_it(executor: str, tmp_path: Path) -> None:
     words = ["prompt=a cat", "sampling.num_inference_steps=1", f"executor={executor}", f"hydra.run.dir={tmp_path}/run"]
     done = subprocess.run(
         [sys.executable, "-m", "zimage_runner", *words, "engine.threads=1", "warmup=none"],
-        cwd=tmp_path, env=CLEAN | {"OMP_DISPLAY_ENV": "true", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-        timeout=200, check=False, encoding="utf-8")  # fmt: skip
+        cwd=tmp_path, env=CLEAN | {"OMP_DISPLAY_ENV": "verbose", "PYTHONPATH": str(ROOT)}, capture_output=True,
+        text=True, timeout=200, check=False, encoding="utf-8")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "OMP_WAIT_POLICY = 'PASSIVE'" in done.stderr
+    assert f"GOMP_SPINCOUNT = '{threads.SPINS}'" in done.stderr
     assert '"threads": 1' in (tmp_path / "run" / "summary.json").read_text(encoding="utf-8")
