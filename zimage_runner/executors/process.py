@@ -9,22 +9,21 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from zimage_runner.engines.base import PendingImages, ReadyImages
-from zimage_runner.errors import check_range
-from zimage_runner.executors.base import Batch, BatchResult, BrokenImages, Executor, ExecutorConfig, SessionFactory
+from zimage_runner.executors.base import Batch, BatchResult, BrokenImages, Executor, SessionFactory
 from zimage_runner.executors.blame import Blame, Flight, given_up_text
 from zimage_runner.executors.child import WorkerDied
 from zimage_runner.executors.messages import Drawn, Failed, Finished, Start, Started, SteppedDown, Work
 from zimage_runner.executors.supervisor import Supervisor
-from zimage_runner.memory.policies import Action, Health
+from zimage_runner.executors.workers import WorkersConfig
+from zimage_runner.memory.policies import Health
 from zimage_runner.plan import Encoding
 from zimage_runner.signals import StopRequest
 
 if TYPE_CHECKING:
-    from zimage_runner.session import SessionConfig
     from zimage_runner.warmup import WarmupShape
 
 BATCHES_AHEAD = 2
@@ -32,32 +31,8 @@ BATCHES_AHEAD = 2
 
 
 @dataclass(kw_only=True, slots=True)
-class ProcessExecutorConfig(ExecutorConfig):
+class ProcessExecutorConfig(WorkersConfig):
     """A worker process that is replaced when it dies, hangs or grows."""
-
-    item_timeout_s: float = 1800.0
-    """Seconds one picture may take before the worker counts as hung; a batch may take this for each of its items."""
-    start_timeout_s: float = 3600.0
-    """Seconds that loading and warm-up may take."""
-    max_restarts: int = 5
-    """Workers that may die one after the other without a single picture before the run stops (resumable)."""
-    backoff_s: float = 1.0
-    """Pause before the second restart in a row; doubled each time, up to a minute."""
-    max_items_per_worker: int | None = None
-    """Replace the worker after so many items, as a cure for slow leaks; null never does."""
-
-    def __post_init__(self) -> None:
-        for name in ("item_timeout_s", "start_timeout_s"):
-            check_range(f"executor.{name}", getattr(self, name), 1e-3, 1e9)
-        check_range("executor.max_restarts", self.max_restarts, 0, 1000)
-        check_range("executor.backoff_s", self.backoff_s, 0, 3600)
-        if self.max_items_per_worker is not None:
-            check_range("executor.max_items_per_worker", self.max_items_per_worker, 1, 10**9)
-
-    def adapt(self, session: SessionConfig) -> SessionConfig:
-        """A large worker is replaced as a whole; its session need not rebuild itself as well."""
-        health = replace(session.memory.health, action=Action.warn)
-        return replace(session, memory=replace(session.memory, health=health))
 
     def create(
         self,

@@ -10,7 +10,7 @@ from zimage_runner.errors import UserError
 from zimage_runner.executors.base import Executor, SessionFactory
 from zimage_runner.executors.messages import Start
 from zimage_runner.executors.ray_options import RayOptions
-from zimage_runner.memory.policies import Action, Health
+from zimage_runner.memory.policies import Health
 from zimage_runner.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -23,8 +23,7 @@ class RayExecutorConfig(RayOptions):
 
     def adapt(self, session: SessionConfig) -> SessionConfig:
         """A large worker is replaced as a whole, so its session need not do it; each node has its own weights."""
-        health = replace(session.memory.health, action=Action.warn)
-        return replace(session, memory=replace(session.memory, health=health), may_be_elsewhere=True)
+        return replace(RayOptions.adapt(self, session), may_be_elsewhere=True)
 
     def create(
         self,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from zimage_runner.errors import UserError, check_range
-from zimage_runner.executors.base import ExecutorConfig
+from zimage_runner.executors.workers import WorkersConfig
 
 AUTO = "auto"
 
@@ -24,7 +24,7 @@ class Writes(enum.Enum):
 
 
 @dataclass(kw_only=True, slots=True)
-class RayOptions(ExecutorConfig):
+class RayOptions(WorkersConfig):
     """Ray starts and places the workers; this process has the plan and the ledger."""
 
     address: str | None = None
@@ -44,24 +44,9 @@ class RayOptions(ExecutorConfig):
     """Of a Ray that is started for this run: shared memory for pictures on their way; null: Ray's own choice."""
     verbose: bool = False
     """Show Ray's own messages on the terminal."""
-    item_timeout_s: float = 1800.0
-    """Seconds one picture may take before its worker counts as hung; a batch may take this for each of its items."""
-    start_timeout_s: float = 3600.0
-    """Seconds that a worker may take to load and warm up, and that the first may wait for a place."""
-    max_restarts: int = 5
-    """Workers that may die without a single picture in between, for each worker, before the run stops (resumable)."""
-    backoff_s: float = 1.0
-    """Pause before the second restart in a row; doubled each time, up to a minute."""
-    max_items_per_worker: int | None = None
-    """Replace a worker after so many items, as a cure for slow leaks; null never does."""
 
     def __post_init__(self) -> None:
-        for name in ("item_timeout_s", "start_timeout_s"):
-            check_range(f"executor.{name}", getattr(self, name), 1e-3, 1e9)
-        check_range("executor.max_restarts", self.max_restarts, 0, 1000)
-        check_range("executor.backoff_s", self.backoff_s, 0, 3600)
-        if self.max_items_per_worker is not None:
-            check_range("executor.max_items_per_worker", self.max_items_per_worker, 1, 10**9)
+        WorkersConfig.__post_init__(self)  # super() does not know a dataclass with slots
         if self.object_store_gb is not None:
             check_range("executor.object_store_gb", self.object_store_gb, 0.08, 1e5)
             if self.address is not None:
