@@ -6,7 +6,6 @@ import io
 import json
 import logging
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +30,13 @@ def pwn(**_: Any) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def instant(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Runs of this process draw instantly; what Hydra sets up for --info ends with the test."""
+def instant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of this process draw instantly."""
     from zimage_runner.runner import pool
 
     monkeypatch.setattr(pool, "Session", FaultySession)
     monkeypatch.delenv("FAULTS", raising=False)
     monkeypatch.setenv("SECRET", "hunter2")
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
 
 
 def write(path: str | Path, text: str) -> Path:
