@@ -31,7 +31,7 @@ from zimage_runner.cli.file_mistakes import (
     misplaced,
     missing_package,
 )
-from zimage_runner.cli.words import OWN_EXPERIMENT
+from zimage_runner.cli.words import OTHER_FIELDS
 from zimage_runner.config.paths import CONFIG_DIR
 from zimage_runner.errors import PROGRAM, UserError, called, exception_chain
 from zimage_runner.prompts.vocabulary import cfg_hint
@@ -56,22 +56,6 @@ MEANT = {
     **dict.fromkeys(("draw", "generate", "sample", "txt2img"), "run prompt='...'"),
 }
 """Words of other command lines, and what does it here."""
-OTHER_FIELDS = {
-    **dict.fromkeys(("size", "resolution"), "write sampling.width=W sampling.height=H"),
-    **dict.fromkeys(("fp16", "bf16", "half", "precision"), "write model.dtype=float16 (or bfloat16, float32)"),
-    **dict.fromkeys(("verbose", "debug"), "every run writes run.log, with all there is to say; leave it out"),
-    **dict.fromkeys(("overwrite", "force"), "every run has a new folder, nothing is overwritten; leave it out"),
-    **dict.fromkeys(
-        ("num_images", "num_images_per_prompt", "samples", "n_iter", "batch_count", "count"),
-        "for several pictures give several seeds, seeds=1-4",
-    ),
-    **dict.fromkeys(("sampler", "sampler_name", "scheduler"), "Euler is the model's own sampler; leave it out"),
-    **dict.fromkeys(
-        ("image", "img", "init_image", "input", "strength"), "pictures are not read as input; leave it out"
-    ),
-    "config": f"experiments of your own are in a folder: {OWN_EXPERIMENT}",
-}
-"""Fields of other programs that have no counterpart of one word, and what to do instead."""
 
 
 def explain(error: BaseException) -> str:

@@ -25,6 +25,23 @@ INFO_KINDS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpa
 """Hydra's options; the last takes a value or none."""
 OWN_EXPERIMENT = "--config-dir FOLDER +experiment=NAME, for the file FOLDER/experiment/NAME.yaml"
 
+OTHER_FIELDS = {
+    **dict.fromkeys(("size", "resolution"), "write sampling.width=W sampling.height=H"),
+    **dict.fromkeys(("fp16", "bf16", "half", "precision"), "write model.dtype=float16 (or bfloat16, float32)"),
+    **dict.fromkeys(("verbose", "debug"), "every run writes run.log, with all there is to say; leave it out"),
+    **dict.fromkeys(("overwrite", "force"), "every run has a new folder, nothing is overwritten; leave it out"),
+    **dict.fromkeys(
+        ("num_images", "num_images_per_prompt", "samples", "n_iter", "batch_count", "count", "n"),
+        "for several pictures give several seeds, seeds=1-4",
+    ),
+    **dict.fromkeys(("sampler", "sampler_name", "scheduler"), "Euler is the model's own sampler; leave it out"),
+    **dict.fromkeys(
+        ("image", "img", "init_image", "input", "strength"), "pictures are not read as input; leave it out"
+    ),
+    "config": f"experiments of your own are in a folder: {OWN_EXPERIMENT}",
+}
+"""Fields of other programs that have no counterpart of one word, and what to do instead."""
+
 
 def readable(argv: Sequence[str]) -> list[str]:
     """``argv`` with its options first, as Hydra's parser needs them, and ``experiment=NAME`` with its plus sign.
@@ -114,6 +131,8 @@ def _with_kind(word: str, words: Iterator[str], argv: Sequence[str]) -> str:
 
 def _no_such_option(name: str, value: str) -> str:
     word = name.lstrip("-").replace("-", "_")
+    if remedy := OTHER_FIELDS.get(word):
+        return f"{name}: no such option: {remedy}"
     field = word if word in known_fields("") else next(iter(groups_with(word)), None) or closest(word, "")
     if field is None:
         return f"{name}: no such option; fields are set as field=value, without dashes: see --help"

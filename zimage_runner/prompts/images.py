@@ -65,7 +65,7 @@ class Images(RowSource):
             given = Path(self.path).expanduser()
             if not given.is_dir():
                 return [given]
-            found = sorted(_pictures_below(given))
+            found = sorted(pictures_below(given))
             if not found:
                 raise UserError(f"prompts.path={self.path}: there is no picture (PNG, JPEG, WebP) in this folder")
             return found
@@ -80,7 +80,7 @@ class Images(RowSource):
         return pictures
 
 
-def _pictures_below(folder: Path) -> Iterator[Path]:
+def pictures_below(folder: Path) -> Iterator[Path]:
     """Pictures at any depth; of runs and multiruns their items only, not the grids."""
     for name, folders, files in os.walk(folder):
         folders[:] = [below for below in folders if not below.startswith(".")]

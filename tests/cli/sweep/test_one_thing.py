@@ -103,6 +103,27 @@ def test_a_job_that_was_never_begun_is_as_it_was_or_refused(cli: Cli) -> None:
     assert drawn("sw/1") == ("a cat", 2)
 
 
+def test_a_folder_of_pictures_is_what_is_in_it(cli: Cli) -> None:
+    for text in ("a cat", "a dog"):
+        code, out, err = cli(*FAST, f"prompt={text}", "seeds=1")
+        assert code == 0, err
+        Path("pictures").mkdir(exist_ok=True)
+        next(Path(out.split()[-1]).glob("items/*/*/image.png")).rename(f"pictures/{text[-3:]}.png")
+    words = ("prompts=images", "prompts.path=pictures", "prompts.wins=command_line")
+    code, _, err = cli("-m", *words, *FAST, "seeds=1,2", "hydra.sweep.dir=sw")
+    assert code == 0, err
+    shutil.rmtree("sw/1")
+    Path("pictures/dog.png").rename("dog.png")
+    code, _, err = cli("resume=sw")
+    assert code == 2
+    assert "job 1 was never begun" in err
+    assert "pictures/dog.png is gone: put that back" in err
+    Path("dog.png").rename("pictures/dog.png")
+    code, _, err = cli("resume=sw")
+    assert code == 0, err
+    assert len(list(Path("sw/1").glob("items/*/*/image.png"))) == 2
+
+
 def drawn(job: str) -> tuple[str, int]:
     (record,) = Path(job).glob("items/*/*/record.json")
     said = json.loads(record.read_text())

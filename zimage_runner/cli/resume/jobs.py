@@ -22,6 +22,7 @@ from zimage_runner.cli.resume.settings import changed_fields, leaves
 from zimage_runner.errors import UserError
 from zimage_runner.outputs import atomic, beneath
 from zimage_runner.outputs.beneath import Inside
+from zimage_runner.prompts.images import pictures_below
 
 JOBS = ".hydra/jobs.jsonl"
 
@@ -82,6 +83,8 @@ def _described(config: DictConfig) -> dict[str, Any] | None:
 def _prompt_files(settings: dict[str, Any]) -> list[str]:
     path, pattern = settings.get("prompts.path"), settings.get("prompts.glob")
     found = [path] if isinstance(path, str) else []
+    if found and os.path.isdir(folder := os.path.expanduser(found[0])):
+        found = sorted(str(picture) for picture in pictures_below(Path(folder)))
     found += sorted(glob.glob(os.path.expanduser(pattern), recursive=True)) if isinstance(pattern, str) else []
     return [file for file in found if os.path.isfile(os.path.expanduser(file))]
 
