@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from zimage_runner.compile import Compile
 from zimage_runner.engines.base import Engine, EngineConfig, GeneratedBatch
 from zimage_runner.engines.caption_features import Caption, CaptionFeatures
-from zimage_runner.engines.embedding_cache import EmbeddingCache, EmbeddingCacheConfig, foresees
+from zimage_runner.engines.embedding_cache import EmbeddingCache, EmbeddingCacheConfig, all_cached
 from zimage_runner.engines.faults import is_out_of_memory
 from zimage_runner.engines.precision import likeness_key
 from zimage_runner.engines.request import LoadRequest, Needs, WarmupShape, denoise_request
@@ -196,7 +196,7 @@ class Session:
         if config.may_be_elsewhere:
             checkpoint = on_this_machine(config.model, checkpoint)
         needs = Needs.of(config.model, config.memory, config.compile, (shape.params for shape in self._shapes))
-        request = LoadRequest.for_needs(needs, checkpoint=checkpoint, encodes=not self._foresees_all())
+        request = LoadRequest.for_needs(needs, checkpoint=checkpoint, encodes=not self._all_cached())
         self._engine = config.engine.create(request)
         self._engine.synchronize()
         engine = self._engine
@@ -223,10 +223,10 @@ class Session:
     def _encode_ahead(self, texts: Sequence[Caption]) -> None:
         self._report["phases"] |= self.captions.encode_ahead(self._with_warmup(texts))
 
-    def _foresees_all(self) -> bool:
+    def _all_cached(self) -> bool:
         """Return whether the embedding cache will have every caption of the plan and of the warm-up."""
         captions = self._with_warmup(self._texts)
-        return bool(self._texts) and foresees(self.config.embedding_cache, self.config.key(), captions)
+        return bool(self._texts) and all_cached(self.config.embedding_cache, self.config.key(), captions)
 
     def _with_warmup(self, texts: Sequence[Caption]) -> list[Caption]:
         """Return the captions that the warm-up of all shapes needs, then ``texts``."""

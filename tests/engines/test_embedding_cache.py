@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from zimage_runner.engines.embedding_cache import FOLDER, EmbeddingCache, EmbeddingCacheConfig, foresees
+from zimage_runner.engines.embedding_cache import FOLDER, EmbeddingCache, EmbeddingCacheConfig, all_cached
 from zimage_runner.errors import UserError
 from zimage_runner.sampling import Lora
 
@@ -102,16 +102,16 @@ def test_a_second_run_encodes_nothing_and_draws_the_same(cli, tmp_path, monkeypa
 def test_what_is_there_is_foreseen(tmp_path):
     config = EmbeddingCacheConfig(path=str(tmp_path))
     texts = [("a cat", 512), ("a dog", 512)]
-    assert not foresees(EmbeddingCacheConfig(), "asked", texts)
-    assert not foresees(config, "asked", texts)
+    assert not all_cached(EmbeddingCacheConfig(), "asked", texts)
+    assert not all_cached(config, "asked", texts)
     for n, (text, length) in enumerate(texts):
-        assert foresees(config, "asked", texts) is False
+        assert all_cached(config, "asked", texts) is False
         cache(tmp_path).put((text, length), torch.full((1, 1), n))
-    assert foresees(config, "asked", texts)
-    assert not foresees(config, "something else", texts)
-    assert not foresees(config, "asked", [*texts, ("a cat", 256)])
+    assert all_cached(config, "asked", texts)
+    assert not all_cached(config, "something else", texts)
+    assert not all_cached(config, "asked", [*texts, ("a cat", 256)])
     cache(tmp_path, versions="newer")
-    assert not foresees(config, "asked", texts)
+    assert not all_cached(config, "asked", texts)
 
 
 @pytest.mark.parametrize("engine", ["native", "auto", "diffusers"])
@@ -139,7 +139,7 @@ def test_a_run_whose_captions_are_cached_loads_no_text_encoder(engine, cli, tmp_
 def test_a_wrong_guess_costs_the_loading_and_nothing_else(cli, tmp_path, monkeypatch):
     from zimage_runner import session
 
-    monkeypatch.setattr(session, "foresees", lambda *args: True)
+    monkeypatch.setattr(session, "all_cached", lambda *args: True)
     code, _, err = cli(
         "prompt=a red apple", "seeds=[1]", "sampling.num_inference_steps=1", f"embedding_cache.path={tmp_path}/cache"
     )
@@ -151,9 +151,9 @@ def test_a_damaged_guess_is_none(tmp_path):
     cache(tmp_path).put(("a cat", 512), torch.ones(1, 1))
     (guess,) = tmp_path.glob("*/identities/*")
     guess.write_bytes(b"\xff{")
-    assert not foresees(config, "asked", [("a cat", 512)])
+    assert not all_cached(config, "asked", [("a cat", 512)])
     cache(tmp_path)
-    assert foresees(config, "asked", [("a cat", 512)])
+    assert all_cached(config, "asked", [("a cat", 512)])
 
 
 OWN = "a" * 64 + ".safetensors"
@@ -228,7 +228,7 @@ def test_the_directory_may_be_a_link_and_its_folder_may_not(tmp_path):
     (tmp_path / "other" / FOLDER).symlink_to(tmp_path / "real")
     with pytest.raises(UserError, match=f"{FOLDER} is a link"):
         cache(tmp_path / "other")
-    assert not foresees(EmbeddingCacheConfig(path=str(tmp_path / "other")), "asked", [("a", 8)])
+    assert not all_cached(EmbeddingCacheConfig(path=str(tmp_path / "other")), "asked", [("a", 8)])
 
 
 @pytest.mark.parametrize("kind", ["link", "fifo", "folder"])

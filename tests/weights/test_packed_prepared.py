@@ -36,7 +36,7 @@ from zimage_runner.weights.load import load_tensors
 from zimage_runner.weights.packed import format as packed
 from zimage_runner.weights.packed import unpack
 from zimage_runner.weights.packed.format import BLOCK, Frame, Packing
-from zimage_runner.weights.preload import lanes, preload, source
+from zimage_runner.weights.preload import pinned_buffers, preload, source
 from zimage_runner.weights.preload.cuda_driver import CudaDriver, CudaUnavailable, allocated_bytes
 from zimage_runner.weights.preload.preload import Preload
 from zimage_runner.weights.prepared import prepare, prepared
@@ -51,7 +51,7 @@ def small_frames(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the embedded model has many, most of them with several tensors."""
     monkeypatch.setattr(prepared, "reads_packed", lambda: True)  # as with a GPU
     monkeypatch.setattr(packed, "FRAME_VALUES", 64 * BLOCK)
-    monkeypatch.setattr(lanes, "CHUNK_BYTES", 2 * 64 * BLOCK)
+    monkeypatch.setattr(pinned_buffers, "CHUNK_BYTES", 2 * 64 * BLOCK)
 
 
 def local(path: Path, **options: Any) -> Model:
@@ -361,7 +361,7 @@ def test_the_device_holds_no_more_than_weights_and_staging(nano: Path, driver: C
     driver.record = lambda *args: most.append(allocated_bytes()) or record(*args)  # type: ignore[method-assign]
     buffer = Preload([(path, 0, 0)], packings={path: packing}, driver=driver).take(path)
     assert len(most) == len(packing.frames)
-    assert max(most) - before <= packing.unpacked.size + lanes.THREADS * lanes.CHUNK_BYTES
+    assert max(most) - before <= packing.unpacked.size + pinned_buffers.THREADS * pinned_buffers.CHUNK_BYTES
     assert allocated_bytes() - before == packing.unpacked.size == len(on_device(buffer))
     del buffer
     assert allocated_bytes() == before

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.fake_cuda import on_device, pinned
-from zimage_runner.weights.preload import lanes, preload
+from zimage_runner.weights.preload import pinned_buffers, preload
 from zimage_runner.weights.preload.cuda_driver import CudaDriver, CudaUnavailable, allocated_bytes
 from zimage_runner.weights.preload.preload import Preload
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc f
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lanes, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(pinned_buffers, "CHUNK_BYTES", 4096)
 
 
 def content(name: str, size: int) -> bytes:
@@ -42,10 +42,10 @@ def test_every_byte_arrives(driver: CudaDriver, tmp_path: Path, pace: None) -> N
 def test_memory_pinned_ahead_is_used_and_given_back(
     driver: CudaDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: int
 ) -> None:
-    ahead = lanes.PinnedAhead()
-    monkeypatch.setattr(lanes, "pinned_ahead", ahead)
+    ahead = pinned_buffers.PinnedAhead()
+    monkeypatch.setattr(pinned_buffers, "pinned_ahead", ahead)
     ahead.fill(driver)
-    assert pinned(driver) == 2 * lanes.THREADS
+    assert pinned(driver) == 2 * pinned_buffers.THREADS
     others = [ahead.take() for _ in range(taken)]
     (tmp_path / "a").write_bytes(content("a", 1_000_000))
     load = Preload([(tmp_path / "a", 0, 1_000_000)], driver=driver)
@@ -56,12 +56,12 @@ def test_memory_pinned_ahead_is_used_and_given_back(
 
 
 def test_nothing_is_pinned_once_it_has_no_use(driver: CudaDriver) -> None:
-    for early in (lanes.PinnedAhead.close, lanes.PinnedAhead.take):
-        ahead = lanes.PinnedAhead()
+    for early in (pinned_buffers.PinnedAhead.close, pinned_buffers.PinnedAhead.take):
+        ahead = pinned_buffers.PinnedAhead()
         early(ahead)
         ahead.fill(driver)
         assert pinned(driver) == 0
-    ahead = lanes.PinnedAhead()
+    ahead = pinned_buffers.PinnedAhead()
     ahead.fill(driver)
     ahead.close()
     assert pinned(driver) == 0
@@ -149,13 +149,13 @@ def test_threads_that_cannot_be_started_are_an_error(
     assert pinned(driver) == 0
 
 
-def test_lanes_that_cannot_be_made_leave_nothing(driver: CudaDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_buffers_that_cannot_be_made_leave_nothing(driver: CudaDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing() -> ctypes.c_void_p:
         raise CudaUnavailable("cuEventCreate failed with CUDA error 2")
 
     monkeypatch.setattr(driver, "event", failing)
     with pytest.raises(CudaUnavailable, match="cuEventCreate"):
-        lanes.Lanes(driver, None)
+        pinned_buffers.PinnedBuffers(driver, None)
     assert pinned(driver) == 0
 
 
@@ -174,8 +174,11 @@ def test_buffers_are_kept_until_the_stream_has_done_with_them(
     monkeypatch.setattr(driver, "record", failing)
     (tmp_path / "a").write_bytes(b"x" * 100)
     buffer = preload.DeviceBuffer(driver, 100)
-    with pytest.raises(CudaUnavailable, match="cuEventRecord"), lanes.Lanes[str](driver, None) as own_lanes:
-        own_lanes.send("a", tmp_path / "a", lanes.Chunk(0, 100, 0), buffer.address)
+    with (
+        pytest.raises(CudaUnavailable, match="cuEventRecord"),
+        pinned_buffers.PinnedBuffers[str](driver, None) as own_buffers,
+    ):
+        own_buffers.send("a", tmp_path / "a", pinned_buffers.Chunk(0, 100, 0), buffer.address)
     assert calls == ["finish", "free_pinned", "free_pinned"]
 
 

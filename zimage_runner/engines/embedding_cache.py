@@ -2,7 +2,7 @@
 
 An entry's name is the sha256 of everything that decides it: text, max_sequence_length, weights, adapters that change
 the text encoder, numerics and library versions. A run whose captions are all here does not load the text encoder
-(``foresees`` tells before anything is).
+(``all_cached`` tells before anything is).
 
 The directory is the user's, who may keep other things in it: the cache lives in a folder of its own there, marked by a
 CACHEDIR.TAG, and counts and deletes nothing but plain files of its own names in it. Links are not followed.
@@ -246,7 +246,7 @@ def _checksum(tensor: torch.Tensor, name: str) -> str:
     return total.hexdigest()
 
 
-def foresees(config: EmbeddingCacheConfig, asked: str, captions: Iterable[Caption]) -> bool:
+def all_cached(config: EmbeddingCacheConfig, asked: str, captions: Iterable[Caption]) -> bool:
     """Whether each caption's features are there, if numerics and versions are those that ``asked`` gave last.
 
     A guess, made before torch is imported: who relies on it must still be able to encode.

@@ -134,7 +134,7 @@ class ProcessExecutor(Executor):
             case Started(ticket):
                 self._flights[ticket].started = True
             case SteppedDown(step):
-                self._supervisor.story.recovery.append(step)
+                self._supervisor.events.recovery.append(step)
             case Finished(ticket, report):
                 del self._flights[ticket]
                 self._supervisor.update(report)
@@ -160,5 +160,5 @@ class ProcessExecutor(Executor):
         again, given_up = self._blame.judge(flights)
         self._again.extendleft(reversed(again))
         for batch in given_up:
-            self._supervisor.story.quarantined.append(batch.items[0].item_dir)
+            self._supervisor.events.quarantined.append(batch.items[0].item_dir)
             yield BatchResult(items=batch.items, error=given_up_text(death), attempt=batch.attempt)

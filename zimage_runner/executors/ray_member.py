@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from zimage_runner.executors.blame import Flight
-from zimage_runner.executors.story import reserved_gb
+from zimage_runner.executors.worker_events import reserved_gb
 
 if TYPE_CHECKING:
     from zimage_runner.executors.ray_options import RayOptions

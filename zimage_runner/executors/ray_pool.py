@@ -19,7 +19,7 @@ from zimage_runner.executors.fleet import Died, Done, Event, Fleet, Hired, Notic
 from zimage_runner.executors.queue import BatchQueue
 from zimage_runner.executors.ray_member import BATCHES_AHEAD, Member, Roster, State
 from zimage_runner.executors.ray_options import RayOptions, Writes
-from zimage_runner.executors.story import Story, merged
+from zimage_runner.executors.worker_events import WorkerEvents, merged
 from zimage_runner.memory.policies import Action, Health
 from zimage_runner.plan import Encoding
 from zimage_runner.signals import StopRequest
@@ -46,7 +46,7 @@ class RayExecutor(Executor):
         self._fleet = fleet
         self._health = health
         self._stop = stop
-        self._story = Story("ray")
+        self._events = WorkerEvents("ray")
         self._blame = Blame()
         self._roster = Roster()
         self._extensions: list[tuple[Sequence[WarmupShape], Sequence[Encoding]]] = []
@@ -101,9 +101,9 @@ class RayExecutor(Executor):
             self._roster.start_clocks()
 
     def report(self) -> dict[str, Any]:
-        recovery = {"recovery": list(self._story.recovery)} if self._story.recovery else {}
+        recovery = {"recovery": list(self._events.recovery)} if self._events.recovery else {}
         workers = {"workers": self._roster.figures()}
-        return {**self._report, **recovery, "executor": {**self._story.to_dict(), **workers}}
+        return {**self._report, **recovery, "executor": {**self._events.to_dict(), **workers}}
 
     def close(self) -> None:
         self._roster.clear()
@@ -246,7 +246,7 @@ class RayExecutor(Executor):
         flight = self._roster.land(member, done.ticket, done.seconds)
         self._deaths_in_a_row = 0
         self._no_hire_before = 0.0
-        self._story.recovery += done.steps
+        self._events.recovery += done.steps
         self._report = merged(self._report, done.report)
         most = self._config.max_items_per_worker
         member.is_due = (most is not None and member.images >= most) or (
@@ -274,7 +274,7 @@ class RayExecutor(Executor):
         log.info("replacing %s after %d pictures", member, member.images)
         self._fleet.fire(member.id)
         self._roster.remove(member)
-        self._story.recycled += 1
+        self._events.recycled += 1
 
     def _bury(self, member: Member, death: Died) -> Iterator[BatchResult]:
         """Queue again what the dead worker had; give up the items that have now taken two with them.
@@ -290,9 +290,9 @@ class RayExecutor(Executor):
             again, given_up = self._blame.judge(list(flights.values()))
         self._queue.give_back(again)
         for batch in given_up:
-            self._story.quarantined.append(batch.items[0].item_dir)
+            self._events.quarantined.append(batch.items[0].item_dir)
             yield BatchResult(items=batch.items, error=given_up_text(death.how), attempt=batch.attempt)
-        self._story.deaths.append(f"{member} {death.how}")
+        self._events.deaths.append(f"{member} {death.how}")
         log.warning("%s %s", member, death.how)
         self._deaths_in_a_row += 1
         limit = (self._config.max_restarts + 1) * max(1, self._most)  # a node takes all of its workers with it

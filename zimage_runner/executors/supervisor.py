@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from zimage_runner.errors import RunStopped, UserError, counted
 from zimage_runner.executors.child import Child, WorkerBroken, WorkerDied
 from zimage_runner.executors.messages import Extend, Start
-from zimage_runner.executors.story import Story, merged, reserved_gb
+from zimage_runner.executors.worker_events import WorkerEvents, merged, reserved_gb
 from zimage_runner.memory.policies import Action, Health
 from zimage_runner.plan import Encoding
 from zimage_runner.signals import StopRequest
@@ -27,7 +27,7 @@ class Supervisor:
     """One worker at a time. Used from one thread, which must live as long as the worker (it dies with it)."""
 
     def __init__(self, config: ProcessExecutorConfig, start: Start, health: Health, stop: StopRequest) -> None:
-        self.story = Story("process")
+        self.events = WorkerEvents("process")
         self.stop = stop
         self._config = config
         self._start = start
@@ -49,8 +49,8 @@ class Supervisor:
 
     def report(self) -> dict[str, Any]:
         """The worker's last report with the story of all of them."""
-        recovery = {"recovery": list(self.story.recovery)} if self.story.recovery else {}
-        return {**self._report, **recovery, "executor": self.story.to_dict()}
+        recovery = {"recovery": list(self.events.recovery)} if self.events.recovery else {}
+        return {**self._report, **recovery, "executor": self.events.to_dict()}
 
     def update(self, report: dict[str, Any]) -> None:
         """Take over a worker's report; the phases stay those of the first one, and peaks those of all."""
@@ -77,7 +77,7 @@ class Supervisor:
     def bury(self, death: WorkerDied) -> None:
         """Record the death. Raises RunStopped after too many in a row."""
         self._child = None
-        self.story.deaths.append(str(death))
+        self.events.deaths.append(str(death))
         self._deaths_in_a_row += 1
         log.warning("the worker process %s", death)
         if self._deaths_in_a_row > self._config.max_restarts:
@@ -97,7 +97,7 @@ class Supervisor:
         drawn = counted(self._items_drawn, "item")
         log.info("replacing the worker process after %s, %.1f GB reserved", drawn, self._reserved_gb)
         self.close()
-        self.story.recycled += 1
+        self.events.recycled += 1
         self._spawn()
 
     def close(self) -> None:

@@ -37,7 +37,6 @@ from zimage_runner.outputs.summary import Summary
 from zimage_runner.outputs.survey import Progress, survey
 from zimage_runner.runner.dry_run import describe
 from zimage_runner.runner.pool import SharedExecutor, executor_of_run
-from zimage_runner.runner.reuse import foreseen
 from zimage_runner.runner.run import Run
 from zimage_runner.runner.spec import RunSpec, plan_run
 from zimage_runner.signals import PATIENCE
@@ -92,7 +91,7 @@ def _plan(config: RunConfig, shared: SharedExecutor) -> RunSpec:
 def _describe(spec: RunSpec, directory: Path, shared: SharedExecutor) -> int:
     """Print what the run would do. Return the exit code."""
     progress = progress_of(spec, directory, Ledger.load(directory / RECORDS))
-    linked = foreseen(spec, progress.todo)
+    linked = drawn_before(spec, progress.todo)
     shared.planned.append(len(progress.todo) - len(linked))
     if shared.label:
         say(f"{shared.label}:", sys.stdout)

@@ -110,7 +110,7 @@ def earlier_pictures(pattern: str, wanted: set[str], image: str, *, but: Path) -
     return found
 
 
-def foreseen(spec: RunSpec, todo: Iterable[WorkItem]) -> set[str]:
+def drawn_before(spec: RunSpec, todo: Iterable[WorkItem]) -> set[str]:
     """Directories of the items that ``skip_existing`` would serve, if they were drawn as the runs that it names were.
 
     No model is loaded for it, so each run's own numerics stand for this machine's. Raises UserError as

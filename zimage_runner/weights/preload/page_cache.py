@@ -16,7 +16,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 
 from zimage_runner.weights.preload.cuda_driver import CudaDriver, CudaUnavailable
-from zimage_runner.weights.preload.lanes import pinned_ahead
+from zimage_runner.weights.preload.pinned_buffers import pinned_ahead
 
 log = logging.getLogger(__name__)
 

@@ -20,10 +20,10 @@ from typing import Any
 
 from zimage_runner.weights.packed.format import Packing
 from zimage_runner.weights.packed.kernel import UnpackKernel
-from zimage_runner.weights.preload import lanes
+from zimage_runner.weights.preload import pinned_buffers
 from zimage_runner.weights.preload.cuda_driver import CudaDriver, CudaUnavailable
 from zimage_runner.weights.preload.gil import switch_as_usual, switch_quickly
-from zimage_runner.weights.preload.lanes import Chunk, Lanes
+from zimage_runner.weights.preload.pinned_buffers import Chunk, PinnedBuffers
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class Preload:
             for load in self._all:
                 self._queue(load, DeviceBuffer(driver, load.nbytes))
             self._tell("memory on the device")
-            for _ in range(lanes.THREADS):
+            for _ in range(pinned_buffers.THREADS):
                 self._chunks.put(None)
                 reader = threading.Thread(target=self._read, args=(driver, kernel), name="preload", daemon=True)
                 reader.start()
@@ -154,7 +154,7 @@ class Preload:
             load.buffer = None  # the error's traceback, for one, still knows the load
         self._loads.clear()
         self._all.clear()
-        lanes.pinned_ahead.close()
+        pinned_buffers.pinned_ahead.close()
         if not self._closed:
             self._closed = True
             switch_as_usual()
@@ -162,7 +162,7 @@ class Preload:
     def _read(self, driver: CudaDriver, kernel: UnpackKernel | None) -> None:
         try:
             driver.enter()
-            with Lanes[_Load](driver, kernel) as own:
+            with PinnedBuffers[_Load](driver, kernel) as own:
                 while (work := self._chunks.get()) is not None and self._error is None:
                     load, chunk = work
                     assert load.buffer is not None
@@ -194,12 +194,12 @@ class Preload:
 
 
 def _plain(path: Path, offset: int, nbytes: int) -> _Load:
-    starts = range(0, nbytes, lanes.CHUNK_BYTES)
-    return _Load(path, nbytes, [Chunk(offset + s, min(lanes.CHUNK_BYTES, nbytes - s), s) for s in starts])
+    starts = range(0, nbytes, pinned_buffers.CHUNK_BYTES)
+    return _Load(path, nbytes, [Chunk(offset + s, min(pinned_buffers.CHUNK_BYTES, nbytes - s), s) for s in starts])
 
 
 def _packed(path: Path, packing: Packing) -> _Load:
-    assert packing.largest_frame <= lanes.CHUNK_BYTES, packing.largest_frame
+    assert packing.largest_frame <= pinned_buffers.CHUNK_BYTES, packing.largest_frame
     frames = packing.frames
     chunks = [Chunk(f.offset, f.nbytes, f.start, None if f.counts is None else f) for f in frames]
     return _Load(path, packing.unpacked.size, chunks)

@@ -16,8 +16,8 @@ from zimage_runner.model import Device, Dtype, Model, Prepare
 from zimage_runner.weights.find.checkpoint import Checkpoint
 from zimage_runner.weights.formats.source import source_file
 from zimage_runner.weights.preload.cuda_driver import CudaUnavailable, torch_is_cpu_only
-from zimage_runner.weights.preload.lanes import pinned_ahead
 from zimage_runner.weights.preload.page_cache import CudaContext, read_ahead
+from zimage_runner.weights.preload.pinned_buffers import pinned_ahead
 from zimage_runner.weights.preload.preload import Preload
 from zimage_runner.weights.prepared import prepared
 from zimage_runner.weights.prepared.names import COMPONENTS

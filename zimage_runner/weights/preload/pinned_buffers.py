@@ -17,7 +17,7 @@ from zimage_runner.weights.packed.kernel import UnpackKernel
 from zimage_runner.weights.preload.cuda_driver import CudaDriver
 
 THREADS = 8
-LANES = 2
+BUFFERS = 2
 """Buffers of each thread."""
 CHUNK_BYTES = 16 << 20
 """Large, so that a thread seldom needs the GIL, which the import holds for long stretches; but page-locking memory, two
@@ -35,7 +35,7 @@ class PinnedAhead:
     def fill(self, driver: CudaDriver) -> None:
         """As many as a Preload uses, one by one; ends early once there is no use for more."""
         driver.enter()
-        for _ in range(LANES * THREADS):
+        for _ in range(BUFFERS * THREADS):
             with self._lock:
                 if not self._wanted:
                     return
@@ -79,7 +79,7 @@ class Chunk:
 Ticket = TypeVar("Ticket")
 
 
-class Lanes(Generic[Ticket]):
+class PinnedBuffers(Generic[Ticket]):
     """A stream and the buffers that feed it, all given back at the end of ``with``.
 
     Whoever sends a chunk gives a ticket, and gets it back when the chunk has arrived.
@@ -93,42 +93,42 @@ class Lanes(Generic[Ticket]):
             self._stream = driver.stream()
             made.callback(driver.destroy_stream, self._stream)
             self._staging = 0
-            """Device memory that packed chunks are unpacked from. One serves all lanes: a stream's work is done in
+            """Device memory that packed chunks are unpacked from. One serves all buffers: a stream's work is done in
             order, so that the next copy waits for the kernel that reads the last one."""
             if kernel is not None:
                 self._staging = driver.allocate(CHUNK_BYTES)
                 made.callback(driver.free, self._staging, CHUNK_BYTES)
             self._buffers, self._events = [], []
-            for _ in range(LANES):
+            for _ in range(BUFFERS):
                 self._buffers.append(pinned_ahead.take() or driver.allocate_pinned(CHUNK_BYTES))
                 made.callback(driver.free_pinned, self._buffers[-1])
                 self._events.append(driver.event())
                 made.callback(driver.destroy_event, self._events[-1])
             self._held = made.pop_all()
-        self._flying: list[Ticket | None] = [None] * LANES
+        self._flying: list[Ticket | None] = [None] * BUFFERS
         self._turn = 0
         self._file: tuple[Path, int] | None = None
 
-    def __enter__(self) -> Lanes[Ticket]:
+    def __enter__(self) -> PinnedBuffers[Ticket]:
         return self
 
     def send(self, ticket: Ticket, path: Path, chunk: Chunk, base: int) -> Ticket | None:
         """Read a chunk and start its way into the device's buffer at ``base``.
 
-        Returns the ticket of what was in that lane before and has arrived.
+        Returns the ticket of what was in that buffer before and has arrived.
         """
-        lane = self._turn
-        self._turn = (lane + 1) % LANES
-        arrived = self._wait(lane)
-        host = self._buffers[lane]
+        number = self._turn
+        self._turn = (number + 1) % BUFFERS
+        arrived = self._wait(number)
+        host = self._buffers[number]
         memory = memoryview((ctypes.c_ubyte * chunk.nbytes).from_address(host)).cast("B")
         read_exactly(self._descriptor(path), chunk.offset, memory, path)
         if chunk.packed is None:
             self._driver.copy_to_device(base + chunk.start, host, chunk.nbytes, self._stream)
         else:
             self._unpack(host, chunk.packed, base + chunk.start)
-        self._driver.record(self._events[lane], self._stream)
-        self._flying[lane] = ticket
+        self._driver.record(self._events[number], self._stream)
+        self._flying[number] = ticket
         return arrived
 
     def _unpack(self, host: int, frame: Frame, target: int) -> None:
@@ -139,15 +139,15 @@ class Lanes(Generic[Ticket]):
 
     def drain(self) -> Iterator[Ticket]:
         """Wait for what is still on the bus."""
-        for step in range(LANES):
-            ticket = self._wait((self._turn + step) % LANES)
+        for step in range(BUFFERS):
+            ticket = self._wait((self._turn + step) % BUFFERS)
             if ticket is not None:
                 yield ticket
 
-    def _wait(self, lane: int) -> Ticket | None:
-        ticket, self._flying[lane] = self._flying[lane], None
+    def _wait(self, number: int) -> Ticket | None:
+        ticket, self._flying[number] = self._flying[number], None
         if ticket is not None:
-            self._driver.wait(self._events[lane])
+            self._driver.wait(self._events[number])
         return ticket
 
     def _descriptor(self, path: Path) -> int:

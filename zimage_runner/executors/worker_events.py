@@ -7,7 +7,7 @@ from typing import Any
 
 
 @dataclass(slots=True)
-class Story:
+class WorkerEvents:
     """What happened to the workers, for the report."""
 
     kind: str
