@@ -37,6 +37,7 @@ from zimage_runner.outputs.summary import Summary
 from zimage_runner.outputs.survey import Progress, survey
 from zimage_runner.runner.dry_run import describe
 from zimage_runner.runner.pool import SharedExecutor, executor_of_run
+from zimage_runner.runner.reuse import drawn_before
 from zimage_runner.runner.run import Run
 from zimage_runner.runner.spec import RunSpec, plan_run
 from zimage_runner.signals import PATIENCE
