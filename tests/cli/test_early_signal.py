@@ -18,7 +18,7 @@ run = program._run
 program._run = lambda argv: print("listening", flush=True) or run(argv)
 program.entry_point()
 """
-MOMENTS = 8
+MOMENTS = 4
 LATEST = 0.7
 """Seconds: about when a dry run ends on an idle machine."""
 

@@ -29,7 +29,7 @@ def kill_the_process(tmp_path, overrides: list[str], rounds: int, seed: int) -> 
         assert process.pid is not None
         workers = children_of(process.pid)
         kill(process.pid)
-        process.join(10)
+        process.join(60)
         assert all_gone(workers)
         if run.started:
             run.check(complete=False)
@@ -84,7 +84,7 @@ def kill_the_multirun(tmp_path, jobs: int, rounds: int, seed: int) -> None:
         time.sleep(rng.uniform(0, 0.15 if n else 0.6))
         assert process.pid is not None
         kill(process.pid)
-        process.join(10)
+        process.join(60)
         for run in runs:
             if run.started and (run.run_dir / "records.jsonl").exists():
                 run.check(complete=False)

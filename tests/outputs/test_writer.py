@@ -25,7 +25,7 @@ class Gate(PendingImages):
         self.open = threading.Event()
 
     def wait(self) -> np.ndarray:
-        assert self.open.wait(10)
+        assert self.open.wait(60)
         return self.pictures
 
 
@@ -202,7 +202,7 @@ def test_submit_waits_when_too_many_pictures_are_pending(tmp_path):
         assert submitted == [0, 1]
         for gate in gates:
             gate.open.set()
-        feeder.join(10)
+        feeder.join(60)
         run.writer.flush()
         assert len(run.outcomes) == 4
 

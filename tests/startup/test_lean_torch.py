@@ -162,7 +162,11 @@ def lean(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], s
         stdin.close()
 
 
-@pytest.mark.parametrize("touch", TOUCHES)
+QUICK = ("compile", "submodule", "decompositions", "patched")
+"""One of each way to get there. The others take as long: all of torch is imported."""
+
+
+@pytest.mark.parametrize("touch", [t if t in QUICK else pytest.param(t, marks=pytest.mark.slow) for t in TOUCHES])
 def test_one_touch_makes_it_a_plain_import(touch, lean):
     lean(f"{TOUCHES[touch]}\ncomplete()")
 

@@ -53,5 +53,5 @@ def served(root: Path, cache: Path) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         server.should_exit = True
-        thread.join(10)
+        thread.join(60)
         gallery.close()

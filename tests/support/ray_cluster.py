@@ -57,7 +57,7 @@ def ray_cluster(nodes: int) -> Iterator[Nodes]:
         cluster.shutdown()
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while (left := processes("raylet/raylet")) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not left, f"raylets are left: {left}"

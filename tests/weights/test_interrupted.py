@@ -32,7 +32,7 @@ def script(main: str, setup: str = "pass") -> str:
 def signalled(
     code: str, argv: list[str], number: signal.Signals, ready: Callable[[], object], folder: Path
 ) -> tuple[int, str]:
-    """Exit code and stderr of a process that gets a signal once ``ready``; it may take 15 s to end."""
+    """Exit code and stderr of a process that gets a signal once ``ready``."""
     process = subprocess.Popen(
         [sys.executable, "-c", code, *argv],
         cwd=folder,
@@ -47,7 +47,7 @@ def signalled(
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(number)
-    _, err = process.communicate(timeout=15)
+    _, err = process.communicate(timeout=60)  # of a busy machine
     return process.returncode, err
 
 
@@ -57,8 +57,9 @@ def is_one_line(err: str, number: signal.Signals) -> bool:
 
 @pytest.mark.parametrize(
     ("main", "argv", "number"),
-    [(RUN, ["prompt=a", "warmup=none"], signal.SIGTERM), (RUN, ["-m", "prompt='a','b'"], signal.SIGINT),
-     (PREPARE, ["download"], signal.SIGTERM), (PREPARE, ["build"], signal.SIGINT)],
+    [(RUN, ["prompt=a", "warmup=none"], signal.SIGTERM), (PREPARE, ["build"], signal.SIGINT),
+     pytest.param(RUN, ["-m", "prompt='a','b'"], signal.SIGINT, marks=pytest.mark.slow),
+     pytest.param(PREPARE, ["download"], signal.SIGTERM, marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_download(monkeypatch, tmp_path, main: str, argv: list[str], number: signal.Signals) -> None:
     cache = tmp_path / "hub"
@@ -87,7 +88,6 @@ def test_download(monkeypatch, tmp_path, main: str, argv: list[str], number: sig
     ("number", "module", "packed"),
     [
         (signal.SIGTERM, "prepared.prepare", False),
-        (signal.SIGINT, "prepared.prepare", False),
         (signal.SIGINT, "packed.writer", True),
     ],
 )

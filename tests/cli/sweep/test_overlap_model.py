@@ -323,7 +323,7 @@ def settle(threads: set[threading.Thread], descriptors: int) -> None:
     """Threads and files of the jobs are gone; the thread that counts signals takes an instant."""
     for thread in set(threading.enumerate()) - threads:
         if thread.name in ("signals", "deadline"):
-            thread.join(5)
+            thread.join(60)
     own = set(threading.enumerate()) - threads
     assert all(type(thread).__name__ == "TMonitor" for thread in own), own
     assert len(os.listdir("/proc/self/fd")) <= descriptors
