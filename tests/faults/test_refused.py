@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import threading
+from collections.abc import Callable
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,22 @@ def test_whatever_is_raised_in_any_thread_ends_the_run(run, monkeypatch, capfd, 
         patch.setattr(owner, name, fail)
         assert main(run.argv()) == 130
     assert json.loads((run.run_dir / "summary.json").read_bytes())["status"] == "stopped"
+    finish(run)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("name", ["receiver", "writer_1"])
+def test_a_thread_that_ends_before_it_is_watched_is_missed(run, monkeypatch, capfd, name):
+    real = Writer._seen
+
+    def seen(writer: Writer, target: Callable[[], None]) -> None:
+        if threading.current_thread().name == name:
+            raise MemoryError
+        real(writer, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "_seen", seen)
+        assert main(run.argv()) in (0, 130)  # one writer of two may have been enough
     finish(run)
 
 

@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 PATIENCE = 5.0
 """Seconds that pictures on their way are waited for after a fault: the GPU may be lost too."""
+LOOK_SECONDS = 1.0
+"""Between looks at whether the threads live, while they are waited for."""
 RECORDS_AHEAD = 4096
 """Lines of items that workers have written which may wait: they are small, and appended together."""
 
@@ -150,7 +152,7 @@ class Writer:
     def flush(self) -> None:
         """Wait until every queued request has its Outcome."""
         with self._room:
-            self._room.wait_for(lambda: self._pending == 0 or self._fatal is not None)
+            self._wait_until(lambda: self._pending == 0)
         self._check()
 
     def write_arrived(self, seconds: float) -> None:
@@ -161,7 +163,7 @@ class Writer:
     def close(self) -> None:
         """Finish what is queued, then end the threads. Raises RunStopped if something could not be written."""
         with self._room:
-            self._room.wait_for(lambda: self._pending == 0 or self._fatal is not None)
+            self._wait_until(lambda: self._pending == 0)
         if self._receiver is not None:
             self._batches.put(None)
             self._receiver.join(None if self._fatal is None else PATIENCE)
@@ -215,10 +217,17 @@ class Writer:
         """Wait for room for ``count`` pictures; a batch larger than the limit passes once nothing else waits."""
         limit = max(0, most - count)
         with self._room:
-            self._room.wait_for(lambda: self._pending <= limit or self._fatal is not None)
+            self._wait_until(lambda: self._pending <= limit)
             self._check()
             self._run_dir.check_free(self._output)
             self._pending += count
+
+    def _wait_until(self, done: Callable[[], bool]) -> None:
+        """Wait, holding ``_room``, until ``done`` or a fault. A thread that ended before ``_seen`` could see is one."""
+        while not self._room.wait_for(lambda: done() or self._fatal is not None, LOOK_SECONDS):
+            threads = (self._receiver, *self._writers, self._recorder)
+            if any(thread is not None and not thread.is_alive() for thread in threads):
+                self._fatal = RunStopped("no more pictures can be written: a thread that writes them has ended")
 
     def _put(self, request: WriteRequest, call: Callable[..., None], *arguments: Any) -> None:
         with self._room:
