@@ -1,24 +1,25 @@
 """How large a run the gallery can show: time and memory on ledgers made for it.
 
-    python benchmarks/gallery.py [pictures=100000,1000000] [pairs=4] [into=results.json]
+    python benchmarks/gallery.py [pictures=100000,1000000] [drawn=1500] [into=results.json]
 
 For each size a run of that many pictures (prompts and ledger, no picture files; a new prompt for each picture) is made
 in a temporary folder, and a gallery of it is started as a user does, first without an index, then again with it.
 Measured: from the start of the process to its address, from there to the first page of 100 pictures with the newest
 first, the time until every line is in the index, filters, a jump to the middle, and the process's largest memory.
 
-Then what a viewer costs a run: ``pairs`` times the embedded model draws 100 pictures without and with a gallery that
-follows it, the order changing from pair to pair, while a client takes its events and asks for each new thumbnail.
-Compared are the CPU seconds of the run's own process: what else a busy machine does hardly shows in them.
+Then what a viewer costs a run: the embedded model draws ``drawn`` pictures, and a gallery follows it with a client that
+takes its events and asks for each new thumbnail; every few seconds the gallery's process is stopped or goes on.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import platform
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -44,7 +45,9 @@ FILTERS = {
     "slowest first": "sort=slowest",
 }
 REPEATS = 3
-PICTURES = 100
+WINDOW_SECONDS = 4.0
+SETTLED_SECONDS = 1.0
+"""After a switch, before a picture counts."""
 
 
 def main(argv: list[str]) -> int:
@@ -70,8 +73,8 @@ def main(argv: list[str]) -> int:
             result["index_mb"] = round(sum(f.stat().st_size for f in Path(folder, "cache").rglob("*.sqlite")) / 1e6)
             found["runs"].append(result)
             print(json.dumps(result, indent=1), flush=True)
-    if pairs := int(options.get("pairs", "4")):
-        found["beside_a_run"] = beside_a_run(pairs)
+    if drawn := int(options.get("drawn", "1500")):
+        found["beside_a_run"] = beside_a_run(drawn)
         print(json.dumps(found["beside_a_run"], indent=1), flush=True)
     if "into" in options:
         into = Path(options["into"])
@@ -115,49 +118,64 @@ def measured(root: Path, environment: dict[str, str], size: int) -> dict[str, An
     return result
 
 
-def beside_a_run(pairs: int) -> dict[str, Any]:
-    """CPU seconds of runs without and with a gallery that follows them."""
+def beside_a_run(pictures: int) -> dict[str, Any]:
+    """Seconds a picture of one run while a gallery follows it and while that gallery is stopped, in turn.
+
+    Windows of a few seconds of one process: what changes slowly on a machine is the same in both. Where there are two
+    cores, the run has one and gallery and client have the other, as on any machine that has cores to spare.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    taskset = (lambda core: ["taskset", "-c", str(core)]) if len(cores) > 1 else (lambda core: [])
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "ZIMAGE_RUNNER_CACHE": f"{folder}/cache", "PYTHONPATH": str(ROOT)}
+        (Path(folder) / "outputs").mkdir()
+        os.sched_setaffinity(0, cores[1:2] or cores)  # the client, and the gallery, which inherits it
+        with follower(folder, environment) as (gallery, thumbnails):
+            command = [*taskset(cores[0]), sys.executable, "-m", "zimage_runner", "prompt=a red apple"]
+            command += [f"seeds=0-{pictures - 1}", "engine.threads=1", "sampling.num_inference_steps=1"]
+            command += ["warmup=none", "output.report=false"]
+            run = subprocess.Popen(
+                command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+            switches = [(time.time(), True)]
+            while run.poll() is None:
+                time.sleep(WINDOW_SECONDS)
+                follows = not switches[-1][1]
+                gallery.send_signal(signal.SIGCONT if follows else signal.SIGSTOP)
+                switches.append((time.time(), follows))
+            gallery.send_signal(signal.SIGCONT)
+            assert run.returncode == 0
+        done = sorted(path.stat().st_mtime for path in Path(folder).rglob("items/*/*/image.png"))
     seconds: dict[bool, list[float]] = {False: [], True: []}
-    shown = 0
-    for n in range(pairs):
-        for viewed in (False, True) if n % 2 else (True, False):
-            with tempfile.TemporaryDirectory() as folder:
-                environment = {**os.environ, "ZIMAGE_RUNNER_CACHE": f"{folder}/cache", "PYTHONPATH": str(ROOT)}
-                environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-                (Path(folder) / "outputs").mkdir()
-                with follower(folder, environment) if viewed else contextlib.nullcontext(set()) as thumbnails:
-                    seconds[viewed].append(cpu_seconds_of_run(folder, environment))
-                shown += len(thumbnails)
-                print(f"{'viewed' if viewed else 'alone'}: {seconds[viewed][-1]:.2f} s", flush=True)
-    change = [viewed / alone - 1 for alone, viewed in zip(seconds[False], seconds[True], strict=True)]
+    for (begin, follows), (end, _) in itertools.pairwise(switches):
+        inside = [moment for moment in done if begin + SETTLED_SECONDS < moment < end]
+        seconds[follows] += [after - before for before, after in itertools.pairwise(inside)]
+    alone, viewed = (statistics.fmean(trimmed(seconds[follows])) for follows in (False, True))
+    errors = [statistics.stdev(trimmed(s)) / statistics.fmean(s) / len(s) ** 0.5 for s in seconds.values()]
     return {
-        "pictures": PICTURES,
-        "cpu_s_alone": [round(s, 2) for s in seconds[False]],
-        "cpu_s_viewed": [round(s, 2) for s in seconds[True]],
-        "thumbnails_asked_for_in_a_run": round(shown / pairs),
-        "median_change_percent": round(100 * statistics.median(change), 2),
-        "change_of_medians_percent": round(
+        "pictures": pictures,
+        "windows": len(switches),
+        "seconds_alone": round(alone, 4),
+        "seconds_viewed": round(viewed, 4),
+        "change_percent": round(100 * (viewed / alone - 1), 2),
+        "standard_error_percent": round(100 * sum(e**2 for e in errors) ** 0.5, 2),
+        "median_change_percent": round(
             100 * (statistics.median(seconds[True]) / statistics.median(seconds[False]) - 1), 2
         ),
+        "thumbnails_asked_for": len(thumbnails),
         "load_average": round(os.getloadavg()[0], 1),
     }
 
 
-def cpu_seconds_of_run(folder: str, environment: dict[str, str]) -> float:
-    command = [sys.executable, "-m", "zimage_runner", "prompt=a red apple", f"seeds=0-{PICTURES - 1}"]
-    command += ["sampling.num_inference_steps=1", "warmup=none", "output.report=false"]
-    process = subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0
-    return usage.ru_utime + usage.ru_stime
+def trimmed(values: list[float]) -> list[float]:
+    """Without the twentieth at either end: what else the machine did."""
+    cut = len(values) // 20
+    return sorted(values)[cut : len(values) - cut]
 
 
 @contextlib.contextmanager
-def follower(folder: str, environment: dict[str, str]) -> Iterator[set[int]]:
-    """A gallery and a client that asks as its page does; the numbers of the pictures whose thumbnails it had."""
+def follower(folder: str, environment: dict[str, str]) -> Iterator[tuple[subprocess.Popen[str], set[int]]]:
+    """A gallery and a client that asks as its page does; its process, and the pictures whose thumbnails it had."""
     command = [sys.executable, "-m", "zimage_runner.view", f"{folder}/outputs", "port=0"]
     had: set[int] = set()
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, encoding="utf-8") as process:
@@ -176,7 +194,7 @@ def follower(folder: str, environment: dict[str, str]) -> Iterator[set[int]]:
         thread = threading.Thread(target=follow, daemon=True)
         thread.start()
         try:
-            yield had
+            yield process, had
         finally:
             process.terminate()
             thread.join(10)
