@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zimage_runner.prompts import read_prompts
-from zimage_runner.prompts.foreign import LoraTag, lora_tags
+from zimage_runner.prompts.foreign import KINDS, LoraTag, lora_tags
+from zimage_runner.prompts.generation_data import of_parameters
 from zimage_runner.prompts.inline import Inline
 from zimage_runner.prompts.template import Template
 from zimage_runner.prompts.text_file import TextFile
@@ -115,3 +116,18 @@ def test_lora_tags_are_found_where_they_stand(before, name, weight):
 @given(st.text(st.sampled_from("()[]{}<>:|_-ABDNRE.1a "), max_size=40).filter(str.strip))
 def test_any_text_is_drawn(text):
     assert read_prompts(Inline(texts=[text]))[0].text == text.strip()
+
+
+LONG = 300_000
+
+
+@pytest.mark.parametrize(
+    "part", ["a", "{", "(", "[", "<lora:", "--", "a:", " ", "__", "AND ", "(a:", "\\", "{a|", "--a "]
+)
+def test_a_long_text_is_read_in_time(part):
+    """Each pattern looks at each letter a few times: the square of such a length would take the suite's limit."""
+    text = "x" + part * (LONG // len(part)) + "x"
+    for find, _ in KINDS.values():
+        find(text)
+    lora_tags(text)
+    of_parameters(f"a cat\nSteps: 8, {text}")

@@ -69,7 +69,7 @@ def _known_flag(text: str) -> str | None:
 
 def _lone_and(text: str) -> str | None:
     """AND between clauses that are not all in capitals themselves, as a sign's text may be."""
-    match = re.search(r"(\S+)\s+AND\s+(\S+)", text)
+    match = re.search(r"(?<!\S)(\S+)\s+AND\s+(\S+)", text)
     return "AND" if match and not (match[1].isupper() or match[2].isupper()) else None
 
 

@@ -11,7 +11,8 @@ from typing import Any
 from zimage_runner.errors import UserError
 
 OWN_PROGRAM = "zimage_runner"
-_PAIR = re.compile(r'\s*([\w \-/]+):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+# Bounds, so that a long text without a colon costs no more than its length.
+_PAIR = re.compile(r'([\w \-/]{1,100}):\s{0,20}("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 _SIZE = re.compile(r"(\d{1,6})x(\d{1,6})")
 _A1111 = {"Steps": "num_inference_steps", "CFG scale": "guidance_scale", "Seed": "seeds"}
 _TEXTS = ("text", "prompt", "string", "value")
