@@ -144,7 +144,21 @@ def _draw(argv: list[str]) -> int:
         return _print(f"zimage_runner {__version__}")
     from zimage_runner.startup.process import begin
 
-    if begin():
+    begins = begin()
+    from zimage_runner.resident import client
+
+    if client.is_asked_for(argv):
+        return client.hand_over(argv)
+    from zimage_runner.executors.handing import HandOver
+
+    try:
+        return _compose_and_draw(argv, begins)
+    except HandOver:  # a config file, or the run that is resumed, says so
+        return client.hand_over(argv, repeats=True)
+
+
+def _compose_and_draw(argv: list[str], begins: bool) -> int:
+    if begins:
         gc.disable()  # the command line's imports leave no garbage; a job switches it on again
         from zimage_runner.startup import fork
 

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import NoReturn
 
 from zimage_runner.errors import EXIT_INTERRUPTED
 from zimage_runner.logs import for_stderr, writes_json
@@ -25,6 +26,9 @@ are requests to stop unless somebody else has a use for them: ``nohup``, or a la
 PATIENCE = 3.0
 """Seconds. Hub clients finish the files that are under way, which may be gigabytes, before they let an exception out;
 what they have of a file is kept and the next download goes on from there."""
+
+_before_exit: list[Callable[[int], None]] = []
+"""Who hears of the exit code before ``exit_at_once`` ends the process."""
 
 POSTPONED = 0.02
 """Seconds after which a signal that arrived inside an import is looked at again."""
@@ -129,6 +133,24 @@ class StopRequest:
     def is_postponed(self) -> bool:
         """Whether the signal just counted is one that ``on_signal`` repeats. Ask once for each."""
         return self._postponed.acquire(blocking=False)
+
+
+def exit_at_once(code: int) -> NoReturn:
+    """End the process without cleaning up; whoever waits for its exit code elsewhere is told first."""
+    for tell in _before_exit:
+        with contextlib.suppress(Exception):
+            tell(code)
+    os._exit(code)
+
+
+@contextlib.contextmanager
+def telling_before_exit(tell: Callable[[int], None]) -> Iterator[None]:
+    """While the block runs, ``tell`` gets the exit code of an ``exit_at_once``."""
+    _before_exit.append(tell)
+    try:
+        yield
+    finally:
+        _before_exit.remove(tell)
 
 
 @contextlib.contextmanager

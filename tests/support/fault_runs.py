@@ -22,8 +22,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.plugins import Plugins
 from PIL import Image
 
-from tests.support.composed_before import keep_what_was_composed
 from tests.support.faulty_session import FaultySession, picture
+from zimage_runner.cli.kept_configs import keep_what_was_composed
 from zimage_runner.cli.main import main
 from zimage_runner.cli.sweep.launcher import register_launcher
 from zimage_runner.config.paths import CONFIG_DIR

@@ -12,12 +12,14 @@ COMMANDS = {
     "status": "state, counts, pace and failures of runs",
     "reproduce": "draw a picture again from its file, and compare",
     "compare": "how far apart the pictures of two runs are",
+    "resident": "the process of executor=resident: its state, and its end",
     "prepare": "fetch, check and prepare a model's weights",
 }
 """Name and what it does."""
 MODULES = {name: f"zimage_runner.{name}" for name in ("reproduce", "compare", "prepare")} | {
     "collect": "zimage_runner.collect.__main__",
     "view": "zimage_runner.view.__main__",
+    "resident": "zimage_runner.resident.__main__",
     "serve": "zimage_runner.serve.__main__",
     "status": "zimage_runner.view.status",
 }

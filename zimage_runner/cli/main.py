@@ -16,6 +16,7 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from zimage_runner.cli.foreign import TRUST, files_are_data
@@ -34,6 +35,7 @@ from zimage_runner.config.paths import CONFIG_DIR
 from zimage_runner.config.registry import register
 from zimage_runner.config.schema import Composed, RunConfig, ServeConfig
 from zimage_runner.errors import EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK, PROGRAM, UserError, called
+from zimage_runner.executors.handing import HandOver, belongs_elsewhere
 from zimage_runner.logs import LogFormat, log_to_terminal, refuse, say, use_format
 from zimage_runner.outputs.run_dir import remove_if_empty, remove_with_name
 
@@ -44,9 +46,19 @@ _exit_codes: list[int | Future[int]] = []
 
 
 def _run_here(composed: Composed) -> int | Future[int]:
+    check_place(composed)
     from zimage_runner.runner.execute import execute
 
     return execute(composed)
+
+
+def check_place(composed: Composed) -> None:
+    """Raise HandOver for a run that the resident process has to do."""
+    if belongs_elsewhere(composed.config):
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            raise UserError("executor=resident of a file: for a multirun put executor=resident on the command line")
+        composed.remove_unused_directory()
+        raise HandOver
 
 
 _take: Callable[[Composed], int | Future[int]] = _run_here

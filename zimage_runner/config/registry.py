@@ -16,6 +16,7 @@ from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.executors.inline import InlineExecutorConfig
 from zimage_runner.executors.process import ProcessExecutorConfig
 from zimage_runner.executors.ray_config import RayExecutorConfig
+from zimage_runner.executors.resident import ResidentExecutorConfig
 from zimage_runner.memory.policies import GroupOffload, ModelOffload, Resident, SequentialOffload, Staged, Streamed
 from zimage_runner.model import FileModel, Model
 from zimage_runner.outputs.config import Output
@@ -58,7 +59,12 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "stdin": Stdin,
     },
     "output": {"output": Output},
-    "executor": {"inline": InlineExecutorConfig, "process": ProcessExecutorConfig, "ray": RayExecutorConfig},
+    "executor": {
+        "inline": InlineExecutorConfig,
+        "process": ProcessExecutorConfig,
+        "resident": ResidentExecutorConfig,
+        "ray": RayExecutorConfig,
+    },
     "server": {"server": Server},
 }
 

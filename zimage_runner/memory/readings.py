@@ -3,6 +3,7 @@ is loaded already."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import platform
 import sys
@@ -84,6 +85,17 @@ def peak_host_gb() -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB
+
+
+def forget_peaks() -> None:
+    """Let the peaks begin anew, for a process that does the run of another program after the last one's."""
+    for name in _peaks_before_reset:
+        _peaks_before_reset[name] = 0.0
+    torch = _torch_with_gpu()
+    if torch is not None:
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")  # the most resident memory
 
 
 def versions() -> dict[str, str]:

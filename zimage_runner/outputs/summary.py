@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zimage_runner.errors import counted, one_line
+from zimage_runner.outputs.since import process_seconds
 
 if TYPE_CHECKING:
     from zimage_runner.outputs.writer import Outcome
@@ -177,18 +178,6 @@ def _total(summary: dict[str, Any]) -> str:
     if process is None:
         return f"{drawing} of drawing and writing"
     return f"{process:.2f} s since the program was started, of which {drawing} of drawing and writing"
-
-
-def process_seconds() -> float | None:
-    """Seconds since this process was started, imports and loading included; None where the system does not tell."""
-    try:
-        # The command name (field 2) may hold spaces and brackets; field 22 is the 20th after it.
-        started = int(
-            Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
-        ) / os.sysconf("SC_CLK_TCK")
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - started
-    except (OSError, ValueError, AttributeError, IndexError):
-        return None
 
 
 def _counts(items: dict[str, int]) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from zimage_runner.executors.base import Batch, BatchResult, Executor, Sink
 from zimage_runner.executors.watchdog import OnOverdue
+from zimage_runner.logs import say
 from zimage_runner.outputs.writer import ArrivalClock
 from zimage_runner.runner.spec import RunSpec, executor_key
 from zimage_runner.session import Session
@@ -36,8 +37,8 @@ class ExitCode(Future[int]):
 class SharedExecutor:
     """Starts the executor of each run, or hands over the last run's when it fits. One at a time is kept."""
 
-    def __init__(self, stop: StopRequest, *, overlaps: bool = False) -> None:
-        """``overlaps``: a run may end while the next one draws."""
+    def __init__(self, stop: StopRequest, *, overlaps: bool = False, kept: Kept | None = None) -> None:
+        """``overlaps``: a run may end while the next one draws. ``kept``: has the executor before and after."""
         self.stop = stop
         """One for all runs: a signal ends the whole multirun."""
         self.memo: dict[str, Any] = {}
@@ -48,8 +49,8 @@ class SharedExecutor:
         """Pictures to be drawn of each run that was planned only (dry_run)."""
         self.arrivals = ArrivalClock()
         self._overlaps = overlaps
-        self._executor: Executor | None = None
-        self._key = ""
+        self._kept = kept
+        self._executor, self._key = (None, "") if kept is None else kept.take()
         self._is_spent = False
         """Whether the executor is in an unknown state and must not draw for another run."""
         self._unfinished: tuple[Callable[[], int], ExitCode] | None = None
@@ -60,6 +61,8 @@ class SharedExecutor:
         """Give a run its executor, started and warm for the run's shapes. After an error it is not used again."""
         key = executor_key(spec.config, spec.checkpoint)
         if key != self._key:
+            if self._kept is not None and self._executor is not None:
+                self._kept.tell_swap(spec)
             self.close()  # the run that used it ends undisturbed
         try:
             with self.stop.interruptible():  # nothing is written yet: a refusal leaves no run directory behind
@@ -82,6 +85,8 @@ class SharedExecutor:
             stop=self.stop,
         )
         self._key = key
+        if self._kept is not None:
+            self._kept.name = spec.config.model.name
         self._executor.start()
         return self._executor
 
@@ -113,9 +118,55 @@ class SharedExecutor:
             code.set_exception(error)
             raise
 
+    def let_go(self) -> None:
+        """End the last run. The executor is kept where that is wanted and it can draw again; else it ends too."""
+        self.finish_previous()
+        if self._kept is not None and self._executor is not None and not self._is_spent:
+            self._kept.put(self._executor, self._key)
+            self._executor = None
+        self.close()
+
     def close(self) -> None:
         """End the session, if there is one, and before it the run whose end is still to come."""
         self.finish_previous()
+        executor, self._executor = self._executor, None
+        if executor is not None:
+            executor.close()
+
+
+class Kept:
+    """The executor between the commands that a process does one after the other."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        """Of the model that was loaded last."""
+        self.is_lost = False
+        """Whether something went wrong after which this process should draw no more."""
+        self._executor: Executor | None = None
+        self._key = ""
+
+    def take(self) -> tuple[Executor | None, str]:
+        """Hand the executor and its key to a run. Unless it comes back, or was never there, it counts as lost."""
+        executor, self._executor = self._executor, None
+        self.is_lost = self.is_lost or executor is not None
+        return executor, self._key
+
+    def put(self, executor: Executor, key: str) -> None:
+        """Have it back."""
+        self._executor, self._key, self.is_lost = executor, key, False
+
+    def lose(self) -> None:
+        """Say that something went wrong."""
+        self.is_lost = True
+
+    def tell_swap(self, spec: RunSpec) -> None:
+        """Say that another session takes this one's place."""
+        new = spec.config.model.name
+        what = f"{self.name} makes way for {new}" if new != self.name else f"{new} is loaded anew, for other settings"
+        say(f"executor=resident: {what}")
+
+    def close(self) -> None:
+        """End the session."""
         executor, self._executor = self._executor, None
         if executor is not None:
             executor.close()
@@ -162,18 +213,26 @@ class Lease:
 
 
 _shared: SharedExecutor | None = None
+_kept: Kept | None = None
+
+
+def keep_between_runs() -> Kept:
+    """From now on the executor of one run, or multirun, stays warm for the next of this process."""
+    global _kept
+    _kept = Kept()
+    return _kept
 
 
 @contextlib.contextmanager
 def shared_executor(stop: StopRequest, *, overlaps: bool = False) -> Iterator[SharedExecutor]:
     """Let every run of this process use one executor, and leave it warm for the next, until the block ends."""
     global _shared
-    _shared = SharedExecutor(stop, overlaps=overlaps)
+    _shared = SharedExecutor(stop, overlaps=overlaps, kept=_kept)
     try:
         yield _shared
     finally:
         executor, _shared = _shared, None
-        executor.close()
+        executor.let_go()
 
 
 @contextlib.contextmanager
@@ -194,8 +253,12 @@ def executor_of_run() -> Iterator[SharedExecutor]:
     After an error the previous run ends first: messages come in the order of the runs.
     """
     if _shared is None:
-        with graceful_stop() as stop, contextlib.closing(SharedExecutor(stop)) as own:
-            yield own
+        with graceful_stop() as stop:
+            own = SharedExecutor(stop, kept=_kept)
+            try:
+                yield own
+            finally:
+                own.let_go()
         return
     shared = _shared
     try:

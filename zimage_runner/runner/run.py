@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from zimage_runner.config.schema import Report
+from zimage_runner.engines.faults import DeviceLost
 from zimage_runner.errors import (
     EXIT_INTERRUPTED,
     EXIT_ITEMS_FAILED,
@@ -37,6 +38,7 @@ from zimage_runner.runner.pool import Lease
 from zimage_runner.runner.progress import ProgressDisplay
 from zimage_runner.runner.reuse import Reuse, same_elsewhere
 from zimage_runner.runner.spec import RunSpec
+from zimage_runner.signals import exit_at_once
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +121,8 @@ class Run:
             step()
         except RunStopped as error:
             self._stopped = self._stopped or str(error)
+            if isinstance(error, DeviceLost):
+                self.lease.end_after_run()
         except UserError:
             raise
         except Exception as error:
@@ -206,7 +210,7 @@ class Run:
             self._display.close()
             code = self._write_summary(self.session_report)
         finally:
-            os._exit(code)
+            exit_at_once(code)
 
     def _last_report(self) -> Mapping[str, Any]:
         """Return what the session has to say at the end, or where it cannot what it said when it was ready."""

@@ -68,7 +68,7 @@ class Settings:
                 "memory=staged encodes all prompts before the model is loaded, and requests bring theirs later: "
                 "use memory=resident or memory=streamed"
             )
-        if not isinstance(config.executor, InlineExecutorConfig | ProcessExecutorConfig):
+        if type(config.executor) not in (InlineExecutorConfig, ProcessExecutorConfig):
             raise UserError("the service keeps one model: use executor=process or executor=inline, and a service a GPU")
         own = {f.name: getattr(config, f.name) for f in fields(RunConfig)}
         plain = RunConfig(**own | {"prompt": None, "prompts": Inline(), "seeds": 0, "skip_existing": None})

@@ -82,6 +82,7 @@ def main(argv: Sequence[str]) -> int:
     import pickle
 
     from zimage_runner.errors import EXIT_INTERRUPTED
+    from zimage_runner.executors.handing import HandOver, belongs_elsewhere
     from zimage_runner.logs import log_to_terminal, refuse
     from zimage_runner.runner.execute import execute
     from zimage_runner.startup.process import PLAIN_START
@@ -97,6 +98,9 @@ def main(argv: Sequence[str]) -> int:
                 f"line, or set {PLAIN_START}=1 in the environment"
             )
         _imports.suit(composed.config)
+        if belongs_elsewhere(composed.config):
+            composed.remove_unused_directory()
+            raise HandOver
         code = execute(composed)
         assert isinstance(code, int), "only a multirun's jobs end later"
         return code

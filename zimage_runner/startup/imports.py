@@ -7,6 +7,8 @@ import importlib
 import os
 import threading
 
+from zimage_runner.executors.handing import is_resident
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # these come in the thread
     from zimage_runner.config.schema import RunConfig
@@ -71,7 +73,8 @@ class Imports:
 
 def _is_native_here(config: RunConfig) -> bool:
     """Whether the native engine will draw on the GPU, in this process."""
-    if type(config.executor).__name__ != "InlineExecutorConfig" or config.engine.device.value == "cpu":
+    here = ("InlineExecutorConfig", "ResidentExecutorConfig" if is_resident() else "")
+    if type(config.executor).__name__ not in here or config.engine.device.value == "cpu":
         return False
     takes_native = getattr(config.engine, "takes_native", None)
     if takes_native is not None:  # engine=auto

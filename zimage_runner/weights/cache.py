@@ -14,6 +14,7 @@ from typing import Any
 
 from zimage_runner.outputs.beneath import NotPlain, unfit_target
 from zimage_runner.outputs.parsed import from_json
+from zimage_runner.weights.place import cache_place, own_folder
 
 log = logging.getLogger(__name__)
 
@@ -30,18 +31,12 @@ def cache_root() -> Path:
 
     A user without a home (a container's) has a folder of its own in the one for temporary files.
     """
-    own = os.environ.get("ZIMAGE_RUNNER_CACHE")
-    if own:
-        return Path(os.path.expanduser(own))
-    caches = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    if caches.startswith("~"):  # nobody knows this user
-        return Path(tempfile.gettempdir()) / f"zimage_runner-{os.getuid()}"
-    return Path(caches) / "zimage_runner"
+    return Path(cache_place())
 
 
 def code_folder(kind: str) -> Path:
     """This user's own folder, in the cache, for what is executed when it is read back; see ``trusted_folder``."""
-    return Path(os.path.abspath(cache_root() / f"{kind}-{os.getuid()}"))
+    return Path(own_folder(kind))
 
 
 def make_trusted_folder(path: Path) -> bool:

@@ -1,7 +1,7 @@
 """Hydra composes as ever, but what it has read and merged of this package's own ``conf/`` is kept for the process.
 
-The suite composes more than a thousand configs, nearly all of the same files. Everything else takes its usual way: the
-command line, experiments, folders of others, checks, errors.
+For a process that composes again and again: the resident one, and the test suite. Everything else takes its usual way:
+the command line, experiments, folders of others, checks, errors.
 """
 
 from __future__ import annotations
