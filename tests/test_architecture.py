@@ -35,11 +35,13 @@ ARROWS: dict[str, set[str]] = {
         "config", "engines", "executors", "memory", "outputs", "plan", "prompts", "session", "view", "weights",
         *COMPONENTS,
     },  # view: a run ends with its report
-    "cli": {"collect", "config", "model", "outputs", "prompts", "runner", "view"},  # view: so does a multirun
+    # view: so does a multirun
+    "cli": {"collect", "config", "executors", "model", "outputs", "prompts", "runner", "view"},
     "serve": {
         "cli", "config", "engines", "executors", "outputs", "plan", "prompts", "runner", "session", "view", *COMPONENTS,
     },
-    "startup": {"cli", "config", "engines", "runner", "weights"},
+    "resident": {"__main__", "cli", "config", "executors", "memory", "outputs", "runner", "startup", "weights"},
+    "startup": {"cli", "config", "engines", "executors", "runner", "weights"},
     "prompts.images": {"model", "outputs", "sampling"},  # a picture's metadata
     # loose modules
     "errors": set(),
@@ -58,7 +60,9 @@ ARROWS: dict[str, set[str]] = {
     "serve.__main__": {"cli", "config", "startup", "view"},
     "view.__main__": {"weights"},
     "view.command": {"cli"},
-    "__main__": {"cli", "collect", "compare", "prepare", "reproduce", "serve", "startup", "view"},  # cli.commands
+    "__main__": {
+        "cli", "collect", "compare", "executors", "prepare", "reproduce", "resident", "serve", "startup", "view",
+    },  # cli.commands
     "api": {"cli", "config", "executors", "outputs", "prompts", "runner", "sampling"},  # a second entrance beside cli
     "__init__": set(),
 }  # fmt: skip

@@ -151,9 +151,12 @@ def _draw(argv: list[str]) -> int:
         return client.hand_over(argv)
     from zimage_runner.executors.handing import HandOver
 
+    environment = dict(os.environ)
     try:
         return _compose_and_draw(argv, begins)
     except HandOver:  # a config file, or the run that is resumed, says so
+        os.environ.clear()  # composing and importing may have set something for this process
+        os.environ.update(environment)
         return client.hand_over(argv, repeats=True)
 
 

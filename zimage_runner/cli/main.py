@@ -54,7 +54,7 @@ def _run_here(composed: Composed) -> int | Future[int]:
 
 def check_place(composed: Composed) -> None:
     """Raise HandOver for a run that the resident process has to do."""
-    if belongs_elsewhere(composed.config):
+    if belongs_elsewhere(composed.config.executor, dry_run=composed.config.dry_run):
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             raise UserError("executor=resident of a file: for a multirun put executor=resident on the command line")
         composed.remove_unused_directory()

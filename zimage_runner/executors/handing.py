@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:  # every command line imports this
-    from zimage_runner.config.schema import RunConfig
-
 
 class HandOver(BaseException):
     """The composed run belongs to the resident process. Not an Exception: Hydra reports those itself."""
@@ -25,6 +21,6 @@ def become_resident() -> None:
     _Process.is_resident = True
 
 
-def belongs_elsewhere(config: RunConfig) -> bool:
-    """Return whether the resident process has to draw this. A plan is printed anywhere."""
-    return type(config.executor).__name__ == "ResidentExecutorConfig" and not config.dry_run and not is_resident()
+def belongs_elsewhere(executor: object, *, dry_run: bool) -> bool:
+    """Return whether the resident process has to draw with this executor. A plan is printed anywhere."""
+    return type(executor).__name__ == "ResidentExecutorConfig" and not dry_run and not is_resident()

@@ -69,6 +69,13 @@ def main() -> int:
 def _let_go() -> None:
     """Keep nothing of the starter's but the environment."""
     os.chdir("/")
+    # Streams that take their end for a pipe's: they never ask for a position, which a caller's terminal has not.
+    reader, writer = os.pipe()
+    os.dup2(writer, 1)
+    os.dup2(writer, 2)
+    sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))  # noqa: SIM115
+    os.close(reader)
+    os.close(writer)
     nowhere = os.open(os.devnull, os.O_RDWR)
     for number in range(STREAMS):
         os.dup2(nowhere, number)
@@ -136,7 +143,7 @@ class _Keeper:
             return {"leaves": str(why), "differences": []}
         except OSError as error:  # the caller's folder or streams
             desk.leave(str(error))
-            return {"exit": EXIT_INTERRUPTED}
+            return {"leaves": str(error), "differences": []}
         if self._kept.is_lost:
             desk.leave("something went wrong in it")
         return {"exit": code}

@@ -98,7 +98,7 @@ def main(argv: Sequence[str]) -> int:
                 f"line, or set {PLAIN_START}=1 in the environment"
             )
         _imports.suit(composed.config)
-        if belongs_elsewhere(composed.config):
+        if belongs_elsewhere(composed.config.executor, dry_run=composed.config.dry_run):
             composed.remove_unused_directory()
             raise HandOver
         code = execute(composed)
