@@ -10,8 +10,12 @@ from __future__ import annotations
 
 import array
 import json
+import os
 import socket
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # every command that hands its run over imports this
+    from typing import Any
 
 LARGEST = 16 << 20
 """Bytes of a message. A command line with its environment is at most two million, and JSON's escapes take six each."""
@@ -69,8 +73,6 @@ def receive_with_descriptors(connection: socket.socket) -> tuple[dict[str, Any],
 
 def close_all(descriptors: list[int]) -> None:
     """Close descriptors that were received."""
-    import os
-
     for descriptor in descriptors:
         os.close(descriptor)
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-import zlib
-from pathlib import Path
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # every command calls this, and few find something to do
+    from pathlib import Path
 
 
 def keep_bytecode(*, warns: bool = True) -> Path | None:
@@ -25,10 +27,12 @@ def keep_bytecode(*, warns: bool = True) -> Path | None:
     package = _package_without_bytecode()
     if package is None:
         return None
+    from pathlib import Path
+
     from zimage_runner.weights.cache import code_folder, make_trusted_folder
 
     try:
-        folder = code_folder("bytecode") / _installation(package.parent)
+        folder = code_folder("bytecode") / _installation(Path(package).parent)
     except (OSError, RuntimeError):  # no such home
         return None
     if not make_trusted_folder(folder):
@@ -41,17 +45,19 @@ def keep_bytecode(*, warns: bool = True) -> Path | None:
     return folder
 
 
-def _package_without_bytecode() -> Path | None:
+def _package_without_bytecode() -> str | None:
     """torch's folder, if Python finds no bytecode of it and will not write any beside it."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None or spec.cached is None or os.path.exists(spec.cached):
         return None
-    package = Path(spec.origin).parent
+    package = os.path.dirname(spec.origin)
     return package if sys.dont_write_bytecode or not os.access(package, os.W_OK) else None
 
 
 def _installation(site_packages: Path) -> str:
     """Names the set of installed versions: images may give every file, of any version, the same time."""
+    import zlib
+
     installed = sorted(name for name in os.listdir(site_packages) if name.endswith(".dist-info"))
     return f"{zlib.crc32('/'.join([sys.version, str(site_packages), *installed]).encode()):08x}"
 
