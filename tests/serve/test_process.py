@@ -6,9 +6,14 @@ import contextlib
 import http.client
 import json
 import os
+import random
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -75,6 +80,8 @@ def test_the_openai_client_and_a_clean_end():
             client.images.generate(prompt="a cat", size="1024x1024")
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=client.base_url, api_key="wrong", max_retries=0).models.list()
+        if shutil.which("curl"):
+            check_curl_lines(port)
         status, run = ask(port, "POST", "/v1/runs", {"prompts": ["a dog"], "seeds": "0-999", "sampling": SMALL})
         assert status == 202
         _until(lambda: ask(port, "GET", f"/v1/runs/{run['id']}")[1]["counts"]["ok"] >= 1)
@@ -86,8 +93,8 @@ def test_the_openai_client_and_a_clean_end():
     for picture, item in zip(drawn.data or [], done.items, strict=True):
         assert item.image is not None
         assert np.array_equal(pixels_of(base64.b64decode(picture.b64_json)), pixels_of(item.image.read_bytes()))
-    (saved,) = Path("outputs", ".serve").glob("*.json")
-    assert json.loads(saved.read_text())["state"] == "queued", "the next service goes on with it"
+    states = {path.stem: json.loads(path.read_text())["state"] for path in Path("outputs", ".serve").glob("*.json")}
+    assert [state for name, state in states.items() if run["id"] in name] == ["queued"], "the next one goes on with it"
 
 
 @pytest.mark.slow
@@ -105,3 +112,77 @@ def test_the_next_service_goes_on_after_kill_9():
         for line in Path("outputs", run["directory"], "records.jsonl").read_text(encoding="utf-8").splitlines()
     ]
     assert sorted(line["seed"] for line in lines) == list(range(10)), "each picture exactly once"
+
+
+KILLS = int(os.environ.get("SERVICE_KILLS", "20"))
+CLIENTS = 4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_service_is_killed_again_and_again_under_load():
+    """Each accepted run is drawn once, and each request is answered, refused, or loses its service."""
+    rng = random.Random(20)
+    runs: list[dict[str, Any]] = []
+    fates: list[int | str] = []
+
+    def keep_asking(port: int, over: threading.Event) -> None:
+        while not over.is_set():
+            try:
+                body = {"prompt": "a cat", "seed": rng.randrange(1000), **SMALL}
+                status, answer = ask(port, "POST", "/v1/images/generations", body)
+            except (OSError, http.client.HTTPException, ValueError):
+                fates.append("lost")
+                return
+            assert status != 200 or len(answer["data"]) == 1
+            fates.append(status)
+
+    for kill in range(KILLS):
+        with started() as (process, port):
+            seeds = f"{kill * 10}-{kill * 10 + 2}"
+            status, run = ask(port, "POST", "/v1/runs", {"prompts": ["a dog"], "seeds": seeds, "sampling": SMALL})
+            assert status == 202
+            runs.append(run)
+            over = threading.Event()
+            clients = [threading.Thread(target=keep_asking, args=(port, over)) for _ in range(CLIENTS)]
+            for client in clients:
+                client.start()
+            over.wait(rng.uniform(0, 3))
+            os.kill(process.pid, signal.SIGKILL)
+            over.set()
+            for client in clients:
+                client.join(120)
+            assert not any(client.is_alive() for client in clients)
+    with started() as (_, port):
+        _until(lambda: all(ask(port, "GET", f"/v1/runs/{run['id']}")[1]["state"] == "done" for run in runs))
+    for kill, run in enumerate(runs):
+        ledger = Path("outputs", run["directory"], "records.jsonl").read_text(encoding="utf-8")
+        done = [line["seed"] for line in map(json.loads, ledger.splitlines()) if line["status"] == "ok"]
+        assert sorted(done) == [kill * 10, kill * 10 + 1, kill * 10 + 2], "each picture exactly once"
+    assert set(fates) <= {200, 429, 503, "lost"}
+    assert fates.count(200) > 0
+
+
+def curl_lines() -> list[list[str]]:
+    """The curl commands of docs/serve.md that need no other machine."""
+    page = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
+    text = "\n".join(re.findall(r"```bash\n(.*?)```", page, re.S)).replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line.startswith("curl") and "127.0.0.1" in line]
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def check_curl_lines(port: int) -> None:
+    """Each is answered as the page says."""
+    lines = curl_lines()
+    assert len(lines) == 3
+    for words in lines:
+        here = [word.replace("127.0.0.1:8189", f"127.0.0.1:{port}") for word in words]
+        argv = [*here, "-sS", "--fail-with-body", "-H", f"authorization: Bearer {TOKEN}"]
+        done = subprocess.run(argv, capture_output=True, timeout=240, check=False)
+        assert done.returncode == 0, (words, done.stdout, done.stderr)
+        answer = json.loads(done.stdout)
+        if "images" in words[1]:
+            assert [picture["seed"] for picture in answer["data"]] == [7, 8]
+        elif "runs" in words[1]:
+            assert answer["counts"]["planned"] == 11
+            assert ask(port, "DELETE", f"/v1/runs/{answer['id']}")[0] in (200, 202)
