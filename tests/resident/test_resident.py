@@ -11,22 +11,15 @@ from typing import Any
 
 import pytest
 
-from tests.resident.conftest import SMALL, Place
+import zimage_runner as zr
 from tests.support.command import command
+from tests.support.resident_place import SMALL, Place
 
 TIMES = re.compile(r"\d+\.\d+ (s|GB|images/s)\b")
 OF_ITS_TIME = (
-    "timings",
-    "seconds",
-    "per_second",
-    "written",
-    "finished_at",
-    "created",
-    "time",
-    "gpu_memory",
-    "phases",
-    "load_phases",
-)
+    "timings", "seconds", "per_second", "written", "crc32", "finished_at", "created", "time", "gpu_memory", "phases",
+)  # fmt: skip
+"""Parts of names. crc32 is of the ledger's line."""
 
 
 def without_times(value: Any) -> Any:
@@ -237,3 +230,22 @@ def test_it_ends_when_it_is_told_to_or_is_idle(place: Place) -> None:
     code, _, err = place.draw("prompt=a cat", "executor.idle_minutes=0", "hydra.run.dir=once")
     assert code == 0, err
     place.wait_for(lambda: place.pid() is None)
+
+
+@pytest.mark.parametrize("words", [[], ["status", "now"], ["restart"]])
+def test_another_word_is_refused(place: Place, words: list[str]) -> None:
+    code, out, err = place.run("resident", *words)
+    assert (code, out) == (2, "")
+    assert (
+        err
+        == f"zimage_runner: resident{''.join(f' {word}' for word in words)}: use resident status, or resident stop\n"
+    )
+
+
+def test_python_is_told_that_it_is_of_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(zr.UserError, match="executor=resident is of the command line"):
+        zr.run(*SMALL, "executor=resident", prompt="a cat")
+    assert not list(tmp_path.rglob("records.jsonl"))
+    with pytest.raises(zr.UserError, match=r"executor\.idle_minutes=-1.*out of range"):
+        zr.run(*SMALL, "executor=resident", "executor.idle_minutes=-1", prompt="a cat")

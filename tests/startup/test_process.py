@@ -13,7 +13,7 @@ import pytest
 from zimage_runner.startup.process import PLAIN_START
 
 PACKAGE = Path(__file__).parents[2] / "zimage_runner"
-ENTRIES = {"__main__.py", "prepare.py", "reproduce.py", "resident/process.py", "resident/spawn.py", "serve/__main__.py"}
+ENTRIES = {"__main__.py", "prepare.py", "reproduce.py", "resident/process.py", "serve/__main__.py"}
 
 
 def python(code: str, *, path: Path | None = None, **environment: str) -> str:
