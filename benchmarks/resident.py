@@ -5,7 +5,8 @@
 Words are those of a run; without any it draws one picture with the embedded model. The resident process is started, and
 has drawn once, before anything is timed; then the executors take turns, so that what else the machine does meets both.
 ``cpu_seconds`` are those of the command's own process and of the resident one. ``picture_seconds`` is what the run
-itself says of drawing and writing. The load is the system's average of the last minute.
+itself says of drawing and writing. The load is the system's average of the last minute; ``nice`` is the priority that
+all of it had, below 0 before the machine's other work.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def measure(words: Sequence[str], rounds: int, folder: Path) -> dict[str, Any]:
         "words": list(words),
         "rounds": rounds,
         "cpus": len(os.sched_getaffinity(0)),
+        "nice": os.getpriority(os.PRIO_PROCESS, 0),
         "load_of_the_machine": {"least": min(loads), "most": max(loads)},
         "first_command_seconds": first["seconds"],
         **{name: {key: spread([one[key] for one in taken[name]]) for key in taken[name][0]} for name in EXECUTORS},

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from zimage_runner.runner import progress
 from zimage_runner.runner.progress import FIRST_SECONDS, LONGEST_SECONDS, ProgressLog
 
 
@@ -53,3 +55,23 @@ def test_a_run_without_a_terminal_tells_it(cli, monkeypatch, tmp_path) -> None:
     assert {"1 by now", "3 by now"} <= set(err.splitlines())
     (log,) = tmp_path.glob("outputs/*/*/run.log")
     assert "3 by now" in log.read_text(encoding="utf-8")
+
+
+def test_a_terminal_that_is_gone_is_free_for_the_next_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone:
+        n = 0
+
+        def close(self) -> None:
+            raise OSError("Input/output error")
+
+    monkeypatch.setattr(progress, "tqdm", lambda **_: Gone())
+    first = progress.ProgressDisplay(planned=1, settled=0)
+    first.open()
+    with pytest.raises(OSError, match="Input"):
+        first.close()
+    second = progress.ProgressDisplay(planned=1, settled=0)
+    second.open()
+    assert second._bar is not None
+    with pytest.raises(OSError, match="Input"):
+        second.close()
+    assert not progress._terminal.locked()

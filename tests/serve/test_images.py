@@ -300,6 +300,7 @@ def test_what_is_counted(serve):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_workers_killed_again_and_again_under_load_lose_no_request(monkeypatch):
     """Every fourth picture takes its worker with it, once."""
     killers = range(0, 200, 4)

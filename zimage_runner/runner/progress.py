@@ -86,7 +86,9 @@ class ProgressDisplay:
 
     def close(self) -> None:
         """Leave the bar as it is."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-            _terminal.release()
+        bar, self._bar = self._bar, None
+        if bar is not None:
+            try:
+                bar.close()
+            finally:  # the terminal may be gone; another run of this process may have one
+                _terminal.release()
