@@ -24,16 +24,17 @@ ARROWS: dict[str, set[str]] = {
     "prompts": {"model", "sampling"},
     "plan": {"model", "prompts", "sampling"},
     "memory": set(),
+    "pictures": {"sampling"},
     "weights": {"model"},
-    "engines": {"compile", "memory", "model", "sampling", "warmup", "weights"},
+    "engines": {"compile", "memory", "model", "pictures", "sampling", "warmup", "weights"},
     "outputs": {"engines", "plan"},
     "executors": {"engines", "memory", "plan", "session", "warmup"},
     "config": {"engines", "executors", "memory", "outputs", "prompts", "serve", *COMPONENTS},  # serve.config
     "collect": {"outputs", "plan"},
     "view": {"collect", "outputs", "prompts"},
     "runner": {
-        "config", "engines", "executors", "memory", "outputs", "plan", "prompts", "session", "view", "weights",
-        *COMPONENTS,
+        "config", "engines", "executors", "memory", "outputs", "pictures", "plan", "prompts", "session", "view",
+        "weights", *COMPONENTS,
     },  # view: a run ends with its report
     # view: so does a multirun
     "cli": {"collect", "config", "executors", "model", "outputs", "prompts", "runner", "view"},
@@ -51,7 +52,7 @@ ARROWS: dict[str, set[str]] = {
     "sampling": {"errors", "model"},
     "compile": {"errors", "weights"},
     "warmup": {"engines", "errors", "sampling"},
-    "session": {"engines", "memory", "plan", "weights", *COMPONENTS},
+    "session": {"engines", "memory", "pictures", "plan", "weights", *COMPONENTS},
     "prepare": {"cli", "config", "engines", "model", "startup", "weights"},
     "compare": {"collect", "engines", "weights"},
     "reproduce": {"cli", "config", "executors", "outputs", "prompts", "runner", "sampling", "startup"},
@@ -71,7 +72,7 @@ ARROWS: dict[str, set[str]] = {
 ONLY_IN = {
     "hydra": {"api", "cli", "config", "prepare", "reproduce"},
     "omegaconf": {"cli", "config", "prepare", "reproduce"},
-    "PIL": {"api", "outputs", "collect", "compare", "reproduce", "view"},
+    "PIL": {"api", "outputs", "collect", "compare", "pictures", "reproduce", "view"},
 }
 """Rooms that may import a library at all."""
 NOT_WHEN_IMPORTED = {"torch", "diffusers", "transformers", "safetensors", "PIL", "pyarrow", "triton"}

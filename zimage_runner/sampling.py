@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -12,12 +13,29 @@ OF_ITEM = "of_item"
 """Metadata of fields that may differ within a batch: their value where a batch is meant and not an item."""
 OF_GUIDANCE = "of_guidance"
 """Metadata of fields that count with guidance alone: their value without it."""
+OF_PICTURES = {"of_pictures": True}
+"""Metadata of fields about the pictures that an item starts from."""
 MAX_SIDE = 4096
 MAX_STEPS = 1000
 MAX_SEQUENCE_LENGTH = 1024
 """Upper bound on caption tokens: the rotary table of the published model has 1536 caption positions."""
 MAX_LORA_WEIGHT = 100.0
 """Either way from 0. Trainers' own pictures have 1; what is beyond a few is noise."""
+STRENGTH, INPAINT_STRENGTH, CONTROL_SCALE = 0.6, 1.0, 0.75
+"""What holds where nothing is said: diffusers' own defaults for Z-Image's img2img, inpainting and ControlNet."""
+MAX_MASK_PIXELS = 1024
+"""Upper bound on blurring, growing and cropping masks."""
+
+
+class Fit(enum.Enum):
+    """How a picture takes the size that is drawn."""
+
+    crop = "crop"
+    """Scaled to cover it, and what sticks out on both sides cut off."""
+    pad = "pad"
+    """Scaled to fit into it, and its edge continued around."""
+    stretch = "stretch"
+    """Each side scaled on its own."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -41,8 +59,36 @@ class Sampling:
     cfg_truncation: float | None = None
     """Guidance stops once the normalised time (0 noise .. 1 picture) exceeds this; 1 means never."""
 
+    image: str | None = field(default=None, metadata=OF_PICTURES | FREE_TEXT)
+    """Picture file to start from (img2img); without height and width its own size is drawn."""
+    strength: float | None = field(default=None, metadata=OF_PICTURES)
+    """How much is drawn anew, above 0 to 1; null: 0.6, with a mask 1."""
+    steps_after_strength: bool | None = field(default=None, metadata=OF_PICTURES)
+    """num_inference_steps counts the forwards that a strength below 1 leaves, instead of those of strength 1."""
+    fit: Fit | None = field(default=None, metadata=OF_PICTURES)
+    """How a picture takes the drawn size: crop (null), pad or stretch."""
+    mask: str | None = field(default=None, metadata=OF_PICTURES | FREE_TEXT)
+    """Picture file, of image's shape, that is white where image is painted anew (inpainting)."""
+    mask_blur: int | None = field(default=None, metadata=OF_PICTURES)
+    """Pixels over which the mask's edge is softened; null: 4."""
+    mask_grow: int | None = field(default=None, metadata=OF_PICTURES)
+    """Pixels by which the mask is widened; null: 0."""
+    mask_crop: int | None = field(default=None, metadata=OF_PICTURES)
+    """Draw only the mask's surroundings, this many pixels around it, at the full size; null: the whole picture."""
+    outpaint: str | None = field(default=None, metadata=OF_PICTURES)
+    """Pixels added to image and painted: "left,top,right,bottom", or one number for every side."""
+    control_image: str | None = field(default=None, metadata=OF_PICTURES | FREE_TEXT)
+    """Picture file that a ControlNet follows."""
+    control_scale: float | None = field(default=None, metadata=OF_PICTURES)
+    """How strongly the ControlNet acts; null: 0.75."""
 
-SAMPLING_FIELDS = tuple(f.name for f in fields(Sampling))
+
+SAMPLING_FIELDS = tuple(f.name for f in fields(Sampling) if not f.metadata.get("of_pictures"))
+"""Those that the model recommends a value for."""
+PICTURE_FIELDS = tuple(f.name for f in fields(Sampling) if f.metadata.get("of_pictures"))
+"""Those about the pictures that an item starts from."""
+PICTURE_FILES = ("image", "mask", "control_image")
+"""Of these, the ones that name a file."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +120,117 @@ class Lora:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Picture:
+    """A picture file that an item starts from. Equal digests are the same picture, wherever the file lies."""
+
+    digest: str
+    """sha256 of the file, hex."""
+    path: str = field(compare=False)
+    """Where the file is: absolute."""
+    width: int = field(compare=False)
+    """Pixels, as it is looked at: after a camera's rotation."""
+    height: int = field(compare=False)
+
+    def record(self) -> dict[str, Any]:
+        """What a picture's record says of it."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+ANY_PICTURE = Picture(digest="", path="", width=0, height=0)
+"""Stands for the picture of each item of a batch."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inputs:
+    """The pictures that an item starts from, and what is done with them. Defaults are neutral."""
+
+    image: Picture | None = None
+    """Starts from this instead of from noise."""
+    strength: float = 1.0
+    steps_after_strength: bool = False
+    fit: Fit = Fit.crop
+    mask: Picture | None = None
+    mask_blur: int = 0
+    mask_grow: int = 0
+    mask_crop: int | None = None
+    outpaint: tuple[int, int, int, int] = (0, 0, 0, 0)
+    """Pixels added at the left, top, right and bottom."""
+    control_image: Picture | None = None
+    control_scale: float = CONTROL_SCALE
+    result: tuple[int, int] | None = None
+    """Width and height of the finished picture where they are not those that are drawn."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.strength <= 1:
+            raise UserError(
+                f"sampling.strength={self.strength:g} is out of range: use more than 0, which changes nothing, to 1"
+            )
+        for name in ("mask_blur", "mask_grow", "mask_crop"):
+            check_range(f"sampling.{name}", getattr(self, name) or 0, 0, MAX_MASK_PIXELS)
+        for side in self.outpaint:
+            check_range("sampling.outpaint", side, 0, MAX_SIDE)
+        check_range("sampling.control_scale", self.control_scale, 0.0, 10.0)
+
+    @property
+    def canvas(self) -> tuple[int, int]:
+        """Width and height of the picture with what is added around it; of control_image where there is no other."""
+        picture = self.image or self.control_image or ANY_PICTURE
+        left, top, right, bottom = self.outpaint
+        return picture.width + left + right, picture.height + top + bottom
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether a part of the picture is kept as it is."""
+        return self.mask is not None or any(self.outpaint)
+
+    @property
+    def files(self) -> dict[str, Picture]:
+        """The pictures by their field."""
+        return {name: picture for name in PICTURE_FILES if (picture := getattr(self, name)) is not None}
+
+    def __str__(self) -> str:
+        """What kind of drawing it is, for people."""
+        kind = f"{'inpainting' if self.inpaints else 'img2img'} at strength {self.strength:g}"
+        parts = [kind] if self.image else []
+        parts += ["control"] if self.control_image else []
+        return ", ".join(parts)
+
+    def of_batch(self) -> Inputs:
+        """Return what the items of a batch share: which pictures they have, the steps taken, the finished size."""
+        return Inputs(
+            image=self.image and ANY_PICTURE,
+            strength=self.strength,
+            steps_after_strength=self.steps_after_strength,
+            mask=ANY_PICTURE if self.inpaints else None,
+            control_image=self.control_image and ANY_PICTURE,
+            result=self.result,
+        )
+
+    def counts(self) -> dict[str, Any]:
+        """Return what decides the picture, as JSON has it: files by their digest, and what is not neutral."""
+        neutral = Inputs()
+        values = {name: getattr(self, name) for name in PICTURE_FIELDS if getattr(self, name) != getattr(neutral, name)}
+        if self.control_image is not None:
+            values["control_scale"] = self.control_scale
+        return {name: _plain(value) for name, value in values.items()}
+
+    def record(self) -> dict[str, Any]:
+        """What a picture's record says: of the files their paths, digests and sizes, and what is not neutral."""
+        return {
+            name: picture.record() if (picture := self.files.get(name)) else value
+            for name, value in self.counts().items()
+        }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Picture):
+        return value.digest
+    if isinstance(value, enum.Enum):
+        return value.value
+    return list(value) if isinstance(value, tuple) else value
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
     """Sampling fields with every null resolved, and the adapters. Equal params mean equal arithmetic."""
 
@@ -87,6 +244,8 @@ class SamplingParams:
     cfg_truncation: float = field(metadata={OF_GUIDANCE: 1.0})
     loras: tuple[Lora, ...] = ()
     """Merged into the weights one after another, in this order."""
+    inputs: Inputs | None = None
+    """The pictures that it starts from; None: it starts from noise."""
 
     def __post_init__(self) -> None:
         for name in ("height", "width"):
@@ -109,6 +268,17 @@ class SamplingParams:
         return self.guidance_scale > 0
 
     @property
+    def forwards(self) -> int:
+        """How often the transformer is called for a picture, without guidance: fewer than the steps below strength 1.
+
+        N - int(N - N * strength), as diffusers' img2img pipeline counts.
+        """
+        steps = self.num_inference_steps
+        if self.inputs is None or self.inputs.steps_after_strength:
+            return steps
+        return steps - int(max(steps - min(steps * self.inputs.strength, steps), 0))
+
+    @property
     def encoder_loras(self) -> tuple[Lora, ...]:
         """The adapters that decide caption features: those that change the text encoder."""
         return tuple(lora for lora in self.loras if lora.encodes)
@@ -117,6 +287,7 @@ class SamplingParams:
         """Return what items must share to be drawn together: fields that concern one item alone are neutral in it."""
         return replace(
             self,
+            inputs=self.inputs and self.inputs.of_batch(),
             **{f.name: f.metadata[OF_ITEM] for f in fields(self) if OF_ITEM in f.metadata}
             | (
                 {}

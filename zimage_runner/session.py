@@ -14,12 +14,14 @@ from zimage_runner.engines.base import Engine, EngineConfig, GeneratedBatch
 from zimage_runner.engines.caption_features import Caption, CaptionFeatures
 from zimage_runner.engines.embedding_cache import EmbeddingCache, EmbeddingCacheConfig, all_cached
 from zimage_runner.engines.faults import is_out_of_memory
+from zimage_runner.engines.picture_latents import FinishedImages, Posteriors
 from zimage_runner.engines.precision import likeness_key
 from zimage_runner.engines.request import LoadRequest, Needs, WarmupShape, denoise_request
 from zimage_runner.engines.threads import thread_count, threads_of, wait_passively
 from zimage_runner.memory import readings as monitor
 from zimage_runner.memory.policies import HealthCheck, Memory
 from zimage_runner.model import Model
+from zimage_runner.pictures.placed import place
 from zimage_runner.warmup import WARMUP_PROMPT, Warmup
 from zimage_runner.weights.cache import read_entry
 from zimage_runner.weights.find.checkpoint import Checkpoint
@@ -75,6 +77,7 @@ class Session:
         self._report: dict[str, Any] = {}
         self._engine: Engine | None = None
         self.captions = CaptionFeatures(lambda: self.engine, ahead=config.memory.staged)
+        self._posteriors = Posteriors(lambda: self.engine)
 
     @property
     def engine(self) -> Engine:
@@ -135,9 +138,21 @@ class Session:
         if params.uses_guidance:
             negatives = self.captions.encode([item.params.negative_prompt for item in items], length, loras)
         clock.lap("encode")
-        noise_device = self.config.engine.noise_device.value
-        seeds = [item.seed for item in items]
-        request = denoise_request(self.engine, params, embeds, negatives, seeds, noise_device=noise_device)
+        placed = None
+        if params.inputs is not None:
+            placed = [place(item.params.inputs, params.width, params.height) for item in items if item.params.inputs]
+        request = denoise_request(
+            self.engine,
+            params,
+            embeds,
+            negatives,
+            [item.seed for item in items],
+            noise_device=self.config.engine.noise_device.value,
+            placed=placed,
+            posterior=self._posteriors,
+        )
+        if placed:
+            clock.lap("encode_pictures")
         latents = self.engine.denoise(request)
         clock.lap("denoise")
         if careful or tiled:
@@ -145,6 +160,8 @@ class Session:
         else:
             images = self.engine.decode(latents)
         clock.lap("decode")
+        if placed and placed[0].finish is not None:
+            images = FinishedImages(images, placed)
         return GeneratedBatch(images=images, details={"timings": clock.laps} | health)
 
     def free_memory(self) -> bool:
@@ -183,6 +200,7 @@ class Session:
     def close(self) -> None:
         """Free the model. Safe to call twice."""
         self.captions.clear()
+        self._posteriors.clear()
         if self._engine is not None:
             self._engine.close()
             self._engine = None

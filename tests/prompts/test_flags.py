@@ -112,7 +112,10 @@ def test_lines_as_other_tools_take_them(line, text, overrides, seeds):
         ("--prompt x --prompt y", "--prompt sets text a second time: keep one"),
         ("a cat --prompt x", "--prompt sets text a second time: keep one"),
         ("a cat --sampler_name Euler", "unknown flag --sampler_name: Euler is the model's own sampler, leave it out."),
-        ("a cat --strength 0.5", "unknown flag --strength: there is no picture to start from, leave it out."),
+        (
+            "a cat --iw 0.5",
+            "unknown flag --iw: how much of a picture is drawn anew is --strength 0.6, with --image FILE.",
+        ),
         ("a cat --batch_size 4", "unknown flag --batch_size: for several pictures give several seeds, --d 1-4 or"),
     ],
 )

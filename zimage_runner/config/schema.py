@@ -154,7 +154,7 @@ class Composed:
 PATHS = (
     "output_file", "output.root", "prompts.path", "prompts.glob", "prompts.template.wildcards", "model.path",
     "model.transformer", "model.text_encoder", "model.vae", "model.tokenizer", "model.cache_dir", "compile.cache_dir",
-    "embedding_cache.path", "skip_existing",
+    "embedding_cache.path", "skip_existing", "sampling.image", "sampling.mask", "sampling.control_image",
 )  # fmt: skip
 """Fields that hold a path: ``~`` is the home directory, others are relative to where the program was started."""
 

@@ -45,12 +45,12 @@ class AutoEngine(EngineConfig):
         """Whether these options are the native engine's to draw with; the checkpoint may still not be."""
         return self._why_not_native(Needs(model=model, memory=memory, compile=compile)) is None
 
-    def needs_native(self, memory: Memory) -> bool:
-        """Whether what is asked for is nothing that diffusers does."""
-        return self.precision is not Precision.bf16 or "diffusers" not in memory.engines
+    def needs_native(self, memory: Memory, *, pictured: bool = False) -> bool:
+        """Whether what is asked for is nothing that engine=diffusers does. ``pictured``: pictures from pictures."""
+        return pictured or self.precision is not Precision.bf16 or "diffusers" not in memory.engines
 
     def check(self, needs: Needs) -> None:
-        if self.needs_native(needs.memory):
+        if self.needs_native(needs.memory, pictured=needs.pictured or needs.controlled):
             NativeEngine(**self._fields()).check(needs)
         elif self._why_not_native(needs) is not None:
             DiffusersEngine(**self._fields()).check(needs)
@@ -61,7 +61,7 @@ class AutoEngine(EngineConfig):
             try:
                 return NativeEngine(**self._fields()).create(request)
             except UnsupportedCheckpoint as error:
-                if self.needs_native(request.memory):
+                if self.needs_native(request.memory, pictured=request.pictured or request.controlled):
                     raise
                 reason = str(error)
         log.warning("engine=auto takes diffusers: %s", reason)

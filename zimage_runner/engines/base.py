@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from zimage_runner.engines.request import DenoiseRequest, LoadRequest, Needs
+    from zimage_runner.engines.request import DenoiseRequest, LoadRequest, Needs, Posterior
     from zimage_runner.sampling import Lora
 
 
@@ -122,6 +122,13 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     def encode(self, texts: Sequence[str], max_sequence_length: int) -> list[torch.Tensor]:
         """Caption features of each text: [L_i, cap_feat_dim], padding removed, truncated to max_sequence_length."""
+
+    def encode_picture(self, pixels: np.ndarray) -> Posterior:
+        """Latents' distribution of a picture, uint8 [height, width, 3], with sides that are multiples of 16.
+
+        Raises UserError where this engine has no encoder.
+        """
+        raise UserError(f"engine={self.name} does not draw from pictures: use engine=native, or leave them out")
 
     @abc.abstractmethod
     def denoise(self, request: DenoiseRequest) -> torch.Tensor:

@@ -5,18 +5,20 @@ Importing this module imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Protocol, Self
 
 from zimage_runner.sampling import SamplingParams
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from zimage_runner.compile import Compile
     from zimage_runner.memory.policies import Memory
     from zimage_runner.model import Model
+    from zimage_runner.pictures.placed import Placed
     from zimage_runner.weights.find.checkpoint import Checkpoint
 
 
@@ -34,6 +36,10 @@ class Needs:
     """Whether a picture is drawn with adapters."""
     encoder_adapted: bool = False
     """Whether an adapter changes the text encoder."""
+    pictured: bool = False
+    """Whether a picture starts from another one (img2img, inpainting)."""
+    controlled: bool = False
+    """Whether a picture follows another one, with a ControlNet."""
     sizes: frozenset[tuple[int, int]] = frozenset()
     """Height and width of the pictures in pixels; empty where they are not known."""
 
@@ -48,6 +54,8 @@ class Needs:
             guided=any(one.uses_guidance for one in params),
             adapted=any(one.loras for one in params),
             encoder_adapted=any(one.encoder_loras for one in params),
+            pictured=any(one.inputs is not None and one.inputs.image is not None for one in params),
+            controlled=any(one.inputs is not None and one.inputs.control_image is not None for one in params),
             sizes=frozenset((one.height, one.width) for one in params),
         )
 
@@ -79,7 +87,18 @@ class DenoiseRequest:
     noise: torch.Tensor
     """[B, latent_channels, height/8, width/8], float32, drawn per item."""
     params: SamplingParams
-    """height, width, num_inference_steps (= transformer forwards), guidance_scale, cfg_*."""
+    """height, width, num_inference_steps (= transformer forwards), guidance_scale, cfg_*, strength in ``inputs``."""
+    placed: Sequence[Placed] | None = None
+    """The pictures of each item at the drawn size, where the items have any."""
+    start: torch.Tensor | None = None
+    """Latents of ``noise``'s shape, float32, drawn from the posterior per item; None: starts from noise."""
+    mask: torch.Tensor | None = None
+    """[B, 1, height/8, width/8] float32, 1 where it is painted anew; None: everywhere."""
+
+    @property
+    def control_scales(self) -> list[float]:
+        """How strongly each item follows its control picture, ``placed[i].control``."""
+        return [one.control_scale for one in self.placed or ()]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,16 +136,64 @@ def denoise_request(
     seeds: Sequence[int],
     *,
     noise_device: str = "cpu",
+    placed: Sequence[Placed] | None = None,
+    posterior: Callable[[np.ndarray], Posterior] | None = None,
 ) -> DenoiseRequest:
-    """Return the request for one batch: item i has captions[i], negatives[i] (with guidance) and seeds[i]."""
+    """Return the request for one batch: item i has captions[i], negatives[i] (with guidance), seeds[i] and placed[i].
+
+    ``posterior`` encodes the pixels that items start from.
+    """
     scale = engine.vae_scale_factor
     sides = params.height // scale, params.width // scale
+    starts = [one.pixels for one in placed or () if one.pixels is not None]
+    # The first draw is for the latents of the picture that an item starts from, as in diffusers' img2img pipeline.
+    draws = draw_noises(2 if starts else 1, seeds, engine.latent_channels, *sides, noise_device)
+    start = None
+    if starts:
+        assert posterior is not None
+        start = torch_stack(posterior(pixels).sample(draw) for pixels, draw in zip(starts, draws[0], strict=True))
+    masks = [one.mask for one in placed or () if one.mask is not None]
     return DenoiseRequest(
         prompt_embeds=captions,
         negative_prompt_embeds=negatives,
-        noise=draw_noise(seeds, engine.latent_channels, *sides, device=noise_device),
+        noise=draws[-1],
         params=params,
+        placed=placed,
+        start=start,
+        mask=torch_stack(latent_mask(mask, scale) for mask in masks) if masks else None,
     )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Posterior:
+    """What the autoencoder says of a picture: a normal distribution of latents, scaled as the transformer's are.
+
+    Both [channels, height/8, width/8], float32 on the CPU.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def sample(self, draw: torch.Tensor) -> torch.Tensor:
+        """The latents for a standard normal draw of the same shape."""
+        return self.mean + self.std * draw
+
+
+def latent_mask(mask: np.ndarray, scale: int) -> torch.Tensor:
+    """float32 [1, height/scale, width/scale]: the largest share within each latent position's pixels.
+
+    So all that is painted is drawn anew, also where a position holds what is kept, which is put back afterwards.
+    """
+    import torch
+
+    return torch.nn.functional.max_pool2d(torch.from_numpy(mask.copy())[None], scale)
+
+
+def torch_stack(rows: Iterable[torch.Tensor]) -> torch.Tensor:
+    """torch.stack of whatever yields tensors, for modules that import torch late."""
+    import torch
+
+    return torch.stack(list(rows))
 
 
 def draw_noise(seeds: Sequence[int], channels: int, height: int, width: int, device: str = "cpu") -> torch.Tensor:
@@ -135,8 +202,17 @@ def draw_noise(seeds: Sequence[int], channels: int, height: int, width: int, dev
     So a picture does not depend on its batch. height and width are latent sizes. ``device`` is where the numbers are
     drawn: the CPU's sequence is the same on every machine, a GPU's (Philox) is the same among CUDA devices alone.
     """
+    return draw_noises(1, seeds, channels, height, width, device)[0]
+
+
+def draw_noises(
+    count: int, seeds: Sequence[int], channels: int, height: int, width: int, device: str = "cpu"
+) -> torch.Tensor:
+    """As draw_noise, ``count`` times one after the other from each seed's generator: [count, len(seeds), ...]."""
     import torch
 
-    shape = (channels, height, width)
-    rows = [torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device) for seed in seeds]
-    return torch.stack(rows).cpu()
+    shape, rows = (channels, height, width), []
+    for seed in seeds:
+        generator = torch.Generator(device).manual_seed(seed)
+        rows.append(torch.stack([torch.randn(shape, generator=generator, device=device) for _ in range(count)]))
+    return torch.stack(rows, dim=1).cpu()

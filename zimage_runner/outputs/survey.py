@@ -167,14 +167,24 @@ def _changes(file: Inside, item: WorkItem, numerics: dict[str, Any]) -> list[str
         record = from_json(file.read_bytes())
         loras = [(lora["name"], lora["weight"], lora["digest"]) for lora in record.get("loras", [])]
         was = {"prompt": record["prompt"], **record["params"], "loras": _shown(loras), **record["numerics"]}
+        was |= _shown_inputs(record.get("inputs") or {})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
     loras = [(lora.name, lora.weight, lora.digest) for lora in item.params.loras]
     now = {"prompt": item.prompt.text, **item.params.to_dict(), "loras": _shown(loras), **numerics}
+    now |= _shown_inputs(item.params.inputs.record() if item.params.inputs else {})
     changes = [
         f"{k} was {was.get(k)}, now {now.get(k)}" for k in dict.fromkeys([*was, *now]) if was.get(k) != now.get(k)
     ]
     return changes or ["the weights differ"]
+
+
+def _shown_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Files by their digest: where one lies does not matter."""
+    return {
+        name: f"sha256 {str(value.get('digest'))[:8]}" if isinstance(value, dict) else value
+        for name, value in inputs.items()
+    }
 
 
 def _shown(loras: Iterable[tuple[str, float, str]]) -> str:

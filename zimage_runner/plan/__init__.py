@@ -1,6 +1,6 @@
 """What a run will draw: prompts x seeds as work items. No torch, and no I/O."""
 
-from zimage_runner.plan.build import CountTokens, FindLoras, build_plan
+from zimage_runner.plan.build import CountTokens, FindInputs, FindLoras, build_plan
 from zimage_runner.plan.fingerprint import Fingerprints, fingerprint
 from zimage_runner.plan.items import Bucket, Encoding, WorkItem, item_encodings, slug
 from zimage_runner.plan.plan import Duplicate, Plan, Truncation
@@ -10,6 +10,7 @@ __all__ = [
     "CountTokens",
     "Duplicate",
     "Encoding",
+    "FindInputs",
     "FindLoras",
     "Fingerprints",
     "Plan",

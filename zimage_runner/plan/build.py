@@ -13,7 +13,7 @@ from zimage_runner.plan.items import Bucket, WorkItem
 from zimage_runner.plan.plan import Duplicate, Plan, Truncation
 from zimage_runner.prompts.base import Prompt
 from zimage_runner.prompts.seeds import Seeds
-from zimage_runner.sampling import Lora, SamplingParams
+from zimage_runner.sampling import SAMPLING_FIELDS, Lora, SamplingParams
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +24,8 @@ CountTokens = Callable[[Sequence[str]], Sequence[int]]
 """Caption tokens of each text, chat template included, before truncation."""
 FindLoras = Callable[[Prompt], tuple[Lora, ...]]
 """The adapters that a prompt is drawn with."""
+FindInputs = Callable[[Prompt], Mapping[str, Any]]
+"""The pictures that a prompt starts from, as ``inputs``, and sides that follow from them; nothing where it has none."""
 
 
 def build_plan(
@@ -34,13 +36,14 @@ def build_plan(
     check_size: Callable[[int, int], None],
     count_tokens: CountTokens | None = None,
     find_loras: FindLoras | None = None,
+    find_inputs: FindInputs | None = None,
 ) -> Plan:
     """Expand prompts x seeds. Raises UserError, naming the prompt's line, for sampling that cannot be drawn.
 
-    ``find_loras`` gives each prompt's adapters; None where there can be none.
+    ``find_loras`` gives each prompt's adapters, ``find_inputs`` its pictures; None where there can be none.
     """
     _check_count(prompts, seeds)
-    resolved = _resolve(prompts, params, check_size, find_loras)
+    resolved = _resolve(prompts, params, check_size, find_loras, find_inputs)
     counts = _count(prompts, resolved, count_tokens)
     buckets = _buckets(prompts, resolved, counts)
     rank = _rank(buckets)
@@ -100,17 +103,20 @@ def _resolve(
     params: SamplingParams,
     check_size: Callable[[int, int], None],
     find_loras: FindLoras | None,
+    find_inputs: FindInputs | None,
 ) -> list[SamplingParams]:
     """Each prompt's sampling; prompts with equal overrides share one instance."""
     check_size(params.height, params.width)
-    shared: dict[tuple[Any, ...], SamplingParams] = {} if find_loras else {((), (), ()): params}
+    shared: dict[tuple[Any, ...], SamplingParams] = {} if find_loras or find_inputs else {((), (), ()): params}
     resolved = []
     for prompt, overrides in zip(prompts, _without_idle_negatives(prompts, params), strict=True):
         key = (tuple(sorted(overrides.items())), prompt.loras, prompt.lora_weights)
         if key not in shared:
             own = {"loras": find_loras(prompt)} if find_loras else {}
+            given = {name: value for name, value in overrides.items() if name in SAMPLING_FIELDS}
             try:
-                shared[key] = params.overridden({**overrides, **own})
+                own |= find_inputs(prompt) if find_inputs else {}
+                shared[key] = params.overridden({**given, **own})
                 check_size(shared[key].height, shared[key].width)
             except UserError as error:
                 raise UserError(f"{prompt.source}: {error}") from None

@@ -56,6 +56,8 @@ def _what_counts(params: SamplingParams) -> dict[str, Any]:
     counts = {name: float(v) if isinstance(v, float) or name == "guidance_scale" else v for name, v in values.items()}
     if params.loras:
         counts["loras"] = [[lora.digest, float(lora.weight)] for lora in params.loras]
+    if params.inputs:
+        counts["inputs"] = params.inputs.counts()
     return counts
 
 

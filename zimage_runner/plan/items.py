@@ -56,8 +56,9 @@ class Bucket:
         guidance = f", guidance {params.guidance_scale:g}" if params.uses_guidance else ""
         tokens = f", {self.caption_tokens} caption tokens" if self.caption_tokens else ""
         loras = "".join(f", {lora}" for lora in params.loras)
-        steps = counted(params.num_inference_steps, "step")
-        return f"{params.width}x{params.height}, {steps}{guidance}{tokens}{loras}"
+        steps = counted(params.forwards, "step")
+        inputs = "" if params.inputs is None else f", {params.inputs}"
+        return f"{params.width}x{params.height}, {steps}{guidance}{tokens}{loras}{inputs}"
 
 
 def _comparable(value: Any) -> tuple[int, float, str]:

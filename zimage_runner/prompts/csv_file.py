@@ -38,7 +38,7 @@ class Csv(TableSource):
         delimiter = self.delimiter or told or ("\t" if file.suffix.lower() in (".tsv", ".tab") else ",")
         if len(delimiter) != 1 or delimiter in '\r\n"':
             raise UserError(f"prompts.delimiter={delimiter!r} is not one character, such as ',' or ';'")
-        reader = RowReader(self)
+        reader = RowReader(self, file.parent)
         rows = _rows(lines, shown(file), delimiter, quotes=delimiter != "\t" if self.quotes is None else self.quotes)
         where, names = next(rows, (shown(file), []))
         if not names:

@@ -10,17 +10,24 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from zimage_runner.errors import UserError
 from zimage_runner.prompts.foreign import remedy_for_flag
 from zimage_runner.prompts.loras import parse_loras, parse_weights
 from zimage_runner.prompts.notes import warn_once
+from zimage_runner.prompts.picture_values import picture_value
 from zimage_runner.prompts.prompt import LoraWord
 from zimage_runner.prompts.rows import SAMPLING_KINDS, convert, seeds_of
 from zimage_runner.prompts.vocabulary import FIELD_OF, LETTERS, NAMES, is_cfg
+from zimage_runner.sampling import PICTURE_FIELDS
 
-FLAGS = {**{name: name for name in ("seeds", *SAMPLING_KINDS, "loras", "lora_weights")}, **FIELD_OF, **LETTERS}
+FLAGS = {
+    **{name: name for name in ("seeds", *SAMPLING_KINDS, *PICTURE_FIELDS, "loras", "lora_weights")},
+    **FIELD_OF,
+    **LETTERS,
+}
 """Name of a flag, with underscores, to the field that it sets."""
 _NUMBERS = "|".join(
     sorted(n for f in ("seeds", "width", "height", "num_inference_steps", "guidance_scale") for n in (f, *NAMES[f]))
@@ -47,10 +54,11 @@ class FlaggedText:
     seeds: tuple[int, ...] | None = None
 
 
-def parse_flags(line: str, where: str) -> FlaggedText:
+def parse_flags(line: str, where: str, folder: Path | None = None) -> FlaggedText:
     """Split a line at its flags. Each flag's value runs to the next flag; quotes around it are dropped.
 
-    So are quotes around the text before the flags. ``--prompt TEXT`` gives the text itself.
+    So are quotes around the text before the flags. ``--prompt TEXT`` gives the text itself. ``folder``: where names of
+    picture files start; None is where the program was started.
     """
     if almost := ALMOST.search(line):
         raise UserError(f"{where}: {_almost(almost)}; if it is part of the text, set prompts.flags=false")
@@ -60,7 +68,7 @@ def parse_flags(line: str, where: str) -> FlaggedText:
     parsed = FlaggedText(text=_unquote(line[: matches[0].start()].strip()))
     for match, following in zip(matches, [*matches[1:], None], strict=True):
         value = line[match.end() : following.start() if following else len(line)]
-        _apply(parsed, match["name"], _unquote(value.strip()), where)
+        _apply(parsed, match["name"], _unquote(value.strip()), where, folder or Path())
     return parsed
 
 
@@ -71,7 +79,7 @@ def _almost(match: re.Match[str]) -> str:
     return f"{match['dash']}{name} looks like a flag: write --{name} with two hyphens"
 
 
-def _apply(parsed: FlaggedText, flag: str, value: str, where: str) -> None:
+def _apply(parsed: FlaggedText, flag: str, value: str, where: str, folder: Path) -> None:
     word = flag.replace("-", "_")
     name = FLAGS.get(word)
     if name is None:
@@ -91,6 +99,8 @@ def _apply(parsed: FlaggedText, flag: str, value: str, where: str) -> None:
         parsed.loras = parse_loras(value, f"{where}: --{flag}")
     elif name == "lora_weights":
         parsed.lora_weights = parse_weights(value, f"{where}: --{flag}")
+    elif name in PICTURE_FIELDS:
+        parsed.overrides[name] = picture_value(name, value, f"{where}: --{flag}", folder)
     else:
         parsed.overrides[name] = convert(name, value, f"{where}: --{flag}", cfg=is_cfg(word))
         if is_cfg(word):

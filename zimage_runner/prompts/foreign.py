@@ -102,10 +102,8 @@ _OTHER_FLAGS = {
         "it has no counterpart here, leave it out."
     ),
     ("tile", "tiling"): "pictures that tile are not made, leave it out.",
-    ("iw", "i", "ci", "cn", "ctrl_img", "image_path", "mask_path", "init_image"): (
-        "pictures as input are not read from a line, leave it out."
-    ),
-    ("t", "strength", "denoising_strength"): "there is no picture to start from, leave it out.",
+    ("cn", "ctrl_img"): "the picture that a ControlNet follows is --control_image FILE.",
+    ("iw",): "how much of a picture is drawn anew is --strength 0.6, with --image FILE.",
     ("m", "a"): "weights of the run's loras are --am 0.8,0.4.",
     ("sampler", "sampler_name", "sampler_index", "ss", "scheduler"): "Euler is the model's own sampler, leave it out.",
     ("fs", "flow_shift", "shift"): "the shift of the schedule is the model's own, leave it out.",

@@ -32,7 +32,7 @@ class HfDataset(TableSource):
         directory = self._split_directory(self._directory())
         files = _data_files(directory)
         pyarrow = import_pyarrow("hf_dataset")
-        reader, name = RowReader(self), shown(directory)
+        reader, name = RowReader(self, directory), shown(directory)
         number = 0
         for file in files:
             if not file.is_file():  # a named pipe would be waited for

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 from zimage_runner.errors import UserError
@@ -28,12 +29,14 @@ class Jsonl(TableSource):
 
     def read(self) -> Iterator[Prompt]:
         file = input_path(self.path, "jsonl")
-        yield from prompts_of_json_lines(file_lines(file, limit=MAX_OBJECT_BYTES), shown(file), self)
+        yield from prompts_of_json_lines(file_lines(file, limit=MAX_OBJECT_BYTES), shown(file), self, file.parent)
 
 
-def prompts_of_json_lines(lines: Iterable[tuple[int, str]], name: str, source: TableSource) -> Iterator[Prompt]:
-    """Prompts of numbered lines; blank lines are skipped."""
-    reader = RowReader(source)
+def prompts_of_json_lines(
+    lines: Iterable[tuple[int, str]], name: str, source: TableSource, folder: Path | None = None
+) -> Iterator[Prompt]:
+    """Prompts of numbered lines; blank lines are skipped. ``folder``: where names of picture files start."""
+    reader = RowReader(source, folder)
     first = True
     for number, line in lines:
         if bare(line):

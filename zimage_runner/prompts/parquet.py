@@ -31,7 +31,7 @@ class Parquet(TableSource):
         with open_input(file):
             pass  # a missing file is reported before a missing library
         pyarrow = import_pyarrow("parquet")
-        reader, name = RowReader(self), shown(file)
+        reader, name = RowReader(self, file.parent), shown(file)
         try:
             with open_input(file) as stream, pyarrow.parquet.ParquetFile(stream) as table:
                 columns = text_columns(table.schema_arrow, name)

@@ -35,7 +35,7 @@ class Prompt:
     index: int | None = None
     """Its number in the whole source, before offset, sample or shard; null means its place in the list."""
     overrides: Mapping[str, Any] = field(default_factory=_nothing)
-    """Sampling fields that differ for this prompt; keys are names in ``sampling.SAMPLING_FIELDS``."""
+    """Sampling fields that differ for this prompt; keys are in ``sampling.SAMPLING_FIELDS`` and ``PICTURE_FIELDS``."""
     loras: tuple[LoraWord, ...] = ()
     """Adapters for this prompt beside the run's; of one that the run has too, this weight holds."""
     lora_weights: tuple[float, ...] = ()

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from zimage_runner.errors import UserError
@@ -15,16 +16,27 @@ from zimage_runner.prompts.base import NOTHING, Prompt, RowSource
 from zimage_runner.prompts.carried import MAX_METADATA_BYTES, MAX_SNAPSHOT_BYTES, carry
 from zimage_runner.prompts.loras import parse_loras, parse_weights
 from zimage_runner.prompts.notes import warn_once
+from zimage_runner.prompts.picture_values import finite, picture_value, short
 from zimage_runner.prompts.seeds import parse_seed_list
 from zimage_runner.prompts.text import check_characters, check_text
 from zimage_runner.prompts.vocabulary import FIELD_OF, PLAIN_NAMES, guidance_of_cfg, is_cfg, meant
-from zimage_runner.sampling import SAMPLING_FIELDS, SamplingParams
+from zimage_runner.sampling import PICTURE_FIELDS, PICTURE_FILES, SAMPLING_FIELDS, SamplingParams
 
 SAMPLING_KINDS: dict[str, str] = {f.name: str(f.type) for f in fields(SamplingParams) if f.name in SAMPLING_FIELDS}
 """Each sampling field's type by name: int, float or str."""
 OF_SNAPSHOTS = ("index", "source")
 """Written by snapshot.py."""
-PROMPT_FIELDS = ("text", "id", "seeds", *SAMPLING_KINDS, "loras", "lora_weights", "metadata", *OF_SNAPSHOTS)
+PROMPT_FIELDS = (
+    "text",
+    "id",
+    "seeds",
+    *SAMPLING_KINDS,
+    *PICTURE_FIELDS,
+    "loras",
+    "lora_weights",
+    "metadata",
+    *OF_SNAPSHOTS,
+)
 TEXT_NAMES = ("text", "texts", "prompt", "prompts", "caption", "captions", "description", "sentence")
 """Usual names, in small letters, of the column that holds the prompts."""
 
@@ -35,7 +47,7 @@ class TableSource(RowSource):
 
     columns: dict[str, str] = field(default_factory=dict)
     """Field to column, where the names differ: {text: caption, id: image_id}. Fields: text, id, seeds, loras,
-    lora_weights, metadata and every sampling field."""
+    lora_weights, metadata and every sampling field, image, mask and strength among them."""
     metadata: list[str] = field(default_factory=list)
     """Columns carried into the record as they are; ["*"] carries every column that is not a field."""
 
@@ -53,7 +65,9 @@ class Role(NamedTuple):
 class RowReader:
     """Turns rows into prompts for one source; remembers which column is which for each set of columns."""
 
-    def __init__(self, source: TableSource) -> None:
+    def __init__(self, source: TableSource, folder: Path | None = None) -> None:
+        """``folder``: where names of picture files start; None is where the program was started."""
+        self._folder = folder or Path()
         self._mapped: dict[str, str] = {}
         self._cfg: set[str] = set()
         self._reversed: dict[str, str] = {}
@@ -90,12 +104,19 @@ class RowReader:
         cfg = False
         for role in self._roles(tuple(row), where):
             value = row[role.column]
-            if role.field is None:
+            if role.field is None or self._holds_pictures(role, value):
                 metadata[role.column] = value
             elif not is_unset(role.field, value):
                 values[role.field] = value
                 cfg |= role.cfg
-        return _prompt(values, metadata, where, self._mapped, cfg)
+        pictures = {name: values.pop(name) for name in PICTURE_FIELDS if name in values}
+        pictures = {name: picture_value(name, value, where, self._folder) for name, value in pictures.items()}
+        return _prompt(values, metadata, where, self._mapped, cfg, pictures)
+
+    def _holds_pictures(self, role: Role, value: object) -> bool:
+        """Whether a cell is a data set's picture itself, where all columns are carried and nobody mapped this one."""
+        carried = "*" in self._metadata and role.column not in self._field_of
+        return carried and role.field in PICTURE_FILES and not isinstance(value, str | None)
 
     def _roles(self, names: tuple[str, ...], where: str) -> list[Role]:
         if names not in self._known:
@@ -133,6 +154,8 @@ class RowReader:
         # A column named like a field that is mapped to another column is not that field any more.
         # Where the rest is carried, a column of the field's own name goes before its synonyms.
         goes_behind = carries_rest and name != column and column not in ("prompt", "seed") and name in names
+        # file_name and the like of a data set are no pictures to start from unless somebody says so.
+        goes_behind |= carries_rest and name != column and name in PICTURE_FIELDS
         if name in PROMPT_FIELDS and name not in self._mapped and not goes_behind:
             return Role(column, name, is_cfg(column))
         if carries_rest:
@@ -156,7 +179,12 @@ def _tell_synonyms(roles: list[Role], mapped: Mapping[str, str], where: str) -> 
 
 
 def _prompt(
-    values: dict[str, Any], metadata: dict[str, Any], where: str, mapped: Mapping[str, str], cfg: bool
+    values: dict[str, Any],
+    metadata: dict[str, Any],
+    where: str,
+    mapped: Mapping[str, str],
+    cfg: bool,
+    pictures: dict[str, Any],
 ) -> Prompt:
     if "text" not in values:
         raise UserError(f"{where}: no text: give the prompt in column {mapped.get('text', 'text')!r}")
@@ -174,7 +202,8 @@ def _prompt(
         source=source if isinstance(source, str) and source else where,
         id=None if name is None else check_id(name, where),
         index=None if index is None else _check_index(index, where),
-        overrides={f: convert(f, v, where, cfg=cfg and f == "guidance_scale") for f, v in values.items()} or NOTHING,
+        overrides={f: convert(f, v, where, cfg=cfg and f == "guidance_scale") for f, v in values.items()} | pictures
+        or NOTHING,
         loras=() if loras is None else parse_loras(loras, f"{where}: loras"),
         lora_weights=() if weights is None else parse_weights(weights, f"{where}: lora_weights"),
         seeds=None if seeds is None else seeds_of(seeds, f"{where}: seeds"),
@@ -194,7 +223,7 @@ def check_id(value: object, where: str) -> str:
 
 
 def _check_index(value: object, where: str) -> int:
-    number = _number(value)
+    number = finite(value)
     if number is None or number != int(number) or not 0 <= number < 10**9:
         raise UserError(f"{where}: index={short(value)} is not an integer from 0 to 999999999")
     return int(number)
@@ -211,7 +240,7 @@ def convert(name: str, value: object, where: str, *, cfg: bool = False) -> int |
             raise UserError(f"{where}: {name}={short(value)} is not a string")
         check_characters(value, f"{where}: {name}")
         return value.strip()
-    number = _number(value)
+    number = finite(value)
     if number is None or (kind == "int" and number != int(number)):
         raise UserError(f"{where}: {name}={short(value)} is not {'an integer' if kind == 'int' else 'a number'}")
     if abs(number) >= 2**53:  # beyond, arithmetic and messages would go astray
@@ -238,23 +267,11 @@ def _whole(value: object, where: str) -> object:
     return value
 
 
-def _number(value: object) -> float | int | None:
-    """A finite number, or None."""
-    if isinstance(value, str):
-        try:
-            value = float(value) if len(value) < 40 else None
-        except ValueError:
-            return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return value if isinstance(value, int) or math.isfinite(value) else None
-
-
 def is_unset(name: str, value: object) -> bool:
     """Null, and where a number is needed what Python and pandas write for a gap: NaN."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return True
-    blank = name in ("seeds", "loras", "lora_weights") or SAMPLING_KINDS.get(name) in ("int", "float")
+    blank = name in ("seeds", "loras", "lora_weights", *PICTURE_FIELDS) or SAMPLING_KINDS.get(name) in ("int", "float")
     return blank and isinstance(value, str) and value.strip().lower() in ("", "nan", "<na>")
 
 
@@ -267,15 +284,6 @@ def _metadata(value: object, where: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise UserError(f'{where}: metadata={short(value)} is not an object: write {{"key": "value"}}')
     return value
-
-
-def short(value: object) -> str:
-    """The value as Python writes it, cut to a length that fits into a message."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an integer of more digits than Python prints, a bottomless list
-        text = f"<{type(value).__name__}>"
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _no_field(word: str, column: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar
 
 from zimage_runner.errors import UserError
@@ -34,11 +35,16 @@ class TextFile(RowSource):
                 f"prompts.path={self.path} is a table, and prompts=text_file takes every line as a prompt: "
                 f"use prompts={option} (or give the file a name that ends in .txt)"
             )
-        yield from prompts_of_lines(file_lines(file), shown(file), flags=self.flags)
+        yield from prompts_of_lines(file_lines(file), shown(file), flags=self.flags, folder=file.parent)
 
 
-def prompts_of_lines(lines: Iterable[tuple[int, str]], name: str, *, flags: bool) -> Iterator[Prompt]:
-    """Prompts of numbered lines. A prompt that starts with # is written with a backslash before it."""
+def prompts_of_lines(
+    lines: Iterable[tuple[int, str]], name: str, *, flags: bool, folder: Path | None = None
+) -> Iterator[Prompt]:
+    """Prompts of numbered lines. A prompt that starts with # is written with a backslash before it.
+
+    ``folder``: where names of picture files start; None is where the program was started.
+    """
     for number, line in lines:
         line = bare(line)
         if not line or line.startswith("#"):
@@ -53,7 +59,7 @@ def prompts_of_lines(lines: Iterable[tuple[int, str]], name: str, *, flags: bool
         if not flags or not ("--" in text or ALMOST.search(text)):
             yield Prompt(text=check_text(text, where), source=where)
             continue
-        parsed = parse_flags(text, where)
+        parsed = parse_flags(text, where, folder)
         yield Prompt(
             text=check_text(parsed.text, where),
             source=where,

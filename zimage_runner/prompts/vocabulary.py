@@ -18,6 +18,13 @@ NAMES: dict[str, tuple[str, ...]] = {
     "negative_prompt": ("negative", "neg_prompt", "negative_prompts", "negativeprompt"),
     "loras": ("lora",),
     "lora_weights": ("lora_weight", "network_mul"),
+    "image": ("init_image", "image_path", "input_image", "initimage", "file_name"),
+    "strength": ("denoising_strength", "denoise", "initimagecreativity"),
+    "mask": ("mask_image", "mask_path", "maskimage"),
+    "mask_blur": ("maskblur",),
+    "mask_grow": ("maskgrow",),
+    "control_image": ("control_path", "conditioning_image"),
+    "control_scale": ("control_strength", "controlnet_conditioning_scale"),
 }
 """Field of a prompt to its other names."""
 LETTERS = {
@@ -28,6 +35,9 @@ LETTERS = {
     "g": "guidance_scale",
     "l": "guidance_scale",
     "am": "lora_weights",
+    "i": "image",
+    "t": "strength",
+    "ci": "control_image",
 }
 CFG_NAMES = frozenset({"cfg", "cfg_scale", "cfgscale"})
 """Names of ComfyUI's, AUTOMATIC1111's and InvokeAI's number c, where 1 is no guidance. Z-Image's own ``guidance_scale``

@@ -45,6 +45,7 @@ def describe(spec: RunSpec, progress: Progress | None = None, linked: Collection
     rows += _prompt_rows(spec)
     rows += _bucket_rows(spec, done)
     rows += _listed("loras", _loras(spec)) if spec.plan.loras() else []
+    rows += _listed("pictures", pictures) if (pictures := _pictures(spec)) else []
     rows.append(("prompts to encode", f"{sum(1 for _ in spec.plan.encodings()):,}"))
     rows.append(("caption tokens", _tokens(spec)))
     if spec.plan.caption_tokens:
@@ -61,7 +62,7 @@ def describe(spec: RunSpec, progress: Progress | None = None, linked: Collection
 def work(item: WorkItem) -> float:
     """Transformer work of a picture: proportional to its pixels, steps, and twice that with guidance."""
     params = item.params
-    return params.height * params.width * params.num_inference_steps * (2 if params.uses_guidance else 1)
+    return params.height * params.width * params.forwards * (2 if params.uses_guidance else 1)
 
 
 def mean_work(items: Iterable[WorkItem]) -> float:
@@ -112,6 +113,19 @@ def _bucket_rows(spec: RunSpec, done: Callable[[WorkItem], bool]) -> list[tuple[
 
 def _loras(spec: RunSpec) -> list[str]:
     return [f"{lora}: {counted(count, 'picture')}, {lora.path}" for lora, count in spec.plan.loras().items()]
+
+
+def _pictures(spec: RunSpec) -> list[str]:
+    """Each file that items start from, and for how many."""
+    counts: dict[tuple[str, str, int, int], int] = {}
+    for item in spec.plan.items:
+        for name, picture in (item.params.inputs.files if item.params.inputs else {}).items():
+            key = (name, picture.path, picture.width, picture.height)
+            counts[key] = counts.get(key, 0) + 1
+    return [
+        f"{name} {path}, {width}x{height}: {counted(count, 'picture')}"
+        for (name, path, width, height), count in counts.items()
+    ]
 
 
 def _tokens(spec: RunSpec) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from zimage_runner.prompts.base import Prompt, PromptSource
 from zimage_runner.prompts.inline import Inline
 from zimage_runner.prompts.seeds import Seeds, parse_seeds
 from zimage_runner.prompts.snapshot import SNAPSHOT_NAME, Snapshot
-from zimage_runner.sampling import SamplingParams, resolve_sampling
+from zimage_runner.sampling import PICTURE_FIELDS, SamplingParams, resolve_sampling
 from zimage_runner.session import SessionConfig
 from zimage_runner.warmup import WarmupShape
 from zimage_runner.weights.find.checkpoint import Checkpoint
@@ -57,7 +58,7 @@ class RunSpec:
             last = bucket
             batch = 1 if engine.auto_batch else min(engine.largest_batch, counts[bucket])
             size = (params.height, params.width, params.uses_guidance, batch)
-            key = (*size, bucket.caption_tokens, bucket.negative_caption_tokens)
+            key = (*size, bucket.caption_tokens, bucket.negative_caption_tokens, params.inputs is not None)
             if key in shapes:
                 continue
             changes_within = params.uses_guidance and params.cfg_truncation < 1
@@ -112,6 +113,7 @@ class Recipe:
             "seed": item.seed,
             "model": dict(self.model),
             **({"loras": [lora.record() for lora in item.params.loras]} if item.params.loras else {}),
+            **({"inputs": item.params.inputs.record()} if item.params.inputs else {}),
             "numerics": report["numerics"],
             "versions": report["versions"],
             **({"id": prompt.id} if prompt.id is not None else {}),
@@ -151,14 +153,7 @@ def plan_run(config: RunConfig, memo: dict[str, Any] | None = None) -> RunSpec:
     )
     checkpoint = _once(memo, f"checkpoint {config.model} {config.dry_run}", lambda: _checkpoint(config))
     count_tokens = _once(memo, f"tokens {checkpoint.path}", lambda: token_counter(checkpoint.path))
-    plan = build_plan(
-        prompts,
-        seeds,
-        params,
-        check_size=config.model.check_size,
-        count_tokens=count_tokens,
-        find_loras=_lora_finder(config, prompts, checkpoint),
-    )
+    plan = _plan(config, prompts, seeds, params, count_tokens, _lora_finder(config, prompts, checkpoint))
     config.engine.check(Needs.of(config.model, config.memory, config.compile, plan.params()))
     if config.output_file is not None and len(plan) > 1:
         raise UserError(
@@ -166,6 +161,31 @@ def plan_run(config: RunConfig, memo: dict[str, Any] | None = None) -> RunSpec:
             "give one prompt and one seed, or leave output_file out"
         )
     return RunSpec(config=config, plan=plan, checkpoint=checkpoint, session=session_config(config, checkpoint))
+
+
+def _plan(config: RunConfig, prompts: Sequence[Prompt], seeds: Seeds, params: SamplingParams, *tools: Any) -> Plan:
+    """Expand the prompts; ``tools`` count tokens and find adapters. Their pictures, if they have any, are checked."""
+    count_tokens, find_loras = tools
+    with contextlib.ExitStack() as opened:
+        find_inputs = None
+        if any(getattr(config.sampling, name) is not None for name in PICTURE_FIELDS) or any(
+            not p.overrides.keys().isdisjoint(PICTURE_FIELDS) for p in prompts
+        ):
+            from zimage_runner.runner.inputs import InputFinder
+
+            find_inputs = opened.enter_context(contextlib.closing(InputFinder(config, prompts)))
+        plan = build_plan(
+            prompts,
+            seeds,
+            params,
+            check_size=config.model.check_size,
+            count_tokens=count_tokens,
+            find_loras=find_loras,
+            find_inputs=find_inputs,
+        )
+        if find_inputs is not None:
+            find_inputs.check_used(plan.params())
+    return plan
 
 
 def _lora_finder(config: RunConfig, prompts: Sequence[Prompt], checkpoint: Checkpoint) -> FindLoras | None:

@@ -40,6 +40,8 @@ class DiffusersEngine(EngineConfig):
                 f"engine.precision={self.precision.value} is not for engine=diffusers, which computes in model.dtype: "
                 "use engine=native, or leave it out"
             )
+        if needs.pictured or needs.controlled:
+            raise UserError("engine=diffusers does not draw from pictures: use engine=native, or leave them out")
         check_name(self.attention)
         if "diffusers" not in needs.memory.engines:
             raise UserError(f"memory={needs.memory.placement} is not for engine=diffusers: use engine=native with it")

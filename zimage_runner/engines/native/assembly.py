@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,6 +16,8 @@ from zimage_runner.engines.native.loading import (
     TEXT_ENCODER_UNUSED,
     TRANSFORMER_RULES,
     TRANSFORMER_UNUSED,
+    VAE_ENCODER_RULES,
+    VAE_ENCODER_UNUSED,
     VAE_RULES,
     VAE_UNUSED,
     assign,
@@ -31,10 +33,12 @@ from zimage_runner.engines.native.text_encoder import TextEncoder, TextEncoderCo
 from zimage_runner.engines.native.tokenizer import CaptionTokenizer
 from zimage_runner.engines.native.transformer import Transformer, TransformerConfig
 from zimage_runner.engines.native.vae_decoder import VaeConfig, VaeDecoder
+from zimage_runner.engines.native.vae_encoder import VaeEncoder
 from zimage_runner.errors import UserError
 from zimage_runner.weights.formats.source import source_component
 from zimage_runner.weights.prepared.as_stored import StoredFp8
 
+M = TypeVar("M", bound=torch.nn.Module)
 LoadedTensors = Callable[[str], "Mapping[str, torch.Tensor] | None"]
 """A component's tensors where they are on the device already; None to read its files."""
 
@@ -129,10 +133,28 @@ def load_vae(model: NativeModel, path: Path, loaded: LoadedTensors = from_files)
         module = VaeDecoder(model.description.vae, model.ops)
     tensors = component_tensors("vae", path, options, loaded)
     module = assign(module, tensors, VAE_RULES, VAE_UNUSED, options.device, options.dtype, "vae")
+    model.vae = _channels_last(module)
+
+
+def load_vae_encoder(model: NativeModel, published: Path) -> None:
+    """Set the model's encoder of pictures from the vae folder of the checkpoint as it was published.
+
+    Prepared copies are of what every run needs, and do not hold it.
+    """
+    options = model.options
+    with torch.device("meta"):
+        module = VaeEncoder(model.description.vae, model.ops)
+    tensors = open_parts(published / "vae", "cpu")
+    kind = (options.device, options.dtype, "vae")
+    model.vae_encoder = _channels_last(assign(module, tensors, VAE_ENCODER_RULES, VAE_ENCODER_UNUSED, *kind))
+
+
+def _channels_last(module: M) -> M:
+    """The module with the convolutions' weights in that layout."""
     for parameter in module.parameters():
         if parameter.ndim == 4:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-    model.vae = module
+    return module
 
 
 def component_tensors(

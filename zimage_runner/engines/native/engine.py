@@ -16,15 +16,21 @@ from zimage_runner.engines.base import Engine, PendingImages
 from zimage_runner.engines.device import choose_device, choose_dtype, release
 from zimage_runner.engines.merging import Adapters
 from zimage_runner.engines.native.adapted import adapted_text_encoder, adapted_transformer
-from zimage_runner.engines.native.assembly import load_text_encoder, load_transformer, load_vae, open_model
+from zimage_runner.engines.native.assembly import (
+    load_text_encoder,
+    load_transformer,
+    load_vae,
+    load_vae_encoder,
+    open_model,
+)
 from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.engines.native.images import HostCopy, Ready
 from zimage_runner.engines.native.model import Options
-from zimage_runner.engines.native.sampler import Guidance
+from zimage_runner.engines.native.sampler import Guidance, Start
 from zimage_runner.engines.native.streaming import BlockStream
 from zimage_runner.engines.native.text_encoder import TextEncoder
 from zimage_runner.engines.precision import Precision, check_device
-from zimage_runner.engines.request import DenoiseRequest, LoadRequest
+from zimage_runner.engines.request import DenoiseRequest, LoadRequest, Posterior
 from zimage_runner.errors import UnsupportedCheckpoint, UserError
 from zimage_runner.sampling import Lora
 from zimage_runner.weights.preload.source import WeightsSource
@@ -113,6 +119,13 @@ class NativeEngineAdapter(Engine):
         self._load_encoder()
         return self.model.encode(texts, max_sequence_length)
 
+    def encode_picture(self, pixels: np.ndarray) -> Posterior:
+        self._load_denoiser()
+        if not hasattr(self.model, "vae_encoder"):
+            with self._phase("vae_encoder"):
+                load_vae_encoder(self.model, self._published)
+        return self.model.encode_picture(torch.from_numpy(np.ascontiguousarray(pixels)))
+
     def denoise(self, request: DenoiseRequest) -> torch.Tensor:
         self._load_denoiser()
         params = request.params
@@ -122,8 +135,13 @@ class NativeEngineAdapter(Engine):
             truncation=params.cfg_truncation,
         )
         self._drawn = len(request.noise)
+        start = None
+        if request.start is not None and params.inputs is not None:
+            strength, exact = params.inputs.strength, params.inputs.steps_after_strength
+            start = Start(latents=request.start, strength=strength, exact=exact, mask=request.mask)
+        negatives = request.negative_prompt_embeds
         return self.model.denoise(
-            request.prompt_embeds, request.noise, params.num_inference_steps, guidance, request.negative_prompt_embeds
+            request.prompt_embeds, request.noise, params.num_inference_steps, guidance, negatives, start
         )
 
     def decode(self, latents: torch.Tensor) -> PendingImages:
@@ -163,14 +181,14 @@ class NativeEngineAdapter(Engine):
 
     def close(self) -> None:
         self.model.forget()
-        self._free("text_encoder", "transformer", "vae")
+        self._free("text_encoder", "transformer", "vae", "vae_encoder")
 
     def _load_encoder(self) -> None:
         if hasattr(self.model, "text_encoder"):
             return
         if self._staged and hasattr(self.model, "transformer") and not self.model.options.streamed:
             self.model.forget()
-            self._free("transformer", "vae")
+            self._free("transformer", "vae", "vae_encoder")
         with self._phase("text_encoder"):
             load_text_encoder(self.model, self._path, self._tensors)
         if isinstance(self.model.text_encoder, TextEncoder):

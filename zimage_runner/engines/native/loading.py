@@ -60,11 +60,17 @@ VAE_RULES: Rules = (
     (r"(up_blocks\.\d+)\.upsampler\.(\w+)", (r"decoder.\1.upsamplers.0.conv.\2",)),
     (r"(.+)", (r"decoder.\1",)),
 )
+VAE_ENCODER_RULES: Rules = (
+    (r"quant_conv\.(\w+)", (r"quant_conv.\1",)),
+    (r"(down_blocks\.\d+)\.downsampler\.(\w+)", (r"encoder.\1.downsamplers.0.conv.\2",)),
+    *((pattern, tuple(re.sub("^decoder", "encoder", name) for name in names)) for pattern, names in VAE_RULES[1:]),
+)
 
 # Stored tensors that inference does not need.
 TRANSFORMER_UNUSED = r"$^"
 TEXT_ENCODER_UNUSED = r"norm\.weight|lm_head\..+|layers\.{last}\..+|.*rotary_emb\.inv_freq"
 VAE_UNUSED = r"encoder\..+|quant_conv\..+"
+VAE_ENCODER_UNUSED = r"decoder\..+|post_quant_conv\..+"
 
 FUSED = ("attention.qkv.weight", "self_attn.qkv_proj.weight")
 """Endings that tell the modules' own layout from the published one."""

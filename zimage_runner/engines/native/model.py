@@ -24,13 +24,15 @@ from zimage_runner.engines.native.rope import (
     rotary_table,
     sequence_tables,
 )
-from zimage_runner.engines.native.sampler import Guidance, Schedule, euler, make_schedule
+from zimage_runner.engines.native.sampler import Guidance, Kept, Schedule, Start, euler, make_schedule
 from zimage_runner.engines.native.sdpa import choose_attention
 from zimage_runner.engines.native.streamed_encoder import StreamedTextEncoder
 from zimage_runner.engines.native.text_encoder import TextEncoder
 from zimage_runner.engines.native.tokenizer import CaptionTokenizer
 from zimage_runner.engines.native.transformer import Arithmetic, StepModulation, Transformer, embed_times
 from zimage_runner.engines.native.vae_decoder import VaeDecoder
+from zimage_runner.engines.native.vae_encoder import VaeEncoder
+from zimage_runner.engines.request import Posterior
 from zimage_runner.model import PATCH
 
 if TYPE_CHECKING:
@@ -76,12 +78,14 @@ class Options:
 class NativeModel:
     """Text encoder, transformer and decoder, as far as they are loaded, and what of their work can be reused.
 
-    The three networks are attributes to be set (see assembly.py) and deleted: not all need be in memory at a time.
+    The networks are attributes to be set (see assembly.py) and deleted: not all need be in memory at a time.
     """
 
     text_encoder: TextEncoder | StreamedTextEncoder
     transformer: Transformer
     vae: VaeDecoder
+    vae_encoder: VaeEncoder
+    """Of pictures that items start from; there once one does."""
 
     def __init__(self, description: Description, tokenizer: CaptionTokenizer, options: Options) -> None:
         self.description = description
@@ -119,6 +123,11 @@ class NativeModel:
         return [features[text] for text in texts]
 
     @torch.inference_mode()
+    def encode_picture(self, pixels: torch.Tensor) -> Posterior:
+        """Latents' distribution of uint8 pixels [height, width, 3], sides multiples of 16."""
+        return self.vae_encoder.forward(pixels)
+
+    @torch.inference_mode()
     def denoise(
         self,
         prompt_embeds: Sequence[torch.Tensor],
@@ -126,14 +135,16 @@ class NativeModel:
         num_inference_steps: int,
         guidance: Guidance | None = None,
         negative_prompt_embeds: Sequence[torch.Tensor] | None = None,
+        start: Start | None = None,
     ) -> torch.Tensor:
         """Latents [batch, channels, height / 8, width / 8] float32 after all steps, on the model's device.
 
         prompt_embeds and negative_prompt_embeds: one [tokens, cap_feat_dim] per picture, as ``encode`` gives them;
-        noise float32, standard normal. Raises ValueError for shapes beyond the model's positions.
+        noise float32, standard normal. ``start``: the latents that are drawn from, and what is kept of them. Raises
+        ValueError for shapes beyond the model's positions.
         """
         guidance = guidance or Guidance()
-        schedule, steps = self._steps(num_inference_steps)
+        schedule, steps = self._steps(num_inference_steps, *((start.strength, start.exact) if start else ()))
         captions = [self._caption(embeds) for embeds in prompt_embeds]
         negatives = [self._caption(embeds) for embeds in negative_prompt_embeds or ()]
         if guidance.scale > 0 and len(negatives) != len(captions):
@@ -147,11 +158,17 @@ class NativeModel:
             if guided:
                 latents = latents.repeat(2, 1, 1, 1)
             velocity = self._velocity(latents, groups[guided], steps[step], first=step == 0)
-            advance(rehearsal, step, num_inference_steps)
+            advance(rehearsal, step, len(steps))
             return velocity
 
+        noise = self._to_device(noise.float())
+        latents, keep = noise, None
+        if start is not None:
+            mask = None if start.mask is None else self._to_device(start.mask)
+            keep = Kept(self._to_device(start.latents.float()), noise, mask)
+            latents = keep.at(schedule.sigmas[0].item())
         with self.attention.context():
-            return euler(self._to_device(noise.float()), schedule, guidance, predict)
+            return euler(latents, schedule, guidance, predict, keep if keep and keep.mask is not None else None)
 
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor, float32: bool = False) -> HostCopy | Ready:
@@ -234,8 +251,10 @@ class NativeModel:
         check_axes(rows, columns, caption_length, config.axes_lens)
         return sequence_tables(rows, columns, caption_length, config.axes_dims, config.rope_theta, self._to_device)
 
-    def _make_steps(self, num_inference_steps: int) -> tuple[Schedule, list[StepModulation]]:
-        schedule = make_schedule(num_inference_steps, self.shift)
+    def _make_steps(
+        self, num_inference_steps: int, strength: float = 1.0, exact: bool = False
+    ) -> tuple[Schedule, list[StepModulation]]:
+        schedule = make_schedule(num_inference_steps, self.shift, strength, exact)
         embedded_times = embed_times(schedule.times, self.description.transformer.t_scale)
         return schedule, self.transformer.modulation(self._to_device(embedded_times))
 

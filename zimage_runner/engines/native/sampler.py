@@ -27,9 +27,16 @@ class Schedule:
         return (self.sigmas[1:] - self.sigmas[:-1]).tolist()
 
 
-def make_schedule(num_inference_steps: int, shift: float) -> Schedule:
-    """linspace(1, 1/n, n) shifted by s * sigma / (1 + (s - 1) * sigma), then 0: as many forwards as steps."""
-    sigmas = torch.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps, dtype=torch.float32)
+def make_schedule(num_inference_steps: int, shift: float, strength: float = 1.0, exact: bool = False) -> Schedule:
+    """linspace(1, 1/n, n) shifted by s * sigma / (1 + (s - 1) * sigma), then 0: as many forwards as steps.
+
+    A strength below 1 leaves the last n - int(n - n * strength) of them, as diffusers' img2img pipeline does. ``exact``
+    takes n forwards all the same: linspace(strength, strength/n, n), the last n of n / strength steps.
+    """
+    first = strength if exact else 1.0
+    sigmas = torch.linspace(first, first / num_inference_steps, num_inference_steps, dtype=torch.float32)
+    if not exact:
+        sigmas = sigmas[int(max(num_inference_steps - min(num_inference_steps * strength, num_inference_steps), 0)) :]
     sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
     # The detour through 1000 rounds as the pipeline does.
     times = (TRAIN_TIMESTEPS - sigmas * TRAIN_TIMESTEPS) / TRAIN_TIMESTEPS
@@ -80,14 +87,48 @@ class Guidance:
         return guided * torch.where(norm > limit, limit / norm, 1.0)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Start:
+    """What is drawn from instead of noise."""
+
+    latents: torch.Tensor
+    """[batch, channels, height, width] float32."""
+    strength: float
+    """How much is drawn anew: where the schedule begins."""
+    exact: bool = False
+    """Take all steps whatever the strength; see ``make_schedule``."""
+    mask: torch.Tensor | None = None
+    """[batch, 1, height, width] float32, 1 where it is drawn, 0 where the latents stay; None: everywhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What is known of the picture before it is drawn, on the model's device."""
+
+    latents: torch.Tensor
+    noise: torch.Tensor
+    mask: torch.Tensor | None
+
+    def at(self, sigma: float) -> torch.Tensor:
+        """The latents at a noise level."""
+        return sigma * self.noise + (1 - sigma) * self.latents
+
+    def put_back(self, drawn: torch.Tensor, sigma: float) -> torch.Tensor:
+        """What was drawn where the mask is, what is known elsewhere."""
+        assert self.mask is not None
+        return (1 - self.mask) * self.at(sigma) + self.mask * drawn
+
+
 Predict = Callable[[int, torch.Tensor, bool], torch.Tensor]
 """(step, latents, with the negative prompt?) to velocity float32; twice the batch, positive first, if with."""
 
 
-def euler(latents: torch.Tensor, schedule: Schedule, guidance: Guidance, predict: Predict) -> torch.Tensor:
+def euler(
+    latents: torch.Tensor, schedule: Schedule, guidance: Guidance, predict: Predict, kept: Kept | None = None
+) -> torch.Tensor:
     """Integrate from noise to a picture; latents [batch, channels, height, width] float32.
 
-    ``predict`` gives picture minus noise, the negative of d latents / d sigma.
+    ``predict`` gives picture minus noise, the negative of d latents / d sigma. ``kept`` is put back after each step.
     """
     times = schedule.times.tolist()
     for step, delta in enumerate(schedule.deltas()):
@@ -96,6 +137,8 @@ def euler(latents: torch.Tensor, schedule: Schedule, guidance: Guidance, predict
         if guided:
             velocity = guidance.combine(*velocity.chunk(2))
         latents = torch.add(latents, velocity, alpha=-delta)
+        if kept is not None:
+            latents = kept.put_back(latents, schedule.sigmas[step + 1].item())
     return latents
 
 

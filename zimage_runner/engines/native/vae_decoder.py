@@ -25,7 +25,7 @@ SCORE_ROWS = 4096
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VaeConfig:
-    """The fields of the published ``vae/config.json`` that decide the decoder's arithmetic."""
+    """The fields of the published ``vae/config.json`` that decide encoder and decoder."""
 
     latent_channels: int
     out_channels: int
@@ -36,12 +36,14 @@ class VaeConfig:
     shift_factor: float
     mid_block_add_attention: bool
     use_post_quant_conv: bool
+    use_quant_conv: bool
 
     @classmethod
     def from_published(cls, config: Mapping[str, Any]) -> VaeConfig:
         """Read a config.json. Raises ValueError for a variant that this module does not compute."""
         blocks = len(config["block_out_channels"])
         only = {"act_fn": "silu", "up_block_types": ["UpDecoderBlock2D"] * blocks}
+        only |= {"down_block_types": ["DownEncoderBlock2D"] * blocks}
         for name, value in only.items():
             if config.get(name, value) != value:
                 raise ValueError(f"vae/config.json: {name}={config[name]!r} is not supported, only {value!r}")
@@ -55,6 +57,7 @@ class VaeConfig:
             shift_factor=config.get("shift_factor") or 0.0,
             mid_block_add_attention=config.get("mid_block_add_attention", True),
             use_post_quant_conv=config.get("use_post_quant_conv", True),
+            use_quant_conv=config.get("use_quant_conv", True),
         )
 
     @property

@@ -1,0 +1,185 @@
+"""The pictures that a run's items start from: which files its config and prompts name, and that each can be used."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+from zimage_runner.config.schema import RunConfig
+from zimage_runner.errors import UserError
+from zimage_runner.model import PIXEL_MULTIPLE
+from zimage_runner.pictures.opened import examine
+from zimage_runner.prompts.base import Prompt
+from zimage_runner.prompts.notes import warn_once
+from zimage_runner.prompts.picture_values import picture_value, sides_of
+from zimage_runner.sampling import (
+    CONTROL_SCALE,
+    INPAINT_STRENGTH,
+    PICTURE_FIELDS,
+    PICTURE_FILES,
+    STRENGTH,
+    Fit,
+    Inputs,
+    Picture,
+    SamplingParams,
+)
+
+log = logging.getLogger(__name__)
+
+MASK_BLUR = 4
+READERS = 4
+"""Files that are decoded at a time: a large one takes a third of a gigabyte."""
+MOST_OWN_PIXELS = 2048 * 2048
+"""Pictures with more pixels are drawn with as many as the model usually draws."""
+SAME_SHAPE = 0.02
+"""How far the ratio of a mask's sides may be from its picture's."""
+NEEDS_IMAGE = ("strength", "steps_after_strength", "mask", "outpaint")
+NEEDS_MASK = ("mask_blur", "mask_grow", "mask_crop")
+
+
+class InputFinder:
+    """Gives each prompt its pictures and its size. Every file is read once and checked, before anything is loaded."""
+
+    def __init__(self, config: RunConfig, prompts: Sequence[Prompt]) -> None:
+        self._sampling, self._model = config.sampling, config.model
+        self._of_run = _of_run(config)
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="pictures")
+        self._files: dict[tuple[str, bool], Future[Picture]] = {}
+        for values, where in [(self._of_run, "sampling."), *((p.overrides, f"{p.source}: ") for p in prompts)]:
+            for name in PICTURE_FILES:
+                if values.get(name):
+                    self._begin(name, values[name], where)
+
+    def __call__(self, prompt: Prompt) -> Mapping[str, Any]:
+        """Return ``inputs`` and, where nothing sets them, ``height`` and ``width``; nothing for a prompt without any.
+
+        Raises UserError, which with the row's own fields does not name the row.
+        """
+        own = {name: value for name, value in prompt.overrides.items() if name in PICTURE_FIELDS}
+        values = {**self._of_run, **own}
+        _check_wanted(own, values, "")
+        if not (values.get("image") or values.get("control_image")):
+            return {}
+        inputs = self._inputs(values)
+        return {"inputs": self._with_result(inputs), **self._size(inputs, prompt.overrides)}
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self._readers.shutdown(wait=False, cancel_futures=True)
+
+    def check_used(self, drawn: Iterable[SamplingParams]) -> None:
+        """Raise UserError for a setting of the run that no item takes: no option is ignored."""
+        inputs = [params.inputs for params in drawn if params.inputs is not None]
+        there = {
+            "image": any(one.image for one in inputs),
+            "mask": any(one.inpaints for one in inputs),
+            "control_image": any(one.control_image for one in inputs),
+        }
+        _check_wanted(self._of_run, there, "sampling.")
+
+    def _begin(self, name: str, path: str, where: str) -> None:
+        key = (path, name == "mask")
+        if key not in self._files:
+            self._files[key] = self._readers.submit(examine, path, f"{where}{name}", is_mask=name == "mask")
+
+    def _picture(self, name: str, values: Mapping[str, Any]) -> Picture | None:
+        path = values.get(name)
+        return self._files[path, name == "mask"].result() if path else None
+
+    def _inputs(self, values: Mapping[str, Any]) -> Inputs:
+        image, mask = self._picture("image", values), self._picture("mask", values)
+        outpaint = sides_of(values.get("outpaint") or 0, "outpaint")
+        inpaints = mask is not None or any(outpaint)
+        if image and mask and abs(mask.width * image.height / (mask.height * image.width) - 1) > SAME_SHAPE:
+            raise UserError(
+                f"mask={mask.path} has {mask.width}x{mask.height} pixels and image={image.path} "
+                f"{image.width}x{image.height}: use two pictures of one shape"
+            )
+
+        def said(name: str, otherwise: Any) -> Any:
+            value = values.get(name)
+            return otherwise if value is None else value
+
+        return Inputs(
+            image=image,
+            strength=said("strength", INPAINT_STRENGTH if inpaints else STRENGTH) if image else 1.0,
+            steps_after_strength=said("steps_after_strength", False) if image else False,
+            fit=Fit[said("fit", Fit.crop.value)],
+            mask=mask,
+            mask_blur=said("mask_blur", MASK_BLUR) if inpaints else 0,
+            mask_grow=said("mask_grow", 0) if inpaints else 0,
+            mask_crop=values.get("mask_crop") if inpaints else None,
+            outpaint=outpaint,
+            control_image=self._picture("control_image", values),
+            control_scale=said("control_scale", CONTROL_SCALE),
+        )
+
+    @staticmethod
+    def _with_result(inputs: Inputs) -> Inputs:
+        """Cropped to the mask, the finished picture is as large as the one that it starts from."""
+        return inputs if inputs.mask_crop is None else replace(inputs, result=inputs.canvas)
+
+    def _size(self, inputs: Inputs, overrides: Mapping[str, Any]) -> dict[str, int]:
+        """Return the sides that nobody has set, from the picture's own."""
+        sides = {name: overrides.get(name, getattr(self._sampling, name)) for name in ("width", "height")}
+        if None not in sides.values() or (inputs.mask_crop is not None and sides == {"width": None, "height": None}):
+            return {}
+        width, height = inputs.canvas
+        if sides["width"]:
+            return {"height": _multiple(sides["width"] * height / width)}
+        if sides["height"]:
+            return {"width": _multiple(sides["height"] * width / height)}
+        own = {"width": width, "height": height}
+        if width * height > MOST_OWN_PIXELS:
+            usual = self._model.recommended["width"] * self._model.recommended["height"]
+            scale = (usual / (width * height)) ** 0.5
+            own = {"width": round(width * scale), "height": round(height * scale)}
+            warn_once(
+                "large picture",
+                f"{(inputs.image or inputs.control_image or _NO_PICTURE).path} has {width}x{height} pixels: pictures "
+                f"of more than {MOST_OWN_PIXELS:,} are drawn in their shape with about {usual:,}; sampling.width and "
+                "sampling.height set another size",
+            )
+        # Rounded down, a side is cut by a few pixels and nothing is computed anew.
+        own = {name: max(PIXEL_MULTIPLE, side // PIXEL_MULTIPLE * PIXEL_MULTIPLE) for name, side in own.items()}
+        try:
+            self._model.check_size(own["height"], own["width"])
+        except UserError:
+            return {}  # of the few sizes that this model draws, the usual one
+        return own
+
+
+_NO_PICTURE = Picture(digest="", path="the picture", width=0, height=0)
+
+
+def _multiple(side: float) -> int:
+    return max(PIXEL_MULTIPLE, round(side / PIXEL_MULTIPLE) * PIXEL_MULTIPLE)
+
+
+def _of_run(config: RunConfig) -> dict[str, Any]:
+    """The run's own settings, files by absolute path."""
+    values = {name: getattr(config.sampling, name) for name in PICTURE_FIELDS}
+    values = {name: value for name, value in values.items() if value is not None}
+    for name in PICTURE_FILES:
+        if name in values and not values[name].strip():
+            raise UserError(f"sampling.{name}='' is empty: name a picture file, or leave it out")
+    return {name: picture_value(name, value, "sampling") for name, value in values.items()}
+
+
+def _check_wanted(given: Mapping[str, Any], values: Mapping[str, Any], prefix: str) -> None:
+    """Raise UserError for a field of ``given`` that says nothing without another one, which ``values`` lacks."""
+    inpaints = values.get("mask") or any(sides_of(values.get("outpaint") or 0, "outpaint"))
+    for names, there, what in (
+        (NEEDS_IMAGE, values.get("image"), "an image"),
+        (NEEDS_MASK, inpaints, "a mask"),
+        (("control_scale",), values.get("control_image"), "a control_image"),
+        (("fit",), values.get("image") or values.get("control_image"), "an image"),
+    ):
+        for name in names:
+            if given.get(name) not in (None, False, "0,0,0,0") and not there:
+                short = os.path.basename(str(given[name])) if name in PICTURE_FILES else given[name]
+                raise UserError(f"{prefix}{name}={short} says nothing without {what}: add it, or leave {name} out")
