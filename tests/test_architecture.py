@@ -43,7 +43,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "resident": {"__main__", "cli", "config", "executors", "memory", "outputs", "runner", "startup", "weights"},
     "startup": {"cli", "config", "engines", "executors", "runner", "weights"},
-    "prompts.images": {"model", "outputs", "sampling"},  # a picture's metadata
+    "prompts.images": {"model", "outputs", "pictures", "sampling"},  # a picture's metadata
     # loose modules
     "errors": set(),
     "logs": {"errors"},
@@ -55,7 +55,7 @@ ARROWS: dict[str, set[str]] = {
     "session": {"engines", "memory", "pictures", "plan", "weights", *COMPONENTS},
     "prepare": {"cli", "config", "engines", "model", "startup", "weights"},
     "compare": {"collect", "engines", "weights"},
-    "reproduce": {"cli", "config", "executors", "outputs", "prompts", "runner", "sampling", "startup"},
+    "reproduce": {"cli", "config", "executors", "outputs", "pictures", "prompts", "runner", "sampling", "startup"},
     "collect.__main__": {"cli", "outputs"},
     "serve.config": {"model", "view"},
     "serve.__main__": {"cli", "config", "startup", "view"},

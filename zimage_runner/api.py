@@ -262,19 +262,27 @@ def _compose(words: Sequence[str]) -> RunConfig:
 
 def _changed(sampling: Any, changes: Mapping[str, Any]) -> Any:
     """Sampling fields with some of them changed. Raises UserError for one that is none, or of another type."""
-    from zimage_runner.sampling import SAMPLING_FIELDS, Sampling
+    from zimage_runner.prompts.picture_values import picture_value
+    from zimage_runner.sampling import PICTURE_FIELDS, SAMPLING_FIELDS, Fit, Sampling
 
+    pictures = {name: changes[name] for name in PICTURE_FIELDS if changes.get(name) is not None}
+    pictures = {
+        name: picture_value(name, str(value) if isinstance(value, Path) else value, "sampling")
+        for name, value in pictures.items()
+    }
+    pictures |= {"fit": Fit[str(pictures["fit"])]} if "fit" in pictures else {}
+    changes = {name: value for name, value in changes.items() if name not in PICTURE_FIELDS}
     kinds = dict.fromkeys(SAMPLING_FIELDS, (int,)) | {
         "guidance_scale": (int, float), "cfg_normalization": (int, float), "cfg_truncation": (int, float),
         "negative_prompt": (str,),
     }  # fmt: skip
     for name, value in changes.items():
         if name not in kinds:
-            raise UserError(f"{name}={value!r}: no such field of sampling; there are {', '.join(SAMPLING_FIELDS)}")
+            raise UserError(f"{name}={value!r}: no such field of sampling; there are {', '.join([*SAMPLING_FIELDS, *PICTURE_FIELDS])}")
         if value is not None and (not isinstance(value, kinds[name]) or isinstance(value, bool)):
             raise UserError(f"{name}={value!r}: give {' or '.join(kind.__name__ for kind in kinds[name])}")
     assert isinstance(sampling, Sampling)
-    return replace(sampling, **changes)
+    return replace(sampling, **changes, **pictures)
 
 
 def _as_words(options: Mapping[str, Any], group: str = "") -> list[str]:

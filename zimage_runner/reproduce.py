@@ -41,12 +41,13 @@ from zimage_runner.outputs import atomic
 from zimage_runner.outputs.config import IMAGE_STEM, Format
 from zimage_runner.outputs.encoders import encode
 from zimage_runner.outputs.metadata import check_recipe, read_metadata
+from zimage_runner.pictures.recorded import recorded_values
 from zimage_runner.prompts.inline import Inline
 from zimage_runner.prompts.seeds import parse_seeds
 from zimage_runner.runner.loras import recorded_files
 from zimage_runner.runner.pool import executor_of_run
 from zimage_runner.runner.spec import RunSpec, plan_run
-from zimage_runner.sampling import SAMPLING_FIELDS, Sampling
+from zimage_runner.sampling import PICTURE_FIELDS, SAMPLING_FIELDS, Fit, Sampling
 
 if TYPE_CHECKING:
     import numpy as np
@@ -125,6 +126,11 @@ def recipe_config(recipe: Mapping[str, Any], overrides: Sequence[str], picture: 
     loras = config.loras
     if not any(key.partition(".")[0] == "loras" for key in given):
         loras = recorded_files(recipe.get("loras", []), config.lora_dirs, picture)
+    set_anew = frozenset(name for name in PICTURE_FIELDS if f"sampling.{name}" in given)
+    inputs = recorded_values(recipe.get("inputs", {}), picture, set_anew)
+    for name in PICTURE_FIELDS:
+        value = getattr(config.sampling, name) if name in set_anew else inputs.get(name)
+        setattr(sampling, name, Fit[value] if name == "fit" and isinstance(value, str) else value)
     prompts = Inline(texts=[recipe["prompt"]])  # its tags, where they were read, are loras now
     lora_dirs = config.lora_dirs if loras else []
     return replace(
@@ -178,7 +184,18 @@ def _changes(recipe: Mapping[str, Any], spec: RunSpec, report: Mapping[str, Any]
     item = spec.plan.items[0]
     now = {"seed": item.seed, **item.params.to_dict(), "weights": spec.checkpoint.digest}
     now |= {**report["numerics"], **report["versions"], "loras": _loras([lora.record() for lora in item.params.loras])}
+    inputs = item.params.inputs.record() if item.params.inputs else {}
+    was |= _inputs(recipe.get("inputs", {}), inputs)
+    now |= _inputs(inputs, recipe.get("inputs", {}))
     return [f"{k} was {was[k]}, now {now.get(k)}" for k in was if str(was[k]) != str(now.get(k))]
+
+
+def _inputs(record: object, other: object) -> dict[str, Any]:
+    """What a record says of the pictures it started from, files by their digest, and what the other one says alone."""
+    values = record if isinstance(record, Mapping) else {}
+    names = [*values, *(other if isinstance(other, Mapping) else [])]
+    said = {name: values.get(name) for name in names}
+    return {n: f"sha256 {str(v.get('digest'))[:8]}" if isinstance(v, Mapping) else v for n, v in said.items()}
 
 
 def _loras(record: object) -> str:

@@ -76,6 +76,7 @@ def parameters_text(recipe: dict[str, Any]) -> str:
     """The convention of AUTOMATIC1111's web UI, which ComfyUI's and most galleries' readers understand."""
     params = recipe.get("params", {})
     loras = recipe.get("loras", [])
+    inputs = recipe.get("inputs", {})
     # Civitai takes an adapter's weight from the tag and finds the adapter by its hash.
     lines = [" ".join([recipe.get("prompt", ""), *(f"<lora:{lora['name']}:{lora['weight']:g}>" for lora in loras)])]
     if params.get("negative_prompt"):
@@ -87,6 +88,8 @@ def parameters_text(recipe: dict[str, Any]) -> str:
         "CFG scale": params.get("guidance_scale"),
         "Seed": recipe.get("seed"),
         "Size": f"{params['width']}x{params['height']}" if "width" in params else None,
+        "Denoising strength": inputs.get("strength", 1) if "image" in inputs else None,
+        "Mask blur": inputs.get("mask_blur", 0) if "mask" in inputs else None,
         "Model hash": str(recipe.get("model", {}).get("digest") or "")[:10] or None,
         "Model": recipe.get("model", {}).get("name"),
         "Lora hashes": ", ".join(f"{lora['name']}: {lora['hash']}" for lora in loras) or None,

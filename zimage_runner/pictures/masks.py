@@ -37,15 +37,15 @@ def widened(mask: np.ndarray, pixels: int) -> np.ndarray:
     """The largest value within ``pixels`` of each pixel, in both directions."""
     import numpy as np
 
-    for axis in range(2):
+    for _ in range(2):
+        columns = mask.shape[1]
+        mask = np.pad(mask, ((0, 0), (2 * pixels, 2 * pixels)))
         done = 0
-        while done < pixels:  # a maximum over 2n + 1 pixels widened by m covers 2(n + m) + 1
+        while done < pixels:  # the largest of 2n + 1 pixels, taken m to either side, is that of 2(n + m) + 1
             step = min(pixels - done, 2 * done + 1)
-            shifted = np.pad(mask, [(step, step) if a == axis else (0, 0) for a in range(2)])
-            length = mask.shape[axis]
-            before, after = shifted.take(range(length), axis), shifted.take(range(2 * step, 2 * step + length), axis)
-            mask = np.maximum(mask, np.maximum(before, after))
+            mask = np.maximum(mask, np.maximum(np.roll(mask, step, axis=1), np.roll(mask, -step, axis=1)))
             done += step
+        mask = mask[:, 2 * pixels : 2 * pixels + columns].T
     return mask
 
 

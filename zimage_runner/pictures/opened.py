@@ -17,8 +17,8 @@ from zimage_runner.sampling import Picture
 if TYPE_CHECKING:
     from PIL import Image
 
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "TIFF", "BMP", "GIF")
-"""Pillow's names of the formats that are opened; MPO is what many phones write as .jpg."""
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
+"""Pillow's names of the formats that are opened."""
 MOST_BYTES = 512 * 2**20
 MOST_PIXELS = 100_000_000
 """A file of few bytes may unpack to more memory than there is."""
@@ -119,7 +119,8 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _check_kind(image: Image.Image) -> None:
-    frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # of an MPO the first is the photo
+    # Many phones write several pictures into a .jpg (MPO): the first is the photo.
+    frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     if frames > 1:
         what = "pages" if image.format == "TIFF" else "frames"
         raise UserError(f"has {frames} {what}: save the one to start from as a picture of its own")

@@ -15,6 +15,7 @@ from zimage_runner.errors import UserError
 from zimage_runner.model import FREE_TEXT
 from zimage_runner.outputs.beneath import Inside
 from zimage_runner.outputs.ledger import RECORD, RECORDS
+from zimage_runner.pictures.recorded import recorded_values
 from zimage_runner.prompts.base import INPUT, NOTHING, Prompt, RowSource, Wins
 from zimage_runner.prompts.carried import carry
 from zimage_runner.prompts.generation_data import OWN_PROGRAM, GenerationData, of_comfyui, of_parameters
@@ -141,6 +142,7 @@ def _prompt(data: GenerationData, where: str, recipe: dict[str, Any] | None = No
             warn_once("negative", f"{where}: its negative prompt had no effect (CFG scale 1): it is left out")
     carried = (recipe or {}).get("metadata")
     name = (recipe or {}).get("id")
+    overrides |= recorded_values((recipe or {}).get("inputs", {}), where)
     return Prompt(
         text=check_text(data.text, where),
         source=where,

@@ -1,0 +1,66 @@
+"""The files that a finished picture started from, found again by what its record says of them."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from zimage_runner.errors import UserError, one_line
+from zimage_runner.sampling import PICTURE_FIELDS, PICTURE_FILES
+
+
+def recorded_values(record: object, picture: str, replaced: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """Return values for ``sampling.PICTURE_FIELDS`` of what ``Inputs.record`` said, read from a file of anybody's.
+
+    ``replaced``: fields that are given anew, whose files need not be there. Raises UserError if a file is gone or
+    another one now.
+    """
+    if not isinstance(record, Mapping):
+        raise UserError(f"{picture}: what its metadata says of the pictures it started from cannot be read")
+    found: dict[str, Any] = {}
+    for name, value in record.items():
+        if name not in PICTURE_FIELDS or name in replaced:
+            continue
+        if name in PICTURE_FILES:
+            found[name] = _file(value, name, picture)
+        else:
+            found[name] = ",".join(map(str, value)) if isinstance(value, list) else value
+    if "image" in found or "image" in replaced:
+        found = {"strength": 1.0, **_neutral(found, replaced), **found}
+    return found
+
+
+def _neutral(found: Mapping[str, Any], replaced: frozenset[str]) -> dict[str, Any]:
+    """What was neutral is not in the record, and is not what holds where nothing is said."""
+    inpaints = "mask" in found or "outpaint" in found
+    values = {"mask_blur": 0} if inpaints else {}
+    return {name: value for name, value in values.items() if name not in replaced}
+
+
+def _file(said: Any, name: str, picture: str) -> str:
+    if not isinstance(said, Mapping) or not all(isinstance(said.get(key), str) for key in ("path", "digest")):
+        raise UserError(f"{picture}: what its metadata says of its {name} cannot be read")
+    path, digest = said["path"], said["digest"]
+    there = _sha256(path)
+    if there == digest:
+        return path
+    what = "has changed since" if there else "is not there"
+    raise UserError(
+        f"{picture}: drawn from {name} {one_line(path, 200)} (sha256 {one_line(digest, 13)}), which {what}: "
+        f"sampling.{name}=FILE says where it is now"
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _sha256(path: str) -> str:
+    """Digest of a plain file; empty where there is none."""
+    try:
+        if not Path(path).is_file():
+            return ""
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, ValueError):
+        return ""
