@@ -278,7 +278,8 @@ def _changed(sampling: Any, changes: Mapping[str, Any]) -> Any:
     }  # fmt: skip
     for name, value in changes.items():
         if name not in kinds:
-            raise UserError(f"{name}={value!r}: no such field of sampling; there are {', '.join([*SAMPLING_FIELDS, *PICTURE_FIELDS])}")
+            fields = ", ".join([*SAMPLING_FIELDS, *PICTURE_FIELDS])
+            raise UserError(f"{name}={value!r}: no such field of sampling; there are {fields}")
         if value is not None and (not isinstance(value, kinds[name]) or isinstance(value, bool)):
             raise UserError(f"{name}={value!r}: give {' or '.join(kind.__name__ for kind in kinds[name])}")
     assert isinstance(sampling, Sampling)

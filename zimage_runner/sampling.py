@@ -75,7 +75,7 @@ class Sampling:
     """Pixels by which the mask is widened; null: 0."""
     mask_crop: int | None = field(default=None, metadata=OF_PICTURES)
     """Draw only the mask's surroundings, this many pixels around it, at the full size; null: the whole picture."""
-    outpaint: str | None = field(default=None, metadata=OF_PICTURES)
+    outpaint: str | None = field(default=None, metadata=OF_PICTURES | FREE_TEXT)
     """Pixels added to image and painted: "left,top,right,bottom", or one number for every side."""
     control_image: str | None = field(default=None, metadata=OF_PICTURES | FREE_TEXT)
     """Picture file that a ControlNet follows."""

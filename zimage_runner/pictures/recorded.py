@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
+import stat
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from zimage_runner.errors import UserError, one_line
@@ -54,13 +55,16 @@ def _file(said: Any, name: str, picture: str) -> str:
     )
 
 
-@functools.lru_cache(maxsize=1024)
 def _sha256(path: str) -> str:
     """Digest of a plain file; empty where there is none."""
     try:
-        if not Path(path).is_file():
-            return ""
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        found = os.stat(path)
+        return _digest(path, found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else ""
     except (OSError, ValueError):
         return ""
+
+
+@functools.lru_cache(maxsize=1024)  # many pictures start from one
+def _digest(path: str, size: int, changed: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -124,7 +124,7 @@ class NativeEngineAdapter(Engine):
         if not hasattr(self.model, "vae_encoder"):
             with self._phase("vae_encoder"):
                 load_vae_encoder(self.model, self._published)
-        return self.model.encode_picture(torch.from_numpy(np.ascontiguousarray(pixels)))
+        return self.model.encode_picture(torch.from_numpy(pixels.copy()))
 
     def denoise(self, request: DenoiseRequest) -> torch.Tensor:
         self._load_denoiser()
