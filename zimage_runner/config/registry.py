@@ -22,6 +22,7 @@ from zimage_runner.model import FileModel, Model
 from zimage_runner.outputs.config import Output
 from zimage_runner.prompts.csv_file import Csv
 from zimage_runner.prompts.files import FileGlob
+from zimage_runner.prompts.folder import Folder
 from zimage_runner.prompts.hf_dataset import HfDataset
 from zimage_runner.prompts.images import Images
 from zimage_runner.prompts.inline import Inline
@@ -56,6 +57,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "hf_dataset": HfDataset,
         "files": FileGlob,
         "images": Images,
+        "folder": Folder,
         "stdin": Stdin,
     },
     "output": {"output": Output},

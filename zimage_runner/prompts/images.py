@@ -81,7 +81,7 @@ class Images(RowSource):
         return pictures
 
 
-def pictures_below(folder: Path) -> Iterator[Path]:
+def pictures_below(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> Iterator[Path]:
     """Pictures at any depth; of runs and multiruns their items only, not the grids."""
     for name, folders, files in os.walk(folder):
         folders[:] = [below for below in folders if not below.startswith(".")]
@@ -91,11 +91,24 @@ def pictures_below(folder: Path) -> Iterator[Path]:
         if "multirun.yaml" in files:
             folders[:] = [below for below in folders if below != "grid"]
             continue
-        yield from (Path(name, file) for file in files if Path(file).suffix.lower() in SUFFIXES)
+        yield from (Path(name, file) for file in files if Path(file).suffix.lower() in suffixes)
 
 
-def prompt_of_picture(file: Path) -> Prompt:
-    """The prompt of one picture. Raises UserError for one that says nothing of how it was drawn."""
+def says_how_it_was_drawn(file: Path) -> bool:
+    """Whether a picture's metadata, or the record beside it, holds its prompt."""
+    from zimage_runner.outputs.metadata import read_metadata
+
+    if file.suffix.lower() not in SUFFIXES:
+        return False
+    said = read_metadata(file, pixels=False)
+    return bool(said.recipe or said.parameters or said.comfyui or _record_beside(file))
+
+
+def prompt_of_picture(file: Path, *, inputs: bool = True) -> Prompt:
+    """The prompt of one picture. Raises UserError for one that says nothing of how it was drawn.
+
+    ``inputs``: start from the pictures that it started from.
+    """
     from zimage_runner.outputs.metadata import check_recipe, read_metadata
 
     where = shown(file)
@@ -109,7 +122,7 @@ def prompt_of_picture(file: Path) -> Prompt:
         return _prompt(
             GenerationData(text=recipe["prompt"], values={**params, "seeds": recipe["seed"]}, program=OWN_PROGRAM),
             where,
-            recipe,
+            recipe if inputs else {**recipe, "inputs": {}},
         )
     if said.parameters:
         return _prompt(of_parameters(said.parameters), where)
