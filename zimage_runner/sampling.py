@@ -77,6 +77,14 @@ class Sampling:
     """Draw only the mask's surroundings, this many pixels around it, at the full size; null: the whole picture."""
     outpaint: str | None = field(default=None, metadata=OF_PICTURES | FREE_TEXT)
     """Pixels added to image and painted: "left,top,right,bottom", or one number for every side."""
+    scale: float | None = field(default=None, metadata=OF_PICTURES)
+    """Draw image at its own size times this, where neither height nor width is set."""
+    tile: int | None = field(default=None, metadata=OF_PICTURES)
+    """Pixels a side of overlapping tiles in which a larger image is drawn; null: 1024 above 2048, 0: never."""
+    variation: float | None = field(default=None, metadata=OF_PICTURES)
+    """How far the noise goes from variation_seed's (0) to the seed's own (1): neighbours of a picture."""
+    variation_seed: int | None = field(default=None, metadata=OF_PICTURES)
+    """Seed of the picture whose neighbours are drawn."""
     control_image: str | None = field(default=None, metadata=OF_PICTURES | FREE_TEXT)
     """Picture file that a ControlNet follows."""
     control_scale: float | None = field(default=None, metadata=OF_PICTURES)
@@ -155,6 +163,11 @@ class Inputs:
     mask_crop: int | None = None
     outpaint: tuple[int, int, int, int] = (0, 0, 0, 0)
     """Pixels added at the left, top, right and bottom."""
+    tile: int = 0
+    """Pixels a side of the tiles; 0: drawn as a whole."""
+    variation: float = 1.0
+    variation_seed: int | None = None
+    """The noise goes from this seed's; None: it is the item's own."""
     control_image: Picture | None = None
     control_scale: float = CONTROL_SCALE
     result: tuple[int, int] | None = None
@@ -169,6 +182,7 @@ class Inputs:
             check_range(f"sampling.{name}", getattr(self, name) or 0, 0, MAX_MASK_PIXELS)
         for side in self.outpaint:
             check_range("sampling.outpaint", side, 0, MAX_SIDE)
+        check_range("sampling.variation", self.variation, 0.0, 1.0)
         check_range("sampling.control_scale", self.control_scale, 0.0, 10.0)
 
     @property
@@ -192,6 +206,7 @@ class Inputs:
         """What kind of drawing it is, for people."""
         kind = f"{'inpainting' if self.inpaints else 'img2img'} at strength {self.strength:g}"
         parts = [kind] if self.image else []
+        parts += [f"tiles of {self.tile}"] if self.tile else []
         parts += ["control"] if self.control_image else []
         return ", ".join(parts)
 
@@ -201,6 +216,7 @@ class Inputs:
             image=self.image and ANY_PICTURE,
             strength=self.strength,
             steps_after_strength=self.steps_after_strength,
+            tile=self.tile,
             mask=ANY_PICTURE if self.inpaints else None,
             control_image=self.control_image and ANY_PICTURE,
             result=self.result,
@@ -209,7 +225,8 @@ class Inputs:
     def counts(self) -> dict[str, Any]:
         """Return what decides the picture, as JSON has it: files by their digest, and what is not neutral."""
         neutral = Inputs()
-        values = {name: getattr(self, name) for name in PICTURE_FIELDS if getattr(self, name) != getattr(neutral, name)}
+        names = [name for name in PICTURE_FIELDS if hasattr(self, name)]
+        values = {name: getattr(self, name) for name in names if getattr(self, name) != getattr(neutral, name)}
         if self.control_image is not None:
             values["control_scale"] = self.control_scale
         return {name: _plain(value) for name, value in values.items()}
@@ -266,6 +283,12 @@ class SamplingParams:
     @property
     def uses_guidance(self) -> bool:
         return self.guidance_scale > 0
+
+    @property
+    def whole_or_tile(self) -> tuple[int, int]:
+        """Height and width of what the model sees at a time."""
+        tile = self.inputs.tile if self.inputs else 0
+        return (min(self.height, tile), min(self.width, tile)) if tile else (self.height, self.width)
 
     @property
     def forwards(self) -> int:

@@ -56,11 +56,6 @@ def test_one_text_for_all(folder: Path) -> None:
     assert {prompt.text for prompt in read(folder, text="in oil")} == {"in oil"}
 
 
-def test_several_files(folder: Path) -> None:
-    prompts = read_prompts(Folder(files=[str(folder / "c.png"), str(folder / "a.png")]))
-    assert [prompt.id for prompt in prompts] == ["c", "a"]
-
-
 def test_what_is_refused(folder: Path) -> None:
     silent = drawn(folder / "silent.png")
     with pytest.raises(UserError, match=r"silent.png does not say what it shows, and there is no silent.txt beside it"):

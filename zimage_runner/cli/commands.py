@@ -7,6 +7,8 @@ RUN = "run"
 COMMANDS = {
     RUN: "draw pictures; the word may be left out",
     "collect": "pictures of runs in one folder, or on contact sheets",
+    "vary": "neighbours of pictures",
+    "enlarge": "larger versions of pictures, drawn from themselves",
     "view": "runs in the browser, also while they are drawn",
     "serve": "pictures and runs over HTTP, by one model that stays warm",
     "status": "state, counts, pace and failures of runs",
@@ -22,9 +24,11 @@ MODULES = {name: f"zimage_runner.{name}" for name in ("reproduce", "compare", "p
     "resident": "zimage_runner.resident.__main__",
     "serve": "zimage_runner.serve.__main__",
     "status": "zimage_runner.view.status",
+    "vary": "zimage_runner.cli.vary",
+    "enlarge": "zimage_runner.cli.enlarge",
 }
 """Where each one's ``main(argv) -> exit code`` is; ``run`` is the program's own."""
-DRAWING = ("reproduce", "prepare", "serve")
+DRAWING = ("reproduce", "prepare", "serve", "vary", "enlarge")
 """Those that import torch: they begin as a run does (startup/)."""
 HELP = ("--help", "-h")
 

@@ -148,6 +148,10 @@ def denoise_request(
     starts = [one.pixels for one in placed or () if one.pixels is not None]
     # The first draw is for the latents of the picture that an item starts from, as in diffusers' img2img pipeline.
     draws = draw_noises(2 if starts else 1, seeds, engine.latent_channels, *sides, noise_device)
+    if placed and any(one.noise_from is not None for one in placed):
+        others = [seed if one.noise_from is None else one.noise_from for seed, one in zip(seeds, placed, strict=True)]
+        there = draw_noises(len(draws), others, engine.latent_channels, *sides, noise_device)
+        draws = mixed_noise(there, draws, [one.noise_share for one in placed])
     start = None
     if starts:
         assert posterior is not None
@@ -194,6 +198,20 @@ def torch_stack(rows: Iterable[torch.Tensor]) -> torch.Tensor:
     import torch
 
     return torch.stack(list(rows))
+
+
+def mixed_noise(first: torch.Tensor, second: torch.Tensor, shares: Sequence[float]) -> torch.Tensor:
+    """Standard normal noise between two, [..., batch, channels, height, width]: a share of 0 is ``first``.
+
+    On the arc, cos and sin of share * 90 degrees: the variance stays 1, as the two are independent.
+    """
+    import torch
+
+    angles = torch.tensor(shares, dtype=torch.float64) * (torch.pi / 2)
+    near, far = (part.float()[:, None, None, None] for part in (angles.cos(), angles.sin()))
+    mixed = near * first + far * second
+    whole = torch.tensor([share == 1 for share in shares])[:, None, None, None]
+    return torch.where(whole, second, mixed)
 
 
 def draw_noise(seeds: Sequence[int], channels: int, height: int, width: int, device: str = "cpu") -> torch.Tensor:

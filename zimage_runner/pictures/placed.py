@@ -31,6 +31,10 @@ class Placed:
     """uint8 [height, width, 3] that a ControlNet follows."""
     control_scale: float = 1.0
     """How strongly."""
+    noise_from: int | None = None
+    """Seed whose noise is mixed with the item's own; None: it is the item's alone."""
+    noise_share: float = 1.0
+    """How much of it is the item's."""
     finish: Callable[[np.ndarray], np.ndarray] | None = None
     """The finished picture of what was drawn: the original outside the mask. None: what was drawn is finished."""
 
@@ -48,26 +52,26 @@ def _place(inputs: Inputs, width: int, height: int) -> Placed:
     import numpy as np
 
     size = (width, height)
-    controlled: dict[str, Any] = {}
+    also: dict[str, Any] = {"noise_from": inputs.variation_seed, "noise_share": inputs.variation}
     if inputs.control_image is not None:
         control = np.asarray(fitted(load(inputs.control_image), size, inputs.fit))
-        controlled = {"control": control, "control_scale": inputs.control_scale}
+        also |= {"control": control, "control_scale": inputs.control_scale}
     if inputs.image is None:
-        return Placed(pixels=None, **controlled)
+        return Placed(pixels=None, **also)
     canvas = extended(load(inputs.image), inputs.outpaint)
     if not inputs.inpaints:
-        return Placed(pixels=np.asarray(fitted(canvas, size, inputs.fit)), **controlled)
+        return Placed(pixels=np.asarray(fitted(canvas, size, inputs.fit)), **also)
     hard = _mask(inputs, canvas.size)
     if inputs.mask_crop is None:
         original = np.asarray(fitted(canvas, size, inputs.fit))
         mask = soft_mask(np.asarray(fitted(hard, size, inputs.fit)), inputs.mask_grow, inputs.mask_blur)
         finish = functools.partial(_finish, original=original, mask=mask, box=(0, 0, width, height))
-        return Placed(pixels=original, mask=mask, **controlled, finish=finish)
+        return Placed(pixels=original, mask=mask, **also, finish=finish)
     original, mask = np.asarray(canvas), soft_mask(np.asarray(hard), inputs.mask_grow, inputs.mask_blur)
     box = box_around(mask, inputs.mask_crop, width / height)
     finish = functools.partial(_finish, original=original, mask=mask, box=box)
     near = np.asarray(fitted(canvas.crop(box), size, Fit.stretch))
-    return Placed(pixels=near, mask=_resized_mask(mask, box, size), **controlled, finish=finish)
+    return Placed(pixels=near, mask=_resized_mask(mask, box, size), **also, finish=finish)
 
 
 def fitted(image: Image.Image, size: tuple[int, int], fit: Fit) -> Image.Image:

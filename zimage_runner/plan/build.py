@@ -117,7 +117,7 @@ def _resolve(
             try:
                 own |= find_inputs(prompt) if find_inputs else {}
                 shared[key] = params.overridden({**given, **own})
-                check_size(shared[key].height, shared[key].width)
+                check_size(*shared[key].whole_or_tile)
             except UserError as error:
                 raise UserError(f"{prompt.source}: {error}") from None
         resolved.append(shared[key])

@@ -57,7 +57,7 @@ class Bucket:
         tokens = f", {self.caption_tokens} caption tokens" if self.caption_tokens else ""
         loras = "".join(f", {lora}" for lora in params.loras)
         steps = counted(params.forwards, "step")
-        inputs = "" if params.inputs is None else f", {params.inputs}"
+        inputs = f", {said}" if params.inputs and (said := str(params.inputs)) else ""
         return f"{params.width}x{params.height}, {steps}{guidance}{tokens}{loras}{inputs}"
 
 

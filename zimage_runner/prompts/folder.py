@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from zimage_runner.errors import UserError
 from zimage_runner.model import FREE_TEXT
 from zimage_runner.outputs.config import IMAGE_STEM
+from zimage_runner.prompts import images
 from zimage_runner.prompts.base import INPUT, Prompt, RowSource, Wins
 from zimage_runner.prompts.images import pictures_below, prompt_of_picture, says_how_it_was_drawn
 from zimage_runner.prompts.text import check_text, decode_whole, shown
@@ -29,25 +30,19 @@ class Folder(RowSource):
     """Where a picture and the command line both set a sampling field or the seeds: command_line, or row."""
     path: str | None = field(default=None, metadata=INPUT | FREE_TEXT)
     """The folder, with pictures at any depth, a run, or one picture; relative to where the program is started."""
-    files: list[str] = field(default_factory=list, metadata=INPUT | FREE_TEXT)
-    """Instead of path: several of these."""
     text: str | None = field(default=None, metadata=FREE_TEXT)
     """The prompt of every picture, instead of its own."""
     masks: str | None = field(default=None, metadata=FREE_TEXT)
     """A folder with the mask of each picture, under the same name but for the suffix."""
 
-    def where(self) -> str:
-        return self.path or "prompts.files"
-
     def read(self) -> Iterator[Prompt]:
-        if bool(self.path) == bool(self.files):
-            problem = "is not set" if not self.path else "and prompts.files are both set"
-            raise UserError(f"prompts.path {problem}: prompts=folder needs prompts.path=FOLDER")
+        if not self.path:
+            raise UserError("prompts.path is not set: prompts=folder needs prompts.path=FOLDER")
         masks = None if self.masks is None else _masks_by_stem(Path(self.masks).expanduser())
-        found = [file for place in self.files or [self.path or ""] for file in self._pictures(Path(place).expanduser())]
+        found = self._pictures(Path(self.path).expanduser())
         names = Counter(_name(file) for file in found)
         for file in found:
-            prompt = self._prompt(file)
+            prompt = self.prompt(file)
             if masks is not None:
                 prompt = replace(prompt, overrides={**prompt.overrides, "mask": _mask_of(file, masks, str(self.masks))})
             name = _name(file)
@@ -64,12 +59,12 @@ class Folder(RowSource):
             raise UserError(f"prompts.path={shown(place)}: there is no picture ({', '.join(SUFFIXES)}) in this folder")
         return found
 
-    def _prompt(self, file: Path) -> Prompt:
-        """The picture's prompt, which starts from it and is drawn in its size."""
+    def prompt(self, file: Path) -> Prompt:
+        """The prompt of one picture, which starts from it and is drawn in its size. Raises UserError."""
         beside = file.with_suffix(".txt")
         own: dict[str, Any] = {}
         prompt = Prompt(text="", source=shown(file))
-        if says_how_it_was_drawn(file):
+        if file.suffix.lower() in images.SUFFIXES and says_how_it_was_drawn(file):
             prompt = prompt_of_picture(file, inputs=False)
             own = {name: value for name, value in prompt.overrides.items() if name not in SIDES}
         if self.text is not None:

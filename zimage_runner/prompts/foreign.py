@@ -109,9 +109,7 @@ _OTHER_FLAGS = {
     ("fs", "flow_shift", "shift"): "the shift of the schedule is the model's own, leave it out.",
     ("batch_size", "n_iter", "count", "num"): "for several pictures give several seeds, --d 1-4 or seeds=1-4.",
     ("f", "outpath_samples", "outpath_grids", "ow", "oh"): "files are named by prompt and seed, leave it out.",
-    ("clip_skip", "nl", "subseed", "subseed_strength", "restore_faces", "eta", "styles"): (
-        "it has no counterpart for Z-Image, leave it out."
-    ),
+    ("clip_skip", "nl", "restore_faces", "eta", "styles"): ("it has no counterpart for Z-Image, leave it out."),
 }
 """Flags of Midjourney, A1111's script, kohya-ss and musubi-tuner that are none here."""
 _REMEDIES = {name: remedy for names, remedy in _OTHER_FLAGS.items() for name in names}

@@ -98,10 +98,17 @@ def says_how_it_was_drawn(file: Path) -> bool:
     """Whether a picture's metadata, or the record beside it, holds its prompt."""
     from zimage_runner.outputs.metadata import read_metadata
 
-    if file.suffix.lower() not in SUFFIXES:
-        return False
     said = read_metadata(file, pixels=False)
     return bool(said.recipe or said.parameters or said.comfyui or _record_beside(file))
+
+
+def recipe_of_picture(file: Path) -> dict[str, Any] | None:
+    """What this program says of one of its pictures; None for others'."""
+    from zimage_runner.outputs.metadata import read_metadata
+
+    if file.suffix.lower() not in SUFFIXES:
+        return None
+    return read_metadata(file, pixels=False).recipe or _record_beside(file)
 
 
 def prompt_of_picture(file: Path, *, inputs: bool = True) -> Prompt:

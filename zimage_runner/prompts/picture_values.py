@@ -13,7 +13,10 @@ from zimage_runner.errors import UserError, one_line
 from zimage_runner.prompts.text import check_characters
 from zimage_runner.sampling import PICTURE_FILES, Fit
 
-NUMBERS = {"strength": float, "mask_blur": int, "mask_grow": int, "mask_crop": int, "control_scale": float}
+NUMBERS = {
+    "strength": float, "mask_blur": int, "mask_grow": int, "mask_crop": int, "scale": float, "tile": int,
+    "variation": float, "variation_seed": int, "control_scale": float,
+}  # fmt: skip
 TRUTHS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 

@@ -23,6 +23,8 @@ NAMES: dict[str, tuple[str, ...]] = {
     "mask": ("mask_image", "mask_path", "maskimage"),
     "mask_blur": ("maskblur",),
     "mask_grow": ("maskgrow",),
+    "variation": ("subseed_strength", "variation_strength"),
+    "variation_seed": ("subseed",),
     "control_image": ("control_path", "conditioning_image"),
     "control_scale": ("control_strength", "controlnet_conditioning_scale"),
 }

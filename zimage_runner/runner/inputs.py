@@ -31,13 +31,16 @@ from zimage_runner.sampling import (
 log = logging.getLogger(__name__)
 
 MASK_BLUR = 4
+VARIATION = 0.2
 READERS = 4
 """Files that are decoded at a time: a large one takes a third of a gigabyte."""
 MOST_OWN_PIXELS = 2048 * 2048
 """Pictures with more pixels are drawn with as many as the model usually draws."""
+MOST_WHOLE, TILE = 2048, 1024
+"""Pixels a side: a picture with a longer one is drawn in tiles of this side."""
 SAME_SHAPE = 0.02
 """How far the ratio of a mask's sides may be from its picture's."""
-NEEDS_IMAGE = ("strength", "steps_after_strength", "mask", "outpaint")
+NEEDS_IMAGE = ("strength", "steps_after_strength", "mask", "outpaint", "scale", "tile")
 NEEDS_MASK = ("mask_blur", "mask_grow", "mask_crop")
 
 
@@ -63,9 +66,13 @@ class InputFinder:
         values = {**self._of_run, **own}
         _check_wanted(own, values, "")
         if not (values.get("image") or values.get("control_image")):
-            return {}
+            varied = _varied(values)
+            return {"inputs": Inputs(**varied)} if varied else {}
         inputs = self._inputs(values)
-        return {"inputs": self._with_result(inputs), **self._size(inputs, prompt.overrides)}
+        size = self._size(inputs, prompt.overrides, values.get("scale"))
+        sides = [size.get(n) or prompt.overrides.get(n) or getattr(self._sampling, n) or 0 for n in ("width", "height")]
+        inputs = replace(inputs, tile=self._tile(values.get("tile"), *sides))
+        return {"inputs": self._with_result(inputs), **size}
 
     def close(self) -> None:
         """Stop reading ahead."""
@@ -78,6 +85,7 @@ class InputFinder:
             "image": any(one.image for one in inputs),
             "mask": any(one.inpaints for one in inputs),
             "control_image": any(one.control_image for one in inputs),
+            "variation_seed": next((one.variation_seed for one in inputs if one.variation_seed is not None), None),
         }
         _check_wanted(self._of_run, there, "sampling.")
 
@@ -114,6 +122,7 @@ class InputFinder:
             mask_grow=said("mask_grow", 0) if inpaints else 0,
             mask_crop=values.get("mask_crop") if inpaints else None,
             outpaint=outpaint,
+            **_varied(values),
             control_image=self._picture("control_image", values),
             control_scale=said("control_scale", CONTROL_SCALE),
         )
@@ -123,7 +132,20 @@ class InputFinder:
         """Cropped to the mask, the finished picture is as large as the one that it starts from."""
         return inputs if inputs.mask_crop is None else replace(inputs, result=inputs.canvas)
 
-    def _size(self, inputs: Inputs, overrides: Mapping[str, Any]) -> dict[str, int]:
+    def _tile(self, tile: int | None, width: int, height: int) -> int:
+        """The side of the tiles; 0 where the picture is drawn as a whole."""
+        if tile:
+            if tile % PIXEL_MULTIPLE:
+                raise UserError(f"sampling.tile={tile} is not a multiple of {PIXEL_MULTIPLE}: use {_multiple(tile)}")
+            return tile if max(width, height) > tile else 0
+        if tile == 0 or not width or not height:
+            return 0
+        if self._model.native_sizes:
+            side = self._model.native_sizes[0]
+            return side if min(width, height) >= side and max(width, height) > side else 0
+        return TILE if max(width, height) > MOST_WHOLE else 0
+
+    def _size(self, inputs: Inputs, overrides: Mapping[str, Any], scale: float | None) -> dict[str, int]:
         """Return the sides that nobody has set, from the picture's own."""
         sides = {name: overrides.get(name, getattr(self._sampling, name)) for name in ("width", "height")}
         if None not in sides.values() or (inputs.mask_crop is not None and sides == {"width": None, "height": None}):
@@ -133,11 +155,13 @@ class InputFinder:
             return {"height": _multiple(sides["width"] * height / width)}
         if sides["height"]:
             return {"width": _multiple(sides["height"] * width / height)}
+        if scale is not None:
+            return {"width": _multiple(width * scale), "height": _multiple(height * scale)}
         own = {"width": width, "height": height}
         if width * height > MOST_OWN_PIXELS:
             usual = self._model.recommended["width"] * self._model.recommended["height"]
-            scale = (usual / (width * height)) ** 0.5
-            own = {"width": round(width * scale), "height": round(height * scale)}
+            smaller = (usual / (width * height)) ** 0.5
+            own = {"width": round(width * smaller), "height": round(height * smaller)}
             warn_once(
                 "large picture",
                 f"{(inputs.image or inputs.control_image or _NO_PICTURE).path} has {width}x{height} pixels: pictures "
@@ -154,6 +178,16 @@ class InputFinder:
 
 
 _NO_PICTURE = Picture(digest="", path="the picture", width=0, height=0)
+
+
+def _varied(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What mixes an item's noise with another seed's. Raises UserError for half of it."""
+    seed, variation = values.get("variation_seed"), values.get("variation")
+    if seed is None:
+        return {}
+    if not 0 <= seed < 2**63:
+        raise UserError(f"variation_seed={seed} is out of range: use 0 to 9223372036854775807")
+    return {"variation_seed": seed, "variation": VARIATION if variation is None else variation}
 
 
 def _multiple(side: float) -> int:
@@ -176,6 +210,7 @@ def _check_wanted(given: Mapping[str, Any], values: Mapping[str, Any], prefix: s
     for names, there, what in (
         (NEEDS_IMAGE, values.get("image"), "an image"),
         (NEEDS_MASK, inpaints, "a mask"),
+        (("variation",), values.get("variation_seed") is not None, "a variation_seed"),
         (("control_scale",), values.get("control_image"), "a control_image"),
         (("fit",), values.get("image") or values.get("control_image"), "an image"),
     ):

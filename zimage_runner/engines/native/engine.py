@@ -138,7 +138,8 @@ class NativeEngineAdapter(Engine):
         start = None
         if request.start is not None and params.inputs is not None:
             strength, exact = params.inputs.strength, params.inputs.steps_after_strength
-            start = Start(latents=request.start, strength=strength, exact=exact, mask=request.mask)
+            tile = params.inputs.tile // self.vae_scale_factor
+            start = Start(latents=request.start, strength=strength, exact=exact, mask=request.mask, tile=tile)
         negatives = request.negative_prompt_embeds
         return self.model.denoise(
             request.prompt_embeds, request.noise, params.num_inference_steps, guidance, negatives, start

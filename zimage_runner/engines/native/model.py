@@ -28,6 +28,7 @@ from zimage_runner.engines.native.sampler import Guidance, Kept, Schedule, Start
 from zimage_runner.engines.native.sdpa import choose_attention
 from zimage_runner.engines.native.streamed_encoder import StreamedTextEncoder
 from zimage_runner.engines.native.text_encoder import TextEncoder
+from zimage_runner.engines.native.tiles import in_tiles
 from zimage_runner.engines.native.tokenizer import CaptionTokenizer
 from zimage_runner.engines.native.transformer import Arithmetic, StepModulation, Transformer, embed_times
 from zimage_runner.engines.native.vae_decoder import VaeDecoder
@@ -157,7 +158,11 @@ class NativeModel:
         def predict(step: int, latents: torch.Tensor, guided: bool) -> torch.Tensor:
             if guided:
                 latents = latents.repeat(2, 1, 1, 1)
-            velocity = self._velocity(latents, groups[guided], steps[step], first=step == 0)
+            velocity = in_tiles(
+                lambda part, first: self._velocity(part, groups[guided], steps[step], first=first and step == 0),
+                latents,
+                start.tile if start else 0,
+            )
             advance(rehearsal, step, len(steps))
             return velocity
 

@@ -99,6 +99,8 @@ class Start:
     """Take all steps whatever the strength; see ``make_schedule``."""
     mask: torch.Tensor | None = None
     """[batch, 1, height, width] float32, 1 where it is drawn, 0 where the latents stay; None: everywhere."""
+    tile: int = 0
+    """Latent positions a side of the overlapping tiles that are predicted one by one; 0: all at once."""
 
 
 @dataclass(frozen=True, slots=True)
