@@ -100,7 +100,5 @@ def _model(pictures: Sequence[Path], words: Sequence[str]) -> list[str]:
     names = {str(recipe.get("model", {}).get("name")) for recipe in recipes if isinstance(recipe.get("model"), dict)}
     known = sorted(name for name in names if name.isidentifier() and (CONFIG_DIR / "model" / f"{name}.yaml").is_file())
     if len(known) > 1:
-        raise UserError(
-            f"the pictures were drawn by several models, {', '.join(known)}: add model={known[0]} to say which"
-        )
+        raise UserError(f"the pictures were drawn by several models ({', '.join(known)}): choose one, model={known[0]}")
     return [f"model={known[0]}"] if known else []

@@ -1,11 +1,11 @@
 """Draw pictures larger from themselves: enlarged, then drawn anew with their own prompt at a low strength.
 
-    python -m zimage_runner enlarge PICTURE|RUN... [scale=2] [strength=0.35] [starred=true] [group=option] [field=value]
+    python -m zimage_runner enlarge PICTURE|RUN... [scale=2] [strength=0.15] [starred=true] [group=option] [field=value]
 
 PICTURE   a picture of this or another program, or any picture with its prompt in the .txt beside it
 RUN       a run directory, a folder of runs, or latest: all of its pictures
 scale     how many times as wide and high
-strength  how much is drawn anew: 0.2 sharpens, 0.5 invents details; all steps are taken whatever it is
+strength  how much is drawn anew: 0.1 sharpens, 0.4 invents details; all steps are taken whatever it is
 starred   true: of runs, only pictures that were starred in the gallery
 
 What is larger than the model draws well (2048 pixels, 128 for the embedded model) is drawn in overlapping tiles;
@@ -42,7 +42,7 @@ def _larger(file: Path, fields: Fields) -> Prompt:
         overrides={
             **prompt.overrides,
             "scale": number(fields, "scale", 2, 1, 16),
-            "strength": number(fields, "strength", 0.35, 0.01, 1),
+            "strength": number(fields, "strength", 0.15, 0.01, 1),
             "steps_after_strength": True,
         },
         metadata={**prompt.metadata, "enlarged_from": str(file.absolute())},

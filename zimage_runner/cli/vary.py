@@ -1,6 +1,6 @@
 """Draw neighbours of pictures: near in the noise that they were drawn from, or near in what they show.
 
-    python -m zimage_runner vary PICTURE|RUN... [n=4] [amount=0.2] [starred=true] [group=option] [field=value ...]
+    python -m zimage_runner vary PICTURE|RUN... [n=4] [amount=0.4] [starred=true] [group=option] [field=value ...]
     python -m zimage_runner vary PICTURE|RUN... strength=0.3 [n=4] [starred=true] [group=option] [field=value ...]
 
 PICTURE   a picture of this program, or of one that writes its seed and prompt into the file
@@ -52,7 +52,7 @@ def _neighbours(file: Path, fields: Fields) -> Prompt:
         overrides = {
             **prompt.overrides,
             "variation_seed": prompt.overrides.get("variation_seed", prompt.seeds[0]),
-            "variation": number(fields, "amount", 0.2, 0, 1),
+            "variation": number(fields, "amount", 0.4, 0, 1),
         }
     first = (prompt.seeds or (0,))[0]
     return replace(

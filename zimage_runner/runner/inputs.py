@@ -31,7 +31,7 @@ from zimage_runner.sampling import (
 log = logging.getLogger(__name__)
 
 MASK_BLUR = 4
-VARIATION = 0.2
+VARIATION = 0.4
 READERS = 4
 """Files that are decoded at a time: a large one takes a third of a gigabyte."""
 MOST_OWN_PIXELS = 2048 * 2048
