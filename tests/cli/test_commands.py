@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zimage_runner import __main__ as program
-from zimage_runner.cli.commands import COMMANDS, MODULES, RUN, command_of
+from zimage_runner.cli.commands import COMMANDS, DRAWING, MODULES, RUN, command_of
 from zimage_runner.errors import called
 
 
@@ -23,7 +23,7 @@ def test_a_command_gets_its_words_and_gives_its_code(command, monkeypatch):
     monkeypatch.setattr(import_module(MODULES[command]), "main", lambda argv: got.append(list(argv)) or 7)
     monkeypatch.setattr("zimage_runner.startup.process.begin", lambda: got.append("begun"))
     assert program._run([command, "a", "into=b", "--open"]) == 7
-    assert got == [*(["begun"] if command in ("reproduce", "prepare", "serve") else []), ["a", "into=b", "--open"]]
+    assert got == [*(["begun"] if command in DRAWING else []), ["a", "into=b", "--open"]]
 
 
 @pytest.mark.parametrize("words", [["x=1", "+experiment=y"], [], ["-m", "x=1,2"]])

@@ -16,6 +16,7 @@ from zimage_runner.prompts.base import RowSource, Wins
 from zimage_runner.prompts.csv_file import Csv
 from zimage_runner.prompts.files import FileGlob
 from zimage_runner.prompts.flags import FLAGS
+from zimage_runner.prompts.folder import Folder
 from zimage_runner.prompts.hf_dataset import HfDataset
 from zimage_runner.prompts.images import Images
 from zimage_runner.prompts.jsonl import Jsonl
@@ -236,7 +237,9 @@ def test_whose_word_holds_for_every_table(tmp_path, monkeypatch, caplog, wins):
         said = said if wins is Wins.row else "the command line wins"
         assert line.endswith(f" and 1 more set num_inference_steps, seeds: {said}"), name
         kinds.add(kind)
-    assert kinds | {Images} == {schema for schema in SCHEMAS["prompts"].values() if issubclass(schema, RowSource)}
+    assert kinds | {Images, Folder} == {
+        schema for schema in SCHEMAS["prompts"].values() if issubclass(schema, RowSource)
+    }
 
 
 def test_every_source_with_rows_has_the_option():

@@ -96,6 +96,7 @@ def row_of(picture: Picture, name: str, suffix: str) -> dict[str, Any]:
     row |= {"id": record["id"]} if "id" in record else {}
     row |= record.get("params", {})
     row |= {"model": record.get("model", {}).get("name"), "source": str(picture.path)}
+    row |= {"inputs": record["inputs"]} if "inputs" in record else {}
     return row | ({"metadata": record["metadata"]} if "metadata" in record else {})
 
 

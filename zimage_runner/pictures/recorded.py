@@ -29,16 +29,17 @@ def recorded_values(record: object, picture: str, replaced: frozenset[str] = fro
             found[name] = _file(value, name, picture)
         else:
             found[name] = ",".join(map(str, value)) if isinstance(value, list) else value
-    if "image" in found or "image" in replaced:
-        found = {"strength": 1.0, **_neutral(found, replaced), **found}
-    return found
+    neutral = _neutral({*found, *replaced})
+    return {name: value for name, value in neutral.items() if name not in replaced} | found
 
 
-def _neutral(found: Mapping[str, Any], replaced: frozenset[str]) -> dict[str, Any]:
-    """What was neutral is not in the record, and is not what holds where nothing is said."""
-    inpaints = "mask" in found or "outpaint" in found
-    values = {"mask_blur": 0} if inpaints else {}
-    return {name: value for name, value in values.items() if name not in replaced}
+def _neutral(said: set[str]) -> dict[str, Any]:
+    """What is left out of a record because it is neutral, where something else holds if nothing is said."""
+    return {
+        **({"strength": 1.0, "tile": 0} if "image" in said else {}),
+        **({"mask_blur": 0} if said & {"mask", "outpaint"} else {}),
+        **({"variation": 1.0} if "variation_seed" in said else {}),
+    }
 
 
 def _file(said: Any, name: str, picture: str) -> str:

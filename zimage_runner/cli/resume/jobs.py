@@ -23,6 +23,7 @@ from zimage_runner.errors import UserError
 from zimage_runner.outputs import atomic, beneath
 from zimage_runner.outputs.beneath import Inside
 from zimage_runner.prompts.images import pictures_below
+from zimage_runner.sampling import PICTURE_FILES
 
 JOBS = ".hydra/jobs.jsonl"
 
@@ -86,6 +87,8 @@ def _prompt_files(settings: dict[str, Any]) -> list[str]:
     if found and os.path.isdir(folder := os.path.expanduser(found[0])):
         found = sorted(str(picture) for picture in pictures_below(Path(folder)))
     found += sorted(glob.glob(os.path.expanduser(pattern), recursive=True)) if isinstance(pattern, str) else []
+    named = (settings.get(f"sampling.{name}") for name in PICTURE_FILES)
+    found += [name for name in named if isinstance(name, str)]
     return [file for file in found if os.path.isfile(os.path.expanduser(file))]
 
 
