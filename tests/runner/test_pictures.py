@@ -19,6 +19,7 @@ from zimage_runner.plan import Fingerprints, build_plan
 from zimage_runner.prompts.base import Prompt
 from zimage_runner.prompts.seeds import parse_seeds
 from zimage_runner.reproduce import main as reproduce
+from zimage_runner.runner.inputs import _is_cut
 from zimage_runner.sampling import Inputs, Picture
 
 FAST = ("warmup=none", "sampling.num_inference_steps=3", "output.report=false")
@@ -225,6 +226,14 @@ def test_a_row_that_is_refused_is_named(folder: Path, row: dict[str, Any], told:
     code, _, err = command(folder, "prompts=jsonl", "prompts.path=table/rows.jsonl")
     assert code == 2
     assert told.format(folder=table) in err
+
+
+@pytest.mark.parametrize(
+    ("canvas", "size", "cut"),
+    [((160, 140), (160, 128), False), ((256, 128), (128, 128), True), ((1000, 700), (992, 688), False)],
+)
+def test_whether_a_crop_cuts_what_is_painted_around(canvas: tuple[int, int], size: tuple[int, int], cut: bool) -> None:
+    assert _is_cut(canvas, *size) is cut
 
 
 def picture(digest: str, path: str = "/x.png") -> Picture:

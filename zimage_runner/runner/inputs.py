@@ -48,8 +48,10 @@ class InputFinder:
     """Gives each prompt its pictures and its size. Every file is read once and checked, before anything is loaded."""
 
     def __init__(self, config: RunConfig, prompts: Sequence[Prompt]) -> None:
-        self._sampling, self._model = config.sampling, config.model
+        self._model = config.model
         self._of_run = _of_run(config)
+        sides = {name: getattr(config.sampling, name) for name in ("width", "height")}
+        self._set_sides = {name: side for name, side in sides.items() if side is not None}
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="pictures")
         self._files: dict[tuple[str, bool], Future[Picture]] = {}
         for values, where in [(self._of_run, "sampling."), *((p.overrides, f"{p.source}: ") for p in prompts)]:
@@ -70,8 +72,11 @@ class InputFinder:
             return {"inputs": Inputs(**varied)} if varied else {}
         inputs = self._inputs(values)
         size = self._size(inputs, prompt.overrides, values.get("scale"))
-        sides = [size.get(n) or prompt.overrides.get(n) or getattr(self._sampling, n) or 0 for n in ("width", "height")]
+        known = {**self._model.recommended, **self._set_sides, **prompt.overrides, **size}
+        sides = known["width"], known["height"]
         inputs = replace(inputs, tile=self._tile(values.get("tile"), *sides))
+        if values.get("fit") is None and any(inputs.outpaint) and _is_cut(inputs.canvas, *sides):
+            inputs = replace(inputs, fit=Fit.pad)  # what is painted around must be in the picture
         return {"inputs": self._with_result(inputs), **size}
 
     def close(self) -> None:
@@ -138,7 +143,7 @@ class InputFinder:
             if tile % PIXEL_MULTIPLE:
                 raise UserError(f"sampling.tile={tile} is not a multiple of {PIXEL_MULTIPLE}: use {_multiple(tile)}")
             return tile if max(width, height) > tile else 0
-        if tile == 0 or not width or not height:
+        if tile == 0:
             return 0
         if self._model.native_sizes:
             side = self._model.native_sizes[0]
@@ -147,7 +152,7 @@ class InputFinder:
 
     def _size(self, inputs: Inputs, overrides: Mapping[str, Any], scale: float | None) -> dict[str, int]:
         """Return the sides that nobody has set, from the picture's own."""
-        sides = {name: overrides.get(name, getattr(self._sampling, name)) for name in ("width", "height")}
+        sides = {name: overrides.get(name, self._set_sides.get(name)) for name in ("width", "height")}
         if None not in sides.values() or (inputs.mask_crop is not None and sides == {"width": None, "height": None}):
             return {}
         width, height = inputs.canvas
@@ -178,6 +183,12 @@ class InputFinder:
 
 
 _NO_PICTURE = Picture(digest="", path="the picture", width=0, height=0)
+
+
+def _is_cut(canvas: tuple[int, int], width: int, height: int) -> bool:
+    """Whether fit=crop cuts more than rounding off a canvas that is drawn at width x height."""
+    scale = max(width / canvas[0], height / canvas[1])
+    return any(side * scale - drawn >= PIXEL_MULTIPLE for side, drawn in zip(canvas, (width, height), strict=True))
 
 
 def _varied(values: Mapping[str, Any]) -> dict[str, Any]:
