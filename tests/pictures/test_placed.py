@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 from zimage_runner.pictures.masks import box_around, soft_mask, widened
 from zimage_runner.pictures.opened import examine
 from zimage_runner.pictures.placed import extended, fitted, place
-from zimage_runner.sampling import Fit, Inputs, Picture
+from zimage_runner.sampling import Fit, Inputs
 
 sides = st.integers(1, 40)
 
@@ -103,7 +104,7 @@ def test_the_box_lies_within_and_holds_the_mask(place_: tuple[int, int], margin:
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> dict[str, Picture]:
+def files(tmp_path: Path) -> dict[str, Any]:
     """A noisy picture of 100x80 and a mask with a white square."""
     noise(100, 80).save(tmp_path / "image.png")
     mask = Image.new("L", (100, 80))
@@ -115,7 +116,7 @@ def files(tmp_path: Path) -> dict[str, Picture]:
     }
 
 
-def test_outside_the_mask_the_original_comes_back(files: dict[str, Picture]) -> None:
+def test_outside_the_mask_the_original_comes_back(files: dict[str, Any]) -> None:
     placed = place(Inputs(**files, mask_blur=4), 96, 80)
     assert placed.pixels is not None
     assert placed.mask is not None
@@ -131,7 +132,7 @@ def test_outside_the_mask_the_original_comes_back(files: dict[str, Picture]) -> 
     assert place(Inputs(**files, mask_blur=4), 96, 80) is placed
 
 
-def test_cropped_to_the_mask_the_whole_picture_comes_back(files: dict[str, Picture]) -> None:
+def test_cropped_to_the_mask_the_whole_picture_comes_back(files: dict[str, Any]) -> None:
     placed = place(Inputs(**files, mask_crop=8, result=(100, 80)), 128, 128)
     assert placed.pixels is not None
     assert placed.finish is not None
@@ -145,7 +146,7 @@ def test_cropped_to_the_mask_the_whole_picture_comes_back(files: dict[str, Pictu
     assert (finished[25:35, 35:45] == 7).all()
 
 
-def test_outpainting_keeps_the_picture(files: dict[str, Picture]) -> None:
+def test_outpainting_keeps_the_picture(files: dict[str, Any]) -> None:
     placed = place(Inputs(image=files["image"], outpaint=(28, 0, 0, 16)), 128, 96)
     assert placed.finish is not None
     finished = placed.finish(np.full((96, 128, 3), 7, np.uint8))

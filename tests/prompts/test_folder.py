@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -36,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def read(folder: Path, **options: str) -> list[Prompt]:
+def read(folder: Path, **options: Any) -> list[Prompt]:
     return read_prompts(Folder(path=str(folder), masks=str(folder / "masks"), **options))
 
 

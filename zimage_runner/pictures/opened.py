@@ -9,7 +9,7 @@ import os
 import stat
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from zimage_runner.errors import UserError, error_text, one_line
 from zimage_runner.sampling import Picture
@@ -41,7 +41,7 @@ def examine(path: str, where: str, *, is_mask: bool = False) -> Picture:
         image = upright(data, is_mask=is_mask)
     except UserError as error:
         raise UserError(f"{where}={one_line(path, 200)} {error}") from None
-    if is_mask and image.getextrema()[1] < 128:
+    if is_mask and cast("tuple[int, int]", image.getextrema())[1] < 128:
         raise UserError(
             f"{where}={one_line(path, 200)} is black throughout, so nothing would be painted: white is what changes"
         )

@@ -44,7 +44,8 @@ def pipeline(reference: Reference, name: str) -> Any:
 def started(model: NativeModel, picture: np.ndarray, **options: Any) -> tuple[torch.Tensor, Start]:
     """The noise and the start of an item with SEED, as a session makes them."""
     posterior = model.encode_picture(torch.from_numpy(picture))
-    first, noise = draw_noises(2, [SEED], *posterior.mean.shape)
+    channels, height, width = posterior.mean.shape
+    first, noise = draw_noises(2, [SEED], channels, height, width)
     return noise, Start(latents=posterior.sample(first), **options)
 
 
