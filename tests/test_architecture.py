@@ -37,7 +37,7 @@ ARROWS: dict[str, set[str]] = {
         "weights", *COMPONENTS,
     },  # view: a run ends with its report
     # view: so does a multirun
-    "cli": {"collect", "config", "executors", "model", "outputs", "prompts", "runner", "view"},
+    "cli": {"collect", "config", "executors", "model", "outputs", "prompts", "runner", "sampling", "view"},
     "serve": {
         "cli", "config", "engines", "executors", "outputs", "plan", "prompts", "runner", "session", "view", *COMPONENTS,
     },
