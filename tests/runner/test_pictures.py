@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,17 @@ from PIL import Image, ImageDraw
 
 from tests.support.command import command
 from tests.support.drawing import SMALL
+from zimage_runner.api import _compose
+from zimage_runner.config.schema import RunConfig
+from zimage_runner.errors import UserError
 from zimage_runner.outputs.metadata import read_metadata
 from zimage_runner.plan import Fingerprints, build_plan
 from zimage_runner.prompts.base import Prompt
+from zimage_runner.prompts.jsonl import Jsonl
 from zimage_runner.prompts.seeds import parse_seeds
 from zimage_runner.reproduce import main as reproduce
 from zimage_runner.runner.inputs import _is_cut
+from zimage_runner.runner.spec import plan_run
 from zimage_runner.sampling import Inputs, Picture
 
 FAST = ("warmup=none", "sampling.num_inference_steps=3", "output.report=false")
@@ -60,6 +66,17 @@ def run(folder: Path) -> Path:
     assert code == 0, err
     assert "init_image is read as image" in err
     return folder / out.strip()
+
+
+@pytest.fixture(scope="module")
+def config() -> RunConfig:
+    return _compose(["warmup=none"])
+
+
+@pytest.fixture(scope="module")
+def memo() -> dict[str, Any]:
+    """What plans of one model share."""
+    return {}
 
 
 def records(run: Path) -> dict[str, dict[str, Any]]:
@@ -218,14 +235,16 @@ def test_what_is_refused(folder: Path, words: list[str], told: str) -> None:
         ),
     ],
 )
-def test_a_row_that_is_refused_is_named(folder: Path, row: dict[str, Any], told: str) -> None:
+def test_a_row_that_is_refused_is_named(
+    folder: Path, config: RunConfig, memo: dict[str, Any], row: dict[str, Any], told: str
+) -> None:
     table = folder / "table"
     Image.new("L", (300, 100), 255).save(table / "wide.png")
     lines = [{"text": "fine", "image": "blue.png"}, {"text": "x", **row}]
     (table / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    code, _, err = command(folder, "prompts=jsonl", "prompts.path=table/rows.jsonl")
-    assert code == 2
-    assert told.format(folder=table) in err
+    with pytest.raises(UserError) as refused:
+        plan_run(replace(config, prompts=Jsonl(path=str(table / "rows.jsonl"))), memo)
+    assert told.format(folder=table) in str(refused.value).replace(f"{table}/rows", "rows")
 
 
 @pytest.mark.parametrize(
