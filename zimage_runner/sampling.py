@@ -175,9 +175,7 @@ class Inputs:
 
     def __post_init__(self) -> None:
         if not 0 < self.strength <= 1:
-            raise UserError(
-                f"sampling.strength={self.strength:g} is out of range: use more than 0, which changes nothing, to 1"
-            )
+            raise UserError(f"sampling.strength={self.strength:g} is out of range: use a number above 0, at most 1")
         for name in ("mask_blur", "mask_grow", "mask_crop"):
             check_range(f"sampling.{name}", getattr(self, name) or 0, 0, MAX_MASK_PIXELS)
         for side in self.outpaint:

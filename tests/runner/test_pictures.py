@@ -212,7 +212,7 @@ def test_its_own_size_is_drawn_where_none_is_set(folder: Path) -> None:
 def test_what_is_refused(folder: Path, words: list[str], told: str) -> None:
     code, _, err = command(folder, "prompt=x", *words)
     assert code == 2
-    assert told.format(folder=folder) in err
+    assert err.startswith(f"zimage_runner: {told.format(folder=folder)}")
     assert len(err.strip().splitlines()) == 1
 
 
@@ -231,7 +231,7 @@ def test_what_is_refused(folder: Path, words: list[str], told: str) -> None:
         ({"image": "red.png", "fit": "cover"}, "rows.jsonl:2: fit='cover': write crop, pad, stretch"),
         (
             {"image": "red.png", "steps_after_strength": "perhaps"},
-            "steps_after_strength='perhaps': write true or false",
+            "rows.jsonl:2: steps_after_strength='perhaps': write true",
         ),
     ],
 )
@@ -244,7 +244,7 @@ def test_a_row_that_is_refused_is_named(
     (table / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     with pytest.raises(UserError) as refused:
         plan_run(replace(config, prompts=Jsonl(path=str(table / "rows.jsonl"))), memo)
-    assert told.format(folder=table) in str(refused.value).replace(f"{table}/rows", "rows")
+    assert str(refused.value).replace(f"{table}/rows", "rows").startswith(told.format(folder=table))
 
 
 @pytest.mark.parametrize(

@@ -54,10 +54,12 @@ class InputFinder:
         self._set_sides = {name: side for name, side in sides.items() if side is not None}
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="pictures")
         self._files: dict[tuple[str, bool], Future[Picture]] = {}
-        for values, where in [(self._of_run, "sampling."), *((p.overrides, f"{p.source}: ") for p in prompts)]:
+        for values, where in [(self._of_run, "sampling."), *((p.overrides, "") for p in prompts)]:
             for name in PICTURE_FILES:
                 if values.get(name):
                     self._begin(name, values[name], where)
+        if self._of_run.get("image") or self._of_run.get("control_image"):
+            self._inputs(self._of_run)  # what is wrong with the run's own is no prompt's fault
 
     def __call__(self, prompt: Prompt) -> Mapping[str, Any]:
         """Return ``inputs`` and, where nothing sets them, ``height`` and ``width``; nothing for a prompt without any.
