@@ -170,8 +170,7 @@ class Writer:
         if self._recorder is not None:
             self._written.put(None)
             self._recorder.join()
-        for _ in self._writers:
-            self._tasks.put(None)
+        self._tasks.put(None)
         for thread in self._writers:
             thread.join()
         self._check()
@@ -289,7 +288,7 @@ class Writer:
                 self._on_done(_done(request, filed.line, *times))
 
     def _work(self) -> None:
-        """Life of a writer: task after task. Nothing is written after the first fault."""
+        """Life of a writer: task after task, until None. Nothing is written after the first fault."""
         while (task := self._tasks.get()) is not None:
             request, call, arguments = task
             try:
@@ -302,6 +301,7 @@ class Writer:
             finally:
                 self._release()
             del task, request, call, arguments
+        self._tasks.put(None)  # for the next: how many there are is not always known
 
     def _stop(self, error: BaseException) -> None:
         """The first fault is raised wherever somebody waits; what is no trouble of the disk's is logged as well."""
