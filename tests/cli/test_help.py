@@ -49,7 +49,7 @@ def test_a_groups_fields_are_told_with_default_and_meaning(word: str) -> None:
 
 
 def test_defaults_are_shown_as_one_types_them() -> None:
-    text = help_text(["--help", "output=default", "run"])
+    text = help_text(["--help", "output=folders", "run"])
     for line in ("output.fsync=item    (never, run, item)", "output.metadata=true", "  prompt=null", "  seeds=42"):
         assert line in text
 

@@ -30,11 +30,11 @@ from zimage_runner.cli.resume.command_line import LATEST, find_latest
 from zimage_runner.collect.contact_sheet import Layout, draw_sheets
 from zimage_runner.collect.folder import NAME, collect_into
 from zimage_runner.collect.pictures import find_runs, marked, pictures_of
-from zimage_runner.collect.shards import MOST_IN_A_SHARD, Bounds, collect_shards
+from zimage_runner.collect.shards import Bounds, collect_shards
 from zimage_runner.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, PROGRAM, UserError, called, counted
 from zimage_runner.logs import log_to_terminal, refuse
 from zimage_runner.outputs.beneath import NotPlain
-from zimage_runner.outputs.config import Format, Output, check_quality
+from zimage_runner.outputs.config import MOST_IN_A_SHARD, Format, Output, check_quality
 
 FIELDS = (
     "into",

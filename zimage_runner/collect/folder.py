@@ -6,13 +6,14 @@ import os
 import string
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from zimage_runner.collect.pictures import Picture
 from zimage_runner.errors import UserError
 from zimage_runner.outputs import atomic
-from zimage_runner.outputs.beneath import Inside, unfit_target
+from zimage_runner.outputs.beneath import unfit_target
 from zimage_runner.outputs.config import Output
 from zimage_runner.outputs.encoders import convert
 from zimage_runner.outputs.json_text import compact_json
@@ -51,9 +52,7 @@ def collect_into(
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         tasks = [
-            pool.submit(
-                _put, conversion_of(picture, output), picture.image, folder / row["file_name"], overwrite=overwrite
-            )
+            pool.submit(_put, conversion_of(picture, output), picture, folder / row["file_name"], overwrite=overwrite)
             for picture, row in zip(pictures, rows, strict=True)
         ]
         try:
@@ -134,10 +133,16 @@ def each_once(
     others: list[tuple[Picture, dict[str, Any]]] = []
     for picture, row in zip(pictures, rows, strict=True):
         first = kept.setdefault(row["file_name"].lower(), (picture, row))
-        if first[0] is not picture and not os.path.samefile(first[0].path, picture.path):
+        if first[0] is not picture and not _is_one_file(first[0], picture):
             others.append((picture, row))  # refused below
     found = [*kept.values(), *others]
     return [picture for picture, _ in found], [row for _, row in found]
+
+
+def _is_one_file(first: Picture, second: Picture) -> bool:
+    if first.place is not None or second.place is not None:
+        return (first.run, first.item) == (second.run, second.item)
+    return os.path.samefile(first.path, second.path)
 
 
 def _check_unique(pictures: Sequence[Picture], names: Sequence[str], name: str) -> None:
@@ -151,12 +156,14 @@ def _check_unique(pictures: Sequence[Picture], names: Sequence[str], name: str) 
             )
 
 
-def _put(conversion: Output | None, source: Inside, target: Path, *, overwrite: bool) -> None:
+def _put(conversion: Output | None, picture: Picture, target: Path, *, overwrite: bool) -> None:
+    source = picture.image
+    changed_ns = None if picture.place is None else _written_ns(picture)
     if (kind := unfit_target(target)) is not None:
         raise UserError(f"{target} is {kind}, which is left alone: remove it, or use another folder")
-    with source.open() as picture:
+    with source.open() as opened:
         if target.exists():
-            same = _is_there(picture, target, converted=conversion is not None)
+            same = _is_there(opened, target, changed_ns, converted=conversion is not None)
             if same and not (overwrite and conversion is not None):  # converted anew, perhaps to another quality
                 return
             if not same and not overwrite:
@@ -165,8 +172,12 @@ def _put(conversion: Output | None, source: Inside, target: Path, *, overwrite: 
                 )
         if conversion is not None:
             # It takes over the time of the last change, by which it is known again.
-            changed_ns = os.fstat(picture.fileno()).st_mtime_ns
-            atomic.replace_file(target, convert(picture, conversion), changed_ns=changed_ns)
+            if changed_ns is None:
+                changed_ns = os.fstat(opened.fileno()).st_mtime_ns
+            atomic.replace_file(target, convert(opened, conversion), changed_ns=changed_ns)
+            return
+        if changed_ns is not None:
+            atomic.replace_file(target, opened.read(), changed_ns=changed_ns)
             return
     with (
         atomic.directory(source.root) as run,
@@ -176,14 +187,28 @@ def _put(conversion: Output | None, source: Inside, target: Path, *, overwrite: 
         atomic.link_or_copy(item, source.path.name, folder, target.name, tmp=atomic.own_temporary(target.name))
 
 
-def _is_there(picture: BinaryIO, target: Path, *, converted: bool) -> bool:
-    """Return whether ``target`` is this picture already."""
-    source, there = os.fstat(picture.fileno()), target.stat()
+def _written_ns(picture: Picture) -> int:
+    """When a picture of a shard was written, in nanoseconds; its file has no time of its own."""
+    try:
+        return round(datetime.fromisoformat(picture.record()["written"]).timestamp() * 1000) * 1_000_000
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return 0
+
+
+def _is_there(picture: BinaryIO, target: Path, changed_ns: int | None, *, converted: bool) -> bool:
+    """Return whether ``target`` is this picture already; ``changed_ns``: when one of a shard was written."""
+    there = target.stat()
+    if changed_ns is None:
+        source = os.fstat(picture.fileno())
+        if os.path.samestat(source, there):
+            return True
+        changed_ns, size = source.st_mtime_ns, source.st_size
+    else:
+        size = picture.seek(0, os.SEEK_END)
+        picture.seek(0)
     if converted:
-        return there.st_mtime_ns == source.st_mtime_ns
-    if os.path.samestat(source, there):
-        return True
-    if source.st_size != there.st_size:
+        return there.st_mtime_ns == changed_ns
+    if size != there.st_size:
         return False
     with open(target, "rb") as other:
         while block := picture.read(_BLOCK):

@@ -15,13 +15,10 @@ from pathlib import Path
 from typing import Protocol
 
 from zimage_runner.collect.overrides import inert
-from zimage_runner.collect.pictures import pictures_of
+from zimage_runner.collect.pictures import Picture, pictures_of
 from zimage_runner.collect.sheet import Page, clean, draw, drawable
 from zimage_runner.errors import UserError
 from zimage_runner.outputs import atomic, beneath
-from zimage_runner.outputs.beneath import Inside
-from zimage_runner.outputs.ledger import RECORD
-from zimage_runner.outputs.parsed import from_json
 from zimage_runner.plan import slug
 
 log = logging.getLogger(__name__)
@@ -105,7 +102,7 @@ def layout(jobs: Sequence[JobResult], fields: Sequence[str]) -> list[Page]:
             column = columns.index(job.overrides.get(column_field, ""))
             for row, item in enumerate(rows):
                 if item in items[job.number]:
-                    page.pictures.setdefault((row, column), items[job.number][item])
+                    page.pictures.setdefault((row, column), items[job.number][item].image)
         return [page]
     row_values = _values(jobs, row_field)
     for item, job in itertools.product(sorted(texts), jobs):
@@ -123,7 +120,7 @@ def layout(jobs: Sequence[JobResult], fields: Sequence[str]) -> list[Page]:
             row_values.index(job.overrides.get(row_field, "")),
             columns.index(job.overrides.get(column_field, "")),
         )
-        pages[key].pictures.setdefault(place, items[job.number][item])
+        pages[key].pictures.setdefault(place, items[job.number][item].image)
     return list(pages.values())
 
 
@@ -141,27 +138,26 @@ def _item_label(item: Item, texts: dict[Item, str]) -> str:
     return f"{item[0]}: {texts[item]} (seed {item[1]})" if texts[item] else f"{item[0]}: seed {item[1]}"
 
 
-def _texts(pictures: Iterable[dict[Item, Inside]]) -> dict[Item, str]:
+def _texts(pictures: Iterable[dict[Item, Picture]]) -> dict[Item, str]:
     """Prompt of each item; empty where the jobs differ in it, as when prompts are swept."""
     found: dict[Item, set[str]] = {}
     for job in pictures:
-        for item, file in job.items():
-            found.setdefault(item, set()).add(_prompt_of(file))
+        for item, picture in job.items():
+            found.setdefault(item, set()).add(_prompt_of(picture))
     return {item: next(iter(texts)) if len(texts) == 1 else "" for item, texts in found.items()}
 
 
-def _pictures(job: JobResult) -> dict[Item, Inside]:
+def _pictures(job: JobResult) -> dict[Item, Picture]:
     """Finished pictures of a job."""
     try:
-        return {(p.index, p.seed): p.image for p in pictures_of([job.directory])}
+        return {(p.index, p.seed): p for p in pictures_of([job.directory])}
     except (OSError, UserError) as error:
         log.warning("job %s has no pictures in the grid: %s", job.number, error)
         return {}
 
 
-def _prompt_of(picture: Inside) -> str:
+def _prompt_of(picture: Picture) -> str:
     try:
-        record = Inside(picture.root, f"{picture.relative.rpartition('/')[0]}/{RECORD}")
-        return str(from_json(record.read_bytes())["prompt"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return str(picture.record()["prompt"])
+    except (UserError, KeyError):
         return ""

@@ -15,8 +15,9 @@ from zimage_runner.errors import UserError
 from zimage_runner.outputs import atomic
 from zimage_runner.outputs.beneath import Inside, NotPlain, Statuses
 from zimage_runner.outputs.config import Format
-from zimage_runner.outputs.ledger import RECORD, RECORDS, Ledger
+from zimage_runner.outputs.ledger import RECORDS, Ledger
 from zimage_runner.outputs.parsed import from_json
+from zimage_runner.outputs.place import RECORD, Place, picture_at, record_at
 from zimage_runner.outputs.stars import load_stars
 
 log = logging.getLogger(__name__)
@@ -44,9 +45,14 @@ class Picture:
     """Its directory below the run directory."""
     file: str
     """Its file's name in there."""
+    size: int
+    """Bytes of its file when it was drawn."""
+    place: Place | None = None
+    """Where it is in a shard; None for a file."""
 
     @property
     def path(self) -> Path:
+        """Its file; for a picture of a shard the name by which it can be read all the same (``outputs.place.find``)."""
         return self.run / self.item / self.file
 
     @property
@@ -70,13 +76,13 @@ class Picture:
     @property
     def image(self) -> Inside:
         """Its file, to be read."""
-        return Inside(self.run, f"{self.item}/{self.file}")
+        return picture_at(self.run, self.item, self.file, self.size, self.place)
 
     def record(self) -> dict[str, Any]:
         """Its record.json."""
         file = self.run / self.item / RECORD
         try:
-            record = from_json(Inside(self.run, f"{self.item}/{RECORD}").read_bytes())
+            record = from_json(record_at(self.run, self.item, self.place).read_bytes())
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{file} cannot be read ({error}): draw it again with resume={self.run} verify=true"
@@ -105,13 +111,16 @@ def pictures_of(runs: Iterable[Path]) -> Iterator[Picture]:
     """
     for run in runs:
         entries = {item: e for item, e in Ledger.load(run / RECORDS).entries.items() if e.ok and _ITEM.fullmatch(item)}
-        pictures = [Picture(run=run, item=item, file=entry.image) for item, entry in entries.items()]
+        pictures = [
+            Picture(run=run, item=item, file=entry.image, size=entry.size, place=entry.place)
+            for item, entry in entries.items()
+        ]
         pictures = [picture for picture in pictures if picture.path.suffix in SUFFIXES]
         damaged: list[str] = []
         with atomic.directory(run) as dir_fd:
             status = Statuses(dir_fd)
             for picture in sorted(pictures, key=lambda picture: picture.index):
-                size = _size(status, picture)
+                size = picture.size if picture.place is not None else _size(status, picture)
                 if size is None:
                     continue
                 reason = _damage(picture, size, entries[picture.item].size)

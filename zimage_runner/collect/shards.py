@@ -23,17 +23,14 @@ from zimage_runner.collect.folder import conversion_of, each_once, row_of, suffi
 from zimage_runner.collect.pictures import Picture
 from zimage_runner.errors import UserError
 from zimage_runner.outputs import atomic
-from zimage_runner.outputs.config import Output
+from zimage_runner.outputs.config import MOST_IN_A_SHARD, Output
 from zimage_runner.outputs.encoders import convert
 from zimage_runner.outputs.json_text import compact_json
+from zimage_runner.outputs.shard_tables import GROUP_BYTES, as_img2dataset, index_schema, picture_schema
 
-MOST_IN_A_SHARD = 10_000
-"""Four digits of a key."""
 NAME = "{run}_{job}_{index:05d}_{slug}_seed_{seed}"
 """Tells apart what is collected; no file is called so."""
 OWN = re.compile(r"[0-9]{5}\.(tar|parquet)|train-[0-9]{5}-of-[0-9]{5}\.parquet")
-GROUP_BYTES = 32 << 20
-"""Of a Parquet file's row group: readers hold one in memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,7 +96,7 @@ def _split(samples: Sequence[Sample], bounds: Bounds) -> Iterator[list[Sample]]:
     shard: list[Sample] = []
     size = 0
     for sample in samples:
-        bytes_ = os.stat(sample.picture.path).st_size
+        bytes_ = sample.picture.size
         if shard and (len(shard) >= bounds.pictures or size + bytes_ > bounds.megabytes * 1e6):
             yield shard
             shard, size = [], 0
@@ -116,7 +113,7 @@ def _write_tar(folder: Path, number: int, shard: Sequence[Sample]) -> None:
         with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
             for n, sample in enumerate(shard):
                 key = f"{number:05d}{n:04d}"
-                record = _record(sample, key)
+                record = as_img2dataset(_fields(sample), key)
                 records.append(record)
                 suffix = suffix_of(sample.picture, sample.output)
                 for name, data in (
@@ -131,7 +128,7 @@ def _write_tar(folder: Path, number: int, shard: Sequence[Sample]) -> None:
         import pyarrow.parquet
 
         with _whole(folder / f"{number:05d}.parquet") as (table, finish_table):
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records, _index_schema()), table)
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records, index_schema()), table)
             finish_table()
         finish()
 
@@ -140,7 +137,7 @@ def _write_parquet(path: Path, shard: Sequence[Sample]) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    schema = _picture_schema()
+    schema = picture_schema()
     group: list[dict[str, Any]] = []
     size = 0
     with _whole(path) as (temporary, finish):
@@ -185,36 +182,3 @@ def _fields(sample: Sample) -> dict[str, Any]:
         "source": row["source"],
         "record": compact_json({k: v for k, v in row.items() if k not in ("file_name", "source")}),
     }
-
-
-def _record(sample: Sample, key: str) -> dict[str, Any]:
-    """Fields as img2dataset names them, then ours."""
-    fields = _fields(sample)
-    caption = fields.pop("text")
-    sizes = {"original_width": fields["width"], "original_height": fields["height"]}
-    head = {"url": None, "caption": caption, "key": key, "status": "success", "error_message": None, "exif": None}
-    return {**head, **fields, **sizes}
-
-
-def _columns() -> list[tuple[str, str]]:
-    return [("seed", "int64"), ("id", "string"), ("width", "int64"), ("height", "int64"), ("model", "string"),
-            ("source", "string"), ("record", "string")]  # fmt: skip
-
-
-def _index_schema() -> Any:
-    import pyarrow
-
-    texts = ["url", "caption", "key", "status", "error_message", "exif"]
-    columns = [(name, "string") for name in texts] + _columns()
-    columns += [("original_width", "int64"), ("original_height", "int64")]
-    return pyarrow.schema([(name, getattr(pyarrow, kind)()) for name, kind in columns])
-
-
-def _picture_schema() -> Any:
-    import pyarrow
-
-    image = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
-    columns = [("text", "string"), *_columns()]
-    features = {"image": {"_type": "Image"}} | {name: {"dtype": kind, "_type": "Value"} for name, kind in columns}
-    schema = pyarrow.schema([("image", image), *((name, getattr(pyarrow, kind)()) for name, kind in columns)])
-    return schema.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})

@@ -19,7 +19,7 @@ from zimage_runner.executors.ray_config import RayExecutorConfig
 from zimage_runner.executors.resident import ResidentExecutorConfig
 from zimage_runner.memory.policies import GroupOffload, ModelOffload, Resident, SequentialOffload, Staged, Streamed
 from zimage_runner.model import FileModel, Model
-from zimage_runner.outputs.config import Output
+from zimage_runner.outputs.config import Output, Shards
 from zimage_runner.prompts.csv_file import Csv
 from zimage_runner.prompts.files import FileGlob
 from zimage_runner.prompts.folder import Folder
@@ -60,7 +60,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "folder": Folder,
         "stdin": Stdin,
     },
-    "output": {"output": Output},
+    "output": {"output": Output, "shards": Shards},
     "executor": {
         "inline": InlineExecutorConfig,
         "process": ProcessExecutorConfig,

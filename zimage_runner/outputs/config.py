@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import enum
+import importlib.util
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +36,16 @@ class Format(enum.Enum):
         self.suffix = suffix
         self.has_quality = has_quality
         self.may_be_lossless = may_be_lossless
+
+
+class Layout(enum.Enum):
+    """What shards are."""
+
+    webdataset = "webdataset"
+    """Tar files with picture, prompt (.txt) and record (.json) of each item, and a table beside each, as img2dataset
+    has them."""
+    parquet = "parquet"
+    """Parquet files with the pictures in them, as Hugging Face's ``datasets`` has them."""
 
 
 LOSSLESS = "lossless"
@@ -99,6 +111,46 @@ class Output:
     def image_name(self) -> str:
         """File name of each picture in its item's folder."""
         return IMAGE_STEM + self.format.suffix
+
+
+READ_BACK = frozenset(("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oci", "oss", "hf", "memory"))
+"""Stores that pictures are read from where a run directory says so, which may be somebody else's: no files, no HTTP."""
+MOST_IN_A_SHARD = 10_000
+"""Keys have four digits for the picture."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Shards(Output):
+    """Pictures and their records in few large files below the run directory (``shards/``)."""
+
+    layout: Layout = Layout.webdataset
+    """webdataset (tar files, with .txt and .json) or parquet (written as tar files first: twice as much is written)."""
+    shard_pictures: int = MOST_IN_A_SHARD
+    """Pictures in a shard, at most."""
+    shard_mb: float = 1000.0
+    """Megabytes of a shard, at most; a single larger picture has one of its own."""
+    upload: str | None = None
+    """Where shards are copied once they are full, and the rest at the end: s3://bucket/folder, or what fsspec opens."""
+    keep: bool = True
+    """Keep shards here too once they are uploaded. Without, they are read from where they were uploaded to."""
+
+    def __post_init__(self) -> None:
+        Output.__post_init__(self)
+        check_range("output.shard_pictures", self.shard_pictures, 1, MOST_IN_A_SHARD)
+        check_range("output.shard_mb", self.shard_mb, 0.001, 1e6)
+        if importlib.util.find_spec("pyarrow") is None:
+            raise UserError("output=shards needs pyarrow, for tables: pip install 'zimage-runner[parquet]'")
+        if self.upload is None:
+            if not self.keep:
+                raise UserError("output.keep=false needs output.upload=s3://...: pictures would be lost")
+            return
+        if not re.fullmatch(r"[a-z][a-z0-9+]*://[^/\s].*", self.upload):
+            raise UserError(f"output.upload={self.upload}: write an address, e.g. output.upload=s3://bucket/folder")
+        if importlib.util.find_spec("fsspec") is None:
+            raise UserError("output.upload needs fsspec: pip install 'zimage-runner[s3]'")
+        protocol = self.upload.partition("://")[0]
+        if not self.keep and protocol not in READ_BACK:
+            raise UserError(f"output.keep=false: pictures are not read back from {protocol}://: leave keep out")
 
 
 def wants_report(report: bool | None, pictures: int) -> bool:

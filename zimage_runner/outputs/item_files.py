@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +19,8 @@ from zimage_runner.outputs import atomic, beneath, thumbnails
 from zimage_runner.outputs.config import Fsync, Output
 from zimage_runner.outputs.encoders import check_pixels, encode
 from zimage_runner.outputs.json_text import readable_json
-from zimage_runner.outputs.ledger import RECORD, record_head
+from zimage_runner.outputs.ledger import Ledger, record_head
+from zimage_runner.outputs.place import RECORD
 from zimage_runner.outputs.run_dir import RunDirectory, checked_item_dir
 
 if TYPE_CHECKING:
@@ -63,7 +64,10 @@ class Filed:
 
 
 class ItemFiles:
-    """Writes items' files below an open run directory. May be used from any thread."""
+    """Writes items' files below an open run directory. May be used from any thread.
+
+    What an item is put into is up to ``_file``: here files in a folder of its own.
+    """
 
     def __init__(self, run_dir: RunDirectory, output: Output, *, thumbnails: bool = False) -> None:
         """thumbnails: keep a small copy of each picture for the run's report."""
@@ -98,6 +102,22 @@ class ItemFiles:
         """Write the record of an item that has no picture. Raises OSError."""
         filed = self._file(request, {"error": error}, None, earlier)
         return Filed(line=filed.line, error=filed.error or error)
+
+    def begin(self, ledger: Ledger, damaged: Mapping[str, str]) -> None:
+        """Make ready to go on with a run; ``damaged``: pictures that are not what was written. Raises OSError.
+
+        Only a process that has the run's lock may do this, and what follows.
+        """
+        from zimage_runner.outputs import shard_settle
+
+        if shard_settle.has_shards(self._run_dir):  # the earlier processes wrote some
+            shard_settle.settle(self._run_dir, ledger, self._output, shard_settle.Stage.pauses, damaged)
+
+    def recorded(self, filed: Filed) -> None:
+        """Note that the ledger has the line of what was written. Raises OSError."""
+
+    def end(self, ledger: Ledger, *, complete: bool) -> None:
+        """Finish what was left open; ``complete``: the run has all its pictures. Raises OSError, RunStopped."""
 
     def _file(self, request: WriteRequest, result: dict[str, Any], data: bytes | None, earlier: Set[str]) -> Filed:
         """Write the files. Where something else is in their folder's place the item has failed."""

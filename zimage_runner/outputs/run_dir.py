@@ -20,11 +20,12 @@ from zimage_runner.outputs.atomic import DiskError
 from zimage_runner.outputs.config import Output
 from zimage_runner.outputs.ledger import RECORDS
 from zimage_runner.outputs.lock import LOCK_NAME, RunLock
+from zimage_runner.outputs.place import ITEMS, SHARDS
 
 TOKEN_NAME = ".workers"
 """Proves to workers on other machines that they see the run directory. There only while a run lasts."""
 OWN_FILES = (LOCK_NAME, TOKEN_NAME, RECORDS, "summary.json", "run.log", "prompts.jsonl")
-OWN_FOLDERS = ("items", ".hydra")
+OWN_FOLDERS = (ITEMS, SHARDS, ".hydra")
 RECORD_BYTES = 16_384
 """Room for a picture's record, its ledger line and the blocks of its two folders."""
 
@@ -32,7 +33,8 @@ RECORD_BYTES = 16_384
 class RunDirectory:
     """An open run directory, locked for this process until ``close``.
 
-    Layout: items/<index>_<slug>/seed_<seed>/{image.png,record.json}, records.jsonl, summary.json, run.log, .hydra/
+    Layout: items/<index>_<slug>/seed_<seed>/{image.png,record.json}, records.jsonl, summary.json, run.log, .hydra/;
+    with output=shards shards/00000.tar and so on instead of items/
     """
 
     def __init__(self, path: Path, dir_fd: int, lock: RunLock | None) -> None:

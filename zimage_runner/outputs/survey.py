@@ -13,8 +13,10 @@ from typing import Any
 from zimage_runner.errors import UserError, counted
 from zimage_runner.outputs import atomic
 from zimage_runner.outputs.beneath import Inside, NotPlain, Statuses, open_file
-from zimage_runner.outputs.ledger import RECORD, Entry, Ledger
+from zimage_runner.outputs.ledger import Entry, Ledger
 from zimage_runner.outputs.parsed import from_json
+from zimage_runner.outputs.place import RECORD, Piece, Place, record_at
+from zimage_runner.outputs.uploads import Uploads
 from zimage_runner.plan import WorkItem
 
 _BLOCK = 1 << 20
@@ -96,6 +98,8 @@ class Pictures:
     def __init__(self, dir_fd: int) -> None:
         self._dir_fd = dir_fd
         self._status = Statuses(dir_fd)
+        self._shards: dict[str, int] = {}
+        """Bytes of each shard that was looked at."""
 
     def damage(self, item_dir: str, entry: Entry, verify: bool) -> str | None:
         """Why the file is not the picture that was written; None if it is. A link is none, wherever it leads.
@@ -104,6 +108,8 @@ class Pictures:
         """
         path = f"{item_dir}/{entry.image}"
         try:
+            if entry.place is not None:
+                return self._damage_in_shard(item_dir, entry, entry.place, verify)
             size = self._status(path).st_size
             if size != entry.size:
                 return f"{size:,} bytes instead of {entry.size:,}"
@@ -119,11 +125,40 @@ class Pictures:
             return f"it cannot be read: {error.strerror}"
         return None
 
+    def _damage_in_shard(self, item_dir: str, entry: Entry, place: Place, verify: bool) -> str | None:
+        """As ``damage``, for a picture of a shard. Raises NotPlain, OSError."""
+        if place.shard not in self._shards:
+            self._shards[place.shard] = self._shard_size(place.shard)
+        size = self._shards[place.shard]
+        if place.record_offset + place.record_bytes > size or place.offset + entry.size > size:
+            return f"{place.shard} was cut off"
+        if not verify:
+            return None
+        if hashlib.sha256(self._piece(place.shard, place.offset, entry.size)).hexdigest() != entry.sha256:
+            return "its bytes changed"
+        return self._damage_of_record(item_dir, entry)
+
+    def _shard_size(self, shard: str) -> int:
+        """Bytes of a shard, here or where it was uploaded to."""
+        try:
+            return self._status(shard).st_size
+        except FileNotFoundError:
+            if (uploaded := Uploads.load(self._dir_fd).entries.get(shard)) is None:
+                raise
+            return uploaded["bytes"]
+
+    def _piece(self, shard: str, offset: int, size: int) -> bytes:
+        # The descriptor's own path: the directory may have been moved.
+        return Piece(Path(f"/proc/self/fd/{self._dir_fd}"), shard, offset, size, shard).read_bytes()
+
     def _damage_of_record(self, item_dir: str, entry: Entry) -> str | None:
         """Why the item's record.json is not the one of this picture; None if it is. Raises NotPlain, OSError."""
         try:
-            with os.fdopen(open_file(self._dir_fd, f"{item_dir}/{RECORD}"), "rb") as file:
-                record = from_json(file.read())
+            if (place := entry.place) is not None:
+                record = from_json(self._piece(place.shard, place.record_offset, place.record_bytes))
+            else:
+                with os.fdopen(open_file(self._dir_fd, f"{item_dir}/{RECORD}"), "rb") as file:
+                    record = from_json(file.read())
             if (record["sha256"], record["fingerprint"]) == (entry.sha256, entry.fingerprint):
                 return None
         except FileNotFoundError:
@@ -154,7 +189,7 @@ def check_same_pictures(
         entry = ledger.entries.get(item.item_dir)
         if entry is None or not entry.ok or entry.fingerprint == fingerprint(item):
             continue
-        changes = _changes(Inside(directory, f"{item.item_dir}/{RECORD}"), item, numerics)
+        changes = _changes(record_at(directory, item.item_dir, entry.place), item, numerics)
         raise UserError(
             f"resume={directory}: {item.item_dir} was drawn in another way, so the run would hold mixed pictures"
             f"{': ' + '; '.join(changes) if changes else ''}: resume it where it began, or start a new run"

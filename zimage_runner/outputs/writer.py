@@ -1,8 +1,8 @@
 """Background writing: pictures are encoded and put on disk while the model draws the next ones.
 
-An item's files are written in this order, each whole or not at all: image.png (or .jpg, .webp), record.json,
-``output_file``, the ledger's line. The line is what makes the item done, so killing the process at any instant leaves
-no item half done.
+An item's files are written in this order, each whole or not at all: image.png (or .jpg, .webp), record.json (with
+output=shards both at once, as a sample of a shard), ``output_file``, the ledger's line. The line is what makes the item
+done, so killing the process at any instant leaves no item half done.
 
 No thread ends unseen: whatever goes wrong in one stops the run, resumable, and nobody waits for it any longer.
 """
@@ -14,16 +14,17 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from zimage_runner.errors import BadPictureError, RunStopped, error_text
 from zimage_runner.outputs import atomic
 from zimage_runner.outputs.config import Fsync, Output
-from zimage_runner.outputs.item_files import Filed, ItemFiles, WriteRequest
+from zimage_runner.outputs.item_files import Filed, WriteRequest
 from zimage_runner.outputs.ledger import Ledger
 from zimage_runner.outputs.run_dir import RunDirectory
+from zimage_runner.outputs.shard_files import files_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,7 +99,8 @@ class Writer:
         self._ledger = ledger
         self._output = output
         self._on_done = on_done
-        self._files = ItemFiles(run_dir, output, thumbnails=thumbnails)
+        self.files = files_of(run_dir, output, thumbnails=thumbnails)
+        """What the pictures are put into."""
         self._sync = output.fsync is Fsync.item
         self._fatal: RunStopped | None = None
         self._room = threading.Condition()
@@ -120,6 +122,26 @@ class Writer:
     def start_clock(self) -> None:
         """Count the first picture's seconds from here, or from the device's last arrival if that comes later."""
         self._start = time.perf_counter()
+
+    def begin(self, damaged: Mapping[str, str]) -> None:
+        """Make the files ready to go on, where earlier processes wrote some. Raises DiskError.
+
+        damaged: finished pictures that are no longer what was written, and why.
+        """
+        with self._disk():
+            self.files.begin(self._ledger, damaged)
+
+    def settle(self, *, complete: bool) -> None:
+        """Finish what is left open, once all is written; ``complete``: no picture is missing. Raises RunStopped."""
+        with self._disk():
+            self.files.end(self._ledger, complete=complete)
+
+    @contextlib.contextmanager
+    def _disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise atomic.disk_error(error, str(self._run_dir.path)) from error
 
     def submit(self, requests: Sequence[WriteRequest], images: PendingImages) -> None:
         """Queue a batch; image i is that of request i. Blocks while ``max_pending_images`` wait already."""
@@ -318,7 +340,7 @@ class Writer:
         self, request: WriteRequest, pixels: np.ndarray, seconds: float, since: float, arrived: float
     ) -> None:
         try:
-            filed = self._write_item(request, lambda earlier: self._files.picture(request, pixels, seconds, earlier))
+            filed = self._write_item(request, lambda earlier: self.files.picture(request, pixels, seconds, earlier))
         except BadPictureError as error:
             self._report_bad(request, error_text(error))
             return
@@ -328,7 +350,7 @@ class Writer:
         self._on_done(_done(request, filed.line, seconds, since, arrived))
 
     def _write_failure(self, request: WriteRequest, error: str) -> None:
-        self._write_item(request, lambda earlier: self._files.failure(request, error, earlier))
+        self._write_item(request, lambda earlier: self.files.failure(request, error, earlier))
         self._on_done(Outcome(request=request, status="failed", error=error))
 
     def _report_bad(self, request: WriteRequest, error: str) -> None:
@@ -338,6 +360,7 @@ class Writer:
         """Write an item's files, then its line."""
         filed = make(self._earlier_images(request))
         self._ledger.append(filed.line, sync=self._sync)
+        self.files.recorded(filed)
         return filed
 
     def _earlier_images(self, request: WriteRequest) -> frozenset[str]:

@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 from zimage_runner.errors import UserError
 from zimage_runner.model import FREE_TEXT
 from zimage_runner.outputs.beneath import Inside
-from zimage_runner.outputs.ledger import RECORD, RECORDS
+from zimage_runner.outputs.ledger import RECORDS
+from zimage_runner.outputs.place import RECORD
 from zimage_runner.pictures.recorded import recorded_values
 from zimage_runner.prompts.base import INPUT, NOTHING, Prompt, RowSource, Wins
 from zimage_runner.prompts.carried import carry

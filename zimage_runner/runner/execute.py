@@ -32,7 +32,10 @@ from zimage_runner.outputs.item_files import copy_to
 from zimage_runner.outputs.json_text import readable_json
 from zimage_runner.outputs.ledger import RECORDS, Ledger
 from zimage_runner.outputs.parsed import from_json
+from zimage_runner.outputs.place import picture_at
 from zimage_runner.outputs.run_dir import RunDirectory
+from zimage_runner.outputs.shard_files import files_of
+from zimage_runner.outputs.shard_settle import has_shards
 from zimage_runner.outputs.summary import Summary
 from zimage_runner.outputs.survey import Progress, survey
 from zimage_runner.runner.dry_run import describe
@@ -124,17 +127,31 @@ def _nothing_to_draw(spec: RunSpec, run_dir: RunDirectory, ledger: Ledger, progr
         run_dir.write_file(run_dir.summary_path.name, readable_json(summary))
     if (target := spec.output_file) is not None and progress.done:
         item_dir = next(iter(progress.done))
-        picture = f"{item_dir}/{ledger.entries[item_dir].image}"
-        _put_again(run_dir, picture, target, sync=spec.config.output.fsync is Fsync.item)
+        entry = ledger.entries[item_dir]
+        picture = picture_at(run_dir.path, item_dir, entry.image, entry.size, entry.place)
+        _put_again(picture, target, sync=spec.config.output.fsync is Fsync.item)
+    _finish_shards(spec, run_dir, ledger, complete=not progress.skipped)
     say(f"nothing to draw: {progress}")
     say(str(run_dir.path), sys.stdout)
     return EXIT_INTERRUPTED if progress.skipped else EXIT_OK
 
 
-def _put_again(run_dir: RunDirectory, name: str, target: Path, *, sync: bool) -> None:
+def _finish_shards(spec: RunSpec, run_dir: RunDirectory, ledger: Ledger, *, complete: bool) -> None:
+    """Finish and upload what a process that was killed at its end has left. Raises RunStopped."""
+    if not has_shards(run_dir):
+        return
+    files = files_of(run_dir, spec.config.output, thumbnails=False)
+    try:
+        with contextlib.closing(ledger.open(run_dir.dir_fd)):
+            files.end(ledger, complete=complete)
+    except OSError as error:
+        raise atomic.disk_error(error, str(run_dir.path)) from error
+
+
+def _put_again(source: Inside, target: Path, *, sync: bool) -> None:
     """Put a run's single picture at ``output_file``, where it may never have been. Raises DiskError."""
     try:
-        picture = Inside(run_dir.path, name).read_bytes()
+        picture = source.read_bytes()
         if not target.is_file() or target.read_bytes() != picture:
             copy_to(target, picture, sync=sync)
     except OSError as error:

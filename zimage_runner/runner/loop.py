@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from zimage_runner.executors.base import Batch, Written
 from zimage_runner.executors.watchdog import OnOverdue
-from zimage_runner.outputs.item_files import Filed, WriteRequest
+from zimage_runner.outputs.item_files import Filed, ItemFiles, WriteRequest
 from zimage_runner.outputs.ledger import Ledger
 from zimage_runner.outputs.run_dir import RunDirectory
 from zimage_runner.outputs.writer import Outcome, Writer
@@ -79,6 +79,19 @@ class GenerationLoop:
     def start_clock(self) -> None:
         """Count the first picture's seconds from here."""
         self._writer.start_clock()
+
+    @property
+    def files(self) -> ItemFiles:
+        """What the pictures are put into."""
+        return self._writer.files
+
+    def begin(self, damaged: Mapping[str, str]) -> None:
+        """Make the run's files ready; ``damaged``: pictures that are drawn again, and why. Raises DiskError."""
+        self._writer.begin(damaged)
+
+    def settle(self, *, complete: bool) -> None:
+        """Finish files that hold many pictures; ``complete``: none is missing. Raises RunStopped."""
+        self._writer.settle(complete=complete)
 
     def draw(self, batches: Iterable[Batch]) -> None:
         """Hand the batches to the executor and its images to the writer, where the last may still be on their way."""

@@ -13,11 +13,13 @@ from zimage_runner.errors import UserError
 from zimage_runner.outputs import atomic
 from zimage_runner.outputs.beneath import Inside
 from zimage_runner.outputs.config import Fsync
-from zimage_runner.outputs.item_files import copy_to
+from zimage_runner.outputs.item_files import Filed, ItemFiles, copy_to
 from zimage_runner.outputs.json_text import readable_json
-from zimage_runner.outputs.ledger import RECORD, RECORDS, Entry, Ledger, record_head
+from zimage_runner.outputs.ledger import RECORDS, Entry, Ledger, record_head
 from zimage_runner.outputs.parsed import from_json
+from zimage_runner.outputs.place import RECORD, picture_at, record_at
 from zimage_runner.outputs.run_dir import RunDirectory
+from zimage_runner.outputs.shard_files import ShardFiles
 from zimage_runner.outputs.survey import Pictures
 from zimage_runner.plan import Fingerprints, Plan, WorkItem
 from zimage_runner.runner.spec import RunSpec
@@ -35,6 +37,11 @@ class Existing:
     """Its folder below the run directory."""
     entry: Entry
 
+    @property
+    def picture(self) -> Inside:
+        """Its file, to be read."""
+        return picture_at(self.run, self.item_dir, self.entry.image, self.entry.size, self.entry.place)
+
 
 class Reuse:
     """The reusing of one run: before anything is drawn from earlier runs, after it among its own prompts."""
@@ -48,6 +55,11 @@ class Reuse:
         self._fingerprint = fingerprint
         self._report = report
         self._twins = twins(spec.plan)
+        self._files: ShardFiles | None = None
+
+    def put_into(self, files: ItemFiles) -> None:
+        """Add pictures to the shards of the run, where it has some: by what writes its other pictures."""
+        self._files = files if isinstance(files, ShardFiles) else None
 
     def waits(self, item: WorkItem) -> bool:
         """True for an item that another item's picture will serve."""
@@ -81,8 +93,11 @@ class Reuse:
     def _adopt(self, item: WorkItem, fingerprint: str, existing: Existing) -> None:
         sync = self._spec.config.output.fsync is Fsync.item
         recipe = self._spec.recipe(item, self._report)
-        output_file = self._spec.output_file
-        adopt(self._run_dir, self._ledger, item, fingerprint, existing, recipe, output_file=output_file, sync=sync)
+        output_file, files = self._spec.output_file, self._files
+        adopt(
+            self._run_dir, self._ledger, item, fingerprint, existing, recipe,
+            output_file=output_file, files=files, sync=sync,
+        )  # fmt: skip
 
 
 def earlier_pictures(pattern: str, wanted: set[str], image: str, *, but: Path) -> dict[str, Existing]:
@@ -197,36 +212,69 @@ def adopt(
     recipe: dict[str, Any],
     *,
     output_file: Path | None = None,
+    files: ShardFiles | None = None,
     sync: bool,
 ) -> None:
     """Make ``existing`` this item's picture: a hard link where the file system can, else a copy. Raises DiskError.
 
-    ``output_file``: also put the picture there.
+    ``output_file``: also put the picture there. ``files``: what writes shards, in a run that has them.
     """
     image = existing.entry.image
     result = {"image": image, "sha256": existing.entry.sha256, "bytes": existing.entry.size}
     head = record_head(item.item_dir, "ok", item.prompt_index, item.seed, fingerprint, **result)
+    place: dict[str, Any] = {}
     tail = {
         "reused_from": str(existing.run / existing.item_dir),
         "written": datetime.now(UTC).isoformat(timespec="milliseconds"),
     }
-    kept = _kept_fields(Inside(existing.run, f"{existing.item_dir}/{RECORD}"))
+    record = {
+        **head,
+        **_kept_fields(record_at(existing.run, existing.item_dir, existing.entry.place)),
+        **recipe,
+        **tail,
+    }
     try:
-        run_dir.make_dirs(item.item_dir, sync=sync)
-        with (
-            atomic.directory(item.item_dir, run_dir.dir_fd) as folder,
-            atomic.directory(existing.run) as other_run,
-            atomic.directory(existing.item_dir, other_run) as source,
-        ):
-            atomic.link_or_copy(source, image, folder, image, sync=sync)
-            atomic.write_file(folder, RECORD, readable_json({**head, **kept, **recipe, **tail}), sync=sync)
-            if sync:
-                atomic.sync_dir(folder, ".")
+        if files is not None:
+            place = files.add(_read(existing, run_dir, ledger), record)
+        else:
+            _link(run_dir, item.item_dir, existing, record, sync=sync)
         if output_file is not None:
-            copy_to(output_file, Inside(run_dir.path, f"{item.item_dir}/{image}").read_bytes(), sync=sync)
+            copy_to(output_file, existing.picture.read_bytes(), sync=sync)
     except OSError as error:
         raise atomic.disk_error(error, str(run_dir.path / item.item_dir)) from error
-    ledger.append({**head, **tail}, sync=sync)
+    line = {**head, **place, **tail}
+    ledger.append(line, sync=sync)
+    if files is not None:
+        files.recorded(Filed(line=line))
+
+
+def _read(existing: Existing, run_dir: RunDirectory, ledger: Ledger) -> bytes:
+    """The file of a picture, which may have moved into another shard of the same run meanwhile. Raises OSError."""
+    try:
+        return existing.picture.read_bytes()
+    except FileNotFoundError:
+        now = ledger.entries.get(existing.item_dir)
+        if existing.run != run_dir.path or now is None or now == existing.entry:
+            raise
+        return Existing(existing.run, existing.item_dir, now).picture.read_bytes()
+
+
+def _link(run_dir: RunDirectory, item_dir: str, existing: Existing, record: dict[str, Any], *, sync: bool) -> None:
+    """Put an existing picture into the item's own folder. Raises OSError."""
+    image = existing.entry.image
+    run_dir.make_dirs(item_dir, sync=sync)
+    with atomic.directory(item_dir, run_dir.dir_fd) as folder:
+        if existing.entry.place is not None:
+            atomic.write_file(folder, image, existing.picture.read_bytes(), sync=sync)
+        else:
+            with (
+                atomic.directory(existing.run) as other_run,
+                atomic.directory(existing.item_dir, other_run) as source,
+            ):
+                atomic.link_or_copy(source, image, folder, image, sync=sync)
+        atomic.write_file(folder, RECORD, readable_json(record), sync=sync)
+        if sync:
+            atomic.sync_dir(folder, ".")
 
 
 def _kept_fields(record: Inside) -> dict[str, Any]:

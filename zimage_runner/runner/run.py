@@ -87,6 +87,8 @@ class Run:
             opened.enter_context(contextlib.closing(self.ledger.open(self.run_dir.dir_fd, sync=self._sync)))
             opened.callback(self._display.close)
             opened.callback(self._guarded, self._loop.close)
+            self._loop.begin(self.progress.damaged)
+            self.reuse.put_into(self._loop.files)
             self._display.open()
             self._count_linked(self.reuse.from_earlier_runs(self.progress.todo))
             self.summary.start_clock()
@@ -111,6 +113,13 @@ class Run:
         if self._stopped is None:
             self._loop.finish()
             self._count_linked(self.reuse.among_own(self.progress.is_settled))
+            self._loop.settle(complete=self._is_complete)
+
+    @property
+    def _is_complete(self) -> bool:
+        """Whether every item of the plan has its picture."""
+        entries = self.ledger.entries
+        return all((e := entries.get(item.item_dir)) is not None and e.ok for item in self.spec.plan.items)
 
     def _guarded(self, step: Callable[[], None]) -> None:
         """Do a step of drawing and writing. Why it ended early, if it did, is kept for the summary.

@@ -12,6 +12,7 @@ from zimage_runner.outputs import atomic
 from zimage_runner.outputs.config import Fsync, Output
 from zimage_runner.outputs.item_files import ItemFiles, WriteRequest
 from zimage_runner.outputs.run_dir import RunDirectory
+from zimage_runner.outputs.shard_files import files_of
 from zimage_runner.plan import Fingerprints, WorkItem
 from zimage_runner.runner.spec import Recipe
 
@@ -43,7 +44,7 @@ class WorkerSink:
         output = self.output
         if output.fsync is Fsync.run:  # at the run's end nobody else can force to disk what this machine wrote
             output = replace(output, fsync=Fsync.item)
-        self._files = ItemFiles(self._run_dir, output, thumbnails=self.thumbnails)
+        self._files = files_of(self._run_dir, output, thumbnails=self.thumbnails)
         self._fingerprints = Fingerprints(str(self.recipe.model["digest"]), self.report["numerics"])
 
     def write(

@@ -11,8 +11,8 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from zimage_runner.outputs.beneath import Inside
 from zimage_runner.outputs.ledger import Entry
+from zimage_runner.outputs.place import picture_at
 from zimage_runner.serve.errors import ApiError
 from zimage_runner.serve.fields import RunRequest, parse
 from zimage_runner.serve.guard import read_json
@@ -109,7 +109,7 @@ def add_runs(app: FastAPI, service: Service) -> None:
             raise ApiError(404, f"there is no picture {number!r:.40} of this run", code="not_found")
         item, entry = entries[0]
         try:
-            data = Inside(service.runs.path(run), f"{item}/{entry.image}").read_bytes()
+            data = picture_at(service.runs.path(run), item, entry.image, entry.size, entry.place).read_bytes()
         except (OSError, ValueError):
             raise ApiError(404, "the picture's file is gone", code="not_found") from None
         kind = MEDIA_TYPES.get(entry.image.rpartition(".")[2], "application/octet-stream")

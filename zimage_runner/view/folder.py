@@ -13,6 +13,7 @@ class Folder:
     """An open directory. Names are relative paths with ``/`` between their parts."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.path.abspath(path)
         self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def open(self, name: str) -> int:

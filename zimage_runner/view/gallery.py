@@ -8,11 +8,11 @@ from typing import Any
 
 from fastapi import HTTPException
 
-from zimage_runner.outputs.ledger import IMAGE
 from zimage_runner.view.folder import Folder
 from zimage_runner.view.index import Index
 from zimage_runner.view.index_file import index_path
 from zimage_runner.view.query import Question, Views
+from zimage_runner.view.stored import COLUMNS, Stored
 from zimage_runner.view.thumbs import Thumbnails
 from zimage_runner.view.watch import Watcher, runs_of
 
@@ -33,18 +33,17 @@ class Gallery:
         runs = runs_of(self.watcher.states(), scope)
         return Question(runs=runs, text=q[:2000], status=status, star=star, sort=sort)
 
-    def picture(self, number: int) -> tuple[str, str, str, int]:
-        """Run path, item directory, image file and status of a picture. Raises HTTPException."""
+    def picture(self, number: int) -> tuple[Stored, int]:
+        """Where a picture is, and its status. Raises HTTPException."""
         with self.index.reading() as db:
             row = db.execute(
-                "SELECT r.path, p.item, p.image, p.status FROM pictures p JOIN runs r ON r.id = p.prompt >> 32 "
+                f"SELECT r.path, p.item, p.status, {COLUMNS} FROM pictures p JOIN runs r ON r.id = p.prompt >> 32 "
                 "WHERE p.id=?",
                 (number,),
             ).fetchone()
         if row is None:
             raise HTTPException(404, "there is no such picture")
-        path, item, image, status = row
-        return path, item, image or IMAGE, status
+        return Stored.of_row(row[0], row[1], row[3:]), row[2]
 
     def close(self) -> None:
         if self.watcher.is_alive():

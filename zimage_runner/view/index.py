@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from zimage_runner.errors import UserError
-from zimage_runner.outputs.ledger import RECORD, RECORDS, records
+from zimage_runner.outputs.ledger import RECORDS, records
 from zimage_runner.outputs.parsed import mapping
 from zimage_runner.outputs.stars import LARGEST, STARS, Stars, read_stars
 from zimage_runner.view.folder import Folder
 from zimage_runner.view.index_file import connect, elsewhere, new_index, open_index, reserve
 from zimage_runner.view.rows import OK, folded, ledger_row, objects, place_of, plain, prompt_row
-from zimage_runner.view.runs import PROMPTS, Found, below, read_json, read_settings
+from zimage_runner.view.runs import PROMPTS, Found, below, read_settings
+from zimage_runner.view.stored import Stored
 
 BLOCK = 4 << 20
 """Bytes of a ledger that are read and committed at once."""
@@ -35,10 +36,13 @@ PROMPTS_AT_ONCE = 2000
 ALL_NAMED = -1
 """Instead of a position in prompts.jsonl: it was read to its end."""
 _ADD = """
-INSERT INTO pictures (prompt, seed, item, status, image, bytes, seconds, written, error)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
+INSERT INTO pictures (prompt, seed, item, status, image, bytes, seconds, written, error,
+    shard, offset, record_offset, record_bytes)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT (prompt, seed) DO UPDATE SET item=excluded.item, status=excluded.status, image=excluded.image,
-    bytes=excluded.bytes, seconds=excluded.seconds, written=excluded.written, error=excluded.error
+    bytes=excluded.bytes, seconds=excluded.seconds, written=excluded.written, error=excluded.error,
+    shard=excluded.shard, offset=excluded.offset, record_offset=excluded.record_offset,
+    record_bytes=excluded.record_bytes
 """
 
 
@@ -143,12 +147,12 @@ class Index:
         if base is None:
             base, overrides = self._base_of(run, path, rows[0])
             db.execute("UPDATE runs SET base=?, overrides=? WHERE id=?", (base, overrides, run))
-        wanted = {row[0]: row[2] for row in rows}
+        wanted = {row[0]: stored_of(path, row) for row in rows}
         self._read_prompts(db, run, path, set(wanted))
         for some in _parts(list(wanted), 500):
             known = db.execute(f"SELECT id FROM prompts WHERE id IN ({','.join('?' * len(some))})", some)
             for prompt in set(some) - {row[0] for row in known}:  # a run of an older version, or edited since
-                record = read_json(self._folder, below(path, f"{wanted[prompt]}/{RECORD}"))
+                record = wanted[prompt].record(self._folder)
                 text = str(record.get("prompt", ""))
                 params = mapping(record.get("params")) | json.loads(overrides)
                 db.execute(
@@ -159,7 +163,7 @@ class Index:
     def _base_of(self, run: int, path: str, row: tuple[Any, ...]) -> tuple[str, str]:
         """Parameters that the run's prompts share, and those of the command line; both as JSON."""
         settings = read_settings(self._folder, path)
-        record = read_json(self._folder, below(path, f"{row[2]}/{RECORD}"))
+        record = stored_of(path, row).record(self._folder)
         numerics, model = mapping(record.get("numerics")), mapping(record.get("model"))
         own = {"model": model.get("name"), "engine": numerics.get("engine"), "dtype": numerics.get("dtype")}
         own = {key: value for key, value in own.items() if value is not None}
@@ -244,6 +248,11 @@ class Index:
             self._lock_file = -1
         if self._temporary is not None:
             self._temporary.cleanup()
+
+
+def stored_of(path: str, row: tuple[Any, ...]) -> Stored:
+    """Where the picture of a row of ``ledger_row`` is."""
+    return Stored.of_row(path, row[2], (row[4], row[5], *row[9:]))
 
 
 def prompt_range(runs: Iterable[int]) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import sqlite3
 import tempfile
 from pathlib import Path
 
-VERSION = 2
+VERSION = 3
 SCHEMA = f"""
 CREATE TABLE runs (
     id INTEGER PRIMARY KEY, path TEXT UNIQUE, sweep TEXT, number INTEGER, ledger TEXT NOT NULL DEFAULT '',
@@ -23,6 +23,7 @@ CREATE TABLE prompts (
 CREATE TABLE pictures (
     id INTEGER PRIMARY KEY, prompt INTEGER NOT NULL, seed INTEGER NOT NULL, item TEXT NOT NULL,
     status INTEGER NOT NULL, image TEXT, bytes INTEGER, seconds REAL, written INTEGER, error TEXT,
+    shard TEXT, offset INTEGER, record_offset INTEGER, record_bytes INTEGER,
     star INTEGER NOT NULL DEFAULT 0, UNIQUE (prompt, seed)
 );
 PRAGMA user_version = {VERSION};

@@ -7,13 +7,11 @@ from typing import Annotated, Any
 
 from fastapi import Body, FastAPI, HTTPException, Response
 
-from zimage_runner.outputs.ledger import RECORD
 from zimage_runner.outputs.stars import mark
 from zimage_runner.view.command import command_for
 from zimage_runner.view.gallery import Gallery
 from zimage_runner.view.query import in_runs, rows_of
 from zimage_runner.view.rows import OK
-from zimage_runner.view.runs import below, read_json
 from zimage_runner.view.thumbs import LARGEST_PICTURE, SIZES
 
 PICTURE_TYPES = {"png": "image/png", "jpg": "image/jpeg", "jpeg": "image/jpeg", "webp": "image/webp"}
@@ -26,8 +24,12 @@ FOREVER = "private, max-age=31536000, immutable"
 def add_pictures(app: FastAPI, gallery: Gallery) -> None:
     @app.get("/picture/{number}")
     def picture(number: int) -> Response:
-        path, item, image, _ = gallery.picture(number)
-        data = _read(gallery, below(path, f"{item}/{image}"))
+        stored, _ = gallery.picture(number)
+        item, image = stored.item, stored.image
+        try:
+            data = stored.read(gallery.folder, LARGEST_PICTURE)
+        except OSError as error:
+            raise HTTPException(404, _why(error)) from None
         name = f"{item.split('/')[-2]}_{item.split('/')[-1]}.{image.rpartition('.')[2]}"
         headers = {"cache-control": FOREVER, "content-disposition": f"inline; filename*=UTF-8''{_percent(name)}"}
         return Response(data, media_type=PICTURE_TYPES[image.rpartition(".")[2]], headers=headers)
@@ -36,18 +38,17 @@ def add_pictures(app: FastAPI, gallery: Gallery) -> None:
     def thumb(number: int, s: int = 320, v: str = "") -> Response:
         if s not in SIZES:
             raise HTTPException(400, f"s={s}: choose {', '.join(map(str, SIZES))}")
-        path, item, image, _ = gallery.picture(number)
         try:
-            data = gallery.thumbnails.get(below(path, f"{item}/{image}"), v, s)
+            data = gallery.thumbnails.get(gallery.picture(number)[0], v, s)
         except OSError as error:
             raise HTTPException(404, _why(error)) from None
         return Response(data, media_type="image/webp", headers={"cache-control": FOREVER})
 
     @app.get("/api/picture/{number}")
     def details(number: int) -> dict[str, Any]:
-        path, item, image, status = gallery.picture(number)
-        record = read_json(gallery.folder, below(path, f"{item}/{RECORD}"))
-        file = os.path.join(gallery.root, path, item, image)
+        stored, status = gallery.picture(number)
+        record = stored.record(gallery.folder)
+        file = os.path.join(gallery.root, stored.name)
         with gallery.index.reading() as db:
             rows = rows_of(db, [number])
             full = db.execute(
@@ -56,20 +57,18 @@ def add_pictures(app: FastAPI, gallery: Gallery) -> None:
                 (number,),
             ).fetchone()
             neighbours = _neighbours(db, number)
-        found = gallery.folder.stat(below(path, f"{item}/{image}"))
-        missing = "" if found or status != OK else "the file is missing: resume the run to draw it again"
-        if found and status == OK and full[3] and found.st_size != full[3]:
-            missing = f"the file has {found.st_size:,} bytes instead of {full[3]:,}: resume the run to draw it again"
+        damage = stored.damage(gallery.folder) if status == OK else ""
         return {
             **rows[0],
             "prompt": full[0] or "",
             "name": full[1],
             "error": full[2],
-            "damage": missing,
+            "damage": f"{damage}: resume the run to draw it again" if damage else "",
             "bytes": full[3],
             "path": file,
-            "file": f"{item}/{image}",
-            "run_path": path,
+            "file": f"{stored.item}/{stored.image}",
+            "shard": stored.place and stored.place.shard,
+            "run_path": stored.run,
             "record": record,
             "command": command_for(record),
             "reproduce": _reproduce(file) if status == OK else None,
@@ -85,8 +84,8 @@ def add_pictures(app: FastAPI, gallery: Gallery) -> None:
         for number in numbers:
             if type(number) is not int or abs(number) >= 1 << 62:
                 raise HTTPException(400, "pictures are whole numbers")
-            path, item, _, _ = gallery.picture(number)
-            by_run.setdefault(path, {})[item] = value
+            stored, _ = gallery.picture(number)
+            by_run.setdefault(stored.run, {})[stored.item] = value
         for path, items in by_run.items():
             _mark(gallery, path, items)
         return {"star": value, "pictures": numbers}
@@ -137,13 +136,6 @@ def _neighbours(db: Any, number: int) -> dict[str, list[dict[str, Any]]]:
             (*values, seed, text, OK, NEIGHBOURS),
         )
     return {name: rows_of(db, [row[0] for row in rows]) for name, rows in found.items()}
-
-
-def _read(gallery: Gallery, name: str) -> bytes:
-    try:
-        return gallery.folder.read(name, LARGEST_PICTURE)
-    except OSError as error:
-        raise HTTPException(404, _why(error)) from None
 
 
 def _why(error: OSError) -> str:

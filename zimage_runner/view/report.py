@@ -13,15 +13,15 @@ from sqlite3 import Connection
 
 from zimage_runner.errors import error_text
 from zimage_runner.outputs import atomic, thumbnails
-from zimage_runner.outputs.ledger import IMAGE, RECORD
 from zimage_runner.view.axes import PROMPT, SEED, lay_out
 from zimage_runner.view.folder import Folder
 from zimage_runner.view.index import Index
 from zimage_runner.view.query import facets
 from zimage_runner.view.report_page import Content, Picture, page, table
 from zimage_runner.view.rows import FAILED, OK
-from zimage_runner.view.runs import SWEEP, below, find_runs, jobs_in_all, read_json
+from zimage_runner.view.runs import SWEEP, find_runs, jobs_in_all
 from zimage_runner.view.state import RunState, describe_sweep
+from zimage_runner.view.stored import COLUMNS, Stored
 from zimage_runner.view.thumbs import LARGEST_PICTURE, shrunk
 
 log = logging.getLogger(__name__)
@@ -93,16 +93,16 @@ def _content(root: Path, folder: Folder, index: Index) -> Content:
         if (root / SWEEP).is_file() and content.runs:
             content.sweep = describe_sweep("", content.runs, jobs_in_all(folder, ""))
         rows = db.execute(
-            "SELECT p.id, r.path, p.item, p.image, p.seed, t.text, p.prompt, p.written, p.seconds FROM pictures p "
+            f"SELECT p.id, r.path, p.item, p.seed, t.text, p.prompt, p.written, p.seconds, {COLUMNS} FROM pictures p "
             "JOIN runs r ON r.id = p.prompt >> 32 LEFT JOIN prompts t ON t.id = p.prompt "
             f"WHERE p.status={OK} ORDER BY p.prompt, p.seed LIMIT ?",
             (MOST_PICTURES,),
         )
-        for number, path, item, image, seed, text, where, written, seconds in rows:
+        for number, path, item, seed, text, where, written, seconds, *place in rows:
             content.pictures.append(
                 Picture(
                     number=number,
-                    path=below(path, f"{item}/{image or IMAGE}"),
+                    stored=Stored.of_row(path, item, place),
                     seed=seed,
                     prompt=text or "",
                     where=where,
@@ -132,13 +132,14 @@ def _draw(root: Path, folder: Folder, content: Content, seconds_each: float | No
     seconds = None if seconds_each is None else max(LEAST_SECONDS, seconds_each * len(pictures))
     end = None if seconds is None else time.monotonic() + seconds
     for picture in pictures:
-        data = thumbnails.kept(root / picture.path)
+        data = thumbnails.kept(root / picture.stored.name)
         if data is None:
-            picture.missing = folder.stat(picture.path) is None
+            if picture.stored.place is None:
+                picture.missing = folder.stat(picture.stored.name) is None
             if picture.missing or (end is not None and time.monotonic() > end) or stop():
                 continue
             try:
-                data = thumbnails.small_jpeg(shrunk(folder.read(picture.path, LARGEST_PICTURE), thumbnails.SIDE))
+                data = thumbnails.small_jpeg(shrunk(picture.stored.read(folder, LARGEST_PICTURE), thumbnails.SIDE))
             except OSError:
                 picture.missing = True
                 continue
@@ -150,8 +151,7 @@ def _memory(folder: Folder, pictures: Sequence[Picture]) -> list[tuple[int, floa
     found = []
     step = -(-len(pictures) // SAMPLED_RECORDS) or 1
     for picture in sorted((p for p in pictures if p.written is not None), key=lambda p: p.written or 0)[::step]:
-        record = read_json(folder, f"{picture.path.rpartition('/')[0]}/{RECORD}")
-        memory = record.get("gpu_memory")
+        memory = picture.stored.record(folder).get("gpu_memory")
         value = memory.get("peak_reserved_gb") if isinstance(memory, dict) else None
         if not isinstance(value, int | float):
             return []

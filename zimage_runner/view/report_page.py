@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 from zimage_runner.view.axes import Axes
 from zimage_runner.view.plots import plot
+from zimage_runner.view.stored import Stored
 
 
 @dataclass(kw_only=True, slots=True)
@@ -17,8 +18,8 @@ class Picture:
     """A finished picture, as the page needs it."""
 
     number: int
-    path: str
-    """Relative to the directory that the report is of."""
+    stored: Stored
+    """Where it is below the directory that the report is of."""
     seed: int
     prompt: str
     where: int
@@ -65,7 +66,10 @@ def _tile(picture: Picture) -> str:
     label = escape(f"{picture.prompt[:200]}, seed {picture.seed}", quote=True)
     if picture.missing:
         return f'<span class=gone title="{label}">the file is missing</span>'
-    link = escape(quote(picture.path), quote=True)
+    if picture.stored.place is not None:  # no file that a browser could open
+        shown = f'<img loading=lazy alt="{label}" src="{picture.thumbnail}">' if picture.thumbnail else "in a shard"
+        return f'<span class=plain title="{label}">{shown}</span>'
+    link = escape(quote(picture.stored.name), quote=True)
     if not picture.thumbnail:
         return f'<a class=plain href="{link}" title="{label}">open the picture</a>'
     return f'<a href="{link}" title="{label}"><img loading=lazy alt="{label}" src="{picture.thumbnail}"></a>'

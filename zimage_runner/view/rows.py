@@ -8,6 +8,7 @@ from typing import Any
 
 from zimage_runner.outputs.ledger import IMAGE
 from zimage_runner.outputs.parsed import from_json
+from zimage_runner.outputs.place import place_in
 
 OK, FAILED = 0, 1
 """A picture's status."""
@@ -48,9 +49,16 @@ def ledger_row(run: int, record: Any) -> tuple[Any, ...] | None:
             (run << 32) + place[0], place[1], record["item"], OK if ok else FAILED, image,
             number if type(number) is int and 0 <= number < 1 << 62 else None,
             float(seconds) if isinstance(seconds, int | float) else None, _milliseconds(record.get("written")), error,
+            *_in_shard(record if ok else {}),
         )  # fmt: skip
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None
+
+
+def _in_shard(record: dict[str, Any]) -> tuple[Any, ...]:
+    """Shard, offset, and offset and bytes of the record; None for files. Raises ValueError, KeyError."""
+    place = place_in(record)
+    return (None, None, None, None) if place is None else (place.shard.rpartition("/")[2], *place[1:])
 
 
 def place_of(item: str) -> tuple[int, int] | None:

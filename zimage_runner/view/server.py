@@ -15,12 +15,10 @@ from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 
 from zimage_runner.errors import UserError
-from zimage_runner.outputs.beneath import Inside
 from zimage_runner.view.axes import as_picture, lay_out
 from zimage_runner.view.gallery import Gallery
 from zimage_runner.view.pictures import add_pictures
 from zimage_runner.view.query import facets, rows_of
-from zimage_runner.view.runs import below
 from zimage_runner.view.safety import Safety
 from zimage_runner.view.watch import Watcher, runs_of
 
@@ -179,8 +177,7 @@ def _add_grid(app: FastAPI, gallery: Gallery) -> None:
             raise UserError(f"the grid has more than {MOST_TILES:,} places: filter it first")
         files = {}
         for place, number in axes.cells.items():
-            path, item, image, _ = gallery.picture(number)
-            file = Inside(Path(gallery.root), below(path, f"{item}/{image}"))
+            file = gallery.picture(number)[0].file(gallery.folder)
             if file.is_file():  # one that is gone leaves its place empty
                 files[place] = file
         if not files:

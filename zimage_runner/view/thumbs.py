@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from zimage_runner.view.folder import Folder
+from zimage_runner.view.stored import Stored
 
 SIZES = (160, 320, 640)
 """Pixels of the longer side."""
@@ -34,16 +35,16 @@ class Thumbnails:
         self._lock = threading.Lock()
         self._bytes: int | None = None
 
-    def get(self, name: str, key: str, size: int) -> bytes:
-        """WebP of the picture ``name``; another ``key`` means another picture. Raises OSError if there is none."""
-        place = self._place(f"{name}\0{key}\0{size}")
+    def get(self, picture: Stored, key: str, size: int) -> bytes:
+        """WebP of a picture; another ``key`` means another picture. Raises OSError if there is none."""
+        place = self._place(f"{picture.name}\0{key}\0{size}")
         if place is not None:
             try:
                 return place.read_bytes()
             except OSError:
                 pass
         with self._room:
-            data = thumbnail(self._folder.read(name, LARGEST_PICTURE), size)
+            data = thumbnail(picture.read(self._folder, LARGEST_PICTURE), size)
         if place is not None:
             self._keep(place, data)
         return data
