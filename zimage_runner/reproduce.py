@@ -40,6 +40,7 @@ from zimage_runner.logs import log_to_terminal, refuse, say
 from zimage_runner.outputs import atomic
 from zimage_runner.outputs.config import IMAGE_STEM, Format
 from zimage_runner.outputs.encoders import encode
+from zimage_runner.outputs.finished import open_picture, shared_picture
 from zimage_runner.outputs.metadata import check_recipe, read_metadata
 from zimage_runner.pictures.recorded import recorded_values
 from zimage_runner.prompts.inline import Inline
@@ -91,12 +92,13 @@ def reproduce(path: Path, overrides: Sequence[str]) -> int:
 
 def read_recipe(path: Path) -> dict[str, Any]:
     """The picture's own recipe. Raises UserError if it has none, or one that is not a recipe."""
-    if not path.is_file():
+    if not path.is_file() and shared_picture(path) is None:
         names = [path / f"{IMAGE_STEM}{format.suffix}" for format in Format]
         there = next((f"the picture in it, {name}" for name in names if name.is_file()), "a picture")
         what = f"is a folder: give {there}" if path.is_dir() else "does not exist: give a picture"
         raise UserError(f"{path} {what}")
-    recipe = read_metadata(path).recipe
+    with open_picture(path) as file:
+        recipe = read_metadata(file).recipe
     if recipe is None:
         raise UserError(f"{path} carries no zimage_runner metadata: it was made by another tool or stripped of it")
     check_recipe(recipe, str(path))
@@ -225,7 +227,7 @@ def compare(path: Path, pixels: np.ndarray, drawn_sha256: str | None = None) -> 
     if drawn_sha256 == hashlib.sha256(pixels.tobytes()).hexdigest():
         return Comparison(True, "identical")
 
-    with Image.open(path) as image:
+    with open_picture(path) as file, Image.open(file) as image:
         was = np.asarray(image.convert("RGB"))
     if was.shape != pixels.shape:
         return Comparison(False, f"another size: was {was.shape[1]}x{was.shape[0]}")

@@ -169,7 +169,7 @@ class Life:
             assert kept.keys() == items.keys(), where
         done = {name: entry for name, entry in kept.items() if entry.ok}
         for name, entry in done.items():
-            check_item(self.run.run_dir / name, *items[name], entry.sha256)
+            check_item(self.run.run_dir, name, entry, *items[name])
         if code:
             assert said, where
         assert self.go_on() == 0, where

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import os
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tests.support.command import command
 from tests.support.crash_states import Disk, Recorder, losses
 from tests.support.fault_runs import Run, check_item
 from tests.support.faulty_session import FaultySession
+from tests.support.shards import check_shards
 from zimage_runner.cli.main import main
 from zimage_runner.config.schema import Composed
 from zimage_runner.outputs.ledger import RECORDS, Ledger
@@ -21,16 +23,17 @@ from zimage_runner.runner import pool
 from zimage_runner.runner.execute import execute
 from zimage_runner.signals import StopRequest
 
+SHARDS = ["output=shards", "output.shard_pictures=3"]
 SETTINGS = (".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "prompts.jsonl")
 
 
 class Campaign:
     """One recorded run, and what is checked of each disk that may be left of it."""
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, overrides: Sequence[str] = ()) -> None:
         monkeypatch.setattr(pool, "Session", FaultySession)
         monkeypatch.setenv("FAULTS", "[]")
-        self.run = Run(folder / "disk", seeds=2)
+        self.run = Run(folder / "disk", seeds=2, overrides=list(overrides))
         self.run.folder.mkdir()
         self.states = self.resumed = 0
         composed: list[Composed] = []
@@ -63,7 +66,7 @@ class Campaign:
         there = Ledger.load(self.run.run_dir / RECORDS).entries
         for item_dir, (text, seed) in self.run.items().items():
             if item_dir.encode() in counted.replace(b"\\u4e00\\u53ea\\u732b", "一只猫".encode()):
-                check_item(self.run.run_dir / item_dir, text, seed, there[item_dir].sha256)
+                check_item(self.run.run_dir, item_dir, there[item_dir], text, seed)
         assert self.go_on() == 0
         self.check()
 
@@ -72,7 +75,9 @@ class Campaign:
         ledger = Ledger.load(self.run.run_dir / RECORDS)
         assert ledger.entries.keys() == self.run.items().keys()
         for item_dir, (text, seed) in self.run.items().items():
-            check_item(self.run.run_dir / item_dir, text, seed, ledger.entries[item_dir].sha256)
+            check_item(self.run.run_dir, item_dir, ledger.entries[item_dir], text, seed)
+        if (self.run.run_dir / "shards").exists():
+            check_shards(self.run.run_dir)
 
     def record_what_is_left(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Record the process that goes on after a power cut in the middle: it may lose power too."""
@@ -84,12 +89,18 @@ class Campaign:
 
 
 def campaign(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, *, step: int, subsets: int, twice: bool = False
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    step: int,
+    subsets: int,
+    twice: bool = False,
+    overrides: Sequence[str] = (),
 ) -> Campaign:
     """``twice``: the power cuts are those of a process that goes on after one."""
     chance = random.Random(1)
     with pool.shared_executor(StopRequest()):
-        tried = Campaign(folder, monkeypatch)
+        tried = Campaign(folder, monkeypatch, overrides)
         if twice:
             tried.record_what_is_left(monkeypatch)
         for end in range(tried.recorder.first, len(tried.recorder.ops) + 1, step):
@@ -116,6 +127,24 @@ def test_a_few_power_cuts_of_a_run_that_goes_on_after_one(tmp_path, monkeypatch)
     tried = campaign(tmp_path, monkeypatch, step=9, subsets=2, twice=True)
     assert tried.states >= 10
     assert tried.resumed >= tried.states
+
+
+@pytest.mark.parametrize("layout", ["webdataset", "parquet"])
+def test_a_few_power_cuts_of_a_run_with_shards(tmp_path, monkeypatch, layout):
+    tried = campaign(tmp_path, monkeypatch, step=5, subsets=2, overrides=[*SHARDS, f"output.layout={layout}"])
+    assert tried.states >= 20
+    assert tried.resumed >= 10
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("layout", ["webdataset", "parquet"])
+def test_power_cuts_of_a_run_with_shards_at_every_write(tmp_path, monkeypatch, layout, twice):
+    overrides = [*SHARDS, f"output.layout={layout}"]
+    tried = campaign(tmp_path, monkeypatch, step=1, subsets=32, twice=twice, overrides=overrides)
+    print(f"{tried.states} disks, {tried.resumed} of them resumed")
+    assert tried.states >= 400
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ Processes are forked from a server that has imported everything, so that hundred
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import multiprocessing
 import os
@@ -23,12 +24,14 @@ from hydra.core.plugins import Plugins
 from PIL import Image
 
 from tests.support.faulty_session import FaultySession, picture
+from tests.support.shards import check_shards
 from zimage_runner.cli.kept_configs import keep_what_was_composed
 from zimage_runner.cli.main import main
 from zimage_runner.cli.sweep.launcher import register_launcher
 from zimage_runner.config.paths import CONFIG_DIR
 from zimage_runner.config.registry import register
-from zimage_runner.outputs.ledger import Ledger
+from zimage_runner.outputs.finished import Finished
+from zimage_runner.outputs.ledger import Entry, Ledger
 from zimage_runner.outputs.metadata import read_metadata
 from zimage_runner.runner import execute as runner  # noqa: F401  # imported here once, for all the forks
 from zimage_runner.runner import pool as warm
@@ -140,26 +143,30 @@ class Run:
         for item_dir, (text, seed) in plan.items():
             entry = ledger.entries.get(item_dir)
             if entry is not None and entry.ok:
-                check_item(self.run_dir / item_dir, text, seed, entry.sha256)
+                check_item(self.run_dir, item_dir, entry, text, seed)
             elif complete:
                 assert entry is not None, f"{item_dir} is missing\n{self.log}"
                 assert seed in failed, f"{item_dir} failed\n{self.log}"
         if complete:
             assert not list(self.run_dir.rglob("*.tmp"))
         lines = (self.run_dir / "records.jsonl").read_bytes().splitlines(keepends=True)
-        good = [json.loads(line)["item"] for line in lines if line.endswith(b"\n") and b'"status":"ok"' in line]
-        assert len(good) == len(set(good)), "an item was finished twice"
+        good = [json.loads(line) for line in lines if line.endswith(b"\n") and b'"status":"ok"' in line]
+        drawn = {(line["item"], line["written"]) for line in good}  # one that moved to another shard has a second line
+        assert len(drawn) == len({item for item, _ in drawn}), "an item was finished twice"
+        if complete and (self.run_dir / "shards").exists():
+            check_shards(self.run_dir)
 
 
-def check_item(folder: Path, text: str, seed: int, sha256: str) -> None:
+def check_item(run_dir: Path, item_dir: str, entry: Entry, text: str, seed: int) -> None:
     import hashlib
 
-    png = (folder / "image.png").read_bytes()
-    assert hashlib.sha256(png).hexdigest() == sha256
-    record = json.loads((folder / "record.json").read_bytes())
-    assert (record["status"], record["sha256"], record["prompt"], record["seed"]) == ("ok", sha256, text, seed)
-    assert np.array_equal(np.asarray(Image.open(folder / "image.png")), picture(text, seed, 128, 128))
-    recipe = read_metadata(folder / "image.png").recipe
+    finished = Finished(run_dir, item_dir, entry)
+    png = finished.picture.read_bytes()
+    assert hashlib.sha256(png).hexdigest() == entry.sha256
+    record = json.loads(finished.record.read_bytes())
+    assert (record["status"], record["sha256"], record["prompt"], record["seed"]) == ("ok", entry.sha256, text, seed)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(png))), picture(text, seed, 128, 128))
+    recipe = read_metadata(io.BytesIO(png)).recipe
     assert recipe is not None
     assert recipe["prompt"] == text
 

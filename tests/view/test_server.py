@@ -326,13 +326,14 @@ def test_a_token(root: Path, gallery: Any) -> None:
 
 def test_thumbnails_are_bounded(tmp_path: Path, root: Path) -> None:
     from zimage_runner.view.folder import Folder
+    from zimage_runner.view.stored import Stored
     from zimage_runner.view.thumbs import Thumbnails
 
     run = MadeRun(root / "one", ["a cat"], range(8)).add_all()
     with Folder(root) as folder:
         thumbnails = Thumbnails(folder, tmp_path / "cache", 300)
         for seed in range(8):
-            thumbnails.get(f"one/{run.item(0, seed)}/image.png", "v", 160)
+            thumbnails.get(Stored("one", run.item(0, seed), "image.png", 0, None), "v", 160)
     kept = list((tmp_path / "cache").rglob("*.webp"))
     assert 0 < len(kept) < 8
     assert sum(file.stat().st_size for file in kept) <= 300

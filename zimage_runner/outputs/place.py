@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from zimage_runner.outputs.beneath import Inside, open_file
+from zimage_runner.outputs.beneath import Inside
 
 SHARDS = "shards"
 """The folder of a run directory that holds its shards."""
@@ -75,8 +75,10 @@ class Piece(Inside):
         return self.root / self.called
 
     def open(self, buffering: int = -1) -> BinaryIO:
-        """All of it, in memory."""
-        return io.BytesIO(self.read_bytes())
+        """All of it, in memory; by the name of its path."""
+        stream = io.BytesIO(self.read_bytes())
+        stream.name = str(self.path)  # as a file has one
+        return stream
 
     def read_bytes(self) -> bytes:
         """Its bytes, from where the shard was uploaded to if it is not here. Raises NotPlain, OSError."""
@@ -84,7 +86,7 @@ class Piece(Inside):
             with Inside(self.root, self.relative).open(0) as file:
                 return read_piece(file.fileno(), self.offset, self.size, self.relative)
         except FileNotFoundError:
-            from zimage_runner.outputs.uploads import read_back
+            from zimage_runner.outputs.store import read_back
 
             return read_back(self.root, self.relative, self.offset, self.size)
 
@@ -118,29 +120,15 @@ def record_at(root: Path, item: str, place: Place | None) -> Inside:
     )
 
 
-def split_path(path: Path) -> tuple[Path, str, str] | None:
-    """Run directory, item and file name of a path below a run's ``items``; None for other paths."""
-    parts = path.parts
-    if len(parts) < 5 or parts[-4] != ITEMS:
-        return None
-    return Path(*parts[:-4]), "/".join(parts[-4:-1]), parts[-1]
-
-
-def line_of(ledger: Path, item: str) -> bytes | None:
-    """The last whole line that a ledger has of an item, without reading the others. Raises OSError."""
-    from zimage_runner.outputs.json_text import compact_json
-
-    head = b'{"item":' + compact_json(item).encode() + b","
-    root = os.open(ledger.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        with os.fdopen(open_file(root, ledger.name), "rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
+def last_line(ledger: Path, part: bytes) -> bytes | None:
+    """The last whole line of a ledger that has ``part`` in it, found without reading the others. Raises OSError."""
+    with Inside(ledger.parent, ledger.name).open() as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            return None
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+            whole = text.rfind(b"\n") + 1
+            found = text.rfind(part, 0, whole)
+            if found < 0:
                 return None
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-                start = text.rfind(head)
-                while start > 0 and text[start - 1] != 0x0A:  # within another line
-                    start = text.rfind(head, 0, start)
-                end = text.find(b"\n", start) if start >= 0 else -1
-                return text[start : end + 1] if end >= 0 else None
-    finally:
-        os.close(root)
+            start = text.rfind(b"\n", 0, found) + 1
+            return text[start : text.find(b"\n", found) + 1]

@@ -1,4 +1,4 @@
-"""Shards copied to a store (``s3://bucket/folder``, or whatever fsspec opens), and pictures read back from there.
+"""Shards copied to a store (``s3://bucket/folder``, or whatever fsspec opens).
 
 An object of a store can neither be appended to nor cut back. So shards grow below the run directory and are uploaded
 once they are finished; ``shards/uploaded.json`` says which.
@@ -6,8 +6,6 @@ once they are finished; ``shards/uploaded.json`` says which.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import logging
 import os
 import re
@@ -16,18 +14,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
-from zimage_runner.errors import RunStopped, error_text, one_line
+from zimage_runner.errors import RunStopped
 from zimage_runner.outputs import atomic, beneath
-from zimage_runner.outputs.beneath import Inside
 from zimage_runner.outputs.config import READ_BACK, Shards
 from zimage_runner.outputs.json_text import readable_json
-from zimage_runner.outputs.parsed import from_json
 from zimage_runner.outputs.place import PARQUET, SHARDS, TAR
 from zimage_runner.outputs.run_dir import RunDirectory
+from zimage_runner.outputs.store import STATE, parsed, store
 
 log = logging.getLogger(__name__)
 
-STATE = f"{SHARDS}/uploaded.json"
 _lock = threading.Lock()
 
 
@@ -68,7 +64,7 @@ class Uploads:
         if entry is None:
             return
         for address in (entry["address"], table_of(entry["address"])):
-            with _store(address) as (files, path):
+            with store(address) as (files, path):
                 if files.exists(path):
                     files.rm_file(path)
         self._write()
@@ -76,19 +72,6 @@ class Uploads:
     def _write(self) -> None:
         atomic.write_file(self._dir_fd, STATE, readable_json(self.entries), sync=True)
         atomic.sync_dir(self._dir_fd, SHARDS)
-
-
-def parsed(data: bytes) -> dict[str, dict[str, Any]]:
-    """The entries of a state file; what is none is left out."""
-    try:
-        found = from_json(data)
-    except ValueError:
-        return {}
-    return {
-        shard: entry
-        for shard, entry in (found.items() if isinstance(found, dict) else ())
-        if isinstance(entry, dict) and isinstance(entry.get("address"), str) and type(entry.get("bytes")) is int
-    }
 
 
 def table_of(address: str) -> str:
@@ -121,49 +104,10 @@ def upload(run_dir: RunDirectory, output: Shards, number: int | None = None) -> 
 def _copy(source: Path, address: str) -> int:
     """Copy a file. Return its size."""
     size = source.stat().st_size
-    with _store(address) as (files, path):
+    with store(address) as (files, path):
         if address.partition("://")[0] not in READ_BACK:  # object stores have no folders
             files.makedirs(path.rpartition("/")[0], exist_ok=True)
         files.put_file(str(source), path)
         if (there := files.info(path)["size"]) != size:
             raise RunStopped(f"{address} has {there:,} bytes after the upload, instead of {size:,}: resume the run")
     return size
-
-
-@contextlib.contextmanager
-def _store(address: str) -> Iterator[tuple[Any, str]]:
-    """A store and the path in it. What goes wrong is said in one line."""
-    try:
-        import fsspec.core
-
-        files, path = fsspec.core.url_to_fs(address, use_listings_cache=False)
-        yield files, path
-    except RunStopped:
-        raise
-    except ImportError as error:
-        raise RunStopped(f"{address}: {one_line(str(error), 200)}: pip install 'zimage-runner[s3]'") from None
-    except Exception as error:  # each store has its own
-        raise RunStopped(f"{address} cannot be reached ({one_line(error_text(error), 300)}): resume the run") from error
-
-
-def read_back(root: Path, file: str, offset: int, size: int) -> bytes:
-    """A piece of a shard (``file``, below ``root``) that is in the store alone. Raises OSError."""
-    shard = "/".join(file.split("/")[-2:])
-    run = file.removesuffix(shard)
-    entry = parsed(Inside(root, run + STATE).read_bytes()).get(shard)
-    if entry is None:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(root / file))
-    address = entry["address"]
-    protocol = address.partition("://")[0]
-    if protocol not in READ_BACK:  # a run directory may be somebody else's
-        raise OSError(errno.EACCES, f"{shard} was uploaded to {one_line(address, 200)}, which is not read back")
-    if offset + size > entry["bytes"]:
-        raise OSError(errno.EIO, f"{shard} was cut off")
-    try:
-        with _store(address) as (files, path):
-            data = files.cat_file(path, start=offset, end=offset + size)
-    except RunStopped as error:
-        raise OSError(errno.EIO, str(error)) from error
-    if len(data) != size:
-        raise OSError(errno.EIO, f"{address} was cut off")
-    return data

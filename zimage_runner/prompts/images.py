@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 from zimage_runner.errors import UserError
 from zimage_runner.model import FREE_TEXT
 from zimage_runner.outputs.beneath import Inside
-from zimage_runner.outputs.ledger import RECORDS
-from zimage_runner.outputs.place import RECORD
+from zimage_runner.outputs.finished import Finished, shared_picture
+from zimage_runner.outputs.ledger import RECORDS, Ledger
+from zimage_runner.outputs.place import ITEMS, RECORD, SHARDS
 from zimage_runner.pictures.recorded import recorded_values
 from zimage_runner.prompts.base import INPUT, NOTHING, Prompt, RowSource, Wins
 from zimage_runner.prompts.carried import carry
@@ -56,7 +57,7 @@ class Images(RowSource):
         for prompt in prompts.values():  # the same id may have been drawn in several ways
             yield replace(prompt, id=None) if ids[prompt.id] > 1 else prompt
 
-    def _files(self) -> list[Path]:
+    def _files(self) -> list[Path | Finished]:
         if (self.path is None) == (self.glob is None):
             problem = "is not set" if self.path is None else "and prompts.glob are both set"
             raise UserError(
@@ -66,14 +67,14 @@ class Images(RowSource):
         if self.path is not None:
             given = Path(self.path).expanduser()
             if not given.is_dir():
-                return [given]
-            found = sorted(pictures_below(given))
+                return [(None if given.is_file() else shared_picture(given)) or given]
+            found = sorted([*pictures_below(given), *finished_in_shards(given)], key=_path)
             if not found:
                 raise UserError(f"prompts.path={self.path}: there is no picture (PNG, JPEG, WebP) in this folder")
             return found
         pattern = os.path.expanduser(self.glob or "")
         files = sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file())
-        pictures = [file for file in files if file.suffix.lower() in SUFFIXES]
+        pictures: list[Path | Finished] = [file for file in files if file.suffix.lower() in SUFFIXES]
         if not pictures:
             folder = f": for a folder use prompts.path={self.glob}" if Path(pattern).is_dir() else ""
             raise UserError(
@@ -87,12 +88,34 @@ def pictures_below(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> Iterat
     for name, folders, files in os.walk(folder):
         folders[:] = [below for below in folders if not below.startswith(".")]
         if RECORDS in files:  # a run
-            folders[:] = [below for below in folders if below == "items"]
+            folders[:] = [below for below in folders if below == ITEMS]
             continue
         if "multirun.yaml" in files:
             folders[:] = [below for below in folders if below != "grid"]
             continue
         yield from (Path(name, file) for file in files if Path(file).suffix.lower() in suffixes)
+
+
+def finished_in_shards(folder: Path) -> Iterator[Finished]:
+    """Pictures in the shards of runs at any depth."""
+    for name, folders, files in os.walk(folder):
+        folders[:] = [below for below in folders if not below.startswith(".")]
+        if RECORDS in files and SHARDS in folders:
+            entries = Ledger.load(Path(name, RECORDS)).entries.items()
+            yield from (Finished(Path(name), item, entry) for item, entry in entries if entry.place is not None)
+        if RECORDS in files:
+            folders.clear()
+
+
+def files_below(folder: Path) -> list[str]:
+    """The files that ``prompts.path`` reads in a folder: pictures, and shards that hold some."""
+    shards = {f"{one.run}/{one.entry.place.shard}" for one in finished_in_shards(folder) if one.entry.place is not None}
+    return sorted([*map(str, pictures_below(folder)), *shards])
+
+
+def _path(file: Path | Finished) -> Path:
+    """By which a picture is called."""
+    return file if isinstance(file, Path) else file.picture.path
 
 
 def says_how_it_was_drawn(file: Path) -> bool:
@@ -112,18 +135,21 @@ def recipe_of_picture(file: Path) -> dict[str, Any] | None:
     return read_metadata(file, pixels=False).recipe or _record_beside(file)
 
 
-def prompt_of_picture(file: Path, *, inputs: bool = True) -> Prompt:
+def prompt_of_picture(file: Path | Finished, *, inputs: bool = True) -> Prompt:
     """The prompt of one picture. Raises UserError for one that says nothing of how it was drawn.
 
     ``inputs``: start from the pictures that it started from.
     """
-    from zimage_runner.outputs.metadata import check_recipe, read_metadata
+    from zimage_runner.outputs.metadata import Metadata, check_recipe, read_metadata
 
-    where = shown(file)
-    if not file.is_file():
+    where = shown(_path(file))
+    if isinstance(file, Finished):
+        said, recipe = Metadata(None, None), _record(file.record)
+    elif file.is_file():
+        said = read_metadata(file, pixels=False)
+        recipe = said.recipe or _record_beside(file)
+    else:
         raise UserError(f"prompts.path={where} does not exist (looked for {shown(file.absolute())})")
-    said = read_metadata(file, pixels=False)
-    recipe = said.recipe or _record_beside(file)
     if recipe is not None:
         check_recipe(recipe, where, ("prompt", "seed", "params"))
         params = {name: value for name, value in recipe["params"].items() if name in SAMPLING_KINDS}
@@ -144,10 +170,13 @@ def prompt_of_picture(file: Path, *, inputs: bool = True) -> Prompt:
 
 def _record_beside(file: Path) -> dict[str, Any] | None:
     """The record of a run's picture that was written without metadata (``output.metadata=false``)."""
-    if file.stem != "image":
-        return None
+    return _record(Inside(file.parent, RECORD)) if file.stem == "image" else None
+
+
+def _record(file: Inside) -> dict[str, Any] | None:
+    """The record of a finished picture; None where it cannot be read."""
     try:
-        record = json.loads(Inside(file.parent, RECORD).read_bytes())
+        record = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) and record.get("status") == "ok" else None

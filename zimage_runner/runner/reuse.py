@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,12 @@ from zimage_runner.errors import UserError
 from zimage_runner.outputs import atomic
 from zimage_runner.outputs.beneath import Inside
 from zimage_runner.outputs.config import Fsync
+from zimage_runner.outputs.finished import Finished
 from zimage_runner.outputs.item_files import Filed, ItemFiles, copy_to
 from zimage_runner.outputs.json_text import readable_json
-from zimage_runner.outputs.ledger import RECORDS, Entry, Ledger, record_head
+from zimage_runner.outputs.ledger import RECORDS, Ledger, record_head
 from zimage_runner.outputs.parsed import from_json
-from zimage_runner.outputs.place import RECORD, picture_at, record_at
+from zimage_runner.outputs.place import RECORD
 from zimage_runner.outputs.run_dir import RunDirectory
 from zimage_runner.outputs.shard_files import ShardFiles
 from zimage_runner.outputs.survey import Pictures
@@ -26,21 +26,6 @@ from zimage_runner.runner.spec import RunSpec
 
 RUNS_COMPARED, ITEMS_COMPARED, LARGEST_LEDGER = 3, 1000, 4_000_000
 """How far a new run looks for its own pictures in earlier ones, in order to tell of them: it must cost nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class Existing:
-    """A finished picture."""
-
-    run: Path
-    item_dir: str
-    """Its folder below the run directory."""
-    entry: Entry
-
-    @property
-    def picture(self) -> Inside:
-        """Its file, to be read."""
-        return picture_at(self.run, self.item_dir, self.entry.image, self.entry.size, self.entry.place)
 
 
 class Reuse:
@@ -86,11 +71,11 @@ class Reuse:
             entry = self._ledger.entries.get(first) if first is not None else None
             if first is None or entry is None or not entry.ok or settled(item):
                 continue
-            self._adopt(item, entry.fingerprint, Existing(self._run_dir.path, first, entry))
+            self._adopt(item, entry.fingerprint, Finished(self._run_dir.path, first, entry))
             linked.append(item.item_dir)
         return linked
 
-    def _adopt(self, item: WorkItem, fingerprint: str, existing: Existing) -> None:
+    def _adopt(self, item: WorkItem, fingerprint: str, existing: Finished) -> None:
         sync = self._spec.config.output.fsync is Fsync.item
         recipe = self._spec.recipe(item, self._report)
         output_file, files = self._spec.output_file, self._files
@@ -100,13 +85,13 @@ class Reuse:
         )  # fmt: skip
 
 
-def earlier_pictures(pattern: str, wanted: set[str], image: str, *, but: Path) -> dict[str, Existing]:
+def earlier_pictures(pattern: str, wanted: set[str], image: str, *, but: Path) -> dict[str, Finished]:
     """Fingerprint -> picture, of the runs that ``skip_existing`` names (``but`` is this run itself).
 
     Pictures in another format (``image``: the file name of this run's) are drawn anew. Raises UserError if the pattern
     names no run.
     """
-    found: dict[str, Existing] = {}
+    found: dict[str, Finished] = {}
     for run in _runs_of(pattern, but):
         entries = Ledger.load(run / RECORDS).entries
         with atomic.directory(run) as dir_fd:
@@ -121,7 +106,7 @@ def earlier_pictures(pattern: str, wanted: set[str], image: str, *, but: Path) -
                     continue
                 # Read whole: linking a damaged picture would spread it.
                 if pictures.damage(item, entry, verify=True) is None:
-                    found[entry.fingerprint] = Existing(run, item, entry)
+                    found[entry.fingerprint] = Finished(run, item, entry)
     return found
 
 
@@ -208,7 +193,7 @@ def adopt(
     ledger: Ledger,
     item: WorkItem,
     fingerprint: str,
-    existing: Existing,
+    existing: Finished,
     recipe: dict[str, Any],
     *,
     output_file: Path | None = None,
@@ -224,12 +209,12 @@ def adopt(
     head = record_head(item.item_dir, "ok", item.prompt_index, item.seed, fingerprint, **result)
     place: dict[str, Any] = {}
     tail = {
-        "reused_from": str(existing.run / existing.item_dir),
+        "reused_from": str(existing.run / existing.item),
         "written": datetime.now(UTC).isoformat(timespec="milliseconds"),
     }
     record = {
         **head,
-        **_kept_fields(record_at(existing.run, existing.item_dir, existing.entry.place)),
+        **_kept_fields(existing.record),
         **recipe,
         **tail,
     }
@@ -248,18 +233,18 @@ def adopt(
         files.recorded(Filed(line=line))
 
 
-def _read(existing: Existing, run_dir: RunDirectory, ledger: Ledger) -> bytes:
+def _read(existing: Finished, run_dir: RunDirectory, ledger: Ledger) -> bytes:
     """The file of a picture, which may have moved into another shard of the same run meanwhile. Raises OSError."""
     try:
         return existing.picture.read_bytes()
     except FileNotFoundError:
-        now = ledger.entries.get(existing.item_dir)
+        now = ledger.entries.get(existing.item)
         if existing.run != run_dir.path or now is None or now == existing.entry:
             raise
-        return Existing(existing.run, existing.item_dir, now).picture.read_bytes()
+        return Finished(existing.run, existing.item, now).picture.read_bytes()
 
 
-def _link(run_dir: RunDirectory, item_dir: str, existing: Existing, record: dict[str, Any], *, sync: bool) -> None:
+def _link(run_dir: RunDirectory, item_dir: str, existing: Finished, record: dict[str, Any], *, sync: bool) -> None:
     """Put an existing picture into the item's own folder. Raises OSError."""
     image = existing.entry.image
     run_dir.make_dirs(item_dir, sync=sync)
@@ -269,7 +254,7 @@ def _link(run_dir: RunDirectory, item_dir: str, existing: Existing, record: dict
         else:
             with (
                 atomic.directory(existing.run) as other_run,
-                atomic.directory(existing.item_dir, other_run) as source,
+                atomic.directory(existing.item, other_run) as source,
             ):
                 atomic.link_or_copy(source, image, folder, image, sync=sync)
         atomic.write_file(folder, RECORD, readable_json(record), sync=sync)

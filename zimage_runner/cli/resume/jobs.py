@@ -22,7 +22,7 @@ from zimage_runner.cli.resume.settings import changed_fields, leaves
 from zimage_runner.errors import UserError
 from zimage_runner.outputs import atomic, beneath
 from zimage_runner.outputs.beneath import Inside
-from zimage_runner.prompts.images import pictures_below
+from zimage_runner.prompts.images import files_below
 from zimage_runner.sampling import PICTURE_FILES
 
 JOBS = ".hydra/jobs.jsonl"
@@ -85,7 +85,7 @@ def _prompt_files(settings: dict[str, Any]) -> list[str]:
     path, pattern = settings.get("prompts.path"), settings.get("prompts.glob")
     found = [path] if isinstance(path, str) else []
     if found and os.path.isdir(folder := os.path.expanduser(found[0])):
-        found = sorted(str(picture) for picture in pictures_below(Path(folder)))
+        found = files_below(Path(folder))
     found += sorted(glob.glob(os.path.expanduser(pattern), recursive=True)) if isinstance(pattern, str) else []
     named = (settings.get(f"sampling.{name}") for name in PICTURE_FILES)
     found += [name for name in named if isinstance(name, str)]
