@@ -144,7 +144,7 @@ class Shards(Output):
             if not self.keep:
                 raise UserError("output.keep=false needs output.upload=s3://...: pictures would be lost")
             return
-        if not re.fullmatch(r"[a-z][a-z0-9+]*://[^/\s].*", self.upload):
+        if not re.fullmatch(r"[a-z][a-z0-9+]*://\S*[^/\s]\S*", self.upload):
             raise UserError(f"output.upload={self.upload}: write an address, e.g. output.upload=s3://bucket/folder")
         if importlib.util.find_spec("fsspec") is None:
             raise UserError("output.upload needs fsspec: pip install 'zimage-runner[s3]'")
