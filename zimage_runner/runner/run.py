@@ -73,6 +73,8 @@ class Run:
         self._stopped: str | None = None
         self._broken = False
         """Something went wrong that nothing foresees: the exit code tells, also where no picture is missing."""
+        self._is_settled = True
+        """Whether files of many pictures are finished, and uploaded where that is asked for."""
         self._open = contextlib.ExitStack()
 
     def draw(self, files: Mapping[str, str]) -> None:
@@ -113,7 +115,9 @@ class Run:
         if self._stopped is None:
             self._loop.finish()
             self._count_linked(self.reuse.among_own(self.progress.is_settled))
+            self._is_settled = False
             self._loop.settle(complete=self._is_complete)
+            self._is_settled = True
 
     @property
     def _is_complete(self) -> bool:
@@ -245,7 +249,7 @@ class Run:
             say(article_table(summary))
         self._leave_report(summary)
         say(str(self.run_dir.path), sys.stdout)
-        if summary["items"]["remaining"]:
+        if summary["items"]["remaining"] or not self._is_settled:
             return EXIT_INTERRUPTED
         return EXIT_ITEMS_FAILED if self.summary.failed or self._broken else EXIT_OK
 
