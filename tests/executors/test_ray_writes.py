@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.shards import check_shards
 from tests.support.simulated_fleet import REPORT, SimulatedFleet
 from zimage_runner.errors import UserError
 from zimage_runner.executors.ray_config import RayExecutorConfig
@@ -65,6 +66,17 @@ def test_workers_on_shared_storage_write_the_same_files(cli, tmp_path, fleet, fs
     assert record.keys() == other.keys()
     assert {k for k in record if record[k] != other[k]} <= {"written", "seconds", "worker"}
     assert not (tmp_path / "run" / ".workers").exists()
+    assert "nothing to draw" in cli("resume=run", "verify=true", "executor=ray")[2]
+
+
+@pytest.mark.parametrize("layout", ["webdataset", "parquet"])
+def test_workers_on_shared_storage_write_shards_of_their_own(cli, tmp_path, fleet, layout):
+    fleet.elsewhere = True
+    code, _, err = cli(*RUN, "output=shards", f"output.layout={layout}", "output.shard_pictures=4")
+    assert code == 0, err
+    check_shards(tmp_path / "run")
+    entries = Ledger.load(tmp_path / "run" / "records.jsonl").entries
+    assert len([entry for entry in entries.values() if entry.ok and entry.place is not None]) == 20
     assert "nothing to draw" in cli("resume=run", "verify=true", "executor=ray")[2]
 
 

@@ -13,8 +13,9 @@ from tests.support.fault_runs import PROMPTS, Run, all_gone, children_of, kill
 from zimage_runner.cli.resume.sweep import is_sweep
 
 PROCESS = ["executor=process", "executor.backoff_s=0.01", "executor.max_restarts=1000"]
+SHARDS = ["output=shards", "output.shard_pictures=5"]
 CAMPAIGN = 7
-"""Seeds of the long form: 7 x (12 + 10 + 10 + 10) = 294 kills."""
+"""Seeds of the long form: 7 x (12 + 10 + 10 + 10) = 294 kills, and 7 x 24 of runs with shards."""
 
 
 def kill_the_process(tmp_path, overrides: list[str], rounds: int, seed: int) -> None:
@@ -105,6 +106,11 @@ def test_the_process_with_its_worker_a_few_times(tmp_path):
     kill_the_process(tmp_path, PROCESS, 2, 100)
 
 
+@pytest.mark.parametrize("layout", ["webdataset", "parquet"])
+def test_a_run_with_shards_a_few_times(tmp_path, layout):
+    kill_the_process(tmp_path, [*SHARDS, f"output.layout={layout}"], 2, 100)
+
+
 def test_the_multirun_a_few_times(tmp_path):
     kill_the_multirun(tmp_path, 4, 3, 100)
 
@@ -117,6 +123,13 @@ def test_the_worker_a_few_times(tmp_path):
 @pytest.mark.parametrize("seed", range(CAMPAIGN))
 def test_the_process(tmp_path, seed):
     kill_the_process(tmp_path, [], 12, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(CAMPAIGN))
+@pytest.mark.parametrize("layout", ["webdataset", "parquet"])
+def test_a_run_with_shards(tmp_path, layout, seed):
+    kill_the_process(tmp_path, [*SHARDS, f"output.layout={layout}"], 12, seed)
 
 
 @pytest.mark.slow
