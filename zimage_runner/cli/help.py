@@ -115,7 +115,7 @@ def is_group(word: str) -> bool:
 
 
 def _schema(group: str, option: str) -> type | None:
-    """The dataclass of an option; several options of ``model``, ``sampling`` and ``output`` share one."""
+    """The dataclass of an option; several options of ``model`` and ``sampling`` share one."""
     options = _schemas()[group]
     return options.get(option) or (next(iter(options.values())) if len(options) == 1 else None)
 

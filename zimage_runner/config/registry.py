@@ -60,7 +60,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "folder": Folder,
         "stdin": Stdin,
     },
-    "output": {"output": Output, "shards": Shards},
+    "output": {"folders": Output, "shards": Shards},
     "executor": {
         "inline": InlineExecutorConfig,
         "process": ProcessExecutorConfig,
