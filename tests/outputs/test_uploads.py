@@ -10,7 +10,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from tests.outputs.test_shards import Process, item, names, process, shards
+from tests.support.shards import Process, item, names, process, shards
 from tests.support.written_runs import noise_pictures
 from zimage_runner.errors import RunStopped
 from zimage_runner.outputs import atomic
