@@ -22,7 +22,7 @@ from zimage_runner.errors import (
 )
 from zimage_runner.executors.base import Batch
 from zimage_runner.logs import say
-from zimage_runner.outputs.config import Fsync
+from zimage_runner.outputs.config import Fsync, Shards
 from zimage_runner.outputs.json_text import readable_json
 from zimage_runner.outputs.ledger import Ledger
 from zimage_runner.outputs.run_dir import RunDirectory
@@ -116,7 +116,7 @@ class Run:
             self._loop.finish()
             self._count_linked(self.reuse.among_own(self.progress.is_settled))
             self._is_settled = False
-            self._loop.settle(complete=self._is_complete)
+            self._loop.settle(complete=isinstance(self.spec.config.output, Shards) and self._is_complete)
             self._is_settled = True
 
     @property

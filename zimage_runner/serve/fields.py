@@ -198,4 +198,4 @@ def _output(asked: Generation, output: Output) -> Output:
     check_quality("output_compression", kind, quality)
     own = {f.name: getattr(output, f.name) for f in fields(output)}
     level = own["png_compress_level"] if kind is Format.png else 1
-    return Output(**own | {"format": kind, "quality": quality, "png_compress_level": level})
+    return type(output)(**own | {"format": kind, "quality": quality, "png_compress_level": level})

@@ -13,6 +13,7 @@ from zimage_runner.outputs.beneath import Inside
 from zimage_runner.outputs.ledger import IMAGE
 from zimage_runner.outputs.parsed import from_json, mapping
 from zimage_runner.outputs.place import RECORD, SHARDS, Piece, Place
+from zimage_runner.outputs.store import STATE, parsed
 from zimage_runner.view.folder import Folder
 from zimage_runner.view.runs import LARGEST_RECORD, below, read_json
 
@@ -75,7 +76,7 @@ class Stored:
         if self.place is not None:
             found = folder.stat(below(self.run, self.place.shard))
             if found is None:
-                return f"{self.place.shard} is not here"
+                return "" if self._is_uploaded(folder) else f"{self.place.shard} is not here"
             return f"{self.place.shard} was cut off" if found.st_size < self.place.offset + self.size else ""
         found = folder.stat(self.name)
         if found is None:
@@ -83,6 +84,13 @@ class Stored:
         if self.size and found.st_size != self.size:
             return f"the file has {found.st_size:,} bytes instead of {self.size:,}"
         return ""
+
+    def _is_uploaded(self, folder: Folder) -> bool:
+        try:
+            uploaded = parsed(folder.read(below(self.run, STATE), LARGEST_RECORD))
+        except OSError:
+            return False
+        return self.place is not None and self.place.shard in uploaded
 
     def _piece(self, folder: Folder, place: Place, offset: int, size: int, name: str) -> Piece:
         return Piece(Path(folder.path), below(self.run, place.shard), offset, size, name)
