@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zimage_runner.outputs import atomic, beneath, thumbnails
-from zimage_runner.outputs.config import Fsync, Output
+from zimage_runner.outputs.config import Fsync, Output, Shards
 from zimage_runner.outputs.encoders import check_pixels, encode
 from zimage_runner.outputs.json_text import readable_json
 from zimage_runner.outputs.ledger import Ledger, record_head
-from zimage_runner.outputs.place import RECORD
+from zimage_runner.outputs.place import RECORD, SHARDS
 from zimage_runner.outputs.run_dir import RunDirectory, checked_item_dir
 
 if TYPE_CHECKING:
@@ -108,9 +108,9 @@ class ItemFiles:
 
         Only a process that has the run's lock may do this, and what follows.
         """
-        from zimage_runner.outputs import shard_settle
+        if os.path.lexists(self._run_dir.path / SHARDS):  # earlier processes wrote some
+            from zimage_runner.outputs import shard_settle
 
-        if shard_settle.has_shards(self._run_dir):  # the earlier processes wrote some
             shard_settle.settle(self._run_dir, ledger, self._output, shard_settle.Stage.pauses, damaged)
 
     def recorded(self, filed: Filed) -> None:
@@ -164,6 +164,15 @@ class ItemFiles:
             atomic.write_file(folder, RECORD, record, sync=self._sync)
             if self._sync:
                 atomic.sync_dir(folder, ".")
+
+
+def files_of(run_dir: RunDirectory, output: Output, *, thumbnails: bool) -> ItemFiles:
+    """What writes items as ``output`` says."""
+    if isinstance(output, Shards):
+        from zimage_runner.outputs.shard_files import ShardFiles  # others need none of it
+
+        return ShardFiles(run_dir, output, thumbnails=thumbnails)
+    return ItemFiles(run_dir, output, thumbnails=thumbnails)
 
 
 def copy_to(path: Path, data: bytes, *, sync: bool) -> None:

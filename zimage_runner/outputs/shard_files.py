@@ -19,7 +19,7 @@ from typing import Any
 
 from zimage_runner.errors import RunStopped
 from zimage_runner.outputs import atomic
-from zimage_runner.outputs.config import IMAGE_STEM, Layout, Output, Shards
+from zimage_runner.outputs.config import IMAGE_STEM, Layout, Shards
 from zimage_runner.outputs.item_files import Filed, ItemFiles, WriteRequest, copy_to
 from zimage_runner.outputs.json_text import compact_json
 from zimage_runner.outputs.ledger import Ledger, record_head
@@ -189,10 +189,3 @@ class ShardFiles(ItemFiles):
             with atomic.directory(item_dir, self._run_dir.dir_fd) as folder:
                 for name in (*earlier, RECORD):
                     atomic.remove(folder, name)
-
-
-def files_of(run_dir: RunDirectory, output: Output, *, thumbnails: bool) -> ItemFiles:
-    """What writes items as ``output`` says."""
-    if isinstance(output, Shards):
-        return ShardFiles(run_dir, output, thumbnails=thumbnails)
-    return ItemFiles(run_dir, output, thumbnails=thumbnails)

@@ -48,14 +48,6 @@ class Unfinished:
         return OpenTar.reopen(dir_fd, self.number, len(self.samples), end_of(self.samples[-1].place))
 
 
-def has_shards(run_dir: RunDirectory) -> bool:
-    """Whether the run has any."""
-    try:
-        return bool(names_of(run_dir.dir_fd))
-    except FileNotFoundError:
-        return False
-
-
 def names_of(dir_fd: int) -> list[str]:
     """File names in the folder of shards. Raises OSError."""
     with atomic.directory(SHARDS, dir_fd) as folder:

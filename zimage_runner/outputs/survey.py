@@ -16,7 +16,6 @@ from zimage_runner.outputs.beneath import Inside, NotPlain, Statuses, open_file
 from zimage_runner.outputs.ledger import Entry, Ledger
 from zimage_runner.outputs.parsed import from_json
 from zimage_runner.outputs.place import RECORD, Piece, Place, record_at
-from zimage_runner.outputs.uploads import Uploads
 from zimage_runner.plan import WorkItem
 
 _BLOCK = 1 << 20
@@ -143,6 +142,8 @@ class Pictures:
         try:
             return self._status(shard).st_size
         except FileNotFoundError:
+            from zimage_runner.outputs.uploads import Uploads
+
             if (uploaded := Uploads.load(self._dir_fd).entries.get(shard)) is None:
                 raise
             return uploaded["bytes"]

@@ -21,10 +21,9 @@ from typing import TYPE_CHECKING, Any
 from zimage_runner.errors import BadPictureError, RunStopped, error_text
 from zimage_runner.outputs import atomic
 from zimage_runner.outputs.config import Fsync, Output
-from zimage_runner.outputs.item_files import Filed, WriteRequest
+from zimage_runner.outputs.item_files import Filed, WriteRequest, files_of
 from zimage_runner.outputs.ledger import Ledger
 from zimage_runner.outputs.run_dir import RunDirectory
-from zimage_runner.outputs.shard_files import files_of
 
 if TYPE_CHECKING:
     import numpy as np

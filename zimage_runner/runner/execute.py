@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import sys
 from concurrent.futures import Future
 from pathlib import Path
@@ -28,14 +29,12 @@ from zimage_runner.logs import refuse, run_log, say, use_format
 from zimage_runner.outputs import atomic
 from zimage_runner.outputs.beneath import Inside
 from zimage_runner.outputs.config import Fsync
-from zimage_runner.outputs.item_files import copy_to
+from zimage_runner.outputs.item_files import copy_to, files_of
 from zimage_runner.outputs.json_text import readable_json
 from zimage_runner.outputs.ledger import RECORDS, Ledger
 from zimage_runner.outputs.parsed import from_json
-from zimage_runner.outputs.place import picture_at
+from zimage_runner.outputs.place import SHARDS, picture_at
 from zimage_runner.outputs.run_dir import RunDirectory
-from zimage_runner.outputs.shard_files import files_of
-from zimage_runner.outputs.shard_settle import has_shards
 from zimage_runner.outputs.summary import Summary
 from zimage_runner.outputs.survey import Progress, survey
 from zimage_runner.runner.dry_run import describe
@@ -138,7 +137,7 @@ def _nothing_to_draw(spec: RunSpec, run_dir: RunDirectory, ledger: Ledger, progr
 
 def _finish_shards(spec: RunSpec, run_dir: RunDirectory, ledger: Ledger, *, complete: bool) -> None:
     """Finish and upload what a process that was killed at its end has left. Raises RunStopped."""
-    if not has_shards(run_dir):
+    if not os.path.lexists(run_dir.path / SHARDS):
         return
     files = files_of(run_dir, spec.config.output, thumbnails=False)
     try:

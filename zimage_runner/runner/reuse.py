@@ -6,12 +6,12 @@ import glob
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zimage_runner.errors import UserError
 from zimage_runner.outputs import atomic
 from zimage_runner.outputs.beneath import Inside
-from zimage_runner.outputs.config import Fsync
+from zimage_runner.outputs.config import Fsync, Shards
 from zimage_runner.outputs.finished import Finished
 from zimage_runner.outputs.item_files import Filed, ItemFiles, copy_to
 from zimage_runner.outputs.json_text import readable_json
@@ -19,10 +19,12 @@ from zimage_runner.outputs.ledger import RECORDS, Ledger, record_head
 from zimage_runner.outputs.parsed import from_json
 from zimage_runner.outputs.place import RECORD
 from zimage_runner.outputs.run_dir import RunDirectory
-from zimage_runner.outputs.shard_files import ShardFiles
 from zimage_runner.outputs.survey import Pictures
 from zimage_runner.plan import Fingerprints, Plan, WorkItem
 from zimage_runner.runner.spec import RunSpec
+
+if TYPE_CHECKING:
+    from zimage_runner.outputs.shard_files import ShardFiles
 
 RUNS_COMPARED, ITEMS_COMPARED, LARGEST_LEDGER = 3, 1000, 4_000_000
 """How far a new run looks for its own pictures in earlier ones, in order to tell of them: it must cost nothing."""
@@ -44,7 +46,11 @@ class Reuse:
 
     def put_into(self, files: ItemFiles) -> None:
         """Add pictures to the shards of the run, where it has some: by what writes its other pictures."""
-        self._files = files if isinstance(files, ShardFiles) else None
+        if isinstance(self._spec.config.output, Shards):
+            from zimage_runner.outputs.shard_files import ShardFiles
+
+            assert isinstance(files, ShardFiles)
+            self._files = files
 
     def waits(self, item: WorkItem) -> bool:
         """True for an item that another item's picture will serve."""

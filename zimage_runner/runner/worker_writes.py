@@ -10,9 +10,8 @@ from zimage_runner.errors import BadPictureError, error_text
 from zimage_runner.executors.base import Written
 from zimage_runner.outputs import atomic
 from zimage_runner.outputs.config import Fsync, Output
-from zimage_runner.outputs.item_files import ItemFiles, WriteRequest
+from zimage_runner.outputs.item_files import ItemFiles, WriteRequest, files_of
 from zimage_runner.outputs.run_dir import RunDirectory
-from zimage_runner.outputs.shard_files import files_of
 from zimage_runner.plan import Fingerprints, WorkItem
 from zimage_runner.runner.spec import Recipe
 
