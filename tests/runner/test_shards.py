@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,14 +33,20 @@ RUNS = {
 SHARDS = ["webdataset", "parquet"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def warm() -> Iterator[None]:
+    """One loaded model for all tests here."""
+    with pool.shared_executor(StopRequest()):
+        yield
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def runs(tmp_path_factory: pytest.TempPathFactory, warm: None) -> dict[str, Path]:
     """Drawn once; no test changes them."""
     root = tmp_path_factory.mktemp("runs")
-    with pool.shared_executor(StopRequest()):
-        for name, words in RUNS.items():
-            code, _, err = command(root, *words, f"hydra.run.dir={root / name}")
-            assert code == 0, err
+    for name, words in RUNS.items():
+        code, _, err = command(root, *words, f"hydra.run.dir={root / name}")
+        assert code == 0, err
     return {name: root / name for name in RUNS}
 
 
@@ -78,10 +84,9 @@ def test_resume_and_verify_have_nothing_to_do(runs: dict[str, Path], name: str) 
 
 
 def test_a_picture_is_drawn_again_from_a_shard(runs: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
-    with pool.shared_executor(StopRequest()):
-        for name in ("items/00001_a_blue_ball/seed_1/image.png", "shards/00001.tar/000010000.png"):
-            assert reproduce.main([str(runs["webdataset"] / name)]) == 0
-            assert "identical" in capfd.readouterr().out
+    for name in ("items/00001_a_blue_ball/seed_1/image.png", "shards/00001.tar/000010000.png"):
+        assert reproduce.main([str(runs["webdataset"] / name)]) == 0
+        assert "identical" in capfd.readouterr().out
     assert reproduce.main([str(runs["webdataset"] / "shards/00000.tar/000000009.png")]) == 2
     assert "does not exist" in capfd.readouterr().err
 
@@ -159,8 +164,7 @@ def test_an_earlier_runs_pictures_are_taken_over(
     runs: dict[str, Path], source: str, target: str, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    with pool.shared_executor(StopRequest()):
-        code, _, err = command(tmp_path, *RUNS[target], f"skip_existing={runs[source]}", f"hydra.run.dir={run}")
+    code, _, err = command(tmp_path, *RUNS[target], f"skip_existing={runs[source]}", f"hydra.run.dir={run}")
     assert code == 0, err
     summary = json.loads((run / "summary.json").read_bytes())
     assert summary["items"]["linked"] == 4
@@ -172,15 +176,12 @@ def test_an_earlier_runs_pictures_are_taken_over(
 
 def test_the_same_prompt_twice_and_a_picture_of_ones_own(tmp_path: Path) -> None:
     words = ["sampling.num_inference_steps=1", "warmup=none", "output=shards", "output.shard_pictures=1"]
-    with pool.shared_executor(StopRequest()):
-        code, _, err = command(
-            tmp_path, "prompts.texts=[a red fox, a red fox, a red fox]", *words, f"hydra.run.dir={tmp_path / 'a'}"
-        )
-        assert code == 0, err
-        code, _, err = command(
-            tmp_path, "prompt=a red fox", *words, "output_file=x.png", f"hydra.run.dir={tmp_path / 'b'}"
-        )
-        assert code == 0, err
+    code, _, err = command(
+        tmp_path, "prompts.texts=[a red fox, a red fox, a red fox]", *words, f"hydra.run.dir={tmp_path / 'a'}"
+    )
+    assert code == 0, err
+    code, _, err = command(tmp_path, "prompt=a red fox", *words, "output_file=x.png", f"hydra.run.dir={tmp_path / 'b'}")
+    assert code == 0, err
     check_shards(tmp_path / "a")
     assert len({picture.tobytes() for picture in pixels(tmp_path / "a").values()}) == 1
     written = Path("x.png").read_bytes()
@@ -199,8 +200,7 @@ def test_a_picture_that_changed_is_drawn_again(
     with open(run / place.shard, "r+b") as file:
         file.seek(place.offset + 200)
         file.write(b"\0" * 32)
-    with pool.shared_executor(StopRequest()):
-        code, _, err = command(tmp_path, f"resume={run}", "verify=true")
+    code, _, err = command(tmp_path, f"resume={run}", "verify=true")
     assert code == 0, err
     assert "1 is damaged and drawn again" in err
     check_shards(run)
