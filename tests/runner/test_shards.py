@@ -214,3 +214,12 @@ def copied(runs: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
     import shutil
 
     return lambda name: Path(shutil.copytree(runs[name], tmp_path / "copy"))
+
+
+def test_pictures_to_start_from_are_collected_first(runs: dict[str, Path]) -> None:
+    from zimage_runner.cli.chosen import _pictures
+    from zimage_runner.errors import UserError
+
+    assert len(_pictures([str(runs["folders"])], {})) == 4
+    with pytest.raises(UserError, match=r"has its pictures in shards.* collect .* into=FOLDER"):
+        _pictures([str(runs["webdataset"])], {})

@@ -84,8 +84,13 @@ def _pictures(places: Sequence[str], fields: Fields) -> list[Path]:
         if path.is_file():
             found.append(path)
             continue
-        of_runs = pictures_of(find_runs([path]))
-        found += [one.path for one in marked(of_runs, starred=starred == "true", rejected=True)]
+        chosen = list(marked(pictures_of(find_runs([path])), starred=starred == "true", rejected=True))
+        if any(one.place is not None for one in chosen):
+            raise UserError(
+                f"{place} has its pictures in shards, and this command takes files: collect them first, "
+                f"{called(PROGRAM)} collect {place} into=FOLDER"
+            )
+        found += [one.path for one in chosen]
     if not found:
         what = f"is starred; {called(PROGRAM)} view marks them" if starred == "true" else "is finished there yet"
         raise UserError(f"{' '.join(places)}: no picture {what}")
