@@ -100,6 +100,17 @@ class Variant(enum.Enum):
     """Z-Image: 28 to 50 steps with guidance and negative prompts, shift 6."""
 
 
+class Convention(enum.Enum):
+    """How a ControlNet is used: two programs read the same files in two ways."""
+
+    trained = "trained"
+    """As VideoX-Fun, which trained the published files, and ComfyUI: without a mask the whole picture counts as the
+    hole of a grey one, and what the ControlNet gives the noise refiner reaches the picture."""
+    diffusers = "diffusers"
+    """As ZImageControlNetPipeline: without a mask the channels for mask and picture are zeros, and what it gives the
+    noise refiner reaches the ControlNet alone."""
+
+
 PARTS = ("transformer", "text_encoder", "vae", "tokenizer")
 """Fields of ``model`` that put one part in the place of the checkpoint's own."""
 FILE_SUFFIXES = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
@@ -134,6 +145,10 @@ class Model:
     """A file or directory to take the VAE from."""
     tokenizer: str | None = field(default=None, metadata=FREE_TEXT)
     """A directory to take the tokenizer from."""
+    controlnet: str | None = field(default=None, metadata=FREE_TEXT)
+    """A ControlNet of Z-Image, a file or its directory: it steers pictures that have a control_image."""
+    controlnet_convention: Convention = Convention.trained
+    """How it is used: trained, as its makers do, or diffusers, as ZImageControlNetPipeline does."""
     cache_dir: str | None = field(default=None, metadata=HARMLESS)
     """Where downloads live; exported as MODELSCOPE_CACHE and HF_HOME. null keeps the hubs' own defaults."""
     offline: bool = field(default=False, metadata=HARMLESS)

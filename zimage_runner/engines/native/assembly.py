@@ -11,7 +11,10 @@ from typing import Any, TypeVar
 
 import torch
 
+from zimage_runner.engines.native.controlnet import ControlNet
 from zimage_runner.engines.native.loading import (
+    CONTROLNET_RULES,
+    CONTROLNET_UNUSED,
     TEXT_ENCODER_RULES,
     TEXT_ENCODER_UNUSED,
     TRANSFORMER_RULES,
@@ -20,6 +23,7 @@ from zimage_runner.engines.native.loading import (
     VAE_ENCODER_UNUSED,
     VAE_RULES,
     VAE_UNUSED,
+    TensorFiles,
     assign,
     in_place,
     open_parts,
@@ -35,6 +39,8 @@ from zimage_runner.engines.native.transformer import Transformer, TransformerCon
 from zimage_runner.engines.native.vae_decoder import VaeConfig, VaeDecoder
 from zimage_runner.engines.native.vae_encoder import VaeEncoder
 from zimage_runner.errors import UserError
+from zimage_runner.weights.find.controlnet import ControlNetFile
+from zimage_runner.weights.formats.controlnet import Refiner
 from zimage_runner.weights.formats.source import source_component
 from zimage_runner.weights.prepared.as_stored import StoredFp8
 
@@ -124,6 +130,19 @@ def load_transformer(model: NativeModel, path: Path, loaded: LoadedTensors = fro
     model.transformer = assign(module, tensors, TRANSFORMER_RULES, TRANSFORMER_UNUSED, *kind, place=place)
     if module.stream is not None:
         module.stream.tell()
+
+
+def load_controlnet(model: NativeModel, file: ControlNetFile) -> None:
+    """Set the model's ControlNet from a file that was found to fit its transformer."""
+    options, attention, config = model.options, model.attention, model.description.transformer
+    kinds = (model.ops, attention.attend, options.arithmetic, attention.attend_fp8, options.convention)
+    with torch.device("meta"):
+        module = ControlNet(file.layout, config, *kinds)
+    place = module.stream_blocks(model.device) if options.streamed else in_place
+    tensors, label = TensorFiles(file.files, options.device), f"the ControlNet {file.path}"
+    unused = CONTROLNET_UNUSED if file.layout.refiner is Refiner.shared else "$^"
+    kind = (options.device, options.dtype, label)
+    model.controlnet = assign(module, tensors, CONTROLNET_RULES, unused, *kind, place=place)
 
 
 def load_vae(model: NativeModel, path: Path, loaded: LoadedTensors = from_files) -> None:

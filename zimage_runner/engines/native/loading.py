@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,6 +43,7 @@ TRANSFORMER_RULES: Rules = (
     (r"(.+_norm[12])", (r"\1.weight",)),
     (r"(.+\.adaLN_modulation)\.(\w+)", (r"\1.0.\2",)),
 )
+CONTROLNET_RULES: Rules = ((r"control_embedder\.(\w+)", (r"control_all_x_embedder.2-1.\1",)), *TRANSFORMER_RULES)
 TEXT_ENCODER_RULES: Rules = (
     (r"(.+\.self_attn)\.qkv_proj\.weight", (r"\1.q_proj.weight", r"\1.k_proj.weight", r"\1.v_proj.weight")),
     (r"(layers\.\d+)\.gate_up_proj\.weight", (r"\1.mlp.gate_proj.weight", r"\1.mlp.up_proj.weight")),
@@ -68,6 +69,8 @@ VAE_ENCODER_RULES: Rules = (
 
 # Stored tensors that inference does not need.
 TRANSFORMER_UNUSED = r"$^"
+CONTROLNET_UNUSED = r"control_noise_refiner\..+"
+"""Of Union 2.0, which stores a refiner that was never trained."""
 TEXT_ENCODER_UNUSED = r"norm\.weight|lm_head\..+|layers\.{last}\..+|.*rotary_emb\.inv_freq"
 VAE_UNUSED = r"encoder\..+|quant_conv\..+"
 VAE_ENCODER_UNUSED = r"decoder\..+|post_quant_conv\..+"
@@ -83,13 +86,12 @@ EIGHT_BITS = tuple(form.dtype for form in FORMATS.values())
 
 
 class TensorFiles(Mapping[str, torch.Tensor]):
-    """The tensors of one component's folder, each read when it is asked for."""
+    """The tensors of one component's files, each read when it is asked for."""
 
-    def __init__(self, folder: Path, device: str = "cpu") -> None:
+    def __init__(self, files: Sequence[Path], device: str = "cpu") -> None:
         from safetensors import safe_open
 
-        self.folder = folder
-        handles = [safe_open(path, framework="pt", device=device) for path in tensor_files(folder)]
+        handles = [safe_open(path, framework="pt", device=device) for path in files]
         # A causal language model's checkpoint puts everything but its head below "model.".
         self._where = {
             name.removeprefix("model."): (handle, name)
@@ -136,7 +138,7 @@ def open_tensors(folder: Path, device: str) -> Mapping[str, torch.Tensor]:
     component = source_component(folder)
     if component is not None:
         return ComponentTensors(component, device)
-    tensors = TensorFiles(folder, device)
+    tensors = TensorFiles(tensor_files(folder), device)
     is_fused = any(name.endswith(FUSED) for name in tensors)
     if set(tensors) != {PACKED} and (device == "cpu" or not is_fused):
         return tensors
@@ -157,7 +159,7 @@ def open_parts(folder: Path, device: str) -> Mapping[str, torch.Tensor]:
         return ComponentTensors(component, device)
     files = tensor_files(folder)
     parts = packed_parts(files[0], device) if len(files) == 1 else None
-    return TensorFiles(folder, device) if parts is None else parts
+    return TensorFiles(tensor_files(folder), device) if parts is None else parts
 
 
 def assign(

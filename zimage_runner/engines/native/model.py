@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from zimage_runner.engines.native.controlnet import ControlModulation, ControlNet, Steering
 from zimage_runner.engines.native.graphs import GraphCache
 from zimage_runner.engines.native.images import HostCopy, Ready, page_locked
 from zimage_runner.engines.native.kernels import choose_operations
@@ -34,13 +35,16 @@ from zimage_runner.engines.native.transformer import Arithmetic, StepModulation,
 from zimage_runner.engines.native.vae_decoder import VaeDecoder
 from zimage_runner.engines.native.vae_encoder import VaeEncoder
 from zimage_runner.engines.request import Posterior
-from zimage_runner.model import PATCH
+from zimage_runner.model import PATCH, Convention
 
 if TYPE_CHECKING:
     from zimage_runner.engines.native.assembly import Description
 
 Tensors = Mapping[str, torch.Tensor]
 LoadedTensors = Callable[[str], Tensors | None]
+
+Steered = tuple[Steering, ControlModulation]
+"""What a step is steered by."""
 
 CACHED_SHAPES = 32
 CACHED_SCHEDULES = 8
@@ -64,6 +68,8 @@ class Options:
     """Of the factors of the transformer blocks' products: bf16 (whatever ``dtype`` is), fp8 or int8."""
     bf16_layers: frozenset[int] = frozenset()
     """Main blocks that multiply in ``dtype`` whatever the precision."""
+    convention: Convention = Convention.trained
+    """How a ControlNet is used."""
     streamed: bool = False
     """Weights of the text encoder and of the transformer's blocks come to the device just before they are used."""
     rehearse_decoder: bool = False
@@ -76,6 +82,24 @@ class Options:
         return Arithmetic(self.dtype, FORMATS.get(self.precision), self.bf16_layers)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Control:
+    """What a ControlNet steers a batch by, and in which steps."""
+
+    condition: torch.Tensor
+    """[batch, channels, height / 8, width / 8]: latents of the control pictures, and the other channels (see
+    conditions.py), as many as the ControlNet takes."""
+    scales: Sequence[float]
+    """One a picture: what hints are multiplied by."""
+    start: float = 0.0
+    end: float = 1.0
+    """Shares of all steps: those that begin before ``start`` or end behind ``end`` are not steered."""
+
+    def active(self, step: int, steps: int) -> bool:
+        """Whether a step, counted from 0, is steered."""
+        return step / steps >= self.start and (step + 1) / steps <= self.end
+
+
 class NativeModel:
     """Text encoder, transformer and decoder, as far as they are loaded, and what of their work can be reused.
 
@@ -84,6 +108,7 @@ class NativeModel:
 
     text_encoder: TextEncoder | StreamedTextEncoder
     transformer: Transformer
+    controlnet: ControlNet
     vae: VaeDecoder
     vae_encoder: VaeEncoder
     """Of pictures that items start from; there once one does."""
@@ -103,6 +128,7 @@ class NativeModel:
         self._copy_stream = torch.cuda.Stream() if self.device.type == "cuda" else None
         self._tables = lru_cache(CACHED_SHAPES)(self._make_tables)
         self._steps = lru_cache(CACHED_SCHEDULES)(self._make_steps)
+        self._control_steps = lru_cache(CACHED_SCHEDULES)(self._make_control_steps)
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str], max_sequence_length: int) -> list[torch.Tensor]:
@@ -137,6 +163,7 @@ class NativeModel:
         guidance: Guidance | None = None,
         negative_prompt_embeds: Sequence[torch.Tensor] | None = None,
         start: Start | None = None,
+        control: Control | None = None,
     ) -> torch.Tensor:
         """Latents [batch, channels, height / 8, width / 8] float32 after all steps, on the model's device.
 
@@ -145,7 +172,8 @@ class NativeModel:
         ValueError for shapes beyond the model's positions.
         """
         guidance = guidance or Guidance()
-        schedule, steps = self._steps(num_inference_steps, *((start.strength, start.exact) if start else ()))
+        taken = (num_inference_steps, *((start.strength, start.exact) if start else ()))
+        schedule, steps = self._steps(*taken)
         captions = [self._caption(embeds) for embeds in prompt_embeds]
         negatives = [self._caption(embeds) for embeds in negative_prompt_embeds or ()]
         if guidance.scale > 0 and len(negatives) != len(captions):
@@ -154,15 +182,21 @@ class NativeModel:
         # Forwards that are worth recording are so short that they leave the host no time.
         spare_time = noise[:, 0].numel() // PATCH**2 > RECORDED_TOKENS and hasattr(self, "vae")
         rehearsal = self._rehearsals.begin(noise, self.vae) if spare_time else iter(())
+        steered = self._steering(control, *taken)
 
         def predict(step: int, latents: torch.Tensor, guided: bool) -> torch.Tensor:
             if guided:
                 latents = latents.repeat(2, 1, 1, 1)
-            velocity = in_tiles(
-                lambda part, first: self._velocity(part, groups[guided], steps[step], first=first and step == 0),
-                latents,
-                start.tile if start else 0,
-            )
+            steering = steered(step)
+            begins = step == 0 or (steering is None) != (steered(step - 1) is None)
+
+            def velocity_of(part: torch.Tensor, first: bool) -> torch.Tensor:
+                part, own = self._part_steering(part, steering)
+                return self._velocity(part, groups[guided], steps[step], own, first and begins)
+
+            tile = start.tile if start else 0
+            beside = None if control is None or steering is None or not tile else self._to_device(control.condition)
+            velocity = in_tiles(velocity_of, latents, tile, beside)
             advance(rehearsal, step, len(steps))
             return velocity
 
@@ -197,11 +231,13 @@ class NativeModel:
         self._captions.clear()
         self._tables.cache_clear()
         self._steps.cache_clear()
+        self._control_steps.cache_clear()
 
     def weights_changed(self) -> None:
         """Drop what was computed from the transformer's weights, which were overwritten where they are."""
         self._captions.clear()
         self._steps.cache_clear()
+        self._control_steps.cache_clear()
 
     def _float32_vae(self) -> VaeDecoder:
         with torch.device("meta"):
@@ -209,30 +245,63 @@ class NativeModel:
         vae.load_state_dict({name: tensor.float() for name, tensor in self.vae.state_dict().items()}, assign=True)
         return vae
 
+    def _steering(self, control: Control | None, *taken: Any) -> Callable[[int], Steered | None]:
+        """What gives a step what steers it; ``taken``: as ``_make_steps`` takes them."""
+        if control is None or not any(control.scales):
+            return lambda step: None
+        tokens = self.controlnet.embed(self._to_device(control.condition), self.transformer)
+        scale = self._to_device(torch.tensor(list(control.scales), dtype=torch.float32))[:, None, None]
+        own, steering = self._control_steps(*taken), Steering(tokens, scale)
+        return lambda step: (steering, own[step]) if control.active(step, len(own)) else None
+
+    def _part_steering(self, part: torch.Tensor, whole: Steered | None) -> tuple[torch.Tensor, Steered | None]:
+        """A tile's latents, and what steers it: the condition that lies behind them, where it does."""
+        channels = self.description.transformer.in_channels
+        latents, condition = part[:, :channels], part[:, channels:]
+        if whole is None or not condition.shape[1]:
+            return part, whole
+        steering, own = whole
+        tokens = self.controlnet.embed(condition[: len(steering.scale)], self.transformer)
+        return latents.contiguous(), (Steering(tokens, steering.scale), own)
+
     def _velocity(
-        self, latents: torch.Tensor, groups: list[tuple[list[int], torch.Tensor]], step: StepModulation, first: bool
+        self,
+        latents: torch.Tensor,
+        groups: list[tuple[list[int], torch.Tensor]],
+        step: StepModulation,
+        steered: Steered | None,
+        first: bool,
     ) -> torch.Tensor:
         if len(groups) == 1:
-            return self._forward(latents, groups[0][1], step, first)
+            return self._forward(latents, groups[0][1], step, _rows_of(steered, groups[0][0]), first)
         # Captions of different padded lengths, as under guidance: one forward each length, no mask.
         velocity: dict[int, torch.Tensor] = {}
         for rows, caption in groups:
             some = torch.stack([latents[row] for row in rows])
-            velocity.update(zip(rows, self._forward(some, caption, step, first).clone()))
+            velocity.update(zip(rows, self._forward(some, caption, step, _rows_of(steered, rows), first).clone()))
         return torch.stack([velocity[row] for row in range(len(latents))])
 
-    def _forward(self, latents: torch.Tensor, caption: torch.Tensor, step: StepModulation, first: bool) -> torch.Tensor:
-        key = (tuple(latents.shape), caption.shape[1])
-        image_rope, unified_rope = self._tables(latents.shape[2] // PATCH, latents.shape[3] // PATCH, caption.shape[1])
-
-        def forward(latents: torch.Tensor, caption: torch.Tensor, *step: torch.Tensor) -> torch.Tensor:
-            return self.transformer(latents, caption, StepModulation(*step), image_rope, unified_rope)
-
+    def _forward(
+        self, latents: torch.Tensor, caption: torch.Tensor, step: StepModulation, steered: Steered | None, first: bool
+    ) -> torch.Tensor:
+        key = (tuple(latents.shape), caption.shape[1], *(() if steered is None else ("steered",)))
+        tables = self._tables(latents.shape[2] // PATCH, latents.shape[3] // PATCH, caption.shape[1])
         vectors = step.tensors()
 
-        if len(latents) * len(unified_rope.cos) > RECORDED_TOKENS or self.options.streamed:
-            return forward(latents, caption, *vectors)
-        return self.graphs.call(key, forward, (latents, caption, *vectors), first)
+        def forward(latents: torch.Tensor, caption: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+            modulation = StepModulation(*others[: len(vectors)])
+            if steered is None:
+                return self.transformer(latents, caption, modulation, *tables)
+            tokens, scale, *own = others[len(vectors) :]
+            steering = Steering(tokens, scale)
+            return self.controlnet(
+                self.transformer, latents, caption, modulation, *tables, steering, ControlModulation(*own)
+            )
+
+        inputs = (latents, caption, *vectors, *(() if steered is None else (*steered[0], *steered[1].tensors())))
+        if len(latents) * len(tables[1].cos) > RECORDED_TOKENS or self.options.streamed:
+            return forward(*inputs)
+        return self.graphs.call(key, forward, inputs, first)
 
     def _caption(self, embeds: torch.Tensor) -> torch.Tensor:
         """Refined caption [padded tokens, dim]; remembered as long as ``embeds`` itself lives."""
@@ -263,11 +332,24 @@ class NativeModel:
         embedded_times = embed_times(schedule.times, self.description.transformer.t_scale)
         return schedule, self.transformer.modulation(self._to_device(embedded_times))
 
+    def _make_control_steps(self, *taken: Any) -> list[ControlModulation]:
+        times = embed_times(self._steps(*taken)[0].times, self.description.transformer.t_scale)
+        return self.controlnet.modulation(self.transformer.adaLN_input(self._to_device(times)))
+
     def _to_device(self, x: torch.Tensor) -> torch.Tensor:
         # From pageable memory the copy would wait for all work that is queued on the GPU.
         if self.device.type == "cpu":
             return x
         return page_locked(x.shape, x.dtype).copy_(x).to(self.device, non_blocking=True)
+
+
+def _rows_of(steered: Steered | None, rows: Sequence[int]) -> Steered | None:
+    """What steers some rows of a batch, which under guidance is there twice."""
+    if steered is None:
+        return None
+    steering, own = steered
+    count = len(steering.tokens)
+    return (steering if list(rows) == list(range(count)) else steering.of([row % count for row in rows])), own
 
 
 def group_captions(captions: Sequence[torch.Tensor]) -> list[tuple[list[int], torch.Tensor]]:

@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 PLACES = 3
 """Blocks on the device: one computes, one is there, one is on its way."""
+PROJECTIONS = ("before_proj", "after_proj")
+"""Products that a ControlNet's blocks have besides."""
 ALIGNMENT = 256
 HUGE_PAGE = 2 << 20
 MADV_HUGEPAGE = 14
@@ -56,9 +58,11 @@ class _Weight:
 
 
 def large_weights(block: nn.Module, dtype: torch.dtype) -> list[_Weight]:
-    """The weights of a block's four products; ``dtype`` is that of products that are not in eight bits."""
+    """The weights of a block's products; ``dtype`` is that of products that are not in eight bits."""
     weights, place = [], 0
-    for part in ("attention.qkv", "attention.out", "feed_forward.w1w3", "feed_forward.w2"):
+    parts = ["attention.qkv", "attention.out", "feed_forward.w1w3", "feed_forward.w2"]
+    parts += [part for part in PROJECTIONS if getattr(block, part, None) is not None]
+    for part in parts:
         owner = block.get_submodule(part)
         weight = owner.get_parameter("weight")
         kind = weight.dtype if isinstance(owner, QuantisedLinear) else dtype

@@ -17,14 +17,24 @@ OVERLAP = 4
 """Neighbours share at least the tile's side divided by this."""
 
 
-def in_tiles(predict: Callable[[torch.Tensor, bool], torch.Tensor], latents: torch.Tensor, tile: int) -> torch.Tensor:
+def in_tiles(
+    predict: Callable[[torch.Tensor, bool], torch.Tensor],
+    latents: torch.Tensor,
+    tile: int,
+    beside: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Velocity [batch, channels, height, width] of latents; ``predict(part, is the first part)`` gives one tile's.
 
-    ``tile``: positions a side; 0, or latents that fit into one: all at once.
+    ``tile``: positions a side; 0, or latents that fit into one: all at once. ``beside`` [pictures, more channels,
+    height, width] is cut into the same tiles, and ``predict`` gets its channels behind the latents'; of a batch that
+    holds the pictures twice, both times.
     """
     height, width = latents.shape[-2:]
+    given = latents
+    if tile and beside is not None:
+        given = torch.cat([latents, beside.repeat(len(latents) // len(beside), 1, 1, 1)], dim=1)
     if not tile or (height <= tile and width <= tile):
-        return predict(latents, True)
+        return predict(given, True)
     rows, columns = starts(height, tile), starts(width, tile)
     tall, wide = min(tile, height), min(tile, width)
     weight = ramp(tall, tile, latents.device)[:, None] * ramp(wide, tile, latents.device)[None, :]
@@ -32,7 +42,7 @@ def in_tiles(predict: Callable[[torch.Tensor, bool], torch.Tensor], latents: tor
     for n, (top, left) in enumerate(itertools.product(rows, columns)):
         window = (..., slice(top, top + tall), slice(left, left + wide))
         # A recorded forward's result is overwritten by the next one's: it is added up at once.
-        total[window] += weight * predict(latents[window].contiguous(), n == 0)
+        total[window] += weight * predict(given[window].contiguous(), n == 0)
         weights[window] += weight
     return total / weights
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, cast
@@ -100,6 +100,22 @@ class BlockModulation(NamedTuple):
     attention_input: torch.Tensor | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Hints:
+    """What is added to the residual stream behind some of a row of blocks: a ControlNet's."""
+
+    places: frozenset[int]
+    """Which blocks of the row, counted from 0."""
+    make: Callable[[], torch.Tensor]
+    """Gives the next one [batch, tokens, dim], which may be overwritten."""
+    scale: torch.Tensor
+    """[batch, 1, 1] float32."""
+
+    def add(self, x: torch.Tensor) -> torch.Tensor:
+        """x [batch, tokens, dim] with the next hint added, of which x may have the first tokens. x is overwritten."""
+        return x.add_(self.make()[:, : x.shape[1]].mul_(self.scale))
+
+
 class StepModulation(NamedTuple):
     """One step's vectors: blocks [noise refiner + main, 4, dim] and the final layer's scale [dim], float32.
 
@@ -111,12 +127,17 @@ class StepModulation(NamedTuple):
     attention_input: torch.Tensor | None = None
 
     def block(self, index: int) -> BlockModulation:
-        scales = None if self.attention_input is None else self.attention_input[index]
-        return BlockModulation(*self.blocks[index].unbind(0), attention_input=scales)
+        return block_modulation(self.blocks, self.attention_input, index)
 
     def tensors(self) -> list[torch.Tensor]:
         """Those there are: ``StepModulation(*step.tensors())`` is the step again."""
         return [tensor for tensor in self if tensor is not None]
+
+
+def block_modulation(blocks: torch.Tensor, attention_input: torch.Tensor | None, index: int) -> BlockModulation:
+    """One block's vectors of those of several: blocks [blocks, 4, dim], attention_input [blocks, 3, heads]."""
+    scales = None if attention_input is None else attention_input[index]
+    return BlockModulation(*blocks[index].unbind(0), attention_input=scales)
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,24 +338,22 @@ class Transformer(nn.Module):
         every token of every step. Products fill one tensor that the rest then works on as a whole: few launches, and
         few kernels to load in the seconds before the first picture.
         """
-        hidden = F.silu(self._linear_float32(self.t_embedder_in, embedded_times))
-        adaln_input = self._linear_float32(self.t_embedder_out, hidden)
+        adaln_input = self.adaLN_input(embedded_times)
         modulated = blocks_of(self.noise_refiner) + blocks_of(self.layers)
-        raw = adaln_input.new_empty(len(modulated), len(adaln_input), 4 * self.config.dim)
-        for block, out in zip(modulated, raw):
-            self._linear_float32(block.adaLN(), adaln_input, out)
-        factors = raw.unflatten(-1, (4, -1))
-        factors[:, :, 0::2].add_(1)
-        factors[:, :, 1::2].tanh_()
-        factors.mul_(norms_of(modulated)[:, None])
+        factors = modulation_of(modulated, adaln_input, self.ops)
         final = self._linear_float32(self.final_modulation, F.silu(adaln_input)).add_(1)
         if self.attend_fp8 is None:
             return [StepModulation(*step) for step in zip(factors.unbind(1), final.unbind(0))]
-        scales = torch.stack([block.attention.input_scales(own[:, 0]) for block, own in zip(modulated, factors)])
+        scales = attention_scales(modulated, factors)
         return [StepModulation(*step) for step in zip(factors.unbind(1), final.unbind(0), scales.unbind(1))]
 
-    def _linear_float32(self, linear: Linear, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        return self.ops.linear_float32(x, linear.weight, linear.bias, out)
+    def adaLN_input(self, embedded_times: torch.Tensor) -> torch.Tensor:
+        """Features [steps, adaLN_width] float32 of each step's time, from which blocks make their scales and gates."""
+        hidden = F.silu(self._linear_float32(self.t_embedder_in, embedded_times))
+        return self._linear_float32(self.t_embedder_out, hidden)
+
+    def _linear_float32(self, linear: Linear, x: torch.Tensor) -> torch.Tensor:
+        return self.ops.linear_float32(x, linear.weight, linear.bias)
 
     def embed_caption(self, features: torch.Tensor, tokens: int, rope: RotaryTable) -> torch.Tensor:
         """Refined caption tokens [batch, length, dim]; the same for every step and seed.
@@ -347,7 +366,7 @@ class Transformer(nn.Module):
         x[:, tokens:] = self.cap_pad_token
         refiner = blocks_of(self.context_refiner)
         vectors = [BlockModulation(*norms) for norms in norms_of(refiner)] if refiner else []
-        return self._run(self.context_refiner, x, vectors, rope)
+        return self.run(self.context_refiner, x, vectors, rope)
 
     def forward(
         self,
@@ -361,23 +380,15 @@ class Transformer(nn.Module):
         height, width = latents.shape[-2:]
         refiners = len(self.noise_refiner)
         vectors = [modulation.block(i) for i in range(refiners + len(self.layers))]
-        x = self._run(self.noise_refiner, self.embed_image(latents), vectors[:refiners], image_rope, None, 0)
+        x = self.run(self.noise_refiner, self.embed_image(latents), vectors[:refiners], image_rope, None, 0)
         x = torch.cat([x, caption], dim=1)
         tokens = height * width // PATCH**2
-        x = self._run(self.layers, x, vectors[refiners:], unified_rope, tokens, refiners)
+        x = self.run(self.layers, x, vectors[refiners:], unified_rope, tokens, refiners)
         return self.unembed(x, modulation.final, height, width)
 
     def embed_image(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents to tokens [batch, padded_length, dim], channels last within a patch, padding tokens behind."""
-        batch, channels, height, width = latents.shape
-        patches = latents.to(self.x_embedder.weight.dtype).view(
-            batch, channels, height // PATCH, PATCH, width // PATCH, PATCH
-        )
-        tokens = self.x_embedder(patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2))
-        missing = padded_length(tokens.shape[1]) - tokens.shape[1]
-        if missing:
-            tokens = torch.cat([tokens, self.x_pad_token.expand(batch, missing, -1)], dim=1)
-        return tokens
+        return embed_patches(latents, self.x_embedder, self.x_pad_token)
 
     def unembed(self, tokens: torch.Tensor, scale: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Final layer norm, scale and product, then tokens back to latents, float32."""
@@ -386,7 +397,7 @@ class Transformer(nn.Module):
         grid = patches.view(len(tokens), height // PATCH, width // PATCH, PATCH, PATCH, -1)
         return grid.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), -1, height, width)
 
-    def _run(
+    def run(
         self,
         blocks: nn.ModuleList,
         x: torch.Tensor,
@@ -394,8 +405,9 @@ class Transformer(nn.Module):
         rope: RotaryTable,
         keep: int | None = None,
         number: int | None = None,
+        hints: Hints | None = None,
     ) -> torch.Tensor:
-        """All blocks in turn; of the last one only the first ``keep`` tokens, where given.
+        """All blocks in turn; of the last one only the first ``keep`` tokens, where given. x may be overwritten.
 
         ``number``: of the first block among those that may be streamed; None for blocks that never are.
         """
@@ -406,8 +418,13 @@ class Transformer(nn.Module):
         following = [(vector.attention_scale, block.form) for vector, block in zip(vectors[1:], members[1:])]
         for step, (block, vector, then) in enumerate(zip(members, vectors, [*following, None])):
             attend = self.attend if vector.attention_input is None else self.attend_fp8
+            hinted = hints is not None and step in hints.places
             with self._present(None if number is None else number + step):
-                x, h = block(x, h, vector, then, rope, self.ops, attend, keep if then is None else None)
+                last = then is None
+                x, h = block(x, h, vector, None if hinted else then, rope, self.ops, attend, keep if last else None)
+            if hints is not None and hinted:
+                x = hints.add(x)
+                h = x if then is None else self.ops.scaled_rms_norm(x, then[0], self.config.norm_eps, then[1])
         return x
 
     def _present(self, number: int | None) -> AbstractContextManager[None]:
@@ -415,12 +432,40 @@ class Transformer(nn.Module):
         return contextlib.nullcontext() if self.stream is None or number is None else self.stream.block(number)
 
 
+def embed_patches(latents: torch.Tensor, embedder: Linear, pad_token: torch.Tensor) -> torch.Tensor:
+    """Latents [batch, channels, height, width] to tokens [batch, padded_length, dim], the padding token behind."""
+    batch, channels, height, width = latents.shape
+    patches = latents.to(embedder.weight.dtype).view(batch, channels, height // PATCH, PATCH, width // PATCH, PATCH)
+    tokens = embedder(patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2))
+    missing = padded_length(tokens.shape[1]) - tokens.shape[1]
+    if missing:
+        tokens = torch.cat([tokens, pad_token.expand(batch, missing, -1)], dim=1)
+    return tokens
+
+
+def modulation_of(blocks: Sequence[Block], adaln_input: torch.Tensor, ops: Operations) -> torch.Tensor:
+    """Scales and gates [blocks, steps, 4, dim] float32 of blocks, in BlockModulation's order, norms multiplied in."""
+    raw = adaln_input.new_empty(len(blocks), len(adaln_input), 4 * len(blocks[0].attention_norm1))
+    for block, out in zip(blocks, raw):
+        linear = block.adaLN()
+        ops.linear_float32(adaln_input, linear.weight, linear.bias, out)
+    factors = raw.unflatten(-1, (4, -1))
+    factors[:, :, 0::2].add_(1)
+    factors[:, :, 1::2].tanh_()
+    return factors.mul_(norms_of(blocks)[:, None])
+
+
+def attention_scales(blocks: Sequence[Block], factors: torch.Tensor) -> torch.Tensor:
+    """[blocks, steps, 3, heads]: see SelfAttention.input_scales; factors as ``modulation_of`` gives them."""
+    return torch.stack([block.attention.input_scales(own[:, 0]) for block, own in zip(blocks, factors)])
+
+
 def blocks_of(modules: nn.ModuleList) -> list[Block]:
     """The list's members with their type."""
     return cast("list[Block]", list(modules))
 
 
-def norms_of(blocks: list[Block]) -> torch.Tensor:
+def norms_of(blocks: Sequence[Block]) -> torch.Tensor:
     """Learned norm weights [blocks, 4, dim] float32, in BlockModulation's order."""
     return torch.stack([norm for block in blocks for norm in block.norms()]).float().unflatten(0, (-1, 4))
 

@@ -38,10 +38,15 @@ def check_finite(components: Collection[Component], force: bool = False) -> None
             found[stored.name] = stored.info
             found |= {f"{stored.name} ({role})": info for role, info in stored.scales.items()}
     for path, infos in by_file.items():
-        key, state = f"{path.resolve()} {sorted(infos)[0]} {len(infos)}", file_state(path)
-        if force or (read_entry("finite", key) or {}).get("state") != state:
-            _check(path, infos)
-            write_entry("finite", key, {"state": state})
+        check_finite_tensors(path, infos, force)
+
+
+def check_finite_tensors(path: Path, infos: dict[str, TensorInfo], force: bool = False) -> None:
+    """The same of the tensors of one file, name -> where it lies."""
+    key, state = f"{path.resolve()} {sorted(infos)[0]} {len(infos)}", file_state(path)
+    if force or (read_entry("finite", key) or {}).get("state") != state:
+        _check(path, infos)
+        write_entry("finite", key, {"state": state})
 
 
 def _check(path: Path, infos: dict[str, TensorInfo]) -> None:

@@ -143,23 +143,24 @@ def _transformer_shapes(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]
     dim, width = config["dim"], min(config["dim"], ADALN_WIDTH)
     for side, frames in zip(config["all_patch_size"], config["all_f_patch_size"]):
         patch = side**2 * frames * config["in_channels"]
-        yield from _linear(f"all_x_embedder.{side}-{frames}", dim, patch)
-        yield from _linear(f"all_final_layer.{side}-{frames}.linear", patch, dim)
-        yield from _linear(f"all_final_layer.{side}-{frames}.adaLN_modulation.1", dim, width)
-    yield from _linear("t_embedder.mlp.0", TIMESTEP_HIDDEN, FREQUENCIES)
-    yield from _linear("t_embedder.mlp.2", width, TIMESTEP_HIDDEN)
+        yield from linear(f"all_x_embedder.{side}-{frames}", dim, patch)
+        yield from linear(f"all_final_layer.{side}-{frames}.linear", patch, dim)
+        yield from linear(f"all_final_layer.{side}-{frames}.adaLN_modulation.1", dim, width)
+    yield from linear("t_embedder.mlp.0", TIMESTEP_HIDDEN, FREQUENCIES)
+    yield from linear("t_embedder.mlp.2", width, TIMESTEP_HIDDEN)
     yield "cap_embedder.0.weight", (config["cap_feat_dim"],)
-    yield from _linear("cap_embedder.1", dim, config["cap_feat_dim"])
+    yield from linear("cap_embedder.1", dim, config["cap_feat_dim"])
     yield "x_pad_token", (1, dim)
     yield "cap_pad_token", (1, dim)
     for i in range(config["n_refiner_layers"]):
-        yield from _transformer_block(f"noise_refiner.{i}", config, width)
-        yield from _transformer_block(f"context_refiner.{i}", config, None)
+        yield from transformer_block(f"noise_refiner.{i}", config, width)
+        yield from transformer_block(f"context_refiner.{i}", config, None)
     for i in range(config["n_layers"]):
-        yield from _transformer_block(f"layers.{i}", config, width)
+        yield from transformer_block(f"layers.{i}", config, width)
 
 
-def _transformer_block(name: str, config: Config, width: int | None) -> Iterator[tuple[str, tuple[int, ...]]]:
+def transformer_block(name: str, config: Config, width: int | None) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of each tensor of a block; ``width``: features that its adaLN layer takes, None without one."""
     dim, hidden = config["dim"], int(config["dim"] / 3 * 8)
     for part in ("to_q", "to_k", "to_v", "to_out.0"):
         yield f"{name}.attention.{part}.weight", (dim, dim)
@@ -171,7 +172,7 @@ def _transformer_block(name: str, config: Config, width: int | None) -> Iterator
     for norm in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"):
         yield f"{name}.{norm}.weight", (dim,)
     if width is not None:
-        yield from _linear(f"{name}.adaLN_modulation.0", 4 * dim, width)
+        yield from linear(f"{name}.adaLN_modulation.0", 4 * dim, width)
 
 
 def _text_encoder_shapes(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -232,7 +233,7 @@ def _vae_ends(half: str, mid: int, out: int, config: Config) -> Iterator[tuple[s
         attention = f"{half}.mid_block.attentions.0"
         yield from _norm(f"{attention}.group_norm", mid)
         for part in ("to_q", "to_k", "to_v", "to_out.0"):
-            yield from _linear(f"{attention}.{part}", mid, mid)
+            yield from linear(f"{attention}.{part}", mid, mid)
     yield from _norm(f"{half}.conv_norm_out", out)
 
 
@@ -245,7 +246,8 @@ def _resnet(name: str, before: int, after: int) -> Iterator[tuple[str, tuple[int
         yield from _conv(f"{name}.conv_shortcut", after, before, 1)
 
 
-def _linear(name: str, out: int, into: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+def linear(name: str, out: int, into: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of a linear layer's two tensors."""
     yield f"{name}.weight", (out, into)
     yield f"{name}.bias", (out,)
 
