@@ -7,7 +7,7 @@ cannot fuse. tests/training/test_batched.py holds both against each other.
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Any
 
 import torch
@@ -125,30 +125,62 @@ def block(layer: Any, x: Tensor, rope: Tensor, time: Tensor | None) -> Tensor:
     return x + (out if gate_ffn is None else gate_ffn * out)
 
 
+def patches(z: Tensor) -> Tensor:
+    """Latents [B, C, H, W] as tokens [B, H * W / 4, 4 * C], channels last within a patch."""
+    b, c, height, width = z.shape
+    h, w = height // 2, width // 2
+    return z.view(b, c, h, 2, w, 2).permute(0, 2, 4, 3, 5, 1).reshape(b, h * w, 4 * c)
+
+
+def control_row(net: Any, condition: Tensor, x: Tensor, rope: Tensor, time: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """A ControlNet's layers: the condition as the last one leaves it, and each one's hint. x: what they also see."""
+    condition, hints = net.control_layers[0].before_proj(condition) + x, []
+    for layer in net.control_layers:
+        condition = block(layer, condition, rope, time)
+        hints.append(layer.after_proj(condition))
+    return condition, hints
+
+
 def velocity(
-    model: Any, z: Tensor, time: Tensor, caption: Tensor, real: Tensor, ropes: tuple[Tensor, Tensor]
+    model: Any,
+    z: Tensor,
+    time: Tensor,
+    caption: Tensor,
+    real: Tensor,
+    ropes: tuple[Tensor, Tensor],
+    net: Any = None,
+    control: Tensor | None = None,
 ) -> Tensor:
     """The transformer's output: data minus noise (the pipeline negates it).
 
     z [B, 16, H, W] noisy latents; time [B] = 1 - sigma; caption [B, T, hidden]; real [B, T], False on padding;
-    ropes from `rope_tables`.
+    ropes from `rope_tables`. `net`: a ControlNet of Union 2.0's layout (its layers are also the condition's refiner),
+    used as its makers do; `control` [B, channels, H, W] its condition.
     """
     b, c, height, width = z.shape
     h, w = height // 2, width // 2
     image_rope, text_rope = ropes
     embedder = model.t_embedder
     t = embedder.mlp(embedder.timestep_embedding(time * model.t_scale, embedder.frequency_embedding_size)).to(z.dtype)
-    x = z.view(b, c, h, 2, w, 2).permute(0, 2, 4, 3, 5, 1).reshape(b, h * w, 4 * c)
-    x = model.all_x_embedder["2-1"](x)
-    for layer in model.noise_refiner:
+    x = model.all_x_embedder["2-1"](patches(z))
+    condition, hints = None, []
+    if net is not None and control is not None:
+        condition, hints = control_row(net, net.control_all_x_embedder["2-1"](patches(control)), x, image_rope, t)
+    for layer, hint in zip_longest(model.noise_refiner, hints[: len(model.noise_refiner)]):
         x = block(layer, x, image_rope, t)
+        x = x if hint is None else x + hint
     text = model.cap_embedder[1](rms_norm(caption, model.cap_embedder[0].weight))
     text = torch.where(real[..., None], text, model.cap_pad_token.to(text.dtype))
     for layer in model.context_refiner:
         text = block(layer, text, text_rope, None)
     joint, rope = torch.cat([x, text.to(x.dtype)], 1), torch.cat([image_rope, text_rope], 1)
-    for layer in model.layers:
+    hints = {}
+    if condition is not None:
+        _, made = control_row(net, torch.cat([condition, text], 1), joint, rope, t)
+        hints = dict(zip(net.config.control_layers_places, made))
+    for place, layer in enumerate(model.layers):
         joint = block(layer, joint, rope, t)
+        joint = joint + hints[place] if place in hints else joint
     final, x = model.all_final_layer["2-1"], joint[:, : h * w]
     x = final.linear(final.norm_final(x) * (1 + final.adaLN_modulation(t)).unsqueeze(1))
     return x.view(b, h, w, 2, 2, c).permute(0, 5, 1, 3, 2, 4).reshape(b, c, height, width)

@@ -115,6 +115,20 @@ class EvaluateConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class ControlConfig:
+    """The embedded model's ControlNet, trained on pictures that the model draws and their edges; `seconds` of CPU."""
+
+    model: str = MISSING
+    places: list[int] = MISSING
+    pictures: int = MISSING
+    seconds: float = MISSING
+    batch: int = MISSING
+    lr: float = MISSING
+    thresholds: list[int] = MISSING
+    out: str = MISSING
+
+
+@dataclass(kw_only=True, slots=True)
 class TrainingConfig:
     """The whole of `conf/config.yaml`."""
 
@@ -126,6 +140,7 @@ class TrainingConfig:
     transformer: TransformerConfig = MISSING
     warm_start: WarmStartConfig = MISSING
     evaluate: EvaluateConfig = MISSING
+    control: ControlConfig = MISSING
 
 
 def _register() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,14 @@ from tests.support import NANO
 from tests.support.controlnets import LAYOUTS, TRANSFORMER, make_controlnet, write_controlnet
 from tests.support.reference import TOLERANCE, Reference, difference, noise
 from zimage_runner.engines.native.assembly import load_controlnet, load_model
+from zimage_runner.engines.native.graphs import GraphCache
 from zimage_runner.engines.native.model import Control, NativeModel, Options
 from zimage_runner.engines.native.sampler import Guidance
+from zimage_runner.engines.native.streaming import BlockStream
 from zimage_runner.model import Convention, Model, Source
-from zimage_runner.weights.find.controlnet import find_controlnet
+from zimage_runner.weights.find.controlnet import ControlNetFile, find_controlnet
 
-STEPS = 3
+STEPS = 2
 
 
 class Steered:
@@ -64,36 +65,41 @@ class Steered:
             handle.remove()
 
 
+def find(path: Path) -> ControlNetFile:
+    found = find_controlnet(Model(name="nano", source=Source.embedded, controlnet=str(path)), TRANSFORMER)
+    assert found is not None
+    return found
+
+
 def native(path: Path, **options: Any) -> NativeModel:
     model = load_model(NANO, Options(**options))
-    config = Model(name="nano", source=Source.embedded, controlnet=str(path))
-    found = find_controlnet(config, TRANSFORMER)
-    assert found is not None
-    load_controlnet(model, found)
+    load_controlnet(model, find(path))
     return model
 
 
-@pytest.fixture(scope="module", params=list(LAYOUTS))
-def layout(request: pytest.FixtureRequest) -> str:
-    return request.param
+def steer(layout: str, batch: int, height: int, width: int, **options: Any) -> Control:
+    channels, generator = LAYOUTS[layout]["control_in_dim"], torch.Generator().manual_seed(9)
+    condition = torch.randn(batch, channels, height // 8, width // 8, generator=generator)
+    return Control(**{"condition": condition, "scales": [0.4, 0.9][:batch], **options})
 
 
 @pytest.fixture(scope="module")
-def file(layout: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_controlnet(tmp_path_factory.mktemp("control") / "any name.safetensors", layout)
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("controlnets")
+    return {layout: write_controlnet(folder / f"{number}.safetensors", layout) for number, layout in enumerate(LAYOUTS)}
 
 
-def condition(layout: str, batch: int, height: int, width: int) -> torch.Tensor:
-    channels = LAYOUTS[layout]["control_in_dim"]
-    return torch.randn(batch, channels, height // 8, width // 8, generator=torch.Generator().manual_seed(9))
+@pytest.fixture(scope="module")
+def embeds() -> list[torch.Tensor]:
+    """Of two captions and of two more, a longer one among them."""
+    return load_model(NANO, Options()).encode(["a red apple", "a cat", "", "blurry, ugly " * 12], 512)
 
 
-def test_the_layout_is_told_from_the_tensors(layout: str, file: Path) -> None:
-    found = find_controlnet(Model(name="nano", source=Source.embedded, controlnet=str(file)), TRANSFORMER)
-    assert found is not None
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_the_layout_is_told_from_the_tensors(layout: str, files: dict[str, Path]) -> None:
     fields = LAYOUTS[layout]
     kind = {None: "plain", "control_layers": "shared", "control_noise_refiner": "own"}
-    assert found.layout.record() == {
+    assert find(files[layout]).layout.record() == {
         "channels": fields["control_in_dim"],
         "refiner": kind[fields["add_control_noise_refiner"]],
         "places": fields["control_layers_places"],
@@ -102,16 +108,96 @@ def test_the_layout_is_told_from_the_tensors(layout: str, file: Path) -> None:
 
 
 @pytest.mark.parametrize("convention", list(Convention))
-def test_a_velocity_is_diffusers(layout: str, file: Path, convention: Convention, reference: Reference) -> None:
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_latents_are_diffusers(
+    layout: str, files: dict[str, Path], convention: Convention, reference: Reference, embeds: list[torch.Tensor]
+) -> None:
     # 80x48 pixels are 15 image tokens, padded to 32. Two pictures, each with a scale of its own.
-    model = native(file, convention=convention)
-    embeds = model.encode(["a red apple", "a cat on a blue table in the snow and a dog"], 512)
-    z, given = noise(2, 80, 48), condition(layout, 2, 80, 48)
-    steered, scales = Steered(reference, layout, convention), (0.4, 0.9)
-    ours = model.denoise(embeds, z, STEPS, control=Control(condition=given, scales=scales))
-    rows = [slice(i, i + 1) for i in range(2)]
-    theirs = torch.cat([steered.draw(embeds[i], z[row], given[row], scales[i]) for i, row in enumerate(rows)])
-    plain = model.denoise(embeds, z, STEPS)
-    print(difference(ours, theirs), difference(ours, plain), plain.std(), ours.std())
+    model, z, control = native(files[layout], convention=convention), noise(2, 80, 48), steer(layout, 2, 80, 48)
+    ours = model.denoise(embeds[:2], z, STEPS, control=control)
+    steered, rows = Steered(reference, layout, convention), [slice(i, i + 1) for i in range(2)]
+    theirs = [steered.draw(embeds[i], z[row], control.condition[row], control.scales[i]) for i, row in enumerate(rows)]
+    assert difference(ours, torch.cat(theirs)) <= TOLERANCE
+    assert difference(ours, model.denoise(embeds[:2], z, STEPS)) > 0.1
+
+
+def test_the_conventions_differ_only_where_the_noise_refiner_gets_hints(
+    files: dict[str, Path], embeds: list[torch.Tensor]
+) -> None:
+    for layout in ("1.0", "2.1"):
+        drawn = [
+            native(files[layout], convention=convention).denoise(
+                embeds[:1], noise(1, 32, 32), 1, control=steer(layout, 1, 32, 32)
+            )
+            for convention in Convention
+        ]
+        assert torch.equal(*drawn) == (layout == "1.0")
+
+
+@pytest.mark.parametrize(("start", "end", "active"), [(0.5, 1.0, (1, 2)), (0.0, 0.5, (0, 1)), (0.0, 0.4, (0, 0))])
+def test_some_of_the_steps(
+    start: float, end: float, active: tuple[int, int], files: dict[str, Path], reference: Reference,
+    embeds: list[torch.Tensor],
+) -> None:  # fmt: skip
+    model, z = native(files["2.1"]), noise(1, 32, 32)
+    control = steer("2.1", 1, 32, 32, start=start, end=end)
+    ours = model.denoise(embeds[:1], z, STEPS, control=control)
+    steered = Steered(reference, "2.1", Convention.trained)
+    theirs = steered.draw(embeds[0], z, control.condition, control.scales[0], range(*active))
     assert difference(ours, theirs) <= TOLERANCE
-    assert difference(ours, plain) > 0.05
+
+
+def test_a_scale_of_nothing_is_a_picture_without(files: dict[str, Path], embeds: list[torch.Tensor]) -> None:
+    model, z = native(files["2.0"]), noise(2, 48, 32)
+    plain = load_model(NANO, Options()).denoise(embeds[:2], z, STEPS)
+    assert torch.equal(model.denoise(embeds[:2], z, STEPS), plain)
+    assert torch.equal(model.denoise(embeds[:2], z, STEPS, control=steer("2.0", 2, 48, 32, scales=[0, 0])), plain)
+    one = model.denoise(embeds[:2], z, STEPS, control=steer("2.0", 2, 48, 32, scales=[0, 0.8]))
+    assert difference(one[:1], plain[:1]) <= TOLERANCE < difference(one[1:], plain[1:])
+
+
+def test_guidance_steers_both_prompts(files: dict[str, Path], embeds: list[torch.Tensor]) -> None:
+    """Together in one forward, or apart where the negative prompt is longer."""
+    model, z, control = native(files["1.0"]), noise(2, 32, 32), steer("1.0", 2, 32, 32)
+    negatives = [embeds[2], embeds[3]]
+    guided = model.denoise(embeds[:2], z, 1, Guidance(scale=2.0), negatives, control=control)
+    positive, negative = (model.denoise(some, z, 1, control=control) for some in (embeds[:2], negatives))
+    # One step from noise at sigma 1: latents are noise + velocity.
+    assert difference(guided, positive + 2 * (positive - negative)) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("layout", "precision"), [("2.0", "bf16"), ("2.1", "fp8")])
+def test_streamed_weights_draw_the_same(
+    layout: str, precision: str, files: dict[str, Path], embeds: list[torch.Tensor]
+) -> None:
+    resident, streamed = (native(files[layout], precision=precision, streamed=s) for s in (False, True))
+    assert isinstance(streamed.controlnet.stream, BlockStream)
+    z, control = noise(2, 48, 32), steer(layout, 2, 48, 32, end=0.5)
+    for _ in range(2):
+        drawn = [model.denoise(embeds[:2], z, STEPS, control=control) for model in (resident, streamed)]
+        assert torch.equal(*drawn)
+
+
+def test_eight_bits_are_close(files: dict[str, Path], embeds: list[torch.Tensor]) -> None:
+    z, control = noise(1, 64, 64), steer("2.1", 1, 64, 64)
+    exact = native(files["2.1"]).denoise(embeds[:1], z, 1, control=control)
+    plain = native(files["2.1"]).denoise(embeds[:1], z, 1)
+    got = native(files["2.1"], precision="fp8").denoise(embeds[:1], z, 1, control=control)
+    assert 0 < (got - exact).norm() < 0.25 * (exact - plain).norm()
+
+
+def test_a_recorded_forward_is_one_of_its_own(files: dict[str, Path], embeds: list[torch.Tensor]) -> None:
+    """Steered or not, the shapes are the same: the recordings must not be."""
+    model, z = native(files["2.1"]), noise(1, 32, 32)
+    expected = [model.denoise(embeds[:1], z, STEPS, control=c) for c in (None, steer("2.1", 1, 32, 32, end=0.5))]
+    recorded: list[int] = []
+
+    def capture(function: Any, inputs: Any) -> Any:
+        recorded.append(len(inputs))
+        return lambda inputs: function(*inputs)
+
+    model.graphs = GraphCache(4, capture)
+    for _ in range(3):
+        drawn = [model.denoise(embeds[:1], z, STEPS, control=c) for c in (None, steer("2.1", 1, 32, 32, end=0.5))]
+        assert all(torch.equal(a, b) for a, b in zip(drawn, expected, strict=True))
+    assert len(recorded) == len(set(recorded)) == 2
