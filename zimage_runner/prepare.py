@@ -37,6 +37,7 @@ from zimage_runner.signals import PATIENCE, StopRequest, graceful_stop
 from zimage_runner.weights.find.checkpoint import Checkpoint
 from zimage_runner.weights.find.digest import weights_digest
 from zimage_runner.weights.find.resolve import download, locate, resolve
+from zimage_runner.weights.find.controlnet import controlnet_files
 from zimage_runner.weights.find.verify import file_digests, forget
 from zimage_runner.weights.prepared import prepared
 
@@ -156,10 +157,11 @@ def _download(wanted: Wanted) -> int:
 def _accept(wanted: Wanted) -> int:
     model = wanted.model
     layout = locate(model)
-    files = [*layout.weight_paths, *layout.config_files]
-    forget(files)
-    for digest in file_digests(files, force=True):
-        print(f"{layout.name_of(digest.path)}: sha256 {digest.sha256} accepted")
+    files, others = [*layout.weight_paths, *layout.config_files], controlnet_files(model)
+    forget([*files, *others])
+    for digest in file_digests([*files, *others], force=True):
+        name = digest.path if digest.path in others else layout.name_of(digest.path)
+        print(f"{name}: sha256 {digest.sha256} accepted")
     return EXIT_OK
 
 

@@ -153,9 +153,9 @@ class Composed:
 
 PATHS = (
     "output_file", "output.root", "prompts.path", "prompts.glob", "prompts.template.wildcards", "prompts.masks",
-    "model.path",
-    "model.transformer", "model.text_encoder", "model.vae", "model.tokenizer", "model.cache_dir", "compile.cache_dir",
-    "embedding_cache.path", "skip_existing", "sampling.image", "sampling.mask", "sampling.control_image",
+    "model.path", "model.transformer", "model.text_encoder", "model.vae", "model.tokenizer", "model.controlnet",
+    "model.cache_dir", "compile.cache_dir", "embedding_cache.path", "skip_existing", "sampling.image", "sampling.mask",
+    "sampling.control_image",
 )  # fmt: skip
 """Fields that hold a path: ``~`` is the home directory, others are relative to where the program was started."""
 

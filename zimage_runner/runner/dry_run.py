@@ -18,7 +18,7 @@ from zimage_runner.outputs.run_dir import RECORD_BYTES
 from zimage_runner.outputs.summary import one_line
 from zimage_runner.outputs.survey import Progress
 from zimage_runner.plan import Bucket, WorkItem
-from zimage_runner.runner.spec import NOT_DOWNLOADED, RunSpec
+from zimage_runner.runner.spec import RunSpec
 
 LISTED = 5
 """Prompts, truncations and duplicates that are named; the rest are counted."""
@@ -51,7 +51,7 @@ def describe(spec: RunSpec, progress: Progress | None = None, linked: Collection
     if spec.plan.caption_tokens:
         rows += _listed("truncated", [str(t) for t in spec.plan.truncations])
     rows += _listed("drawn twice", [_duplicate(d) for d in spec.plan.duplicates])
-    if spec.checkpoint is NOT_DOWNLOADED:
+    if not spec.checkpoint.digest:
         rows.append(("weights", f"{spec.config.model.repo} is not downloaded yet"))
     rows.append(("disk", _disk(spec, items)))
     rows.append(("time", _eta(spec, items)))
@@ -131,7 +131,7 @@ def _pictures(spec: RunSpec) -> list[str]:
 def _tokens(spec: RunSpec) -> str:
     counts = spec.plan.caption_tokens.values()
     if not counts:
-        missing = "the weights are not there" if spec.checkpoint is NOT_DOWNLOADED else "there is no tokenizer.json"
+        missing = "the weights are not there" if not spec.checkpoint.digest else "there is no tokenizer.json"
         return f"not counted, and so not what is cut off: {missing}"
     low, high = min(counts), max(counts)
     told = f"{low} each" if low == high else f"{low} to {high}, median {statistics.median(counts):g}"

@@ -24,7 +24,9 @@ from zimage_runner.sampling import PICTURE_FIELDS, SamplingParams, resolve_sampl
 from zimage_runner.session import SessionConfig
 from zimage_runner.warmup import WarmupShape
 from zimage_runner.weights.find.checkpoint import Checkpoint
+from zimage_runner.weights.find.controlnet import find_controlnet
 from zimage_runner.weights.find.resolve import resolve, resolve_without_network
+from zimage_runner.weights.formats.controlnet import PUBLISHED
 
 UNTRUNCATED = 1 << 24
 NOT_DOWNLOADED = Checkpoint(path=Path(os.devnull), revision="not downloaded", digest="")
@@ -194,7 +196,7 @@ def _lora_finder(config: RunConfig, prompts: Sequence[Prompt], checkpoint: Check
         return None
     from zimage_runner.runner.loras import LoraFinder
 
-    return LoraFinder(config, None if checkpoint is NOT_DOWNLOADED else checkpoint.path)
+    return LoraFinder(config, checkpoint.path if checkpoint.digest else None)
 
 
 def session_config(config: RunConfig, checkpoint: Checkpoint) -> SessionConfig:
@@ -221,7 +223,8 @@ def executor_key(config: RunConfig, checkpoint: Checkpoint | None = None) -> str
 def _checkpoint(config: RunConfig) -> Checkpoint:
     if not config.dry_run:
         return resolve(config.model)
-    return resolve_without_network(config.model) or NOT_DOWNLOADED
+    found = resolve_without_network(config.model)
+    return found or replace(NOT_DOWNLOADED, controlnet=find_controlnet(config.model, PUBLISHED))
 
 
 def _once(memo: dict[str, Any], key: str, make: Callable[[], Any]) -> Any:

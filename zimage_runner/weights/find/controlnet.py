@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zimage_runner.errors import UserError
+from zimage_runner.errors import PROGRAM, UserError, called
 from zimage_runner.model import Model, Verify
 from zimage_runner.outputs.parsed import from_json
 from zimage_runner.weights.cache import is_writable
@@ -45,10 +45,9 @@ def find_controlnet(model: Model, transformer: Mapping[str, Any]) -> ControlNetF
     """
     if model.controlnet is None:
         return None
-    path = Path(model.controlnet).expanduser().absolute()
-    label = f"{FIELD}={path}"
-    folder_config = _config(path)
-    stored = [open_stored(file, label if path.is_file() else str(file)) for file in _files(path, label)]
+    path, files = _absolute(model.controlnet), controlnet_files(model)
+    label, folder_config = f"{FIELD}={path}", _config(path)
+    stored = [open_stored(file, label if path.is_file() else str(file)) for file in files]
     tensors = _tensors(label, stored)
     layout = layout_of(str(path), tensors, transformer, _projects(stored), folder_config)
     if model.verify is not Verify.headers and is_writable():
@@ -58,8 +57,15 @@ def find_controlnet(model: Model, transformer: Mapping[str, Any]) -> ControlNetF
     return ControlNetFile(path=path, files=tuple(f.path for f in stored), layout=layout, digest=total.hexdigest())
 
 
-def _files(path: Path, label: str) -> list[Path]:
-    """A file itself, or a directory's only ones: those of its index, else the only safetensors file there."""
+def controlnet_files(model: Model) -> list[Path]:
+    """A file itself, or a directory's only ones: those of its index, else the only safetensors file there.
+
+    Empty where ``model.controlnet`` names none. Raises UserError for what is not there.
+    """
+    if model.controlnet is None:
+        return []
+    path = _absolute(model.controlnet)
+    label = f"{FIELD}={path}"
     if not path.is_dir():
         if not path.exists():
             raise UserError(f"{label}: no such file or directory")
@@ -74,6 +80,10 @@ def _files(path: Path, label: str) -> list[Path]:
         names = ", ".join(file.name for file in files[:4]) + (", ..." if len(files) > 4 else "")
         raise UserError(f"{label} holds several files ({names}): name one of them")
     return files
+
+
+def _absolute(path: str) -> Path:
+    return Path(path).expanduser().absolute()
 
 
 def _shards(index: Path) -> list[Path]:
@@ -133,7 +143,8 @@ def _verify(stored: list[StoredFile], always: bool) -> None:
         if digest.is_altered:
             raise UserError(
                 f"{digest.path} was altered: sha256 {digest.sha256[:16]}... instead of {str(digest.expected)[:16]}... "
-                f"of {digest.expected_from}: copy it again, or give it another name if it is meant to differ"
+                f"of {digest.expected_from}: copy it again, or accept it as it is with "
+                f"`{called(PROGRAM)} prepare accept` and the same model options"
             )
     for file in stored:
         check_finite_tensors(file.path, file.tensors, always)

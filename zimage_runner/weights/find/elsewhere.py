@@ -24,15 +24,25 @@ def on_this_machine(model: Model, checkpoint: Checkpoint) -> Checkpoint:
     """
     with _one_at_a_time():
         with contextlib.suppress(UserError, OSError):
-            if weights_digest(inspect(checkpoint.path)) == checkpoint.digest:
+            same = weights_digest(inspect(checkpoint.path)) == checkpoint.digest
+            if same and (checkpoint.controlnet is None or _digest(resolve(model)) == _digest(checkpoint)):
                 return checkpoint
         found = resolve(model)
+    if _digest(found) != _digest(checkpoint):
+        raise UserError(
+            f"model.controlnet={model.controlnet} on this node is another file than on the machine that was asked: "
+            "copy the same one to every node"
+        )
     if found.digest != checkpoint.digest:
         raise UserError(
             f"{found.path} on this node holds other weights (digest {found.digest[:12]}) than the machine that was "
             f"asked (digest {checkpoint.digest[:12]}): copy the same files to every node, or pin model.revision"
         )
     return replace(found, revision=checkpoint.revision)  # it goes into records, which are alike wherever they are drawn
+
+
+def _digest(checkpoint: Checkpoint) -> str | None:
+    return checkpoint.controlnet and checkpoint.controlnet.digest
 
 
 @contextlib.contextmanager

@@ -10,9 +10,11 @@ from pathlib import Path
 from zimage_runner.errors import PROGRAM, UserError, called
 from zimage_runner.logs import say
 from zimage_runner.model import Model, Source, Verify
+from zimage_runner.outputs.parsed import from_json
 from zimage_runner.weights.cache import cache_root, is_writable, read_entry, write_entry
 from zimage_runner.weights.find import hubs
 from zimage_runner.weights.find.checkpoint import Checkpoint
+from zimage_runner.weights.find.controlnet import ControlNetFile, find_controlnet
 from zimage_runner.weights.find.digest import weights_digest
 from zimage_runner.weights.find.layout import WEIGHT_STEMS, IncompleteCheckpoint, Layout, inspect
 from zimage_runner.weights.find.verify import FileDigest, file_digests
@@ -39,7 +41,15 @@ def resolve(model: Model) -> Checkpoint:
     digest = weights_digest(layout)
     if layout.composition:
         _tell(layout.composition)
-    return Checkpoint(path=layout.path, revision=_revision(model, layout.path) or digest[:12], digest=digest)
+    revision = _revision(model, layout.path) or digest[:12]
+    return Checkpoint(path=layout.path, revision=revision, digest=digest, controlnet=_controlnet(model, layout.path))
+
+
+def _controlnet(model: Model, checkpoint: Path) -> ControlNetFile | None:
+    """The model's ControlNet, which must fit the checkpoint's transformer."""
+    if model.controlnet is None:
+        return None
+    return find_controlnet(model, from_json((checkpoint / "transformer" / "config.json").read_bytes()))
 
 
 @functools.cache  # jobs of a sweep say it once
