@@ -163,8 +163,9 @@ def velocity(
     embedder = model.t_embedder
     t = embedder.mlp(embedder.timestep_embedding(time * model.t_scale, embedder.frequency_embedding_size)).to(z.dtype)
     x = model.all_x_embedder["2-1"](patches(z))
-    condition, hints = None, []
+    condition, hints, places = None, [], []
     if net is not None and control is not None:
+        places = net.config.control_layers_places
         condition, hints = control_row(net, net.control_all_x_embedder["2-1"](patches(control)), x, image_rope, t)
     for layer, hint in zip_longest(model.noise_refiner, hints[: len(model.noise_refiner)]):
         x = block(layer, x, image_rope, t)
@@ -177,7 +178,7 @@ def velocity(
     hints = {}
     if condition is not None:
         _, made = control_row(net, torch.cat([condition, text], 1), joint, rope, t)
-        hints = dict(zip(net.config.control_layers_places, made))
+        hints = dict(zip(places, made))
     for place, layer in enumerate(model.layers):
         joint = block(layer, joint, rope, t)
         joint = joint + hints[place] if place in hints else joint

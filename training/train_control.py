@@ -27,9 +27,9 @@ from training.latents import make_encoder
 from training.lexicon import read_yaml
 from training.models import LATENT_CHANNELS
 from training.train_transformer import LATENT_SIDE, noise_levels
-from zimage_runner.engines.canny import canny
 from zimage_runner.engines.native.assembly import load_model
 from zimage_runner.engines.native.model import Options
+from zimage_runner.pictures.canny import canny
 
 CAPTION = 32  # padded tokens; longer captions are left out
 STEPS = 8

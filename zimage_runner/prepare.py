@@ -35,9 +35,9 @@ from zimage_runner.logs import log_to_terminal, refuse
 from zimage_runner.model import Model
 from zimage_runner.signals import PATIENCE, StopRequest, graceful_stop
 from zimage_runner.weights.find.checkpoint import Checkpoint
+from zimage_runner.weights.find.controlnet import controlnet_files
 from zimage_runner.weights.find.digest import weights_digest
 from zimage_runner.weights.find.resolve import download, locate, resolve
-from zimage_runner.weights.find.controlnet import controlnet_files
 from zimage_runner.weights.find.verify import file_digests, forget
 from zimage_runner.weights.prepared import prepared
 

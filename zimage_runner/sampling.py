@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from zimage_runner.errors import UserError, check_range
-from zimage_runner.model import FREE_TEXT, PIXEL_MULTIPLE
+from zimage_runner.model import FREE_TEXT, LATENT_CHANNELS, PIXEL_MULTIPLE
 
 OF_ITEM = "of_item"
 """Metadata of fields that may differ within a batch: their value where a batch is meant and not an item."""
@@ -23,6 +23,10 @@ MAX_LORA_WEIGHT = 100.0
 """Either way from 0. Trainers' own pictures have 1; what is beyond a few is noise."""
 STRENGTH, INPAINT_STRENGTH, CONTROL_SCALE = 0.6, 1.0, 0.75
 """What holds where nothing is said: diffusers' own defaults for Z-Image's img2img, inpainting and ControlNet."""
+CANNY_LOW, CANNY_HIGH = 100, 200
+"""controlnet_aux's thresholds."""
+CANNY_MOST = 2040
+"""The steepest slope there is: from 0 to 255 in one direction and the other, by Sobel's 4."""
 MAX_MASK_PIXELS = 1024
 """Upper bound on blurring, growing and cropping masks."""
 
@@ -36,6 +40,15 @@ class Fit(enum.Enum):
     """Scaled to fit into it, and its edge continued around."""
     stretch = "stretch"
     """Each side scaled on its own."""
+
+
+class Preprocess(enum.Enum):
+    """What is made of a control picture before the ControlNet sees it."""
+
+    none = "none"
+    """It is a condition already: edges, depth, a pose ..."""
+    canny = "canny"
+    """Its edges, as OpenCV's Canny finds them."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -89,6 +102,16 @@ class Sampling:
     """Picture file that a ControlNet follows."""
     control_scale: float | None = field(default=None, metadata=OF_PICTURES)
     """How strongly the ControlNet acts; null: 0.75."""
+    control_preprocess: Preprocess | None = field(default=None, metadata=OF_PICTURES)
+    """What is made of control_image first: none (null), or canny, its edges."""
+    canny_low: int | None = field(default=None, metadata=OF_PICTURES)
+    """Weakest slope that continues an edge, 0 to 2040; null: 100."""
+    canny_high: int | None = field(default=None, metadata=OF_PICTURES)
+    """Weakest slope that begins an edge, 0 to 2040; null: 200."""
+    control_start: float | None = field(default=None, metadata=OF_PICTURES)
+    """Share of the steps, from 0, before which the ControlNet does not act yet; null: 0."""
+    control_end: float | None = field(default=None, metadata=OF_PICTURES)
+    """Share of the steps, up to 1, after which it acts no more; null: 1."""
 
 
 SAMPLING_FIELDS = tuple(f.name for f in fields(Sampling) if not f.metadata.get("of_pictures"))
@@ -144,6 +167,29 @@ class Picture:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Controlnet:
+    """What steers an item that has a control picture. Equal digests and conventions steer alike."""
+
+    digest: str
+    """Identity of its weights, sha256 hex."""
+    convention: str
+    """How it is used: see model.Convention."""
+    path: str = field(compare=False)
+    """Where it lies: absolute."""
+    channels: int = field(compare=False)
+    """Of its condition: the latents', or those of a mask and of a picture besides."""
+
+    @property
+    def sees_masks(self) -> bool:
+        """Whether it is told what is painted and what is around it."""
+        return self.channels > LATENT_CHANNELS
+
+    def record(self) -> dict[str, Any]:
+        """What a picture's record says of it."""
+        return {name: getattr(self, name) for name in ("path", "digest", "convention")}
+
+
 ANY_PICTURE = Picture(digest="", path="", width=0, height=0)
 """Stands for the picture of each item of a batch."""
 
@@ -170,6 +216,13 @@ class Inputs:
     """The noise goes from this seed's; None: it is the item's own."""
     control_image: Picture | None = None
     control_scale: float = CONTROL_SCALE
+    control_preprocess: Preprocess = Preprocess.none
+    canny_low: int = CANNY_LOW
+    canny_high: int = CANNY_HIGH
+    control_start: float = 0.0
+    control_end: float = 1.0
+    controlnet: Controlnet | None = None
+    """What follows ``control_image``."""
     result: tuple[int, int] | None = None
     """Width and height of the finished picture where they are not those that are drawn."""
 
@@ -182,6 +235,17 @@ class Inputs:
             check_range("sampling.outpaint", side, 0, MAX_SIDE)
         check_range("sampling.variation", self.variation, 0.0, 1.0)
         check_range("sampling.control_scale", self.control_scale, 0.0, 10.0)
+        for name in ("canny_low", "canny_high"):
+            check_range(f"sampling.{name}", getattr(self, name), 0, CANNY_MOST)
+        if self.canny_low > self.canny_high:
+            raise UserError(
+                f"sampling.canny_low={self.canny_low} is above sampling.canny_high={self.canny_high}: swap them"
+            )
+        if not 0 <= self.control_start < self.control_end <= 1:
+            raise UserError(
+                f"sampling.control_start={self.control_start:g} and sampling.control_end={self.control_end:g}: use "
+                "shares of the steps from 0 to 1, the start below the end"
+            )
 
     @property
     def canvas(self) -> tuple[int, int]:
@@ -217,6 +281,9 @@ class Inputs:
             tile=self.tile,
             mask=ANY_PICTURE if self.inpaints else None,
             control_image=self.control_image and ANY_PICTURE,
+            control_start=self.control_start,
+            control_end=self.control_end,
+            controlnet=self.controlnet,
             result=self.result,
         )
 
@@ -227,14 +294,17 @@ class Inputs:
         values = {name: getattr(self, name) for name in names if getattr(self, name) != getattr(neutral, name)}
         if self.control_image is not None:
             values["control_scale"] = self.control_scale
-        return {name: _plain(value) for name, value in values.items()}
+        counts = {name: _plain(value) for name, value in values.items()}
+        if self.controlnet is not None:
+            counts["controlnet"] = [self.controlnet.digest, self.controlnet.convention]
+        return counts
 
     def record(self) -> dict[str, Any]:
         """What a picture's record says: of the files their paths, digests and sizes, and what is not neutral."""
         return {
             name: picture.record() if (picture := self.files.get(name)) else value
             for name, value in self.counts().items()
-        }
+        } | ({"controlnet": self.controlnet.record()} if self.controlnet else {})
 
 
 def _plain(value: Any) -> Any:

@@ -124,7 +124,7 @@ class Engine(abc.ABC):
         """Caption features of each text: [L_i, cap_feat_dim], padding removed, truncated to max_sequence_length."""
 
     def encode_picture(self, pixels: np.ndarray) -> Posterior:
-        """Latents' distribution of a picture, uint8 [height, width, 3], with sides that are multiples of 16.
+        """Latents' distribution of a picture [height, width, 3], uint8 or float32 of 0 to 255; sides multiples of 16.
 
         Raises UserError where this engine has no encoder.
         """

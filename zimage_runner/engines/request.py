@@ -94,11 +94,37 @@ class DenoiseRequest:
     """Latents of ``noise``'s shape, float32, drawn from the posterior per item; None: starts from noise."""
     mask: torch.Tensor | None = None
     """[B, 1, height/8, width/8] float32, 1 where it is painted anew; None: everywhere."""
+    control: ControlLatents | None = None
+    """What a ControlNet follows; None: nothing."""
 
-    @property
-    def control_scales(self) -> list[float]:
-        """How strongly each item follows its control picture, ``placed[i].control``."""
-        return [one.control_scale for one in self.placed or ()]
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ControlLatents:
+    """Control pictures of a batch, encoded: the modes of their distributions, float32 on the CPU."""
+
+    pictures: torch.Tensor
+    """[B, latent_channels, height/8, width/8]."""
+    scales: Sequence[float]
+    """How strongly each item follows its own."""
+    around: torch.Tensor | None = None
+    """As ``pictures``: the picture that each item starts from, with grey where it is painted; None: no mask."""
+    kept: torch.Tensor | None = None
+    """[B, 1, height/8, width/8]: 1 where that stays, 0 where it is painted; None: no mask."""
+
+    @classmethod
+    def of(cls, placed: Sequence[Placed], posterior: Callable[[np.ndarray], Posterior], scale: int) -> Self | None:
+        """Return those of a batch, whose items all have one or none; ``posterior`` encodes pixels."""
+        controls = [one.control for one in placed if one.control is not None]
+        if not controls:
+            return None
+        arounds = [one.around for one in placed if one.around is not None]
+        masks = [one.mask for one in placed if one.mask is not None]
+        return cls(
+            pictures=torch_stack(posterior(control).mean for control in controls),
+            scales=[one.control_scale for one in placed],
+            around=torch_stack(posterior(around).mean for around in arounds) if arounds else None,
+            kept=torch_stack(_kept(mask, scale) for mask in masks) if arounds else None,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,6 +191,7 @@ def denoise_request(
         placed=placed,
         start=start,
         mask=torch_stack(latent_mask(mask, scale) for mask in masks) if masks else None,
+        control=ControlLatents.of(placed or (), posterior, scale) if posterior else None,
     )
 
 
@@ -191,6 +218,16 @@ def latent_mask(mask: np.ndarray, scale: int) -> torch.Tensor:
     import torch
 
     return torch.nn.functional.max_pool2d(torch.from_numpy(mask.copy())[None], scale)
+
+
+def _kept(mask: np.ndarray, scale: int) -> torch.Tensor:
+    """float32 [1, height/scale, width/scale]: 1 where the pixel that begins a latent position stays.
+
+    The nearest one, as in diffusers' ZImageControlNetInpaintPipeline and in VideoX-Fun.
+    """
+    import torch
+
+    return (torch.from_numpy(mask[::scale, ::scale].copy()) < 0.5).float()[None]
 
 
 def torch_stack(rows: Iterable[torch.Tensor]) -> torch.Tensor:

@@ -7,14 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from zimage_runner.pictures.canny import canny
 from zimage_runner.pictures.masks import box_around, soft_mask
 from zimage_runner.pictures.opened import load
-from zimage_runner.sampling import Fit, Inputs
+from zimage_runner.sampling import Fit, Inputs, Preprocess
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
+GREY = 127.5
+"""0 for the autoencoder, between black and white."""
 Box = tuple[int, int, int, int]
 """left, top, right, bottom."""
 
@@ -35,6 +38,8 @@ class Placed:
     """Seed whose noise is mixed with the item's own; None: it is the item's alone."""
     noise_share: float = 1.0
     """How much of it is the item's."""
+    around: np.ndarray | None = None
+    """float32 [height, width, 3] of 0 to 255: ``pixels`` with grey where the mask is, for a ControlNet that is told."""
     finish: Callable[[np.ndarray], np.ndarray] | None = None
     """The finished picture of what was drawn: the original outside the mask. None: what was drawn is finished."""
 
@@ -55,6 +60,8 @@ def _place(inputs: Inputs, width: int, height: int) -> Placed:
     also: dict[str, Any] = {"noise_from": inputs.variation_seed, "noise_share": inputs.variation}
     if inputs.control_image is not None:
         control = np.asarray(fitted(load(inputs.control_image), size, inputs.fit))
+        if inputs.control_preprocess is Preprocess.canny:
+            control = canny(control, inputs.canny_low, inputs.canny_high)
         also |= {"control": control, "control_scale": inputs.control_scale}
     if inputs.image is None:
         return Placed(pixels=None, **also)
@@ -66,12 +73,21 @@ def _place(inputs: Inputs, width: int, height: int) -> Placed:
         original = np.asarray(fitted(canvas, size, inputs.fit))
         mask = soft_mask(np.asarray(fitted(hard, size, inputs.fit)), inputs.mask_grow, inputs.mask_blur)
         finish = functools.partial(_finish, original=original, mask=mask, box=(0, 0, width, height))
-        return Placed(pixels=original, mask=mask, **also, finish=finish)
+        return Placed(pixels=original, mask=mask, **also, around=_around(inputs, original, mask), finish=finish)
     original, mask = np.asarray(canvas), soft_mask(np.asarray(hard), inputs.mask_grow, inputs.mask_blur)
     box = box_around(mask, inputs.mask_crop, width / height)
     finish = functools.partial(_finish, original=original, mask=mask, box=box)
-    near = np.asarray(fitted(canvas.crop(box), size, Fit.stretch))
-    return Placed(pixels=near, mask=_resized_mask(mask, box, size), **also, finish=finish)
+    near, mask = np.asarray(fitted(canvas.crop(box), size, Fit.stretch)), _resized_mask(mask, box, size)
+    return Placed(pixels=near, mask=mask, **also, around=_around(inputs, near, mask), finish=finish)
+
+
+def _around(inputs: Inputs, pixels: np.ndarray, mask: np.ndarray) -> np.ndarray | None:
+    """The picture with grey where the mask is at least half; None where nothing asks for it."""
+    import numpy as np
+
+    if inputs.controlnet is None or not inputs.controlnet.sees_masks:
+        return None
+    return np.where(mask[..., None] < 0.5, pixels.astype(np.float32), np.float32(GREY))
 
 
 def fitted(image: Image.Image, size: tuple[int, int], fit: Fit) -> Image.Image:

@@ -11,12 +11,14 @@ from typing import Any
 
 from zimage_runner.errors import UserError, one_line
 from zimage_runner.prompts.text import check_characters
-from zimage_runner.sampling import PICTURE_FILES, Fit
+from zimage_runner.sampling import PICTURE_FILES, Fit, Preprocess
 
 NUMBERS = {
     "strength": float, "mask_blur": int, "mask_grow": int, "mask_crop": int, "scale": float, "tile": int,
-    "variation": float, "variation_seed": int, "control_scale": float,
+    "variation": float, "variation_seed": int, "control_scale": float, "canny_low": int, "canny_high": int,
+    "control_start": float, "control_end": float,
 }  # fmt: skip
+CHOICES: dict[str, type[enum.Enum]] = {"fit": Fit, "control_preprocess": Preprocess}
 TRUTHS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -34,9 +36,10 @@ def picture_value(name: str, value: object, where: str, folder: Path = Path()) -
         if text not in TRUTHS:
             raise UserError(f"{where}: {name}={short(value)}: write true or false")
         return TRUTHS[text]
-    if name == "fit":
-        if text not in Fit.__members__:
-            raise UserError(f"{where}: fit={short(value)}: write {', '.join(Fit.__members__)}")
+    if name in CHOICES:
+        choices = CHOICES[name].__members__
+        if text not in choices:
+            raise UserError(f"{where}: {name}={short(value)}: write {', '.join(choices)}")
         return text
     return ",".join(map(str, sides_of(value, f"{where}: {name}")))
 

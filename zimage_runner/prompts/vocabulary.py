@@ -27,6 +27,9 @@ NAMES: dict[str, tuple[str, ...]] = {
     "variation_seed": ("subseed",),
     "control_image": ("control_path", "conditioning_image"),
     "control_scale": ("control_strength", "controlnet_conditioning_scale"),
+    "control_preprocess": ("preprocessor",),
+    "control_start": ("control_guidance_start",),
+    "control_end": ("control_guidance_end",),
 }
 """Field of a prompt to its other names."""
 LETTERS = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -17,16 +17,21 @@ from zimage_runner.prompts.base import Prompt
 from zimage_runner.prompts.notes import warn_once
 from zimage_runner.prompts.picture_values import picture_value, sides_of
 from zimage_runner.sampling import (
+    CANNY_HIGH,
+    CANNY_LOW,
     CONTROL_SCALE,
     INPAINT_STRENGTH,
     PICTURE_FIELDS,
     PICTURE_FILES,
     STRENGTH,
+    Controlnet,
     Fit,
     Inputs,
     Picture,
+    Preprocess,
     SamplingParams,
 )
+from zimage_runner.weights.find.controlnet import ControlNetFile
 
 log = logging.getLogger(__name__)
 
@@ -42,16 +47,26 @@ SAME_SHAPE = 0.02
 """How far the ratio of a mask's sides may be from its picture's."""
 NEEDS_IMAGE = ("strength", "steps_after_strength", "mask", "outpaint", "scale", "tile")
 NEEDS_MASK = ("mask_blur", "mask_grow", "mask_crop")
+NEEDS_CONTROL = ("control_scale", "control_preprocess", "control_start", "control_end")
+NEEDS_CANNY = ("canny_low", "canny_high")
+CANNY = Preprocess.canny.value
 
 
 class InputFinder:
     """Gives each prompt its pictures and its size. Every file is read once and checked, before anything is loaded."""
 
-    def __init__(self, config: RunConfig, prompts: Sequence[Prompt]) -> None:
+    def __init__(self, config: RunConfig, prompts: Sequence[Prompt], controlnet: ControlNetFile | None = None) -> None:
+        """``controlnet``: what follows control pictures; None where the run has none."""
         self._model = config.model
         self._of_run = _of_run(config)
         sides = {name: getattr(config.sampling, name) for name in ("width", "height")}
         self._set_sides = {name: side for name, side in sides.items() if side is not None}
+        self._controlnet = controlnet and Controlnet(
+            digest=controlnet.digest,
+            convention=config.model.controlnet_convention.value,
+            path=str(controlnet.path),
+            channels=controlnet.layout.channels,
+        )
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="pictures")
         self._files: dict[tuple[str, bool], Future[Picture]] = {}
         for values, where in [(self._of_run, "sampling."), *((p.overrides, "") for p in prompts)]:
@@ -93,6 +108,7 @@ class InputFinder:
             "mask": any(one.inpaints for one in inputs),
             "control_image": any(one.control_image for one in inputs),
             "variation_seed": next((one.variation_seed for one in inputs if one.variation_seed is not None), None),
+            "control_preprocess": next((c for one in inputs if (c := one.control_preprocess.value) == CANNY), None),
         }
         _check_wanted(self._of_run, there, "sampling.")
 
@@ -130,9 +146,25 @@ class InputFinder:
             mask_crop=values.get("mask_crop") if inpaints else None,
             outpaint=outpaint,
             **_varied(values),
-            control_image=self._picture("control_image", values),
-            control_scale=said("control_scale", CONTROL_SCALE),
+            **(self._control(values, said) if values.get("control_image") else {}),
         )
+
+    def _control(self, values: Mapping[str, Any], said: Callable[[str, Any], Any]) -> dict[str, Any]:
+        if self._controlnet is None:
+            raise UserError(
+                f"control_image={values['control_image']} needs a ControlNet to follow it: set model.controlnet=FILE, "
+                "or leave control_image out"
+            )
+        return {
+            "control_image": self._picture("control_image", values),
+            "control_scale": said("control_scale", CONTROL_SCALE),
+            "control_preprocess": Preprocess[said("control_preprocess", Preprocess.none.value)],
+            "canny_low": said("canny_low", min(CANNY_LOW, said("canny_high", CANNY_HIGH))),
+            "canny_high": said("canny_high", max(CANNY_HIGH, said("canny_low", CANNY_LOW))),
+            "control_start": said("control_start", 0.0),
+            "control_end": said("control_end", 1.0),
+            "controlnet": self._controlnet,
+        }
 
     @staticmethod
     def _with_result(inputs: Inputs) -> Inputs:
@@ -224,7 +256,8 @@ def _check_wanted(given: Mapping[str, Any], values: Mapping[str, Any], prefix: s
         (NEEDS_IMAGE, values.get("image"), "an image"),
         (NEEDS_MASK, inpaints, "a mask"),
         (("variation",), values.get("variation_seed") is not None, "a variation_seed"),
-        (("control_scale",), values.get("control_image"), "a control_image"),
+        (NEEDS_CONTROL, values.get("control_image"), "a control_image"),
+        (NEEDS_CANNY, values.get("control_preprocess") == CANNY, "control_preprocess=canny"),
         (("fit",), values.get("image") or values.get("control_image"), "an image"),
     ):
         for name in names:

@@ -18,6 +18,7 @@ from zimage_runner.plan import CountTokens, Encoding, FindLoras, Plan, WorkItem,
 from zimage_runner.prompts import read_prompts
 from zimage_runner.prompts.base import Prompt, PromptSource
 from zimage_runner.prompts.inline import Inline
+from zimage_runner.prompts.notes import warn_once
 from zimage_runner.prompts.seeds import Seeds, parse_seeds
 from zimage_runner.prompts.snapshot import SNAPSHOT_NAME, Snapshot
 from zimage_runner.sampling import PICTURE_FIELDS, SamplingParams, resolve_sampling
@@ -155,7 +156,8 @@ def plan_run(config: RunConfig, memo: dict[str, Any] | None = None) -> RunSpec:
     )
     checkpoint = _once(memo, f"checkpoint {config.model} {config.dry_run}", lambda: _checkpoint(config))
     count_tokens = _once(memo, f"tokens {checkpoint.path}", lambda: token_counter(checkpoint.path))
-    plan = _plan(config, prompts, seeds, params, count_tokens, _lora_finder(config, prompts, checkpoint))
+    finder = _lora_finder(config, prompts, checkpoint)
+    plan = _plan(config, prompts, seeds, params, count_tokens, finder, checkpoint.controlnet)
     config.engine.check(Needs.of(config.model, config.memory, config.compile, plan.params()))
     if config.output_file is not None and len(plan) > 1:
         raise UserError(
@@ -166,8 +168,11 @@ def plan_run(config: RunConfig, memo: dict[str, Any] | None = None) -> RunSpec:
 
 
 def _plan(config: RunConfig, prompts: Sequence[Prompt], seeds: Seeds, params: SamplingParams, *tools: Any) -> Plan:
-    """Expand the prompts; ``tools`` count tokens and find adapters. Their pictures, if they have any, are checked."""
-    count_tokens, find_loras = tools
+    """Expand the prompts; their pictures, if they have any, are checked.
+
+    ``tools`` count tokens and find adapters; the last is the ControlNet.
+    """
+    count_tokens, find_loras, controlnet = tools
     with contextlib.ExitStack() as opened:
         find_inputs = None
         if any(getattr(config.sampling, name) is not None for name in PICTURE_FIELDS) or any(
@@ -175,7 +180,7 @@ def _plan(config: RunConfig, prompts: Sequence[Prompt], seeds: Seeds, params: Sa
         ):
             from zimage_runner.runner.inputs import InputFinder
 
-            find_inputs = opened.enter_context(contextlib.closing(InputFinder(config, prompts)))
+            find_inputs = opened.enter_context(contextlib.closing(InputFinder(config, prompts, controlnet)))
         plan = build_plan(
             prompts,
             seeds,
@@ -187,6 +192,12 @@ def _plan(config: RunConfig, prompts: Sequence[Prompt], seeds: Seeds, params: Sa
         )
         if find_inputs is not None:
             find_inputs.check_used(plan.params())
+    if controlnet is not None and not any(one.inputs and one.inputs.control_image for one in plan.params()):
+        warn_once(
+            "idle controlnet",
+            f"model.controlnet={controlnet.path} steers nothing here: no prompt has a control_image "
+            "(sampling.control_image=FILE gives all of them one)",
+        )
     return plan
 
 

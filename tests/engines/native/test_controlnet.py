@@ -5,18 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.support import NANO
 from tests.support.controlnets import LAYOUTS, TRANSFORMER, make_controlnet, write_controlnet
 from tests.support.reference import TOLERANCE, Reference, difference, noise
-from zimage_runner.engines.native.assembly import load_controlnet, load_model
+from zimage_runner.engines.native.assembly import load_controlnet, load_model, load_vae_encoder
+from zimage_runner.engines.native.controlnet import condition_of
 from zimage_runner.engines.native.graphs import GraphCache
 from zimage_runner.engines.native.model import Control, NativeModel, Options
 from zimage_runner.engines.native.sampler import Guidance
 from zimage_runner.engines.native.streaming import BlockStream
+from zimage_runner.engines.request import ControlLatents
 from zimage_runner.model import Convention, Model, Source
+from zimage_runner.pictures.placed import GREY, Placed
 from zimage_runner.weights.find.controlnet import ControlNetFile, find_controlnet
 
 STEPS = 2
@@ -201,3 +206,62 @@ def test_a_recorded_forward_is_one_of_its_own(files: dict[str, Path], embeds: li
         drawn = [model.denoise(embeds[:1], z, STEPS, control=c) for c in (None, steer("2.1", 1, 32, 32, end=0.5))]
         assert all(torch.equal(a, b) for a, b in zip(drawn, expected, strict=True))
     assert len(recorded) == len(set(recorded)) == 2
+
+
+def pixels(seed: int) -> np.ndarray:
+    """A soft picture, 48x64."""
+    rough = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(rough).resize((64, 48), Image.Resampling.BICUBIC))
+
+
+@pytest.mark.parametrize(("layout", "masked"), [("1.0", False), ("2.1", False), ("2.0", True)])
+def test_pictures_are_shown_as_in_diffusers_pipelines(
+    layout: str, masked: bool, files: dict[str, Path], reference: Reference, embeds: list[torch.Tensor]
+) -> None:
+    from diffusers.models.controlnets.controlnet_z_image import ZImageControlNetModel
+    from diffusers.pipelines.z_image.pipeline_z_image_controlnet import ZImageControlNetPipeline
+    from diffusers.pipelines.z_image.pipeline_z_image_controlnet_inpaint import ZImageControlNetInpaintPipeline
+
+    model, z = native(files[layout], convention=Convention.diffusers), noise(1, 48, 64)
+    load_vae_encoder(model, NANO)
+    mask = np.zeros((48, 64), np.float32)
+    mask[13:40, 20:50] = 1
+    control, image = pixels(1), pixels(2)
+    around = np.where(mask[..., None] < 0.5, image, GREY).astype(np.float32)
+    placed = Placed(
+        pixels=image,
+        mask=mask if masked else None,
+        control=control,
+        control_scale=0.8,
+        around=around if masked else None,
+    )
+    given = ControlLatents.of([placed], lambda p: model.encode_picture(torch.from_numpy(p.copy())), 8)
+    assert given is not None
+    channels = LAYOUTS[layout]["control_in_dim"]
+    condition = condition_of(given, channels, Convention.diffusers, lambda: pytest.fail("no grey is needed"))
+    ours = model.denoise(embeds[:1], z, STEPS, control=Control(condition=condition, scales=given.scales))
+
+    net = ZImageControlNetModel.from_transformer(make_controlnet(layout), reference.pipe.transformer)
+    kind = ZImageControlNetInpaintPipeline if masked else ZImageControlNetPipeline
+    parts = {name: part for name, part in reference.pipe.components.items() if part is not None}
+    pipe: Any = kind(**parts, controlnet=net)
+    pipe.set_progress_bar_config(disable=True)
+    more = {"image": Image.fromarray(image), "mask_image": Image.fromarray((mask * 255).astype(np.uint8))}
+    theirs = pipe(
+        prompt_embeds=[embeds[0]], negative_prompt_embeds=[], control_image=Image.fromarray(control), height=48,
+        width=64,
+        num_inference_steps=STEPS, guidance_scale=0.0, latents=z, controlnet_conditioning_scale=0.8,
+        output_type="latent", **(more if masked else {}),
+    ).images  # fmt: skip
+    assert difference(ours, theirs) <= TOLERANCE
+
+
+def test_without_a_mask_the_trained_convention_shows_the_hole_of_a_grey_picture() -> None:
+    pictures, grey = torch.ones(2, 16, 4, 4), torch.full((16, 4, 4), 0.25)
+    given = ControlLatents(pictures=pictures, scales=[1, 1])
+    shown = condition_of(given, 33, Convention.trained, lambda: grey)
+    assert shown.shape == (2, 33, 4, 4)
+    assert torch.equal(shown[:, 16:17], torch.zeros(2, 1, 4, 4))
+    assert (shown[:, 17:] == 0.25).all()
+    assert not condition_of(given, 33, Convention.diffusers, lambda: grey)[:, 16:].any()
+    assert condition_of(given, 16, Convention.trained, lambda: grey) is pictures

@@ -120,7 +120,11 @@ def test_places_that_a_config_says(whole: Path, tmp_path: Path) -> None:
 
 
 def without(name: str) -> Callable[[Tensors], None]:
-    return lambda tensors: [tensors.pop(one) for one in list(tensors) if one.startswith(name)] and None
+    def drop(tensors: Tensors) -> None:
+        for one in [one for one in tensors if one.startswith(name)]:
+            del tensors[one]
+
+    return drop
 
 
 def with_(name: str, value: torch.Tensor) -> Callable[[Tensors], None]:

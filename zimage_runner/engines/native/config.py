@@ -51,8 +51,10 @@ class NativeEngine(EngineConfig):
                 f"memory={memory.placement} is not for engine=native, which keeps what it computes with on the GPU: "
                 "use memory=resident, memory=staged (8 GB less at the same speed), or engine=diffusers"
             )
-        if needs.controlled:
-            raise UserError("control_image needs a ControlNet, and the model has none: leave it out")
+        if needs.controlled and needs.model.controlnet is None:
+            raise UserError(
+                "a control_image needs a ControlNet to follow it: set model.controlnet=FILE, or leave control_image out"
+            )
         if needs.encoder_adapted and memory.streamed:
             raise UserError(
                 "memory=streamed reads the text encoder's layers from their files again and again, and one of the "

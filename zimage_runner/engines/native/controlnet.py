@@ -36,6 +36,7 @@ from zimage_runner.engines.native.transformer import (
     embed_patches,
     modulation_of,
 )
+from zimage_runner.engines.request import ControlLatents
 from zimage_runner.model import PATCH, Convention
 from zimage_runner.weights.formats.controlnet import ControlLayout, Refiner
 
@@ -194,6 +195,26 @@ class ControlNet(nn.Module):
     def present(self, number: int) -> AbstractContextManager[None]:
         """While a block's weights are on the device."""
         return contextlib.nullcontext() if self.stream is None else self.stream.block(number)
+
+
+def condition_of(
+    given: ControlLatents, channels: int, convention: Convention, grey: Callable[[], torch.Tensor]
+) -> torch.Tensor:
+    """What a ControlNet of so many channels is shown: [batch, channels, height, width] float32.
+
+    Latents of the control picture, then, where it takes them, 1 where the picture stays and that picture's latents.
+    Without a mask nothing stays of a grey picture, of which ``grey`` gives the latents [latent channels, height,
+    width]; in diffusers' convention zeros stand for both.
+    """
+    batch, latents, height, width = given.pictures.shape
+    if channels == latents:
+        return given.pictures
+    if given.around is not None and given.kept is not None:
+        return torch.cat([given.pictures, given.kept, given.around], dim=1)
+    rest = given.pictures.new_zeros(batch, channels - latents, height, width)
+    if convention is Convention.trained:
+        rest[:, 1:] = grey()
+    return torch.cat([given.pictures, rest], dim=1)
 
 
 class _Row:

@@ -17,6 +17,7 @@ from zimage_runner.engines.device import choose_device, choose_dtype, release
 from zimage_runner.engines.merging import Adapters
 from zimage_runner.engines.native.adapted import adapted_text_encoder, adapted_transformer
 from zimage_runner.engines.native.assembly import (
+    load_controlnet,
     load_text_encoder,
     load_transformer,
     load_vae,
@@ -24,15 +25,18 @@ from zimage_runner.engines.native.assembly import (
     open_model,
 )
 from zimage_runner.engines.native.config import NativeEngine
+from zimage_runner.engines.native.controlnet import condition_of
 from zimage_runner.engines.native.images import HostCopy, Ready
-from zimage_runner.engines.native.model import Options
+from zimage_runner.engines.native.model import Control, Options
 from zimage_runner.engines.native.sampler import Guidance, Start
 from zimage_runner.engines.native.streaming import BlockStream
 from zimage_runner.engines.native.text_encoder import TextEncoder
 from zimage_runner.engines.precision import Precision, check_device
 from zimage_runner.engines.request import DenoiseRequest, LoadRequest, Posterior
 from zimage_runner.errors import UnsupportedCheckpoint, UserError
+from zimage_runner.pictures.placed import GREY
 from zimage_runner.sampling import Lora
+from zimage_runner.weights.find.controlnet import ControlNetFile
 from zimage_runner.weights.preload.source import WeightsSource
 
 HIDDEN = 1.1
@@ -67,6 +71,7 @@ class NativeEngineAdapter(Engine):
         staged: bool,
         encodes: bool = True,
         published: Path | None = None,
+        controlnet: ControlNetFile | None = None,
     ) -> None:
         """Load the checkpoint. Raises UserError for one that this engine does not compute.
 
@@ -78,6 +83,7 @@ class NativeEngineAdapter(Engine):
         self._path, self._staged = path, staged
         self._weights, self._taken = weights, set[str]()
         self._published, self._adapters = published or path, Adapters()
+        self._controlnet, self._greys = controlnet, dict[tuple[int, int], torch.Tensor]()
         with self._phase("open"):
             self.model = open_model(path, options)
         if encodes:
@@ -104,13 +110,15 @@ class NativeEngineAdapter(Engine):
             precision=config.precision.value,
             bf16_layers=frozenset(config.bf16_layers),
             cuda_graphs=config.cuda_graphs,
+            convention=request.model.controlnet_convention,
             streamed=memory.streamed,
             rehearse_decoder=device == "cuda" and not memory.staged,
         )
         check_device(config.precision, device, dtype)
         memory.apply_limits(device)
         weights.settle(device, dtype)
-        return cls(weights, options, memory.staged, request.encodes, request.checkpoint.path)
+        checkpoint = request.checkpoint
+        return cls(weights, options, memory.staged, request.encodes, checkpoint.path, checkpoint.controlnet)
 
     def adapt(self, loras: Sequence[Lora]) -> bool:
         return self._adapters.want(loras)
@@ -142,8 +150,31 @@ class NativeEngineAdapter(Engine):
             start = Start(latents=request.start, strength=strength, exact=exact, mask=request.mask, tile=tile)
         negatives = request.negative_prompt_embeds
         return self.model.denoise(
-            request.prompt_embeds, request.noise, params.num_inference_steps, guidance, negatives, start
-        )
+            request.prompt_embeds, request.noise, params.num_inference_steps, guidance, negatives, start,
+            self._control(request),
+        )  # fmt: skip
+
+    def _control(self, request: DenoiseRequest) -> Control | None:
+        """What steers the batch, by the ControlNet that is loaded for it."""
+        given, inputs = request.control, request.params.inputs
+        if given is None or inputs is None:
+            return None
+        assert self._controlnet is not None, "refused when the run was planned"
+        if not hasattr(self.model, "controlnet"):
+            with self._phase("controlnet"):
+                load_controlnet(self.model, self._controlnet)
+        height, width = (self.vae_scale_factor * side for side in given.pictures.shape[-2:])
+        layout, convention = self.model.controlnet.layout, self.model.options.convention
+        condition = condition_of(given, layout.channels, convention, lambda: self._grey(height, width))
+        return Control(condition=condition, scales=given.scales, start=inputs.control_start, end=inputs.control_end)
+
+    def _grey(self, height: int, width: int) -> torch.Tensor:
+        """Latents of a grey picture."""
+        if (height, width) not in self._greys:
+            self._greys.clear()
+            pixels = np.full((height, width, 3), GREY, dtype=np.float32)
+            self._greys[height, width] = self.encode_picture(pixels).mean
+        return self._greys[height, width]
 
     def decode(self, latents: torch.Tensor) -> PendingImages:
         self._load_denoiser()
@@ -173,7 +204,9 @@ class NativeEngineAdapter(Engine):
         stream = self.model.transformer.stream
         if stream is None:
             return None
-        return max(1, math.ceil(HIDDEN * self._drawn * stream.copying_over_computing()))
+        control = getattr(self.model, "controlnet", None)
+        ratios = [one.copying_over_computing() for one in (stream, control and control.stream) if one is not None]
+        return max(1, math.ceil(HIDDEN * self._drawn * max(ratios)))
 
     def free_memory(self) -> bool:
         held = [self.model.graphs.give_up(), self._adapters.free_memory()]
@@ -182,14 +215,14 @@ class NativeEngineAdapter(Engine):
 
     def close(self) -> None:
         self.model.forget()
-        self._free("text_encoder", "transformer", "vae", "vae_encoder")
+        self._free("text_encoder", "transformer", "vae", "vae_encoder", "controlnet")
 
     def _load_encoder(self) -> None:
         if hasattr(self.model, "text_encoder"):
             return
         if self._staged and hasattr(self.model, "transformer") and not self.model.options.streamed:
             self.model.forget()
-            self._free("transformer", "vae", "vae_encoder")
+            self._free("transformer", "vae", "vae_encoder", "controlnet")
         with self._phase("text_encoder"):
             load_text_encoder(self.model, self._path, self._tensors)
         if isinstance(self.model.text_encoder, TextEncoder):

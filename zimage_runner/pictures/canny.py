@@ -8,18 +8,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from zimage_runner.sampling import CANNY_HIGH, CANNY_LOW
+
 if TYPE_CHECKING:
     import numpy as np
 
-LOW, HIGH = 100, 200
-"""controlnet_aux's thresholds."""
-MOST = 2040
-"""The largest slope there is: 255 in both directions, by Sobel's 4 and twice."""
 TAN_22 = 13573
 """The tangent of 22.5 degrees in 1 / 32768."""
 
 
-def canny(picture: np.ndarray, low: int = LOW, high: int = HIGH) -> np.ndarray:
+def canny(picture: np.ndarray, low: int = CANNY_LOW, high: int = CANNY_HIGH) -> np.ndarray:
     """White edges on black, uint8 [height, width, 3], of a picture uint8 [height, width, 3].
 
     Pixels on a ridge steeper than ``high`` are edges, and those steeper than ``low`` that such a one leads to.
