@@ -24,7 +24,7 @@ ARROWS: dict[str, set[str]] = {
     "prompts": {"model", "sampling"},
     "plan": {"model", "prompts", "sampling"},
     "memory": set(),
-    "pictures": {"sampling"},
+    "pictures": {"model", "sampling"},
     "weights": {"model"},
     "engines": {"compile", "memory", "model", "pictures", "sampling", "warmup", "weights"},
     "outputs": {"engines", "plan"},

@@ -262,15 +262,15 @@ def _compose(words: Sequence[str]) -> RunConfig:
 
 def _changed(sampling: Any, changes: Mapping[str, Any]) -> Any:
     """Sampling fields with some of them changed. Raises UserError for one that is none, or of another type."""
-    from zimage_runner.prompts.picture_values import picture_value
-    from zimage_runner.sampling import PICTURE_FIELDS, SAMPLING_FIELDS, Fit, Sampling
+    from zimage_runner.prompts.picture_values import as_chosen, picture_value
+    from zimage_runner.sampling import PICTURE_FIELDS, SAMPLING_FIELDS, Sampling
 
     pictures = {name: changes[name] for name in PICTURE_FIELDS if changes.get(name) is not None}
     pictures = {
         name: picture_value(name, str(value) if isinstance(value, Path) else value, "sampling")
         for name, value in pictures.items()
     }
-    pictures |= {"fit": Fit[str(pictures["fit"])]} if "fit" in pictures else {}
+    pictures = {name: as_chosen(name, value) for name, value in pictures.items()}
     changes = {name: value for name, value in changes.items() if name not in PICTURE_FIELDS}
     kinds = dict.fromkeys(SAMPLING_FIELDS, (int,)) | {
         "guidance_scale": (int, float), "cfg_normalization": (int, float), "cfg_truncation": (int, float),

@@ -42,13 +42,14 @@ from zimage_runner.outputs.config import IMAGE_STEM, Format
 from zimage_runner.outputs.encoders import encode
 from zimage_runner.outputs.finished import open_picture, shared_picture
 from zimage_runner.outputs.metadata import check_recipe, read_metadata
-from zimage_runner.pictures.recorded import recorded_values
+from zimage_runner.pictures.recorded import recorded_controlnet, recorded_values
 from zimage_runner.prompts.inline import Inline
+from zimage_runner.prompts.picture_values import as_chosen
 from zimage_runner.prompts.seeds import parse_seeds
 from zimage_runner.runner.loras import recorded_files
 from zimage_runner.runner.pool import executor_of_run
 from zimage_runner.runner.spec import RunSpec, plan_run
-from zimage_runner.sampling import PICTURE_FIELDS, SAMPLING_FIELDS, Fit, Sampling
+from zimage_runner.sampling import PICTURE_FIELDS, SAMPLING_FIELDS, Sampling
 
 if TYPE_CHECKING:
     import numpy as np
@@ -132,11 +133,23 @@ def recipe_config(recipe: Mapping[str, Any], overrides: Sequence[str], picture: 
     inputs = recorded_values(recipe.get("inputs", {}), picture, set_anew)
     for name in PICTURE_FIELDS:
         value = getattr(config.sampling, name) if name in set_anew else inputs.get(name)
-        setattr(sampling, name, Fit[value] if name == "fit" and isinstance(value, str) else value)
+        setattr(sampling, name, as_chosen(name, value))
+    model = config.model
+    if sampling.control_image is not None and "model.controlnet" not in given:
+        said = recorded_controlnet(recipe.get("inputs", {}), picture)
+        convention = model.controlnet_convention if "model.controlnet_convention" in given else said[1]
+        model = replace(model, controlnet=said[0], controlnet_convention=convention)
     prompts = Inline(texts=[recipe["prompt"]])  # its tags, where they were read, are loras now
     lora_dirs = config.lora_dirs if loras else []
     return replace(
-        config, prompts=prompts, prompt=None, sampling=sampling, seeds=seeds, loras=loras, lora_dirs=lora_dirs
+        config,
+        model=model,
+        prompts=prompts,
+        prompt=None,
+        sampling=sampling,
+        seeds=seeds,
+        loras=loras,
+        lora_dirs=lora_dirs,
     )
 
 

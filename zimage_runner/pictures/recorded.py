@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from zimage_runner.errors import UserError, one_line
+from zimage_runner.model import Convention
 from zimage_runner.sampling import PICTURE_FIELDS, PICTURE_FILES
 
 
@@ -31,6 +32,21 @@ def recorded_values(record: object, picture: str, replaced: frozenset[str] = fro
             found[name] = ",".join(map(str, value)) if isinstance(value, list) else value
     neutral = _neutral({*found, *replaced})
     return {name: value for name, value in neutral.items() if name not in replaced} | found
+
+
+def recorded_controlnet(record: object, picture: str) -> tuple[str, Convention]:
+    """Return the path and the convention of the ControlNet that a picture was drawn with. Raises UserError."""
+    said = record.get("controlnet") if isinstance(record, Mapping) else None
+    if not isinstance(said, Mapping) or not isinstance(said.get("path"), str):
+        raise UserError(f"{picture}: its metadata says of no ControlNet: name one with model.controlnet=FILE")
+    if said.get("convention") not in Convention.__members__:
+        raise UserError(f"{picture}: what its metadata says of its ControlNet cannot be read")
+    if not Path(said["path"]).exists():
+        raise UserError(
+            f"{picture}: drawn with the ControlNet {one_line(said['path'], 200)}, which is not there: "
+            "model.controlnet=FILE says where it is now"
+        )
+    return said["path"], Convention[said["convention"]]
 
 
 def _neutral(said: set[str]) -> dict[str, Any]:

@@ -44,6 +44,11 @@ def picture_value(name: str, value: object, where: str, folder: Path = Path()) -
     return ",".join(map(str, sides_of(value, f"{where}: {name}")))
 
 
+def as_chosen(name: str, value: Any) -> Any:
+    """Return the value of a field of ``sampling.Sampling``: of those with choices, the choice of that name."""
+    return CHOICES[name][value] if name in CHOICES and isinstance(value, str) else value
+
+
 def sides_of(value: object, where: str) -> tuple[int, int, int, int]:
     """Read ``outpaint``: pixels at the left, top, right and bottom, or one number for all. Raises UserError."""
     entries = value if isinstance(value, list | tuple) else str(value).split(",")

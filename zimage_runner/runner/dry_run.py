@@ -46,6 +46,8 @@ def describe(spec: RunSpec, progress: Progress | None = None, linked: Collection
     rows += _bucket_rows(spec, done)
     rows += _listed("loras", _loras(spec)) if spec.plan.loras() else []
     rows += _listed("pictures", pictures) if (pictures := _pictures(spec)) else []
+    if (net := spec.checkpoint.controlnet) is not None:
+        rows.append(("ControlNet", f"{net.path} ({net.layout.name})"))
     rows.append(("prompts to encode", f"{sum(1 for _ in spec.plan.encodings()):,}"))
     rows.append(("caption tokens", _tokens(spec)))
     if spec.plan.caption_tokens:

@@ -255,7 +255,8 @@ class NativeEngineAdapter(Engine):
                 continue
             if isinstance(stream := getattr(network, "stream", None), BlockStream):
                 stream.close()
-            size += sum(parameter.nbytes for parameter in network.parameters())
+            if isinstance(network, torch.nn.Module):  # a streamed text encoder holds none
+                size += sum(parameter.nbytes for parameter in network.parameters())
             delattr(self.model, name)
         release(self.model.device.type, size)
 

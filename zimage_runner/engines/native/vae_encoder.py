@@ -59,12 +59,12 @@ class VaeEncoder(nn.Module):
         self.quant_conv = Conv2d(2 * latents, 2 * latents, 1) if config.use_quant_conv else None
 
     def forward(self, pixels: torch.Tensor) -> Posterior:
-        """The distribution of the transformer's (scaled) latents of uint8 pixels [height, width, 3].
+        """The distribution of the transformer's (scaled) latents of pixels [height, width, 3] of 0 to 255.
 
         Computed in the weights' dtype, on their device; the result is float32 on the CPU.
         """
         weight = self.conv_in.weight
-        x = pixels.to(weight.device).permute(2, 0, 1)[None].float().div_(127.5).sub_(1)
+        x = pixels.to(weight.device).permute(2, 0, 1)[None].float().div(127.5).sub_(1)
         x = self.conv_in(x.to(weight.dtype).contiguous(memory_format=torch.channels_last))
         for block in self.down_blocks:
             x = cast("DownBlock", block).forward(x)
