@@ -98,6 +98,15 @@ def test_wherever_the_weights_are(memory: str, run: Path, folder: Path) -> None:
     assert (pixels(folder / out.strip(), 4) == pixels(run, 4)).all()
 
 
+def test_together_in_one_batch(run: Path, folder: Path) -> None:
+    words = ("prompts=jsonl", "prompts.path=rows.jsonl", NET, "engine.batch_size=4", *FAST)
+    code, out, err = command(folder, *words)
+    assert code == 0, err
+    for index in range(len(ROWS)):
+        difference = pixels(folder / out.strip(), index).astype(int) - pixels(run, index)
+        assert abs(difference).max() <= 1  # float32's rounding turns a pixel by a grey level
+
+
 def test_the_convention_is_another_picture(run: Path, folder: Path) -> None:
     words = ("prompts=jsonl", "prompts.path=rows.jsonl", "prompts.offset=1", "prompts.limit=1", NET)
     code, out, err = command(folder, *words, "model.controlnet_convention=diffusers", *FAST)

@@ -41,7 +41,7 @@ def recorded_controlnet(record: object, picture: str) -> tuple[str, Convention]:
         raise UserError(f"{picture}: its metadata says of no ControlNet: name one with model.controlnet=FILE")
     if said.get("convention") not in Convention.__members__:
         raise UserError(f"{picture}: what its metadata says of its ControlNet cannot be read")
-    if not Path(said["path"]).exists():
+    if not os.path.exists(said["path"]):
         raise UserError(
             f"{picture}: drawn with the ControlNet {one_line(said['path'], 200)}, which is not there: "
             "model.controlnet=FILE says where it is now"

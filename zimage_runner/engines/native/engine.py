@@ -72,18 +72,21 @@ class NativeEngineAdapter(Engine):
         encodes: bool = True,
         published: Path | None = None,
         controlnet: ControlNetFile | None = None,
+        controlled: bool = False,
     ) -> None:
         """Load the checkpoint. Raises UserError for one that this engine does not compute.
 
         Without ``encodes`` the text encoder waits for the first call of ``encode``. ``published``: the directory that
-        was downloaded, where the weights are those of a prepared copy.
+        was downloaded, where the weights are those of a prepared copy. ``controlled``: ``controlnet`` is loaded with
+        the transformer; without it, for the first item that it steers.
         """
         self.load_phases = {}
         path = weights.path
         self._path, self._staged = path, staged
         self._weights, self._taken = weights, set[str]()
         self._published, self._adapters = published or path, Adapters()
-        self._controlnet, self._greys = controlnet, dict[tuple[int, int], torch.Tensor]()
+        self._controlnet, self._controlled = controlnet, controlled
+        self._greys = dict[tuple[int, int], torch.Tensor]()
         with self._phase("open"):
             self.model = open_model(path, options)
         if encodes:
@@ -118,7 +121,8 @@ class NativeEngineAdapter(Engine):
         memory.apply_limits(device)
         weights.settle(device, dtype)
         checkpoint = request.checkpoint
-        return cls(weights, options, memory.staged, request.encodes, checkpoint.path, checkpoint.controlnet)
+        control = (checkpoint.controlnet, request.controlled)
+        return cls(weights, options, memory.staged, request.encodes, checkpoint.path, *control)
 
     def adapt(self, loras: Sequence[Lora]) -> bool:
         return self._adapters.want(loras)
@@ -159,10 +163,7 @@ class NativeEngineAdapter(Engine):
         given, inputs = request.control, request.params.inputs
         if given is None or inputs is None:
             return None
-        assert self._controlnet is not None, "refused when the run was planned"
-        if not hasattr(self.model, "controlnet"):
-            with self._phase("controlnet"):
-                load_controlnet(self.model, self._controlnet)
+        self._load_controlnet()
         height, width = (self.vae_scale_factor * side for side in given.pictures.shape[-2:])
         layout, convention = self.model.controlnet.layout, self.model.options.convention
         condition = condition_of(given, layout.channels, convention, lambda: self._grey(height, width))
@@ -238,6 +239,15 @@ class NativeEngineAdapter(Engine):
         self._adapters.attach(adapted_transformer(self.model, self._published / "transformer"))
         with self._phase("vae"):
             load_vae(self.model, self._path, self._tensors)
+        if self._controlled:
+            self._load_controlnet()
+
+    def _load_controlnet(self) -> None:
+        if hasattr(self.model, "controlnet"):
+            return
+        assert self._controlnet is not None, "refused when the run was planned"
+        with self._phase("controlnet"):
+            load_controlnet(self.model, self._controlnet)
 
     def _tensors(self, component: str) -> dict[str, torch.Tensor] | None:
         # What is on its way to the device can be taken once; a network that comes back is read from its files.
