@@ -116,14 +116,16 @@ class EvaluateConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ControlConfig:
-    """The embedded model's ControlNet, trained on pictures that the model draws and their edges; `seconds` of CPU."""
+    """The embedded model's ControlNet, trained on pictures that the model draws and their edges."""
 
     model: str = MISSING
     places: list[int] = MISSING
+    device: str = MISSING
     pictures: int = MISSING
     seconds: float = MISSING
     batch: int = MISSING
     lr: float = MISSING
+    report: int = MISSING
     thresholds: list[int] = MISSING
     out: str = MISSING
 

@@ -1,4 +1,4 @@
-"""Train a ControlNet of edges for the embedded model on a CPU: `python -m training.train_control`.
+"""Train a ControlNet of edges for the embedded model: `python -m training.train_control control.device=cuda`.
 
 The embedded model draws the pictures, so nothing is downloaded. Only the ControlNet learns; its blocks begin as copies
 of the transformer's, its projections as zeros. Layout: Union 2.0 with the latents' 16 channels, used as its makers do.
@@ -34,11 +34,12 @@ from zimage_runner.pictures.canny import canny
 CAPTION = 32  # padded tokens; longer captions are left out
 STEPS = 8
 AT_ONCE = 16
+WARMUP = 50
 
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """What is learnt from, all on the CPU: latents and edges' latents [N, 16, 16, 16], captions [N, 32, hidden]."""
+    """What is learnt from: latents and edges' latents [N, 16, 16, 16], captions [N, 32, hidden], False on padding."""
 
     latents: Tensor
     edges: Tensor
@@ -55,9 +56,10 @@ def captions(count: int, rng: random.Random) -> list[str]:
 
 def make_pool(cfg: TrainingConfig) -> Pool:
     """Draw pictures with the model and find their edges."""
-    control, start = cfg.control, time.process_time()
-    model = load_model(Path(control.model), Options())
-    encode = make_encoder(AutoencoderKL.from_pretrained(control.model, subfolder="vae", torch_dtype=torch.float32))
+    control, start = cfg.control, time.time()
+    model = load_model(Path(control.model), Options(device=control.device))
+    vae: Any = AutoencoderKL.from_pretrained(control.model, subfolder="vae", torch_dtype=torch.float32)
+    encode = make_encoder(vae.to(control.device))
     rng = random.Random(cfg.seed)
     parts: list[tuple[Tensor, ...]] = []
     while sum(len(part[0]) for part in parts) < control.pictures:
@@ -67,11 +69,12 @@ def make_pool(cfg: TrainingConfig) -> Pool:
         latents = model.denoise(embeds, noise, STEPS)
         pixels = model.decode(latents).wait()
         edges = torch.stack([torch.from_numpy(canny(picture, *control.thresholds)) for picture in pixels])
+        edges = encode(edges.to(control.device).permute(0, 3, 1, 2).float() / 127.5 - 1)
         padded = torch.stack([torch.cat([e, e.new_zeros(CAPTION - len(e), e.shape[1])]) for e in embeds])
         real = torch.stack([torch.arange(CAPTION) < len(e) for e in embeds])
-        parts.append((latents, encode(edges.permute(0, 3, 1, 2).float() / 127.5 - 1), padded, real))
-    pool = Pool(*(torch.cat(column).clone() for column in zip(*parts)))
-    print(f"{len(pool.latents)} pictures drawn and encoded in {time.process_time() - start:.0f} s of CPU", flush=True)
+        parts.append((latents, edges, padded, real))
+    pool = Pool(*(torch.cat(column).clone().to(control.device) for column in zip(*parts)))
+    print(f"{len(pool.latents)} pictures drawn and encoded in {time.time() - start:.0f} s", flush=True)
     return pool
 
 
@@ -97,15 +100,15 @@ def main(cfg: TrainingConfig) -> None:
     transformer: Any = ZImageTransformer2DModel.from_pretrained(
         control.model, subfolder="transformer", torch_dtype=torch.float32
     )
-    transformer.requires_grad_(False)
-    net = build(transformer, control.places)
+    transformer.to(control.device).requires_grad_(False)
+    net = build(transformer, control.places).to(control.device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=control.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    ropes = rope_tables(transformer, CAPTION, LATENT_SIDE // 2, LATENT_SIDE // 2, "cpu")
-    start, step, losses = time.process_time(), 0, []
-    while (done := (time.process_time() - start) / control.seconds) < 1:
+    ropes = rope_tables(transformer, CAPTION, LATENT_SIDE // 2, LATENT_SIDE // 2, control.device)
+    start, step, losses = time.time(), 0, []
+    while (done := (time.time() - start) / control.seconds) < 1:
         for group in optimizer.param_groups:
-            group["lr"] = control.lr * min(1.0, (step + 1) / 20, 2.5 * (1 - done) + 0.02)
-        rows = torch.randint(len(pool.latents), (control.batch,))
+            group["lr"] = control.lr * min(1.0, (step + 1) / WARMUP, 2.5 * (1 - done) + 0.02)
+        rows = torch.randint(len(pool.latents), (control.batch,), device=control.device)
         z, edges, text, real = (part[rows] for part in (pool.latents, pool.edges, pool.captions, pool.real))
         sigma, noise = noise_levels(len(z), z.device), torch.randn_like(z)
         level = sigma[:, None, None, None]
@@ -115,12 +118,12 @@ def main(cfg: TrainingConfig) -> None:
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
+        losses.append(loss.detach())
         step += 1
-        if step % 25 == 0:
-            print(f"step {step}, {100 * done:.0f} %: loss {sum(losses) / len(losses):.4f}", flush=True)
+        if step % control.report == 0:
+            print(f"step {step}, {100 * done:.0f} %: loss {torch.stack(losses).mean():.4f}", flush=True)
             losses.clear()
-    tensors = {name: value.detach().bfloat16().contiguous() for name, value in net.state_dict().items()}
+    tensors = {name: value.detach().cpu().bfloat16().contiguous() for name, value in net.state_dict().items()}
     save_file(tensors, control.out)
     print(f"{control.out}: {Path(control.out).stat().st_size / 1e6:.1f} MB after {step} steps")
 

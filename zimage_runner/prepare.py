@@ -35,7 +35,7 @@ from zimage_runner.logs import log_to_terminal, refuse
 from zimage_runner.model import Model
 from zimage_runner.signals import PATIENCE, StopRequest, graceful_stop
 from zimage_runner.weights.find.checkpoint import Checkpoint
-from zimage_runner.weights.find.controlnet import controlnet_files
+from zimage_runner.weights.find.controlnet import controlnet_files, describe_controlnet
 from zimage_runner.weights.find.digest import weights_digest
 from zimage_runner.weights.find.resolve import download, locate, resolve
 from zimage_runner.weights.find.verify import file_digests, forget
@@ -75,10 +75,17 @@ def _describe_file(path: Path) -> int:
     from zimage_runner.weights.adapters.keys import split_key
     from zimage_runner.weights.adapters.reader import describe_adapter
     from zimage_runner.weights.formats.checkpoint_file import open_checkpoint_file
+    from zimage_runner.weights.formats.controlnet import is_controlnet
     from zimage_runner.weights.formats.files import open_stored
 
-    is_adapter = any(map(split_key, open_stored(path).tensors))
-    print("\n".join(describe_adapter(path) if is_adapter else open_checkpoint_file(path).description()))
+    tensors = open_stored(path).tensors
+    if is_controlnet(tensors):
+        lines = describe_controlnet(path)
+    elif any(map(split_key, tensors)):
+        lines = describe_adapter(path)
+    else:
+        lines = open_checkpoint_file(path).description()
+    print("\n".join(lines))
     return EXIT_OK
 
 

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 # The types that diffusers and torch declare here are narrower than what they take.
 # pyright: reportArgumentType=false
+from pathlib import Path
+
 import torch
+from diffusers import ZImageTransformer2DModel
 from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
 
+from tests.support import NANO
+from tests.support.controlnets import TRANSFORMER, make_controlnet, write_controlnet
 from training.batched import encode_text, rope_tables, sample, sigmas, velocity
 from training.config import load_config
 from training.models import build_scheduler, build_text_encoder, build_transformer
+from zimage_runner.engines.native.assembly import load_controlnet, load_model
+from zimage_runner.engines.native.model import Control, Options
+from zimage_runner.model import Model, Source
+from zimage_runner.weights.find.controlnet import find_controlnet
 
 CFG = load_config()
 
@@ -49,6 +58,27 @@ def test_velocity_equals_diffusers() -> None:
     got = velocity(model, z, time, dense, real, rope_tables(model, 32, 8, 8, "cpu"))
     assert expected.abs().max() > 0.1
     assert torch.allclose(got, expected, atol=2e-4)
+
+
+def test_a_steered_velocity_equals_the_native_engines(tmp_path: Path) -> None:
+    model = load_model(NANO, Options())
+    config = Model(
+        name="nano", source=Source.embedded, controlnet=str(write_controlnet(tmp_path / "n.safetensors", "2.0"))
+    )
+    found = find_controlnet(config, TRANSFORMER)
+    assert found is not None
+    load_controlnet(model, found)
+    embeds, z = model.encode(["a red apple"], 512), torch.randn(1, 16, 16, 16)
+    condition = torch.randn(1, 33, 16, 16)
+    ours = model.denoise(embeds, z, 1, control=Control(condition=condition, scales=[1.0])) - z  # one step, from noise
+    transformer = ZImageTransformer2DModel.from_pretrained(NANO, subfolder="transformer", torch_dtype=torch.float32)
+    dense, real = torch.zeros(1, 32, embeds[0].shape[1]), torch.zeros(1, 32, dtype=torch.bool)
+    dense[0, : len(embeds[0])], real[0, : len(embeds[0])] = embeds[0], True
+    given = (transformer, z, torch.zeros(1), dense, real, rope_tables(transformer, 32, 8, 8, "cpu"))
+    with torch.inference_mode():
+        steered, plain = velocity(*given, make_controlnet("2.0"), condition), velocity(*given)
+    assert (steered - plain).abs().max() > 0.1
+    assert torch.allclose(steered, ours, atol=2e-4)
 
 
 def test_sigmas_are_the_schedulers() -> None:

@@ -16,7 +16,9 @@ from tests.support import NANO
 from tests.support.controlnets import LAYOUTS, TRANSFORMER, shapes_of, write_controlnet
 from zimage_runner.errors import UserError
 from zimage_runner.model import Model, Source
+from zimage_runner.prepare import main as prepare
 from zimage_runner.weights.find.controlnet import ControlNetFile, find_controlnet
+from zimage_runner.weights.formats.checkpoint_file import open_checkpoint_file
 from zimage_runner.weights.formats.controlnet import PUBLISHED, layout_of
 from zimage_runner.weights.safetensors_file import TensorInfo
 
@@ -214,3 +216,28 @@ def test_an_altered_file_is_refused(whole: Path, tmp_path: Path) -> None:
     save_file(tensors, path)
     with pytest.raises(UserError, match="was altered: sha256"):
         find(path)
+
+
+def test_prepare_info_says_what_it_is(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert prepare(["info", str(whole)]) == 0
+    out = capsys.readouterr().out
+    assert "74 tensors, BF16" in out
+    assert "for another model than Z-Image (dim 288, 33 channels)" in out
+    assert f"use: model.controlnet={whole} sampling.control_image=PICTURE" in out
+
+
+def test_it_is_no_checkpoint(whole: Path) -> None:
+    with pytest.raises(UserError, match=r"is a ControlNet, not a checkpoint: use model\.controlnet=net\.safetensors"):
+        open_checkpoint_file(whole)
+
+
+def test_an_altered_file_is_accepted_on_request(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "net.safetensors"
+    shutil.copy(whole, path)
+    find(path)
+    save_file({**load_file(path), "control_layers.0.after_proj.bias": torch.zeros(288)}, path)
+    assert prepare(["accept", f"model.controlnet={path}"]) == 0
+    assert f"{path}: sha256" in capsys.readouterr().out
+    find(path)

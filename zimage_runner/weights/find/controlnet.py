@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zimage_runner.errors import PROGRAM, UserError, called
+from zimage_runner.errors import PROGRAM, UserError, called, counted
 from zimage_runner.model import Model, Verify
 from zimage_runner.outputs.parsed import from_json
 from zimage_runner.weights.cache import is_writable
 from zimage_runner.weights.find.digest import sampled_digests
 from zimage_runner.weights.find.finite import check_finite_tensors
 from zimage_runner.weights.find.verify import PIECE, file_digests
-from zimage_runner.weights.formats.controlnet import FIRST_PROJECTION, ControlLayout, layout_of
+from zimage_runner.weights.formats.controlnet import EMBEDDER, FIRST_PROJECTION, PUBLISHED, ControlLayout, layout_of
 from zimage_runner.weights.formats.files import StoredFile, open_stored
 from zimage_runner.weights.safetensors_file import TensorInfo, read_header
 
@@ -55,6 +55,27 @@ def find_controlnet(model: Model, transformer: Mapping[str, Any]) -> ControlNetF
     digests = sampled_digests([read_header(file.path) for file in stored])
     total = hashlib.sha256(json.dumps([layout.record(), digests], sort_keys=True).encode())
     return ControlNetFile(path=path, files=tuple(f.path for f in stored), layout=layout, digest=total.hexdigest())
+
+
+def describe_controlnet(path: Path) -> list[str]:
+    """What a file is, in a few lines. Raises UserError, as above."""
+    stored = open_stored(path)
+    tensors = _tensors(str(path), [stored])
+    dim, channels = tensors[f"{EMBEDDER}.weight"].shape if f"{EMBEDDER}.weight" in tensors else (0, 0)
+    kinds = sorted({info.dtype for info in tensors.values()})
+    known = {**PUBLISHED, "dim": dim} if dim else PUBLISHED
+    lines = [
+        f"file: {path}",
+        f"format: safetensors, {stored.size / 1e9:.3f} GB, {counted(len(tensors), 'tensor')}, {', '.join(kinds)}",
+    ]
+    try:
+        layout = layout_of(str(path), tensors, known, _projects([stored]))
+        lines.append(f"ControlNet of Z-Image: {layout.name}; hints behind layers {', '.join(map(str, layout.places))}")
+    except UserError as error:
+        lines.append(
+            f"ControlNet, for another model than Z-Image (dim {dim}, {channels // 4} channels) or damaged: {error}"
+        )
+    return [*lines, f"use: model.controlnet={path} sampling.control_image=PICTURE"]
 
 
 def controlnet_files(model: Model) -> list[Path]:

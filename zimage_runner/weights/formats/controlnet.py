@@ -88,12 +88,16 @@ def layout_of(
     return layout
 
 
+def is_controlnet(names: Mapping[str, object]) -> bool:
+    """Whether the names are those of a ControlNet of Z-Image, whole or not."""
+    return f"{LAYERS}.0.adaLN_modulation.0.weight" in names
+
+
 def _refuse_foreign(file: str, tensors: Mapping[str, TensorInfo]) -> None:
     """Raise UserError for what is no ControlNet of Z-Image, or one that is quantised."""
     if is_adapter(tensors):
         raise UserError(f"{file} is a LoRA or another adapter, not a ControlNet: use loras=[FILE]")
-    ours = any(name.startswith(f"{LAYERS}.") and name.split(".")[1].isdecimal() for name in tensors)
-    if not ours or f"{LAYERS}.0.adaLN_modulation.0.weight" not in tensors:
+    if not is_controlnet(tensors):
         if any(name.startswith(("noise_refiner.", "model.diffusion_model.noise_refiner.")) for name in tensors):
             raise UserError(f"{file} is a transformer of Z-Image, not a ControlNet: use model.transformer=FILE")
         raise UserError(f"{file} is no ControlNet of Z-Image (it holds {kinds_of_names(list(tensors))}): {NEED}")

@@ -24,7 +24,6 @@ _OTHER_MODELS = (
     ("cond_stage_model.", "Stable Diffusion 1 or 2"),
     ("conditioner.embedders.", "Stable Diffusion XL"),
     ("transformer_blocks.", "Qwen-Image or another model with transformer_blocks"),
-    ("control_layers.", "a ControlNet of Z-Image, which is no checkpoint by itself"),
 )
 ARCHITECTURES = {"transformer": (None, "lumina2"), "text_encoder": ("qwen3",)}
 """What GGUF files call Z-Image (city96's converter; stable-diffusion.cpp writes nothing) and its text encoder."""
@@ -33,6 +32,8 @@ _ADAPTER = re.compile(r"\.(lora_|lora\.|lokr_|hada_|oft_)|\.(dora_scale|diff|dif
 
 def refuse_relatives(file: StoredFile, shapes: Mapping[str, Sequence[int]]) -> None:
     """Raise UserError for a model that is not Z-Image; ``shapes`` are the transformer's, names without prefix."""
+    if any(name.startswith("control_layers.") for name in shapes):
+        raise UserError(f"{file.path} is a ControlNet, not a checkpoint: use model.controlnet={file.path.name}")
     for start, model in _BY_NAME:
         _refuse(file, start, model, shapes)
     _refuse_lumina2(file, shapes)
