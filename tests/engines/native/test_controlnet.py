@@ -17,8 +17,9 @@ from zimage_runner.engines.native.assembly import load_controlnet, load_model, l
 from zimage_runner.engines.native.controlnet import condition_of
 from zimage_runner.engines.native.graphs import GraphCache
 from zimage_runner.engines.native.model import Control, NativeModel, Options
-from zimage_runner.engines.native.sampler import Guidance
+from zimage_runner.engines.native.sampler import Guidance, Start
 from zimage_runner.engines.native.streaming import BlockStream
+from zimage_runner.engines.native.tiles import in_tiles
 from zimage_runner.engines.request import ControlLatents
 from zimage_runner.model import Convention, Model, Source
 from zimage_runner.pictures.placed import GREY, Placed
@@ -265,3 +266,18 @@ def test_without_a_mask_the_trained_convention_shows_the_hole_of_a_grey_picture(
     assert (shown[:, 17:] == 0.25).all()
     assert not condition_of(given, 33, Convention.diffusers, lambda: grey)[:, 16:].any()
     assert condition_of(given, 16, Convention.trained, lambda: grey) is pictures
+
+
+def test_a_large_picture_in_tiles(files: dict[str, Path], embeds: list[torch.Tensor]) -> None:
+    """Each tile is steered by its own part of the condition, under guidance for both prompts."""
+    model, z, control = native(files["2.1"]), noise(2, 64, 32), steer("2.1", 2, 64, 32)
+    start = Start(latents=torch.zeros_like(z), strength=1.0, tile=4)
+    guidance, negatives = Guidance(scale=2.0), [embeds[2], embeds[2]]
+    drawn = model.denoise(embeds[:2], z, 1, guidance, negatives, start, control)
+
+    def velocity(part: torch.Tensor, first: bool) -> torch.Tensor:
+        latents, own = part.split([16, 33], dim=1)
+        steered = Control(condition=own, scales=control.scales)
+        return model.denoise(embeds[:2], latents, 1, guidance, negatives, control=steered) - latents
+
+    assert difference(drawn, z + in_tiles(velocity, z, 4, control.condition)) <= TOLERANCE
