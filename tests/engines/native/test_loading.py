@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tests.support import NANO
 from tests.support.reference import captions, noise
 from zimage_runner.engines.native.assembly import load_model
-from zimage_runner.engines.native.loading import TensorFiles
+from zimage_runner.engines.native.loading import tensor_files
 from zimage_runner.engines.native.model import NativeModel, Options
 from zimage_runner.errors import UserError
 
@@ -122,7 +122,7 @@ def test_checkpoints_that_are_refused(checkpoint: Path, component: str, tensors:
 
 def test_a_folder_without_tensors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no \.safetensors file"):
-        TensorFiles(tmp_path)
+        tensor_files(tmp_path)
 
 
 @pytest.mark.parametrize(
