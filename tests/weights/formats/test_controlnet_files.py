@@ -227,7 +227,9 @@ def test_prepare_info_says_what_it_is(whole: Path, capsys: pytest.CaptureFixture
 
 
 def test_it_is_no_checkpoint(whole: Path) -> None:
-    with pytest.raises(UserError, match=r"is a ControlNet of Z-Image, not a checkpoint: use model\.controlnet=net\.safetensors"):
+    with pytest.raises(
+        UserError, match=r"is a ControlNet of Z-Image, not a checkpoint: use model\.controlnet=net\.safetensors"
+    ):
         open_checkpoint_file(whole)
 
 

@@ -33,7 +33,8 @@ _ADAPTER = re.compile(r"\.(lora_|lora\.|lokr_|hada_|oft_)|\.(dora_scale|diff|dif
 def refuse_relatives(file: StoredFile, shapes: Mapping[str, Sequence[int]]) -> None:
     """Raise UserError for a model that is not Z-Image; ``shapes`` are the transformer's, names without prefix."""
     if any(name.startswith("control_layers.") for name in shapes):
-        raise UserError(f"{file.path} is a ControlNet of Z-Image, not a checkpoint: use model.controlnet={file.path.name}")
+        instead = f"use model.controlnet={file.path.name}"
+        raise UserError(f"{file.path} is a ControlNet of Z-Image, not a checkpoint: {instead}")
     for start, model in _BY_NAME:
         _refuse(file, start, model, shapes)
     _refuse_lumina2(file, shapes)
