@@ -172,11 +172,11 @@ def test_guidance_steers_both_prompts(files: dict[str, Path], embeds: list[torch
     assert difference(guided, positive + 2 * (positive - negative)) <= TOLERANCE
 
 
-@pytest.mark.parametrize(("layout", "precision"), [("2.0", "bf16"), ("2.1", "fp8")])
+@pytest.mark.parametrize(("layout", "options"), [("2.0", {"dtype": torch.bfloat16}), ("2.1", {"precision": "fp8"})])
 def test_streamed_weights_draw_the_same(
-    layout: str, precision: str, files: dict[str, Path], embeds: list[torch.Tensor]
+    layout: str, options: dict[str, Any], files: dict[str, Path], embeds: list[torch.Tensor]
 ) -> None:
-    resident, streamed = (native(files[layout], precision=precision, streamed=s) for s in (False, True))
+    resident, streamed = (native(files[layout], **options, streamed=s) for s in (False, True))
     assert isinstance(streamed.controlnet.stream, BlockStream)
     z, control = noise(2, 48, 32), steer(layout, 2, 48, 32, end=0.5)
     for _ in range(2):
