@@ -206,7 +206,10 @@ def test_its_own_size_is_drawn_where_none_is_set(folder: Path) -> None:
             "sampling: outpaint='1,2': write \"left,top,right",
         ),
         (["sampling.image=table/red.png", "engine=diffusers"], "engine=diffusers does not draw from pictures: use"),
-        (["sampling.control_image=table/red.png"], "needs a ControlNet to follow it: set model.controlnet=FILE"),
+        (
+            ["sampling.control_image=table/red.png"],
+            "control_image={folder}/table/red.png needs a ControlNet to follow it: set",
+        ),
     ],
 )
 def test_what_is_refused(folder: Path, words: list[str], told: str) -> None:
