@@ -19,7 +19,7 @@ from zimage_runner.cli.completion import INSTALL, candidates
     ("typed", "expected"),
     [
         ("zimage-runner col", ["collect"]),
-        ("zimage-runner re", ["report=", "reproduce", "resume=", "retry="]),
+        ("zimage-runner re", ["report=", "reproduce", "resident", "resume=", "retry="]),
         ("zimage-runner engine=", ["engine=auto", "engine=diffusers", "engine=native"]),
         ("zimage-runner -m engine=na", ["engine=native"]),
         ("zimage-runner run +experiment=qu", ["+experiment=quickstart"]),

@@ -117,8 +117,6 @@ class Desk:
             return
         for descriptor in descriptors:
             os.close(descriptor)
-        if message.get("do") == "stop":
-            self.leave("it was told to stop")
         if message.get("do") in ("stop", "status"):
             with self._changed:
                 current = self._current
@@ -129,16 +127,17 @@ class Desk:
                     "leaves": self._leaves,
                 }
             send(connection, {"status": state | self._describe()})
+        if message.get("do") == "stop":
+            self.leave("it was told to stop")  # after the answer: the process may end at once
+            self._wait_for_end(connection)
 
     def _take(self, connection: socket.socket, message: dict[str, Any], descriptors: list[int]) -> None:
         caller = Caller.of(message, descriptors)
         likeness = message.get("likeness")
         other = differences(self._likeness, likeness) if isinstance(likeness, dict) else ["everything"]
-        if other:
-            self.leave("another version or other settings were asked for")
         order = Order(connection, caller)
         with self._changed:
-            leaves = self._leaves
+            leaves = self._leaves or ("another version or other settings were asked for" if other else None)
             busy = self._current is not None or bool(self._waiting)
             if leaves is None:
                 if busy:
@@ -148,6 +147,7 @@ class Desk:
         if leaves is not None:
             caller.close()
             order.tell(leaves=leaves, differences=other)
+            self.leave(leaves)  # after the answer: the process may end at once
             self._wait_for_end(connection)
             return
         self._listen(order)

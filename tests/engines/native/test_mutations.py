@@ -71,7 +71,7 @@ def wrong_shift(native: NativeModel, patch: pytest.MonkeyPatch) -> None:
 
 def one_step_more(native: NativeModel, patch: pytest.MonkeyPatch) -> None:
     right = model_module.make_schedule
-    patch.setattr(model_module, "make_schedule", lambda steps, shift: right(steps + 1, shift))
+    patch.setattr(model_module, "make_schedule", lambda steps, *rest: right(steps + 1, *rest))
 
 
 def caption_positions_doubled(native: NativeModel, patch: pytest.MonkeyPatch) -> None:

@@ -143,8 +143,9 @@ def test_which_engines_rehearse(monkeypatch, device, staged, wanted):
     monkeypatch.setattr(engine_module, "choose_device", lambda device: device)
     weights: Any = SimpleNamespace(settle=lambda *args: None)
     memory = Staged() if staged else Resident()
-    model = SimpleNamespace(dtype="bfloat16")
-    request: Any = SimpleNamespace(model=model, memory=memory, encodes=True, checkpoint=SimpleNamespace(path=None))
+    model = SimpleNamespace(dtype="bfloat16", controlnet_convention=None)
+    checkpoint = SimpleNamespace(path=None, controlnet=None)
+    request: Any = SimpleNamespace(model=model, memory=memory, encodes=True, controlled=False, checkpoint=checkpoint)
     monkeypatch.setattr(engine_module, "choose_dtype", lambda dtype, device: dtype)
     engine: Any = Adapter.load(NativeEngine(device=device), weights, request)
     assert engine.options.rehearse_decoder == wanted
