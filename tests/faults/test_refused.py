@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import queue
 import shutil
 import signal
 import subprocess
@@ -111,6 +112,19 @@ def test_a_thread_that_ends_before_it_is_watched_is_missed(run, monkeypatch, cap
     with monkeypatch.context() as patch:
         patch.setattr(Writer, "_seen", seen)
         assert main(run.argv()) in (0, 130)  # one writer of two may have been enough
+    finish(run)
+
+
+def test_a_batch_that_cannot_be_queued_ends_the_run(run, monkeypatch):
+    class Full(queue.SimpleQueue):
+        def put(self, item: object) -> None:
+            if isinstance(item, tuple) and len(item) == 2:  # pictures on their way
+                raise MemoryError
+            super().put(item)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(queue, "SimpleQueue", Full)
+        assert main(run.argv()) == 130
     finish(run)
 
 

@@ -146,7 +146,11 @@ class Writer:
         """Queue a batch; image i is that of request i. Blocks while ``max_pending_images`` wait already."""
         self._start_threads()
         self._reserve(len(requests), self._output.max_pending_images)
-        self._batches.put((requests, images))
+        try:
+            self._batches.put((requests, images))
+        except BaseException as error:  # counted and not queued, it would be waited for for ever
+            self._stop(error)
+            raise
 
     def fail(self, request: WriteRequest, error: str) -> None:
         """Queue the record of an item that could not be made. Never blocks, so ``on_done`` may call it."""
@@ -154,7 +158,11 @@ class Writer:
         self._start_threads()
         with self._room:
             self._pending += 1
-        self._put(request, self._write_failure, request, error)
+        try:
+            self._put(request, self._write_failure, request, error)
+        except BaseException as fault:
+            self._stop(fault)
+            raise
 
     def record(self, requests: Sequence[WriteRequest], written: Sequence[Filed | str]) -> None:
         """Queue the lines of items that workers have written; in place of a line, why there is no picture.
@@ -163,12 +171,17 @@ class Writer:
         """
         self._start_threads()
         self._reserve(len(requests), RECORDS_AHEAD)
-        if self._recorder is None:
-            self._recorder = threading.Thread(target=self._seen, args=(self._record_all,), name="recorder", daemon=True)
-            self._recorder.start()
-        with self._room:
-            self._arrived += len(requests)
-        self._written.put((requests, written))
+        try:
+            if self._recorder is None:
+                recorder = threading.Thread(target=self._seen, args=(self._record_all,), name="recorder", daemon=True)
+                recorder.start()
+                self._recorder = recorder
+            with self._room:
+                self._arrived += len(requests)
+            self._written.put((requests, written))
+        except BaseException as error:
+            self._stop(error)
+            raise
 
     def flush(self) -> None:
         """Wait until every queued request has its Outcome."""
