@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import socket
+import sys
 import threading
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from zimage_runner.errors import UserError
 from zimage_runner.resident import address, client, likeness
 from zimage_runner.resident.address import Folder, name_here
-from zimage_runner.resident.caller import Caller
+from zimage_runner.resident.caller import Caller, _forget_modules
 from zimage_runner.resident.messages import (
     LARGEST,
     LENGTH_BYTES,
@@ -189,3 +193,25 @@ def test_what_differs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_who_asks_for_it(words: list[str], asked: bool) -> None:
     assert client.is_asked_for(words) is asked
+
+
+def test_modules_of_the_callers_folder_are_forgotten_and_libraries_below_it_are_not(tmp_path, monkeypatch):
+    """A virtual environment is often below the folder that commands are given in."""
+    for file in ("mine.py", "ours/__init__.py", "ours/part.py", "venv/library.py", "built/__init__.py"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("", encoding="utf-8")
+    before = set(sys.modules)
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path / "venv"))
+        patch.syspath_prepend(str(tmp_path))
+        names = ("mine", "ours", "ours.part", "library", "built")
+        for name in names:
+            importlib.import_module(name)
+        patch.setitem(
+            sys.modules, "built._c", SimpleNamespace(__spec__=ModuleSpec("built._c", None, origin="_c.abi3.so"))
+        )
+        patch.setattr(sys, "path", [path for path in sys.path if not path.startswith(str(tmp_path))])
+        _forget_modules(str(tmp_path), before)
+        assert [name for name in (*names, "built._c") if name in sys.modules] == ["library", "built", "built._c"]
+    for name in ("library", "built"):
+        del sys.modules[name]

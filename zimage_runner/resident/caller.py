@@ -11,6 +11,8 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.machinery import EXTENSION_SUFFIXES
+from types import ModuleType
 from typing import Any
 
 from zimage_runner.resident.messages import Closed, close_all
@@ -142,10 +144,29 @@ def _set_environment(wanted: dict[str, str]) -> None:
 
 
 def _forget_modules(folder: str | None, before: set[str]) -> None:
-    """Modules of the folder that the command was given in: the next command may find others under these names."""
-    if not folder:
+    """Modules found in the folder that the command was given in: the next command may find others under these names.
+
+    What only lies somewhere below it stays (a virtual environment, say), and so does a package with compiled modules:
+    imported once more they break the process.
+    """
+    if not folder or folder in sys.path:
         return
-    for name in set(sys.modules) - before:
-        file = getattr(sys.modules.get(name), "__file__", None) or ""
-        if file.startswith(f"{folder}{os.sep}") and name.partition(".")[0] != "zimage_runner":
+    new = {name: module for name in set(sys.modules) - before if (module := sys.modules.get(name)) is not None}
+    compiled = {
+        name.partition(".")[0] for name, module in new.items() if _origin(module).endswith(tuple(EXTENSION_SUFFIXES))
+    }
+    for name in new:
+        top = name.partition(".")[0]
+        found = top in new and _place(new[top]) == folder
+        if found and top not in compiled and top != "zimage_runner":
             del sys.modules[name]
+
+
+def _origin(module: ModuleType) -> str:
+    return getattr(getattr(module, "__spec__", None), "origin", None) or ""
+
+
+def _place(module: ModuleType) -> str:
+    """The folder in which a module or package was found."""
+    parts = list(getattr(module, "__path__", ())) or [_origin(module)]
+    return os.path.dirname(parts[0])
