@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of every kind."""
     root = tmp_path_factory.mktemp("view") / "outputs"
     MadeRun(root / "a/pets", ["a cat", "a dog", "a bird"], [1, 2, 3, 4]).add_all(failed=[(1, 2)]).finish()
+    started = root / "a/pets/items/00000_p/seed_1/record.json"
+    record = json.loads(started.read_text(encoding="utf-8"))
+    inputs = {"image": {"path": "/drawings/cat.png", "digest": "0" * 64, "width": 64, "height": 64}, "strength": 0.6}
+    started.write_text(json.dumps(record | {"inputs": inputs}), encoding="utf-8")
     MadeRun(root / "b/hostile", HOSTILE, [1]).add_all().finish()
     for job, (steps, scale) in enumerate([(4, 0.0), (4, 3.0), (8, 0.0), (8, 3.0)]):
         params = {**PARAMS, "num_inference_steps": steps, "guidance_scale": scale}
@@ -141,6 +146,7 @@ def test_the_address_of_a_picture_works_by_itself_and_copies(page: Open, root: P
     tab.locator(".viewer .info h3").first.wait_for()
     tab.reload()
     tab.locator(".viewer .info h3").first.wait_for()
+    assert "/drawings/cat.png" in tab.locator(".viewer .info").inner_text()  # what it came from
     for name, text in (("Copy the prompt", "a cat"), ("Copy the seed", "1")):
         tab.get_by_label(name).click()
         until(tab, f"navigator.clipboard.readText().then((had) => had === '{text}')")

@@ -101,6 +101,7 @@ export class PictureView {
     const rows = [
       ["Size", [size, bytes(picture.bytes)].filter(Boolean).join(", ")],
       ...Object.entries(params).map(([name, value]) => [words(name), plain(value)]),
+      ...Object.entries(record.inputs ?? {}).map(([name, value]) => [words(name), value?.path ?? plain(value)]),
       ["Model", record.model?.name], ["Weights", record.model?.digest?.slice(0, 12)],
       ...Object.entries(record.numerics ?? {}).map(([name, value]) => [words(name), plain(value)]),
       ["Attempt", record.attempt > 1 ? `${record.attempt}: the first ones gave no picture` : ""],
