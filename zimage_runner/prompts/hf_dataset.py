@@ -6,6 +6,7 @@ datasets library (seconds to import) nor anything it may run or download.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +36,7 @@ class HfDataset(TableSource):
         reader, name = RowReader(self, directory), shown(directory)
         number = 0
         for file in files:
-            if not file.is_file():  # a named pipe would be waited for
+            if not os.path.isfile(file):  # a named pipe would be waited for
                 raise UserError(f"prompts.path={shown(file)} cannot be read: there is no such file")
             try:
                 with pyarrow.memory_map(str(file)) as source, pyarrow.ipc.open_stream(source) as stream:
