@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from zimage_runner.errors import UserError
+from zimage_runner.errors import UserError, one_line
 from zimage_runner.prompts.base import NOTHING, Prompt, RowSource
 from zimage_runner.prompts.carried import MAX_METADATA_BYTES, MAX_SNAPSHOT_BYTES, carry
 from zimage_runner.prompts.loras import parse_loras, parse_weights
@@ -138,7 +138,7 @@ class RowReader:
         likely = [name for name in names if name.lower() in TEXT_NAMES]
         name = likely[0] if likely else "COLUMN"
         name = name if re.fullmatch(r"\w+", name, re.ASCII) else f"'{name}'"
-        shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+        shown = one_line(", ".join(names[:10]) + (", ..." if len(names) > 10 else ""))
         raise UserError(
             f"{where}: no column is called text or prompt; there {'is' if len(names) == 1 else 'are'} "
             f"{shown or 'none'}: name the one that holds the prompts, prompts.columns.text={name}"

@@ -7,7 +7,6 @@ The way to the model: ``execute``, ``Run.draw`` (run.py), ``GenerationLoop.draw`
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import logging
 import os
@@ -38,7 +37,6 @@ from zimage_runner.outputs.place import SHARDS, picture_at
 from zimage_runner.outputs.run_dir import RunDirectory
 from zimage_runner.outputs.summary import Summary
 from zimage_runner.outputs.survey import Progress, survey
-from zimage_runner.prompts.text import shown
 from zimage_runner.runner.dry_run import describe
 from zimage_runner.runner.pool import SharedExecutor, executor_of_run
 from zimage_runner.runner.reuse import drawn_before
@@ -74,12 +72,6 @@ def execute(composed: Composed) -> int | Future[int]:
                 return shared.finish(lease, functools.partial(_report, run, held.pop_all()))
     except (UserError, RunStopped) as error:  # here and not in main: Hydra would print a line of its own
         return refuse(str(error))
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
-            raise
-        return refuse(
-            f"{shown(str(error.filename))[:60]}...: no file can have so long a name: is this a text, and no name?"
-        )
     except (MemoryError, RuntimeError) as error:
         if "home directory" in str(error):
             return refuse("~ stands for the home directory, and this user has none: write whole paths, or set HOME")
