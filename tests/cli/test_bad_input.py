@@ -51,6 +51,8 @@ TABLE: list[tuple[list[str], str]] = [
     (["--resolve", "prompt=a"], "--resolve goes with --cfg job, which prints the run's settings: add that"),
     (["--r", "prompt=a"], "--r: this may be --resolve or --run: write the whole word$"),
     (["prompt=a", "size=512x512"], r"size: no such field: write sampling.width=W sampling.height=H$"),
+    (["prompt=a", f"output_file={'a' * 300}"], r"a{60}\.\.\.: no file can have so long a name: is it a text\?$"),
+    (["prompt=a", "model=local", f"model.path={'a' * 300}"], "no file can have so long a name"),
     (["prompt=a", "n=4"], "n: no such field: for several pictures give several seeds, seeds=1-4$"),
     (["prompt=a", "-n", "4"], "-n: no such option: for several pictures give several seeds, seeds=1-4$"),
     (["prompt=a", "num_images=4"], "num_images: no such field: for several pictures give several seeds, seeds=1-4$"),

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import logging
 import os
@@ -147,6 +148,10 @@ def job(cfg: DictConfig) -> int | Future[int]:
         code = _take(composed)
     except (UserError, *CONFIG_ERRORS) as error:  # here and not in main: Hydra would print a line of its own
         code = refuse(explain(error))
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        code = refuse(f"{str(error.filename)[:60]}...: no file can have so long a name: is it a text?")
     finally:
         remove_if_empty(directory, Path(os.path.expanduser(str(cfg.output.root))))
     _exit_codes[number] = code
