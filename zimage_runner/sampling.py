@@ -396,10 +396,16 @@ class SamplingParams:
         return {name: getattr(self, name) for name in SAMPLING_FIELDS}
 
 
+def nearest_side(side: float) -> int:
+    """Return the nearest number of pixels that a side may have."""
+    return max(PIXEL_MULTIPLE, round(side / PIXEL_MULTIPLE) * PIXEL_MULTIPLE)
+
+
 def _check_side(name: str, value: int) -> None:
     if value % PIXEL_MULTIPLE or value <= 0:
-        nearest = max(PIXEL_MULTIPLE, round(value / PIXEL_MULTIPLE) * PIXEL_MULTIPLE)
-        raise UserError(f"sampling.{name}={value} is not a positive multiple of {PIXEL_MULTIPLE}: use {nearest}")
+        raise UserError(
+            f"sampling.{name}={value} is not a positive multiple of {PIXEL_MULTIPLE}: use {nearest_side(value)}"
+        )
     if value > MAX_SIDE:
         raise UserError(f"sampling.{name}={value} is larger than {MAX_SIDE} pixels: use at most {MAX_SIDE}")
 

@@ -30,6 +30,7 @@ from zimage_runner.sampling import (
     Picture,
     Preprocess,
     SamplingParams,
+    nearest_side,
 )
 from zimage_runner.weights.find.controlnet import ControlNetFile
 
@@ -175,7 +176,7 @@ class InputFinder:
         """The side of the tiles; 0 where the picture is drawn as a whole."""
         if tile:
             if tile % PIXEL_MULTIPLE:
-                raise UserError(f"sampling.tile={tile} is not a multiple of {PIXEL_MULTIPLE}: use {_multiple(tile)}")
+                raise UserError(f"sampling.tile={tile} is not a multiple of {PIXEL_MULTIPLE}: use {nearest_side(tile)}")
             return tile if max(width, height) > tile else 0
         if tile == 0:
             return 0
@@ -191,11 +192,11 @@ class InputFinder:
             return {}
         width, height = inputs.canvas
         if sides["width"]:
-            return {"height": _multiple(sides["width"] * height / width)}
+            return {"height": nearest_side(sides["width"] * height / width)}
         if sides["height"]:
-            return {"width": _multiple(sides["height"] * width / height)}
+            return {"width": nearest_side(sides["height"] * width / height)}
         if scale is not None:
-            return {"width": _multiple(width * scale), "height": _multiple(height * scale)}
+            return {"width": nearest_side(width * scale), "height": nearest_side(height * scale)}
         own = {"width": width, "height": height}
         if width * height > MOST_OWN_PIXELS:
             usual = self._model.recommended["width"] * self._model.recommended["height"]
@@ -233,10 +234,6 @@ def _varied(values: Mapping[str, Any]) -> dict[str, Any]:
     if not 0 <= seed < 2**63:
         raise UserError(f"variation_seed={seed} is out of range: use 0 to 9223372036854775807")
     return {"variation_seed": seed, "variation": VARIATION if variation is None else variation}
-
-
-def _multiple(side: float) -> int:
-    return max(PIXEL_MULTIPLE, round(side / PIXEL_MULTIPLE) * PIXEL_MULTIPLE)
 
 
 def _of_run(config: RunConfig) -> dict[str, Any]:

@@ -88,7 +88,7 @@ class Control:
 
     condition: torch.Tensor
     """[batch, channels, height / 8, width / 8]: latents of the control pictures, and the other channels (see
-    conditions.py), as many as the ControlNet takes."""
+    ``controlnet.condition_of``), as many as the ControlNet takes."""
     scales: Sequence[float]
     """One a picture: what hints are multiplied by."""
     start: float = 0.0

@@ -31,6 +31,7 @@ from zimage_runner.weights.formats.relatives import (
     is_adapter,
     kinds_of_names,
     refuse_architecture,
+    refuse_names,
     refuse_relatives,
 )
 from zimage_runner.weights.safetensors_file import TensorInfo, WeightsFile
@@ -284,12 +285,7 @@ def _check(
     missing = [name for name in expected if name not in tensors]
     leftover = [tensor.stored.name for name, tensor in tensors.items() if name not in expected]
     wrong = [name for name, shape in expected.items() if name in tensors and tensors[name].shape != shape]
-    if missing:
-        lacks = f"lacks {counted(len(missing), 'tensor')}: {kinds_of_names(missing)}"
-        raise UserError(f"{file.path}: the {component} {lacks}")
-    if leftover:
-        strays = counted(len(leftover), "tensor belongs", "tensors belong")
-        raise UserError(f"{file.path}: {strays} to no part of Z-Image: {kinds_of_names(leftover)}")
+    refuse_names(file.path, f"{file.path}: the {component}", "Z-Image", missing, leftover)
     if wrong:
         name = wrong[0]
         raise UserError(

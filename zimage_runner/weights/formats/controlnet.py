@@ -15,7 +15,7 @@ from typing import Any
 
 from zimage_runner.errors import UserError, counted
 from zimage_runner.weights.formats.configs import ADALN_WIDTH, linear, transformer_block
-from zimage_runner.weights.formats.relatives import is_adapter, kinds_of_names
+from zimage_runner.weights.formats.relatives import is_adapter, kinds_of_names, refuse_names
 from zimage_runner.weights.safetensors_file import TensorInfo
 
 EMBEDDER = "control_all_x_embedder.2-1"
@@ -157,11 +157,7 @@ def _check(file: str, layout: ControlLayout, tensors: Mapping[str, TensorInfo], 
     missing = [name for name in expected if name not in tensors]
     strays = [name for name in tensors if name not in expected and not optional.fullmatch(name)]
     wrong = [name for name, shape in expected.items() if name in tensors and tensors[name].shape != shape]
-    if missing:
-        raise UserError(f"{file} lacks {counted(len(missing), 'tensor')}: {kinds_of_names(missing)}")
-    if strays:
-        known = counted(len(strays), "tensor belongs", "tensors belong")
-        raise UserError(f"{file}: {known} to no part of a ControlNet: {kinds_of_names(strays)}")
+    refuse_names(file, str(file), "a ControlNet", missing, strays)
     if wrong:
         name = wrong[0]
         raise UserError(

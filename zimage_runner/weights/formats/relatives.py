@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from zimage_runner.errors import UserError
+from zimage_runner.errors import UserError, counted
 from zimage_runner.weights.formats.files import StoredFile
 from zimage_runner.weights.formats.names import component_of
 
@@ -61,6 +61,15 @@ def is_adapter(names: Mapping[str, object]) -> bool:
 def kinds_of_names(names: Sequence[str]) -> str:
     """A few names, for messages."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def refuse_names(file: object, owner: str, whole: str, missing: Sequence[str], strays: Sequence[str]) -> None:
+    """Raise UserError if ``owner`` lacks tensors, or if the file has some that belong to no part of ``whole``."""
+    if missing:
+        raise UserError(f"{owner} lacks {counted(len(missing), 'tensor')}: {kinds_of_names(missing)}")
+    if strays:
+        known = counted(len(strays), "tensor belongs", "tensors belong")
+        raise UserError(f"{file}: {known} to no part of {whole}: {kinds_of_names(strays)}")
 
 
 def _is_transformer(shapes: Mapping[str, Sequence[int]]) -> bool:
