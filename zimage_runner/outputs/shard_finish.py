@@ -7,6 +7,7 @@ goes. So a process that ends in between leaves two files, and the ledger says wh
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import mmap
 import os
@@ -113,7 +114,7 @@ def _records(fd: int, samples: Iterable[Kept]) -> Iterator[tuple[bytes, dict[str
         except ValueError:
             record = {}
         if not isinstance(record, dict) or record.get("sha256") != kept.entry.sha256:
-            raise OSError(5, f"{kept.item}: its record changed: resume with verify=true")
+            raise OSError(errno.EIO, f"{kept.item}: its record changed: resume with verify=true")
         yield text, record
 
 
@@ -220,7 +221,7 @@ def _find(
 def _position(written: mmap.mmap, data: bytes, start: int) -> int:
     found = written.find(data, start)
     if found < 0:
-        raise OSError(5, "a picture does not stand in the Parquet file as it is")
+        raise OSError(errno.EIO, "a picture does not stand in the Parquet file as it is")
     return found
 
 
