@@ -45,7 +45,7 @@ def main() -> int:
 
 def measure(words: Sequence[str], rounds: int, folder: Path) -> dict[str, Any]:
     """Times of ``rounds`` commands of each executor, in turn."""
-    environment = {**os.environ, "ZIMAGE_RUNNER_CACHE": str(folder / "cache")}
+    environment = {"ZIMAGE_RUNNER_CACHE": str(folder / "cache"), **os.environ}
     taken: dict[str, list[dict[str, float]]] = {name: [] for name in EXECUTORS}
     loads = [os.getloadavg()[0]]
     first = command("resident", words, folder, environment)

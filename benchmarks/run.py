@@ -23,7 +23,7 @@ from pathlib import Path
 
 from benchmarks import machine
 from benchmarks.harness import Results, Scenario, measure
-from benchmarks.scenarios import IMAGES, SCENARIOS, TINY
+from benchmarks.scenarios import FULL_SIZE, IMAGES, SCENARIOS, TINY
 from benchmarks.variants import HERE, Variant, Work, ours
 
 TINY_IMAGES = 3
@@ -31,7 +31,8 @@ TINY_IMAGES = 3
 
 def main() -> None:
     args = _arguments()
-    scenarios = [_scenario(name, args) for name in (SCENARIOS if args.scenario == ["all"] else args.scenario)]
+    names = [name for name in SCENARIOS if not (args.tiny and name in FULL_SIZE)]
+    scenarios = [_scenario(name, args) for name in (names if args.scenario == ["all"] else args.scenario)]
     if args.tiny:
         # Digests of an earlier version's embedded model may lie in the user's cache.
         os.environ.setdefault("ZIMAGE_RUNNER_CACHE", tempfile.mkdtemp(prefix="bench_cache_"))

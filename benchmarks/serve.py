@@ -5,7 +5,7 @@
 Words are those of ``zimage_runner serve``; without any it draws with the embedded model. Each client keeps one
 connection and asks again as soon as it is answered. A request that is answered 429 counts as refused, is asked again
 after what Retry-After says, and its time goes on. Seconds are those of the clients; those in the queue are the
-service's own.
+service's own. Before that, one client alone asks a few times: is the first request after ready as fast as later ones?
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from typing import Any
 
 START_SECONDS = 600.0
 ROUTE = "/v1/images/generations"
+ALONE = 6
 PROMPTS = ("a red apple", "a cute cat face", "一只熊猫", "a sailboat on the sea")
 
 
@@ -86,8 +87,6 @@ def ask(connection: http.client.HTTPConnection, method: str, route: str, body: A
 def measure(port: int, requests: int, clients: int) -> dict[str, Any]:
     """Errors, refusals and percentiles of ``requests`` requests of one picture each."""
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for number in range(requests):
-        waiting.put(number)
     seconds: list[float] = []
     in_queue: list[float] = []
     errors: list[str] = []
@@ -116,6 +115,12 @@ def measure(port: int, requests: int, clients: int) -> dict[str, Any]:
                 seconds.append(time.perf_counter() - began)
                 in_queue.append(answer["queue_seconds"])
 
+    for number in range(ALONE):
+        waiting.put(number)
+    client()
+    alone, seconds[:], in_queue[:] = list(seconds), [], []
+    for number in range(requests):
+        waiting.put(number)
     began = time.perf_counter()
     threads = [threading.Thread(target=client) for _ in range(clients)]
     for thread in threads:
@@ -126,6 +131,7 @@ def measure(port: int, requests: int, clients: int) -> dict[str, Any]:
     return {
         "requests": requests,
         "clients": clients,
+        "one_after_another_seconds": alone,
         "errors": len(errors),
         "first_errors": errors[:5],
         "refused_and_asked_again": len(refused),

@@ -3,6 +3,8 @@
     python benchmarks/synthetic_checkpoint.py /data/turbo                    # fp32 transformer, 32.8 GB, as published
     python benchmarks/synthetic_checkpoint.py /data/turbo --transformer bf16 # 20.5 GB
     python benchmarks/synthetic_checkpoint.py /tmp/tiny --scale tiny         # the same layout in a few MB
+    python benchmarks/synthetic_checkpoint.py /data/turbo --beside           # also comfyui.safetensors and
+                                                        # controlnet.safetensors (Union 2.1), in /data, both in bf16
 
 Names, shapes, dtypes and shards are those of the published files: modules are built on the meta device from the
 published configs. Values are normal with std 1/sqrt(fan_in) (norm weights near 1), so that activations stay sane
@@ -206,6 +208,37 @@ def write_checkpoint(target: Path, scale: str, transformer_dtype: str, seed: int
     return sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
 
 
+def comfyui_shapes(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The transformer's tensors as ComfyUI's single file has them."""
+    renames = {"all_x_embedder.2-1.": "x_embedder.", "all_final_layer.2-1.": "final_layer.", ".to_out.0.": ".out.",
+               ".norm_q.": ".q_norm.", ".norm_k.": ".k_norm.", ".to_q.": ".qkv."}  # fmt: skip
+    found: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        if ".to_k." in name or ".to_v." in name:
+            continue
+        shape = (3 * shape[0], *shape[1:]) if ".to_q." in name else shape
+        for ours, theirs in renames.items():
+            name = name.replace(ours, theirs)
+        found[name] = shape
+    return found
+
+
+def controlnet_shapes(scale: str) -> dict[str, tuple[int, ...]]:
+    """Tensors of a ControlNet in the layout of Union 2.1: every second layer, 33 channels, a refiner of its own."""
+    import torch
+    from diffusers.models.controlnets.controlnet_z_image import ZImageControlNetModel
+
+    config = TRANSFORMER[scale]
+    with torch.device("meta"):
+        model = ZImageControlNetModel(
+            **{name: config[name] for name in ("dim", "n_refiner_layers", "n_heads", "n_kv_heads")},
+            control_layers_places=list(range(0, config["n_layers"], 2)),
+            control_refiner_layers_places=list(range(config["n_refiner_layers"])), control_in_dim=33,
+            add_control_noise_refiner="control_noise_refiner",
+        )  # fmt: skip
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", type=Path, help="directory to make; must not exist")
@@ -213,6 +246,7 @@ def main() -> None:
     parser.add_argument(
         "--transformer", choices=("fp32", "bf16"), default="fp32", help="stored dtype (published: fp32)"
     )
+    parser.add_argument("--beside", action="store_true", help="also a single file and a ControlNet, beside the target")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="where values are drawn; default cuda where there is a GPU")
     args = parser.parse_args()
@@ -223,6 +257,10 @@ def main() -> None:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     began = time.perf_counter()
     size = write_checkpoint(args.target, args.scale, args.transformer, args.seed, device)
+    if args.beside:
+        transformer = comfyui_shapes(tensor_shapes(meta_models(args.scale), "transformer"))
+        for stem, shapes in (("comfyui", transformer), ("controlnet", controlnet_shapes(args.scale))):
+            write_component(args.target.parent, stem, [shapes], "bf16", args.seed, device)
     seconds = time.perf_counter() - began
     print(json.dumps({"path": str(args.target), "bytes": size, "seconds": round(seconds, 1), "device": device}))
 

@@ -10,6 +10,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 PROMPTS = HERE / "prompts.txt"
+PICTURE = HERE.parent / "conf" / "pictures" / "cat.png"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +30,8 @@ class Variant:
 
     name: str
     overrides: tuple[str, ...] | None = None
-    """Hydra overrides (and flags) of this runner; None for a peer."""
+    """Hydra overrides (and flags) of this runner; None for a peer. ``{picture}`` stands for a picture's path,
+    ``{beside}`` for the folder that the model lies in."""
     script: str | None = None
     """A peer's script below ``peers/``."""
     images: int | None = None
@@ -62,7 +64,10 @@ class Variant:
         keeps = [f"{option}={folder}" for option, folder in zip(self.keeps, self.folders(kept or out))]
         seeds = max(1, -(-work.images // prompts))
         flags = [override for override in self.overrides or () if override.startswith("-")]
-        overrides = [override for override in self.overrides or () if override not in flags]
+        overrides = [
+            override.replace("{picture}", str(PICTURE)).replace("{beside}", str(work.model.parent))
+            for override in self.overrides or () if override not in flags
+        ]  # fmt: skip
         return [
             sys.executable, "-m", "zimage_runner", *flags,
             "model=local", f"model.path={work.model}", "name=bench",

@@ -20,6 +20,7 @@ from benchmarks.harness import Budget, Results, Scenario, in_turn, measure, run_
 from benchmarks.report import result_files
 from benchmarks.scenarios import SCENARIOS, TINY
 from benchmarks.variants import HERE, NAIVE, Variant, Work, ours
+from tests.support.controlnets import write_controlnet
 from tests.support.fault_runs import all_gone
 
 WORK = Work(model=TINY, images=3, size=128, steps=2, device="cpu")
@@ -170,6 +171,10 @@ def test_our_command_lines_plan(variant: Variant, tmp_path: Path, monkeypatch: p
     from zimage_runner.cli.main import main
 
     work = WORK if "engine.precision=fp8" not in (variant.overrides or ()) else dataclasses.replace(WORK, device="cuda")
+    if any("{beside}" in override for override in variant.overrides or ()):
+        (tmp_path / "nano").symlink_to(work.model)
+        work = dataclasses.replace(work, model=tmp_path / "nano")
+        write_controlnet(tmp_path / "controlnet.safetensors", "2.1")
     command = variant.command(work, tmp_path)
     monkeypatch.chdir(tmp_path)
     code = main([*command[3:], "dry_run=true"])

@@ -266,3 +266,4 @@ def test_figures_of_each_worker():
     assert {worker["worker"] for worker in workers} == {"worker 1 on node1", "worker 2 on node0"}
     assert all(worker["images_per_second"] == pytest.approx(100) for worker in workers if worker["images"])
     assert all(0 <= worker["idle_share"] <= 1 and not worker["died"] for worker in workers)
+    assert all((worker["first_image_seconds"] is not None) == (worker["images"] > 0) for worker in workers)

@@ -78,6 +78,8 @@ class Roster:
         self._number = 0
         self._figures: dict[int, dict[str, Any]] = {}
         self._ready_since: dict[int, float] = {}
+        self._began = time.monotonic()
+        """When these workers were first asked for, or a later run with them began."""
         self.flights = 0
         """Batches that workers have."""
         self.ready: dict[int, Member] = {}
@@ -161,6 +163,8 @@ class Roster:
         figure = self._figure(member)
         figure["images"] += len(flight.missing)
         figure["busy_seconds"] += seconds
+        if figure["first_image"] is None:
+            figure["first_image"] = round(member.since - self._began, 3)
         self._sort(member)
         return flight
 
@@ -179,11 +183,14 @@ class Roster:
     def start_clocks(self) -> None:
         """A run begins: its figures start from nothing, and workers that are ready could draw from now on."""
         self._figures.clear()
+        self._began = time.monotonic()
         for member in self.ready.values():
             self._ready_since[member.id] = time.monotonic()
 
     def _figure(self, member: Member) -> dict[str, Any]:
-        empty = {"worker": "", "images": 0, "busy_seconds": 0.0, "ready_seconds": 0.0, "died": False}
+        empty = {
+            "worker": "", "images": 0, "first_image": None, "busy_seconds": 0.0, "ready_seconds": 0.0, "died": False,
+        }  # fmt: skip
         figure = self._figures.setdefault(member.id, empty)
         figure["worker"] = str(member)
         return figure
@@ -194,7 +201,8 @@ class Roster:
             self._figure(member)["ready_seconds"] += time.monotonic() - since
 
     def figures(self) -> list[dict[str, Any]]:
-        """Return for each worker: pictures, pictures a second while it drew, share of its time without work, died."""
+        """Return for each worker: pictures, seconds to its first batch of them since the run began or the workers
+        were asked for, pictures a second while it drew, share of its time without work, whether it died."""
         found = []
         for number, figure in list(self._figures.items())[:LISTED]:
             since = self._ready_since.get(number)
@@ -204,6 +212,7 @@ class Roster:
                 {
                     "worker": figure["worker"],
                     "images": figure["images"],
+                    "first_image_seconds": figure["first_image"],
                     "images_per_second": round(figure["images"] / busy, 3) if busy else 0.0,
                     "idle_share": round(max(0.0, 1 - busy / ready), 3) if ready else 0.0,
                     "died": figure["died"],
