@@ -103,6 +103,23 @@ def test_without_a_gpu(monkeypatch):
     assert monitor.peak_host_gb() > 0.01
 
 
+def test_while_another_thread_imports_torch(tmp_path, monkeypatch):
+    """As in a resident process on a machine with a GPU: there torch has no torch.cuda yet."""
+    (tmp_path / "torch.py").write_text("import probe\nprobe.seen()\nfrom types import SimpleNamespace as cuda\n")
+    seen = []
+    probe = SimpleNamespace(seen=lambda: seen.append((monitor.gpu_memory(), monitor.forget_peaks())))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(sys.modules, "probe", probe)
+    before = sys.modules.pop("torch", None)
+    try:
+        import torch  # noqa: F401
+    finally:
+        sys.modules.pop("torch", None)
+        if before is not None:
+            sys.modules["torch"] = before
+    assert seen == [({}, None)]
+
+
 def test_versions_name_what_decides_pixels():
     assert {"zimage_runner", "python", "torch", "diffusers", "transformers", "numpy", "pillow"} <= set(
         monitor.versions()

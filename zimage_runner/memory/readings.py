@@ -114,6 +114,7 @@ def versions() -> dict[str, str]:
 def _torch_with_gpu() -> Any:
     """torch if it is loaded and has used a GPU already, else None."""
     torch: Any = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
+    # Another thread may be importing torch, which has no torch.cuda then and has used no GPU.
+    if torch is None or getattr(getattr(torch, "__spec__", None), "_initializing", False):
         return None
-    return torch
+    return torch if torch.cuda.is_available() and torch.cuda.is_initialized() else None

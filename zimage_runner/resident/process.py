@@ -150,16 +150,12 @@ class _Keeper:
 
     def _run(self, order: Order) -> int:
         from zimage_runner import logs
-        from zimage_runner.cli.main import main as run
         from zimage_runner.memory.readings import forget_peaks
         from zimage_runner.outputs.since import count_from
-        from zimage_runner.runner.execute import execute
         from zimage_runner.signals import telling_before_exit
 
         assert self._kept is not None
         kept = self._kept
-        forget_peaks()
-        count_from(order.caller.started)
         quiet = logs.quiet.set(True) if order.caller.repeats else None
 
         def take(composed: Composed) -> Any:
@@ -170,10 +166,16 @@ class _Keeper:
             self._suit(composed)
             order.directory = str(composed.directory)
             order.tell(directory=order.directory)
+            from zimage_runner.runner.execute import execute
+
             return execute(composed)
 
         with telling_before_exit(lambda code: order.tell(exit=code)):
             try:
+                forget_peaks()
+                count_from(order.caller.started)
+                from zimage_runner.cli.main import main as run
+
                 return run(order.caller.words, take)
             except SystemExit as end:
                 return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
