@@ -46,6 +46,19 @@ def test_parameters_follow_the_convention():
     assert "Negative" not in parameters_text(recipe("a cat"))
 
 
+def test_what_a_picture_started_from_and_followed_is_told_as_a1111_does():
+    inputs = {
+        "image": {"path": "/x/cat.png"}, "strength": 0.6, "control_image": {"path": "/x/edges.png"},
+        "control_scale": 0.75, "control_preprocess": "canny", "control_end": 0.8,
+        "controlnet": {"path": "/models/Union-2.1, lite.safetensors"},
+    }  # fmt: skip
+    text = parameters_text(recipe("a cat", inputs=inputs))
+    assert "Denoising strength: 0.6, " in text
+    unit = r"Module: canny, Model: \"Union-2.1, lite\", Weight: 0.75, Guidance Start: 0, Guidance End: 0.8"
+    assert f'ControlNet 0: "{unit}", ' in text
+    assert "Denoising" not in parameters_text(recipe("a cat", inputs={"control_image": {}, "control_scale": 1.0}))
+
+
 def test_values_with_separators_are_quoted():
     assert 'Model: "a, b: c"' in parameters_text(recipe("x", model={"name": "a, b: c"}))
 

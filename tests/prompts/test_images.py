@@ -157,6 +157,16 @@ def test_our_own_parameters_come_back(prompt, steps, seed, guidance):
     assert data.values == {**given, "width": "64", "height": "32"}
 
 
+def test_what_parameters_do_not_give_back_is_told(tmp_path, caplog):
+    inputs = {"image": {}, "strength": 0.6, "control_image": {}, "control_scale": 1.0}
+    params = {"num_inference_steps": 8, "guidance_scale": 0.0}
+    text = parameters_text({"prompt": "a cat", "seed": 1, "params": params, "inputs": inputs})
+    path = png(tmp_path / "x.png", parameters=text)
+    (prompt,) = read_prompts(Images(path=str(path)))
+    assert prompt.overrides == params
+    assert f"{path}: its parameters have Denoising strength, ControlNet 0, and name no picture file" in caplog.text
+
+
 def node(kind: str, **inputs: object) -> dict:
     return {"class_type": kind, "inputs": inputs}
 

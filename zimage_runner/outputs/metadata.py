@@ -90,6 +90,7 @@ def parameters_text(recipe: dict[str, Any]) -> str:
         "Size": f"{params['width']}x{params['height']}" if "width" in params else None,
         "Denoising strength": inputs.get("strength", 1) if "image" in inputs else None,
         "Mask blur": inputs.get("mask_blur", 0) if "mask" in inputs else None,
+        "ControlNet 0": _control_unit(inputs) if "control_image" in inputs else None,
         "Model hash": str(recipe.get("model", {}).get("digest") or "")[:10] or None,
         "Model": recipe.get("model", {}).get("name"),
         "Lora hashes": ", ".join(f"{lora['name']}: {lora['hash']}" for lora in loras) or None,
@@ -97,6 +98,19 @@ def parameters_text(recipe: dict[str, Any]) -> str:
     }
     lines.append(", ".join(f"{k}: {_quoted(v)}" for k, v in fields.items() if v is not None))
     return "\n".join(lines)
+
+
+def _control_unit(inputs: dict[str, Any]) -> str:
+    """As sd-webui-controlnet writes one of its units. Its own hash of the model is left out."""
+    path = str(inputs.get("controlnet", {}).get("path", ""))
+    unit = {
+        "Module": inputs.get("control_preprocess", "none"),
+        "Model": os.path.basename(path).removesuffix(".safetensors"),
+        "Weight": inputs.get("control_scale"),
+        "Guidance Start": inputs.get("control_start", 0),
+        "Guidance End": inputs.get("control_end", 1),
+    }
+    return ", ".join(f"{k}: {_quoted(v)}" for k, v in unit.items())
 
 
 def _quoted(value: Any) -> str:

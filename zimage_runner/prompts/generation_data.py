@@ -15,6 +15,7 @@ OWN_PROGRAM = "zimage_runner"
 _PAIR = re.compile(r'([\w \-/]{1,100}):\s{0,20}("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 _SIZE = re.compile(r"(\d{1,6})x(\d{1,6})")
 _A1111 = {"Steps": "num_inference_steps", "CFG scale": "guidance_scale", "Seed": "seeds"}
+_OF_PICTURES = ("Denoising strength", "Mask blur", "ControlNet")
 _TEXTS = ("text", "prompt", "string", "value")
 """Inputs of ComfyUI's nodes that hold a text, or lead to a node that does."""
 _NUMBERS = ("value", "seed", "noise_seed", "int", "float", "number", "width", "height")
@@ -33,6 +34,8 @@ class GenerationData:
     is_cfg: bool = False
     """The guidance is other tools' CFG scale, where 1 is none."""
     program: str = "another program"
+    of_pictures: tuple[str, ...] = ()
+    """What it says of a picture that was started from or followed, which it does not name."""
 
 
 def of_parameters(text: str) -> GenerationData:
@@ -49,7 +52,11 @@ def of_parameters(text: str) -> GenerationData:
         values["negative_prompt"] = negative.strip()
     own = pairs.get("Version", "").startswith(OWN_PROGRAM)
     return GenerationData(
-        text=prompt.strip(), values=values, is_cfg=not own, program=OWN_PROGRAM if own else "another program"
+        text=prompt.strip(),
+        values=values,
+        is_cfg=not own,
+        program=OWN_PROGRAM if own else "another program",
+        of_pictures=tuple(name for name in map(str.strip, pairs) if name.startswith(_OF_PICTURES)),
     )
 
 

@@ -190,6 +190,12 @@ def _prompt(data: GenerationData, where: str, recipe: dict[str, Any] | None = No
         _tell(data, where)
         if not overrides.get("guidance_scale") and overrides.pop("negative_prompt", None):
             warn_once("negative", f"{where}: its negative prompt had no effect (CFG scale 1): it is left out")
+    if data.of_pictures:
+        warn_once(
+            "of pictures",
+            f"{where}: its parameters have {', '.join(data.of_pictures)}, and name no picture file: the prompt is "
+            "drawn without (sampling.image=FILE and the fields beside it say what it starts from)",
+        )
     carried = (recipe or {}).get("metadata")
     name = (recipe or {}).get("id")
     overrides |= recorded_values((recipe or {}).get("inputs", {}), where)
