@@ -39,7 +39,8 @@ ARROWS: dict[str, set[str]] = {
     # view: so does a multirun
     "cli": {"collect", "config", "executors", "model", "outputs", "prompts", "runner", "sampling", "view"},
     "serve": {
-        "cli", "config", "engines", "executors", "outputs", "plan", "prompts", "runner", "session", "view", *COMPONENTS,
+        "cli", "config", "engines", "executors", "outputs", "pictures", "plan", "prompts", "runner", "session", "view",
+        *COMPONENTS,
     },
     "resident": {"__main__", "cli", "config", "executors", "memory", "outputs", "runner", "startup", "weights"},
     "startup": {"cli", "config", "engines", "executors", "runner", "weights"},

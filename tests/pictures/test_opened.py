@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from zimage_runner.errors import UserError
-from zimage_runner.pictures.opened import InputChanged, examine, load, upright
+from zimage_runner.pictures.opened import InputChanged, examine, load, upright, white_where_transparent
 from zimage_runner.sampling import Picture
 
 
@@ -136,3 +136,18 @@ def test_a_file_that_changes_after_the_plan_is_told(tmp_path: Path) -> None:
         load(other)
     with pytest.raises(InputChanged, match="does not exist"):
         load(Picture(digest="1" * 64, path=str(tmp_path / "gone.png"), width=1, height=1))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_a_mask_that_is_painted_where_it_is_transparent_becomes_white_there(mode: str) -> None:
+    mask = Image.new("RGBA", (8, 4), (255, 255, 255, 255))
+    mask.paste((255, 255, 255, 0), (0, 0, 4, 4))
+    found = np.asarray(upright(white_where_transparent(encoded(mask.convert(mode))), is_mask=True))
+    assert np.array_equal(found, np.repeat(np.array([[255] * 4 + [0] * 4], np.uint8), 4, axis=0))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "I;16", "RGBA"])
+def test_a_mask_without_a_transparent_place_is_refused(mode: str) -> None:
+    opaque = Image.new(mode, (8, 4), (0, 0, 0, 255) if mode == "RGBA" else 0)
+    with pytest.raises(UserError, match="is transparent nowhere, so nothing would be painted"):
+        white_where_transparent(encoded(opaque))

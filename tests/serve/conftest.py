@@ -22,7 +22,7 @@ from tests.support.serving import served
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FAULTS_DIR", str(tmp_path))
-    monkeypatch.setattr("zimage_runner.serve.settings.Session", GatedSession)
+    monkeypatch.setattr("zimage_runner.serve.settings.ServedSession", GatedSession)
     monkeypatch.setattr(GatedSession, "gate", None)
     monkeypatch.setattr(GatedSession, "waits", threading.Event())
     monkeypatch.setattr(GatedSession, "batches", [])

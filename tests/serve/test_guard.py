@@ -46,7 +46,8 @@ def test_a_token_is_asked_for_everywhere_but_for_health():
 def test_pages_of_other_sites_may_not_ask(headers, status):
     with served() as client:
         answer = client.post(ROUTE, json=body(), headers=headers)
-    assert answer.status_code == status
+        form = client.post("/v1/images/edits", files={"prompt": (None, "a cat")}, headers=headers)
+    assert (answer.status_code, form.status_code) == (status, 400 if status == 200 else status)
     assert answer.headers["x-content-type-options"] == "nosniff"
     assert len(GatedSession.batches) == (status == 200)
 

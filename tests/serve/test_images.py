@@ -58,6 +58,7 @@ REFUSED: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"prompt": ""}, 400, "the prompt is empty", None),
     ({}, 400, "prompt: Field required", "prompt"),
     ({"prompt": "a", "path": "/etc/passwd"}, 400, "path: no such field", "path"),
+    ({"prompt": "a", "image": "cat.png"}, 400, "image: no request names a file", "image"),
     ({"prompt": "a", "n": 0}, 400, "ask for 1 to 10 pictures", "n"),
     ({"prompt": "a", "n": 11}, 413, "ask for 1 to 10 pictures", "n"),
     ({"prompt": "a", "n": True}, 400, "n: Input should be a valid integer", "n"),
@@ -111,8 +112,8 @@ def test_other_routes(serve):
     assert client.get("/v1/models").json()["data"][0]["id"] == "zimage_nano"
     assert client.get("/v1/models/zimage_nano").json()["object"] == "model"
     assert client.get("/v1/models/other").status_code == 404
-    edits = client.post("/v1/images/edits", json={})
-    assert (edits.status_code, edits.json()["error"]["code"]) == (501, "not_implemented")
+    variations = client.post("/v1/images/variations", files={"image": b""})
+    assert (variations.status_code, variations.json()["error"]["code"]) == (501, "not_implemented")
     assert client.get("/nothing").json()["error"]["message"] == "GET /nothing: Not Found"
     assert client.get("/live").json() == {"live": True}
     assert client.get("/ready").status_code == 200

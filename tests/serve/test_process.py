@@ -21,9 +21,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image, ImageChops
 
 import zimage_runner as zr
 from tests.support.serving import pixels_of
+from zimage_runner.reproduce import main as reproduce
 
 TOKEN = "0123456789abcdef"
 SMALL = {"num_inference_steps": 1}
@@ -76,6 +78,19 @@ def test_the_openai_client_and_a_clean_end():
             prompt="a cat", model="zimage_nano", n=2, size="128x128", response_format="b64_json",
             extra_body={"seed": 3, **SMALL},
         )  # fmt: skip
+        size = (128, 128)
+        Image.linear_gradient("L").convert("RGB").resize(size).save("cat.png")
+        mask, alpha = Image.new("L", size), Image.new("RGBA", size, "black")
+        mask.paste(255, (64, 0, *size))
+        mask.save("mask.png")
+        alpha.putalpha(ImageChops.invert(mask))
+        alpha.save("alpha.png")
+        edited = client.images.edit(
+            image=Path("cat.png"), mask=Path("alpha.png"), prompt="a hat", n=1,
+            extra_body={"seed": 3, "strength": 0.8, "num_inference_steps": 2},
+        )  # fmt: skip
+        with pytest.raises(openai.BadRequestError, match="image: sent more than once"):
+            client.images.edit(image=[Path("cat.png"), Path("mask.png")], prompt="a hat")
         with pytest.raises(openai.BadRequestError, match="zimage_nano can only draw 128x128 pictures"):
             client.images.generate(prompt="a cat", size="1024x1024")
         with pytest.raises(openai.AuthenticationError):
@@ -93,6 +108,13 @@ def test_the_openai_client_and_a_clean_end():
     for picture, item in zip(drawn.data or [], done.items, strict=True):
         assert item.image is not None
         assert np.array_equal(pixels_of(base64.b64decode(picture.b64_json)), pixels_of(item.image.read_bytes()))
+    inputs = {"image": "cat.png", "mask": "mask.png", "strength": 0.8, "num_inference_steps": 2}
+    (item,) = zr.run(model="zimage_nano", prompt="a hat", seeds=[3], sampling=inputs).items
+    assert item.image is not None
+    data = base64.b64decode((edited.data or [])[0].b64_json)
+    assert np.array_equal(pixels_of(data), pixels_of(item.image.read_bytes()))
+    Path("edited.png").write_bytes(data)
+    assert reproduce(["edited.png", "sampling.mask=mask.png"]) == 0, "cat.png is found by its name and digest"
     states = {path.stem: json.loads(path.read_text())["state"] for path in Path("outputs", ".serve").glob("*.json")}
     assert [state for name, state in states.items() if run["id"] in name] == ["queued"], "the next one goes on with it"
 
@@ -174,7 +196,7 @@ def curl_lines() -> list[list[str]]:
 def check_curl_lines(port: int) -> None:
     """Each is answered as the page says."""
     lines = curl_lines()
-    assert len(lines) == 3
+    assert len(lines) == 4
     for words in lines:
         here = [word.replace("127.0.0.1:8189", f"127.0.0.1:{port}") for word in words]
         argv = [*here, "-sS", "-f", "-H", f"authorization: Bearer {TOKEN}"]
@@ -182,7 +204,7 @@ def check_curl_lines(port: int) -> None:
         assert done.returncode == 0, (words, done.stdout, done.stderr)
         answer = json.loads(done.stdout)
         if "images" in words[1]:
-            assert [picture["seed"] for picture in answer["data"]] == [7, 8]
+            assert [picture["seed"] for picture in answer["data"]] == [7, 8][: 1 + ("generations" in words[1])]
         elif "runs" in words[1]:
             assert answer["counts"]["planned"] == 11
             assert ask(port, "DELETE", f"/v1/runs/{answer['id']}")[0] in (200, 202)

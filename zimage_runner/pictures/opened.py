@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import io
 import os
 import stat
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -90,7 +92,45 @@ def upright(data: bytes, *, is_mask: bool = False) -> Image.Image:
     Transparency lies on white, of a mask on black; 16 bits become 8; colours of another profile become sRGB's. Raises
     UserError that says what is wrong, without the file's name.
     """
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
+
+    with _opened(data) as image:
+        image.load()
+        profile = image.info.get("icc_profile")
+        image = ImageOps.exif_transpose(image)
+        return _flat(image, "L") if is_mask else _in_srgb(_flat(image, "RGB"), image.mode, profile)
+
+
+def size_in_header(data: bytes) -> tuple[int, int]:
+    """Width and height of a file's bytes, none of whose pixels are decoded. Raises UserError as ``upright`` does."""
+    with _opened(data) as image:
+        return image.size
+
+
+def white_where_transparent(data: bytes) -> bytes:
+    """A mask's file whose transparent places are painted, as OpenAI has it, as a PNG that is white there.
+
+    Raises UserError as ``upright`` does, and for a mask without a transparent place.
+    """
+    from PIL import ImageChops, ImageOps
+
+    with _opened(data) as image:
+        alpha = ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
+    mask = ImageChops.invert(alpha)
+    if cast("tuple[int, int]", mask.getextrema())[1] < 128:
+        raise UserError("is transparent nowhere, so nothing would be painted: what is transparent changes")
+    stream = io.BytesIO()
+    mask.save(stream, "PNG", compress_level=1)
+    return stream.getvalue()
+
+
+@contextlib.contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """A file's picture, its header checked and its pixels not decoded yet. Errors of the block are told like its own.
+
+    Raises UserError that says what is wrong, without the file's name.
+    """
+    from PIL import Image
 
     try:
         with warnings.catch_warnings():
@@ -98,10 +138,7 @@ def upright(data: bytes, *, is_mask: bool = False) -> Image.Image:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 _check_size(image.width, image.height)
                 _check_kind(image)
-                image.load()
-                profile = image.info.get("icc_profile")
-                image = ImageOps.exif_transpose(image)
-            return _flat(image, "L") if is_mask else _in_srgb(_flat(image, "RGB"), image.mode, profile)
+                yield image
     except UserError:
         raise
     except Image.DecompressionBombError:

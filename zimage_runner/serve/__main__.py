@@ -4,6 +4,7 @@
 
 POST /v1/images/generations   OpenAI's form: prompt, n, size, response_format; also seed, num_inference_steps,
                               guidance_scale, negative_prompt
+POST /v1/images/edits         the same from a picture: a form with image, mask, strength
 POST /v1/runs                 prompts x seeds as an ordinary run on disk; GET /v1/runs/ID, /events, /pictures; DELETE
 GET  /v1/models, /ready, /live, /metrics
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import os
 import signal
 import sys
@@ -94,6 +96,7 @@ def serve(settings: Any, token: str | None) -> int:
         from zimage_runner.serve.app import application
         from zimage_runner.serve.service import Service
 
+        logging.getLogger("python_multipart").disabled = True  # what is wrong with a form is told to who sent it
         service = Service(settings)
         config = uvicorn.Config(
             application(service, token),
@@ -171,7 +174,7 @@ def _help(argv: Sequence[str]) -> int:
 
 
 def _check_installed() -> None:
-    missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("fastapi", "uvicorn", "python_multipart") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"{' and '.join(missing)} is not installed: pip install 'zimage-runner[web]'")
 

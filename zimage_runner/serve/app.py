@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -19,10 +19,11 @@ from starlette.exceptions import HTTPException
 from zimage_runner.errors import RunStopped, UserError
 from zimage_runner.logs import say
 from zimage_runner.outputs.config import Format
+from zimage_runner.serve.edits import plan_edit, private_folder, read_edit
 from zimage_runner.serve.errors import ApiError
-from zimage_runner.serve.fields import Generation, parse, plan_generation
+from zimage_runner.serve.fields import Generation, Planned, parse, plan_generation
 from zimage_runner.serve.guard import Guard, read_json
-from zimage_runner.serve.orders import NotDrawn, Picture, PictureOrder, numbered
+from zimage_runner.serve.orders import NOTHING_SENT, NotDrawn, Picture, PictureOrder, numbered
 from zimage_runner.serve.run_routes import add_runs
 from zimage_runner.serve.scheduler import Full
 from zimage_runner.serve.service import Service
@@ -123,11 +124,28 @@ def _add_images(app: FastAPI, service: Service) -> None:
         began = time.perf_counter()
         asked = parse(Generation, await read_json(request, server))
         check_ready(service)
-        spec, output = await asyncio.to_thread(plan_generation, asked, service.settings)
+        planned = await asyncio.to_thread(plan_generation, asked, service.settings)
+        return await draw(asked, planned, request, began)
+
+    @app.post("/v1/images/edits")
+    async def edits(request: Request) -> Response:
+        began = time.perf_counter()
+        asked, uploads = await read_edit(request, server)
+        check_ready(service)
+        with private_folder(service.runs.uploads) as folder:
+            planned = await asyncio.to_thread(plan_edit, asked, uploads, folder, service.settings)
+            names = {field: upload.name for field, upload in uploads.items()}
+            return await draw(asked, planned, request, began, names)
+
+    async def draw(
+        asked: Generation, planned: Planned, request: Request, began: float, sent_as: Mapping[str, str] = NOTHING_SENT
+    ) -> Response:
+        """Answer with the pictures of a plan. ``sent_as``: as ``PictureOrder`` has it."""
+        spec, output = planned
         size = "{0.width}x{0.height}".format(spec.plan.items[0].params)
         if server.log_prompts:
             say(f"{len(spec.plan)} x {size}: {asked.prompt}")
-        order = PictureOrder(numbered(spec, next(numbers)), output, service.scheduler, service.pool)
+        order = PictureOrder(numbered(spec, next(numbers)), output, service.scheduler, service.pool, sent_as)
         try:
             order.submit()
         except Full:
@@ -163,10 +181,9 @@ def _add_images(app: FastAPI, service: Service) -> None:
             raise ApiError(404, "this picture is not kept, or not any more", code="not_found")
         return Response(found[1], media_type=found[0], headers={"cache-control": "private, max-age=3600"})
 
-    @app.post("/v1/images/edits")
     @app.post("/v1/images/variations")
-    async def edits() -> None:
-        message = "this model draws from text alone: it takes no pictures yet; use /v1/images/generations"
+    async def variations() -> None:
+        message = "this model draws no picture without a prompt: send both to /v1/images/edits"
         raise ApiError(501, message, code="not_implemented")
 
 

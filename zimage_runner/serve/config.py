@@ -17,6 +17,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "queue": (1, 100_000),
     "max_images": (1, 1000),
     "max_megapixels": (0.001, 17.0),
+    "max_upload_megapixels": (0.001, 100.0),
     "max_steps": (1, 1000),
     "max_prompt_characters": (1, 1_000_000),
     "max_body_mb": (0.001, 1000),
@@ -50,6 +51,8 @@ class Server:
     """Largest n of a request."""
     max_megapixels: float = 4.2
     """Largest picture, in millions of pixels; 2048x2048 is 4.2."""
+    max_upload_megapixels: float = 25.0
+    """Largest picture that is sent to be edited, in millions of pixels."""
     max_steps: int = 100
     """Largest num_inference_steps."""
     max_prompt_characters: int = 20_000

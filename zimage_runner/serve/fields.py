@@ -6,9 +6,9 @@ Nothing a request holds is opened, composed or looked up: no path, no URL, no YA
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, StrictBool, StrictFloat, StrictInt, StrictStr, ValidationError
 
@@ -19,7 +19,7 @@ from zimage_runner.prompts.inline import Inline
 from zimage_runner.prompts.rows import RowReader, TableSource, convert
 from zimage_runner.prompts.seeds import parse_seeds
 from zimage_runner.runner.spec import RunSpec
-from zimage_runner.sampling import SAMPLING_FIELDS, Sampling
+from zimage_runner.sampling import PICTURE_FILES, SAMPLING_FIELDS, Sampling
 from zimage_runner.serve.config import Server, parse_size
 from zimage_runner.serve.errors import ApiError
 from zimage_runner.serve.settings import Settings
@@ -31,9 +31,13 @@ OF_A_ROW = frozenset({"text", "prompt", "id", "seed", "seeds", "metadata", *SAMP
 
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+    files: ClassVar[tuple[str, ...]] = ()
+    """Files that are sent beside the fields."""
 
 
 Asked = TypeVar("Asked", bound=_Request)
+Planned = tuple[RunSpec, Output]
+"""The pictures of a request, and how they are encoded."""
 
 
 class Generation(_Request):
@@ -60,6 +64,13 @@ class Generation(_Request):
     negative_prompt: StrictStr | None = None
 
 
+class Edit(Generation):
+    """Fields of POST /v1/images/edits."""
+
+    files: ClassVar[tuple[str, ...]] = ("image", "mask")
+    strength: StrictFloat | StrictInt | None = None
+
+
 class RunRequest(_Request):
     """Body of POST /v1/runs."""
 
@@ -70,18 +81,16 @@ class RunRequest(_Request):
 
 
 def parse(kind: type[Asked], body: Any) -> Asked:
-    """A request's JSON as its fields. Raises ApiError naming the first that is wrong."""
+    """A request's JSON, or the texts of a form, as its fields. Raises ApiError naming the first that is wrong."""
     if not isinstance(body, dict):
         raise ApiError(400, "the body is no JSON object: send {...}")
     try:
-        return kind.model_validate(body)
+        return kind.model_validate_strings(body) if kind.files else kind.model_validate(body)  # files come in forms
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         name = str(first["loc"][0]) if first["loc"] else None
         if first["type"] == "extra_forbidden":
-            raise ApiError(
-                400, f"{name}: no such field; fields here: {', '.join(kind.model_fields)}", param=name
-            ) from None
+            raise ApiError(400, f"{name}: {_why_not(name, (*kind.files, *kind.model_fields))}", param=name) from None
         raise ApiError(400, f"{name}: {first['msg']}", param=name) from None
 
 
@@ -99,12 +108,19 @@ class Rows(TableSource):
             where = f"prompts[{place}]"
             row = {"text": row} if isinstance(row, str) else row
             if unknown := set(row) - OF_A_ROW:
-                raise UserError(f"{where}: {min(unknown)!r}: no such field; fields here: {', '.join(sorted(OF_A_ROW))}")
+                raise UserError(f"{where}: {min(unknown)!r}: {_why_not(min(unknown), sorted(OF_A_ROW))}")
             yield reader.prompt(row, where)
 
 
-def plan_generation(asked: Generation, settings: Settings) -> tuple[RunSpec, Output]:
-    """The pictures of a request, and how they are encoded. Raises ApiError, UserError."""
+def _why_not(name: str | None, known: Iterable[str]) -> str:
+    """Why a request may not say this."""
+    if name in PICTURE_FILES:
+        return "no request names a file, and a run starts from no picture: /v1/images/edits takes the picture itself"
+    return f"no such field; fields here: {', '.join(known)}"
+
+
+def plan_generation(asked: Generation, settings: Settings, **pictures: Any) -> Planned:
+    """Plan a request; ``pictures`` are fields of ``Sampling`` about what it starts from. Raises ApiError, UserError."""
     server, model = settings.server, settings.config.model
     if asked.model is not None and asked.model != model.name:
         raise ApiError(
@@ -125,7 +141,7 @@ def plan_generation(asked: Generation, settings: Settings) -> tuple[RunSpec, Out
     for name in ("num_inference_steps", "guidance_scale", "negative_prompt"):
         changes[name] = getattr(asked, name)
     seed = secrets.randbits(DRAWN_SEED_BITS) if asked.seed is None else asked.seed
-    sampling = sampling_of(changes, settings.config.sampling)
+    sampling = replace(sampling_of(changes, settings.config.sampling), **pictures)
     output = _output(asked, settings.config.output)
     _check_size(sampling, server)
     spec = settings.plan(Inline(texts=[asked.prompt]), {"count": n, "base": seed}, sampling=sampling)
@@ -152,7 +168,7 @@ def plan_run_request(asked: RunRequest, settings: Settings, **changes: Any) -> R
 def sampling_of(given: Mapping[str, Any], sampling: Sampling) -> Sampling:
     """The service's sampling fields with a request's in their place. Raises UserError."""
     if unknown := set(given) - set(SAMPLING_FIELDS):
-        raise UserError(f"sampling.{min(unknown)}: no such field; there are {', '.join(SAMPLING_FIELDS)}")
+        raise UserError(f"sampling.{min(unknown)}: {_why_not(min(unknown), SAMPLING_FIELDS)}")
     changes = {name: convert(name, value, "sampling") for name, value in given.items() if value is not None}
     return replace(sampling, **changes)
 

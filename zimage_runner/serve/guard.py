@@ -14,8 +14,11 @@ from zimage_runner.serve.errors import ApiError
 from zimage_runner.serve.metrics import Metrics
 from zimage_runner.view.safety import HEADERS, host_is_ours
 
+FORM = "multipart/form-data"
 OPEN_ROUTES = ("/live", "/ready")
 """Without a token: whoever watches the service need not be able to draw."""
+FORMS = ("/v1/images/edits", "/v1/images/variations")
+"""Routes that take pictures, in a form. A page of another site could send one, so its origin is checked too."""
 OTHER = "other"
 """The route, in metrics, of requests that no route is for."""
 
@@ -64,11 +67,10 @@ class Guard:
             raise ApiError(403, "pages of other sites may not ask")
         if self._token is not None and scope["path"] not in OPEN_ROUTES:
             self._check_token(headers.get("authorization", ""))
-        if (
-            scope["method"] == "POST"
-            and headers.get("content-type", "").partition(";")[0].strip() != "application/json"
-        ):
-            raise ApiError(415, "send JSON: content-type: application/json")
+        if scope["method"] == "POST":
+            what, wanted = ("a form", FORM) if scope["path"] in FORMS else ("JSON", "application/json")
+            if headers.get("content-type", "").partition(";")[0].strip() != wanted:
+                raise ApiError(415, f"send {what}: content-type: {wanted}")
 
     def _check_token(self, header: str) -> None:
         kind, _, given = header.partition(" ")
@@ -80,6 +82,16 @@ class Guard:
 
 
 async def read_json(request: Request, server: Server) -> Any:
+    """The JSON of a request's body. Raises ApiError."""
+    body = await read_body(request, server)
+    try:
+        return json.loads(body, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ApiError(400, f"the body is no JSON: {reason:.200}") from None
+
+
+async def read_body(request: Request, server: Server) -> bytes:
     """A request's body, bounded in size and time. Raises ApiError."""
     most = server.max_body_mb * 1e6
     try:
@@ -100,11 +112,7 @@ async def read_json(request: Request, server: Server) -> Any:
         raise ApiError(408, f"the body did not arrive within {server.body_timeout_s:g} s") from None
     except ClientDisconnect:
         raise ApiError(400, "the body did not arrive") from None
-    try:
-        return json.loads(body, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise ApiError(400, f"the body is no JSON: {reason:.200}") from None
+    return bytes(body)
 
 
 def _refuse_constant(name: str) -> Any:

@@ -7,9 +7,10 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from zimage_runner.errors import BadPictureError, RunStopped, error_text
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+NOTHING_SENT: Mapping[str, str] = MappingProxyType({})
 MAX_ATTEMPTS = 2
 """As in a run: a picture that comes out bad is drawn once more."""
 
@@ -45,9 +47,20 @@ class Picture:
 class PictureOrder:
     """Asks the scheduler for a plan's pictures; ``done`` is their list, in the plan's order, or the error."""
 
-    def __init__(self, spec: RunSpec, output: Output, scheduler: Scheduler, pool: ThreadPoolExecutor) -> None:
-        """``output``: how the pictures are encoded. ``pool``: for what takes time and is not drawing."""
+    def __init__(
+        self,
+        spec: RunSpec,
+        output: Output,
+        scheduler: Scheduler,
+        pool: ThreadPoolExecutor,
+        sent_as: Mapping[str, str] = NOTHING_SENT,
+    ) -> None:
+        """``output``: how the pictures are encoded. ``pool``: for what takes time and is not drawing.
+
+        ``sent_as``: what the records call the files that the pictures start from, by their field.
+        """
         self.spec = spec
+        self._sent_as = sent_as
         self.items = list(spec.plan.items)
         self.waiting: deque[Place] = deque(Place(item) for item in self.items)
         self.done: Future[list[Picture]] = Future()
@@ -112,7 +125,10 @@ class PictureOrder:
         except BadPictureError as error:
             self._again(item, result.attempt, str(error))
             return
-        picture = Picture(encode(pixels, self.spec.recipe(item, self._scheduler.report()), self._output), item.seed)
+        recipe = self.spec.recipe(item, self._scheduler.report())
+        for field, name in self._sent_as.items():
+            recipe["inputs"][field]["path"] = name
+        picture = Picture(encode(pixels, recipe, self._output), item.seed)
         with self._lock:
             self._pictures[id(item)] = picture
             complete = len(self._pictures) == len(self.items)

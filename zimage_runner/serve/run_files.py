@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,6 +70,9 @@ class RunFiles:
             lock = RunLock(self._folder, self._dir_fd)
             lock.acquire()
             self._open.callback(lock.release)
+            self.uploads = self._folder / "uploads"  # of pictures that are sent to be edited, while they are
+            shutil.rmtree(self.uploads, ignore_errors=True)  # what a killed process left
+            self.uploads.mkdir(mode=0o700)
         except OSError as error:
             self._open.close()
             reason = error.strerror or error
@@ -79,6 +83,7 @@ class RunFiles:
 
     def close(self) -> None:
         """Let another process have it. Where nothing was kept it goes."""
+        shutil.rmtree(self.uploads, ignore_errors=True)
         self._open.close()
         with contextlib.suppress(OSError):
             self._folder.rmdir()

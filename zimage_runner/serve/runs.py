@@ -51,6 +51,7 @@ class RunQueue:
         self._closing = False
         self._thread = threading.Thread(target=self._live, name="runs", daemon=True)
         self._files = RunFiles(settings.root)
+        self.uploads = self._files.uploads
         self._runs = {run.id: run for run in self._files.load()}
         self.items = SettledItems()
 

@@ -24,7 +24,7 @@ from zimage_runner.prompts.inline import Inline
 from zimage_runner.runner.spec import RunSpec, plan_run
 from zimage_runner.sampling import SamplingParams
 from zimage_runner.serve.config import Server, parse_size
-from zimage_runner.session import Session
+from zimage_runner.serve.session import ServedSession
 from zimage_runner.warmup import WARMUP_PROMPT, WarmupShape
 
 OF_A_REQUEST = ("prompt", "prompts", "seeds")
@@ -86,7 +86,7 @@ class Settings:
     def executor(self) -> Executor:
         """Make an executor that is warm at the configured shapes once it is started. Raises UserError."""
         config, spec = self.config, self.plan(Inline(texts=[WARMUP_PROMPT]), 0)
-        session = functools.partial(Session, config.executor.adapt(spec.session), self.shapes(spec), ())
+        session = functools.partial(ServedSession, config.executor.adapt(spec.session), self.shapes(spec), ())
         return config.executor.create(session, auto_batch=config.engine.auto_batch, health=config.memory.health)
 
     def shapes(self, spec: RunSpec) -> list[WarmupShape]:
