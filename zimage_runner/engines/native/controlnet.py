@@ -114,12 +114,8 @@ class ControlNet(nn.Module):
 
     def stream_blocks(self, device: torch.device) -> Callable[[nn.Module, str, torch.Tensor], torch.Tensor]:
         """Have the large weights in host memory, as ``Transformer.stream_blocks`` does, in a row of their own."""
-        stream = self.stream = BlockStream([*self.blocks], device, self.dtype)
-
-        def place(owner: nn.Module, leaf: str, value: torch.Tensor) -> torch.Tensor:
-            return stream.put(owner, value) if leaf == "weight" and stream.holds(owner) else value
-
-        return place
+        self.stream = BlockStream([*self.blocks], device, self.dtype)
+        return self.stream.place
 
     def modulation(self, adaln_input: torch.Tensor) -> list[ControlModulation]:
         """What each step's time does to the blocks; adaln_input as ``Transformer.adaLN_input`` gives it."""

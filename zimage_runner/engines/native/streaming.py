@@ -101,9 +101,13 @@ class BlockStream:
         kept.copy_(weight)
         return kept
 
-    def holds(self, owner: nn.Module) -> bool:
-        """Whether the module's weight is one of those."""
-        return id(owner) in self._where
+    def place(self, owner: nn.Module, leaf: str, value: torch.Tensor) -> torch.Tensor:
+        """What to have in a module's place of a tensor that was loaded (see loading.assign): large weights go to host
+        memory, the others stay on the device."""
+        if leaf == "weight" and id(owner) in self._where:
+            return self.put(owner, value)
+        # A packed file's layer arrives in one piece of memory, all of which the smallest tensor of it would hold.
+        return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
 
     @contextlib.contextmanager
     def block(self, number: int) -> Iterator[None]:

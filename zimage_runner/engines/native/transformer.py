@@ -324,12 +324,8 @@ class Transformer(nn.Module):
 
         Returns what is to be told of each tensor when it is loaded (see loading.assign).
         """
-        stream = self.stream = BlockStream([*self.noise_refiner, *self.layers], device, self.dtype)
-
-        def place(owner: nn.Module, leaf: str, value: torch.Tensor) -> torch.Tensor:
-            return stream.put(owner, value) if leaf == "weight" and stream.holds(owner) else value
-
-        return place
+        self.stream = BlockStream([*self.noise_refiner, *self.layers], device, self.dtype)
+        return self.stream.place
 
     def modulation(self, embedded_times: torch.Tensor) -> list[StepModulation]:
         """What each step's time does to the network; embedded_times [steps, FREQUENCIES] (see ``embed_times``).
