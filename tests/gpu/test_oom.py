@@ -214,11 +214,12 @@ def test_then_the_picture_is_decoded_in_tiles(session):
     session.generate(batch).images.wait()
     whole, reference = peak_of(session, batch)
     tiled, _ = peak_of(session, batch, tiled=True)
-    assert tiled.reserved < whole.reserved * 0.95, f"tiles save too little for this test: {tiled}, {whole}"
-    # The whole picture fits into less than it took, if it must: into how much less is not known beforehand.
-    for share in (0.8, 0.6, 0.4, 0.2, 0.1):
+    assert tiled.allocated < whole.allocated * 0.95, f"tiles save too little for this test: {tiled}, {whole}"
+    # What was reserved is no need: the allocator keeps what it has room for. Below what was allocated the whole picture
+    # still fits where cuDNN can do with smaller workspaces: by how much is not known beforehand.
+    for share in (0.95, 0.8, 0.65, 0.5, 0.35, 0.2):
         start_afresh(session)
-        limit_to(tiled.reserved + share * (whole.reserved - tiled.reserved))
+        limit_to(tiled.allocated + share * (whole.allocated - tiled.allocated))
         backoff = MemoryBackoff(session)
         pictures, results = collect(backoff.run(Batch(items=batch)))
         if backoff.steps:
