@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from zimage_runner.engines.base import Engine, EngineConfig
-from zimage_runner.engines.diffusers.engine import DiffusersEngine
+from zimage_runner.engines.diffusers.config import DiffusersEngine
 from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.engines.precision import Precision
 from zimage_runner.engines.request import LoadRequest, Needs

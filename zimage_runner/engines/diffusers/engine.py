@@ -3,57 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from zimage_runner.engines.base import Engine, EngineConfig, PendingImages, ReadyImages
+from zimage_runner.engines.base import Engine, PendingImages, ReadyImages
 from zimage_runner.engines.device import choose_device, choose_dtype, release
-from zimage_runner.engines.diffusers.attention import MASKLESS, check_name, choose_backend, this_machine
-from zimage_runner.engines.diffusers.setup import Setup, Stage, check_compile, phase, synchronize
+from zimage_runner.engines.diffusers.attention import MASKLESS, choose_backend, this_machine
+from zimage_runner.engines.diffusers.config import DiffusersEngine
+from zimage_runner.engines.diffusers.setup import Setup, Stage, phase, synchronize
 from zimage_runner.engines.diffusers.vae_fallback import fallback_vae
 from zimage_runner.engines.merging import Adapters, Component, Slot
-from zimage_runner.engines.precision import Precision
 from zimage_runner.engines.request import DenoiseRequest, LoadRequest
-from zimage_runner.errors import UserError
-from zimage_runner.model import Device, padded_length, unshifted_sigmas
+from zimage_runner.model import padded_length, unshifted_sigmas
 from zimage_runner.weights.prepared.names import canonical
 
 if TYPE_CHECKING:
     import torch
 
-    from zimage_runner.engines.request import Needs
     from zimage_runner.sampling import Lora
-
-
-@dataclass(kw_only=True, slots=True)
-class DiffusersEngine(EngineConfig):
-    """Reference engine: every feature of ZImagePipeline, at its speed."""
-
-    vae_channels_last: bool = False
-    """Decode in NHWC memory layout: faster convolutions on GPUs, other rounding."""
-
-    def check(self, needs: Needs) -> None:
-        if self.device is Device.cpu and self.noise_device is Device.cuda:
-            raise UserError("engine.noise_device=cuda needs engine.device=cuda: use engine.noise_device=cpu")
-        if self.precision is not Precision.bf16:
-            raise UserError(
-                f"engine.precision={self.precision.value} is not for engine=diffusers, which computes in model.dtype: "
-                "use engine=native, or leave it out"
-            )
-        if needs.pictured or needs.controlled:
-            raise UserError("engine=diffusers does not draw from pictures: use engine=native, or leave them out")
-        check_name(self.attention)
-        if "diffusers" not in needs.memory.engines:
-            raise UserError(f"memory={needs.memory.placement} is not for engine=diffusers: use engine=native with it")
-        check_compile(needs.memory, needs.compile)
-        if needs.adapted and not needs.memory.merges:
-            raise UserError(
-                f"memory={needs.memory.placement} keeps copies of the weights that loras cannot be merged into: "
-                "use memory=resident, staged or model_offload, or engine=native"
-            )
-
-    def create(self, request: LoadRequest) -> Engine:
-        return DiffusersPipelineEngine(self, request)
 
 
 class DiffusersPipelineEngine(Engine):

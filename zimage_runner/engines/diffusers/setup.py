@@ -38,15 +38,6 @@ ABSENT = {Stage.whole: (), Stage.encoder: ("transformer", "vae"), Stage.denoiser
 """Components that a stage goes without."""
 
 
-def check_compile(memory: Memory, compile: Compile) -> None:
-    """Raise UserError for placements whose Python hooks torch.compile cannot capture."""
-    if compile.active and not memory.compiles:
-        raise UserError(
-            f"memory={memory.placement} moves each layer's weights in Python hooks, which compile={compile.label} "
-            "cannot capture: use memory=resident, staged or model_offload with it, or compile=none"
-        )
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setup:
     """How the pipeline is made."""
