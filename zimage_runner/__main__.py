@@ -145,19 +145,21 @@ def _draw(argv: list[str]) -> int:
     from zimage_runner.startup.process import begin
 
     begins = begin()
-    from zimage_runner.resident import client
+    from zimage_runner.executors.handing import HandOver, is_asked_for
 
-    if client.is_asked_for(argv):
-        return client.hand_over(argv)
-    from zimage_runner.executors.handing import HandOver
+    if is_asked_for(argv):
+        from zimage_runner.resident.client import hand_over
 
+        return hand_over(argv)
     environment = dict(os.environ)
     try:
         return _compose_and_draw(argv, begins)
     except HandOver:  # a config file, or the run that is resumed, says so
         os.environ.clear()  # composing and importing may have set something for this process
         os.environ.update(environment)
-        return client.hand_over(argv, repeats=True)
+        from zimage_runner.resident.client import hand_over
+
+        return hand_over(argv, repeats=True)
 
 
 def _compose_and_draw(argv: list[str], begins: bool) -> int:

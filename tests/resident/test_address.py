@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from zimage_runner.errors import UserError
+from zimage_runner.executors.handing import is_asked_for
 from zimage_runner.resident import address, client, likeness
 from zimage_runner.resident.address import Folder, name_here
 from zimage_runner.resident.caller import Caller, _forget_modules
@@ -192,7 +193,7 @@ def test_what_differs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_who_asks_for_it(words: list[str], asked: bool) -> None:
-    assert client.is_asked_for(words) is asked
+    assert is_asked_for(words) is asked
 
 
 def test_modules_of_the_callers_folder_are_forgotten_and_libraries_below_it_are_not(tmp_path, monkeypatch):

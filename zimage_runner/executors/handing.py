@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # importing typing takes time before anything else begins
+    from collections.abc import Sequence
+
+ENDS_BEFORE = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--version", "--help", "-h")
+"""Words with which no run is drawn."""
+
 
 class HandOver(BaseException):
     """The composed run belongs to the resident process. Not an Exception: Hydra reports those itself."""
@@ -24,3 +31,13 @@ def become_resident() -> None:
 def belongs_elsewhere(executor: object, *, dry_run: bool) -> bool:
     """Return whether the resident process has to draw with this executor. A plan is printed anywhere."""
     return type(executor).__name__ == "ResidentExecutorConfig" and not dry_run and not is_resident()
+
+
+def is_asked_for(words: Sequence[str]) -> bool:
+    """Whether a command line says itself that it wants the resident process, and draws."""
+    executors = [word for word in words if word.startswith("executor=")]
+    if executors[-1:] != ["executor=resident"]:
+        return False
+    said = [word.partition("=") for word in words]
+    plans = any(name == "dry_run" and value.lower() not in ("false", "no", "off", "0") for name, _, value in said)
+    return not plans and not any(word.partition("=")[0] in ENDS_BEFORE for word in words)

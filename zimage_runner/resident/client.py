@@ -34,18 +34,6 @@ START_SECONDS = 60.0
 LAST_PATIENCE = 3.0
 """Seconds after a second signal."""
 FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU")
-ENDS_BEFORE = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--version", "--help", "-h")
-"""Words with which no run is drawn."""
-
-
-def is_asked_for(words: Sequence[str]) -> bool:
-    """Whether a command line says itself that it wants the resident process, and draws."""
-    executors = [word for word in words if word.startswith("executor=")]
-    if executors[-1:] != ["executor=resident"]:
-        return False
-    said = [word.partition("=") for word in words]
-    plans = any(name == "dry_run" and value.lower() not in ("false", "no", "off", "0") for name, _, value in said)
-    return not plans and not any(word.partition("=")[0] in ENDS_BEFORE for word in words)
 
 
 def hand_over(words: Sequence[str], *, repeats: bool = False) -> int:
