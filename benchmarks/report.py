@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.harness import last_error, seconds_a_picture
 from benchmarks.scenarios import SCENARIOS
-from benchmarks.variants import HERE, NAIVE
+from benchmarks.variants import HERE, NAIVE, NAIVE_BYTECODE
 
 USUAL_SIZE = 1024
 INTRODUCTION = """# Measurements
@@ -42,13 +42,13 @@ digests were computed and the prepared copy was made beforehand, as after a firs
 BESIDE = """Beside these: [where a forward's milliseconds go](profile_notes.md), [where the time to the first picture
 goes](../docs/starting.md), the embedded model on a CPU (`nano_cpu.py`, `results/nano_cpu.json`), what a job of a
 multirun costs beside its picture (`sweep_overhead.py`), what `executor=process` costs (`executor_overhead.py`), the
-second command with `executor=resident` (`resident.py`), load on the service (`serve.py`)."""
+second command with `executor=resident` (`resident.py`), load on the service (`serve.py`), several GPUs
+(`several_gpus.py`, [what came out](../docs/scale.md#several-gpus-of-one-machine), `results/several_gpus.json`), LoRAs
+(`loras.py`, `results/loras.json`), a checkpoint in one file beside the repository (`results/single_file.json`)."""
 PHASES = ("start", "import", "load", "move", "compile", "warm-up", "first picture")
 """What the time to the first picture is made of, in order."""
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
-RUNNER, NAIVE_STARTS = "zimage_runner", ("naive, bytecode of its imports kept", "naive, no bytecode")
-"""Keys of first_picture/baselines.json."""
-OURS, CACHED = "ours default", "ours, prompt embeddings cached"
+OURS, CACHED, FP8 = "ours default", "ours, prompt embeddings cached", "ours fp8"
 BATCHED = "ours default, batch chosen by the engine"
 
 
@@ -475,12 +475,13 @@ def front_table(results: Path) -> str:
 
     The naive script is given twice: most of its start is imports, which take longer where Python keeps no bytecode.
     """
-    loaded, starts = [load(path) for path in result_files(results)], _starts(results)
-    rows = _find(loaded, "throughput", "warm", USUAL_SIZE)
+    loaded = [load(path) for path in result_files(results)]
+    rows, starts = (_find(loaded, name, "warm", USUAL_SIZE) for name in ("throughput", "cold_start"))
     ours, naive = (rows[name].seconds_per_image if name in rows else None for name in (OURS, NAIVE.name))
-    if not starts or ours is None or naive is None:
+    firsts = [starts[name].first_png if name in starts else None for name in (OURS, NAIVE_BYTECODE.name, NAIVE.name)]
+    if ours is None or naive is None or None in firsts:
         return ""
-    start, kept, none = (starts[name]["median"] for name in (RUNNER, *NAIVE_STARTS))
+    start, kept, none = (spread.median for spread in firsts if spread is not None)
     data = next(data for data, its_rows in loaded if rows[OURS] in its_rows)
     lines = [
         "| | naive diffusers script | zimage_runner | |",
@@ -489,7 +490,7 @@ def front_table(results: Path) -> str:
         f"bytecode | {start:.2f} s | **{kept / start:.1f}x**; {none / start:.1f}x |",
         f"| each picture after it, {USUAL_SIZE}x{USUAL_SIZE} | {naive.median:.3f} s | {ours.median:.3f} s | "
         f"**{naive.median / ours.median:.1f}x** |",
-        *_eight_bits(loaded),
+        *_eight_bits(rows, naive),
         "| after `kill -9` | begins again with the first picture | what is on disk stays; `resume=latest` draws "
         "exactly the rest | |",
         "",
@@ -499,41 +500,20 @@ def front_table(results: Path) -> str:
     return "\n".join(["", *lines, "", ""])
 
 
-def _eight_bits(loaded: Loaded) -> Iterator[str]:
-    """Yield the table's row of fp8, from a session that drew both."""
-    for _, rows in loaded:
-        by_name = {row.variant: row.seconds_per_image for row in rows}
-        ours, naive = by_name.get("ours fp8"), by_name.get(NAIVE.name)
-        if ours is not None and naive is not None:
-            yield (
-                f"| the same with `engine.precision=fp8`, in a session of its own | {naive.median:.3f} s | "
-                f"{ours.median:.3f} s | **{naive.median / ours.median:.1f}x** |"
-            )
-            return
-
-
-def _starts(results: Path) -> dict[str, Any]:
-    path = results / "first_picture" / "baselines.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def _baselines(results: Path) -> Iterator[str]:
-    if starts := _starts(results):
-        ours, kept, none = (starts[name] for name in (RUNNER, *NAIVE_STARTS))
+def _eight_bits(rows: Mapping[str, Row], naive: Spread) -> Iterator[str]:
+    """Yield the table's row of fp8, where it was measured in the same session."""
+    if FP8 in rows and (ours := rows[FP8].seconds_per_image) is not None:
         yield (
-            f"**The same with a fairer baseline**, {starts['machine']}, {starts['measured']}: {ours['median']} s "
-            f"(n={ours['count']}) against {kept['median']} s (n={kept['count']}) where Python keeps the bytecode of "
-            f"the naive script's imports: **{kept['median'] / ours['median']:.1f}x** as fast; against "
-            f"{none['median']} s where it does not: {none['median'] / ours['median']:.1f}x"
+            f"| the same with `engine.precision=fp8` | {naive.median:.3f} s | {ours.median:.3f} s | "
+            f"**{naive.median / ours.median:.1f}x** |"
         )
 
 
 def summary(results: Path) -> str:
-    """Return a list of at most six points, the last one about the machine; one without figures is left out."""
+    """Return a list of at most five points, the last one about the machine; one without figures is left out."""
     loaded = [load(path) for path in result_files(results)]
     points = [
         *_first_picture(loaded),
-        *_baselines(results),
         *_pictures(loaded, 1024),
         *_pictures(loaded, 512),
         *_article(loaded),
@@ -563,6 +543,11 @@ def _first_picture(loaded: Loaded) -> Iterator[str]:
         if OURS not in rows:
             continue
         part = f"{words} {_against(rows[OURS].first_png, rows[NAIVE.name].first_png, 1)}"
+        if NAIVE_BYTECODE.name in rows:
+            kept = rows[NAIVE_BYTECODE.name].first_png
+            assert kept is not None
+            part += f"; against {_figure(kept, 1)} where Python keeps the bytecode of the naive script's imports: "
+            part += f"**{_ratio(kept, rows[OURS].first_png)}**"
         if CACHED in rows and cache == "warm":
             ours, base = rows[CACHED].first_png, rows[NAIVE.name].first_png
             assert ours is not None
@@ -587,7 +572,7 @@ def _pictures(loaded: Loaded, size: int) -> Iterator[str]:
 
 def _fastest_rival(rows: dict[str, Row], ours: Row) -> str:
     """diffusers at its best, where any settings of it beat the naive loop."""
-    speeds = {name: row.seconds_per_image for name, row in rows.items() if name not in (OURS, BATCHED)}
+    speeds = {name: row.seconds_per_image for name, row in rows.items() if "diffusers" in name}
     medians = {name: speed.median for name, speed in speeds.items() if speed is not None}
     best = min(medians, key=lambda name: medians[name])
     if best == NAIVE.name or ours.seconds_per_image is None:
