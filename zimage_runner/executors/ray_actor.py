@@ -30,6 +30,7 @@ from zimage_runner.executors.fleet import Done, Part
 from zimage_runner.executors.messages import Start
 from zimage_runner.plan import Encoding
 from zimage_runner.signals import OF_A_QUEUE
+from zimage_runner.startup.process import begin
 
 PACKAGES = ("torch", "diffusers", "transformers", "tokenizers", "safetensors", "numpy", "pillow", "ray")
 """Whose versions must be the same on every node: they decide pictures, or how pictures and tasks travel."""
@@ -114,6 +115,7 @@ class Drawer:
     """One worker. ``collect`` is called from a thread of its own, all else from another."""
 
     def __init__(self, number: int) -> None:
+        begin(warns=False)  # before torch comes; the process that was started has warned
         self._name = {"worker": f"worker {number} on {socket.gethostname()}"}
         for signal_number in (signal.SIGINT, *OF_A_QUEUE):
             # Ending the run is the driver's affair: it lets the pictures in flight finish.
