@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
@@ -11,15 +10,14 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.support.fault_runs import Run, kill
+from tests.support.fault_runs import Run
 from tests.support.faulty_session import FaultySession
-from tests.support.ray_cluster import Nodes, ray_cluster, workers
+from tests.support.gate import Gate, ledger_lines
+from tests.support.ray_cluster import Nodes, draws_on, kill_a_worker, ray_cluster
 from zimage_runner.outputs.ledger import Ledger
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'zimage-runner[ray]'")
@@ -29,48 +27,55 @@ RAY = (
 )  # fmt: skip
 KILLS, CAMPAIGN = 22, 3
 """Of one run, and how many runs: every eleventh kill ends the driver, every eighth a node, the others a worker."""
+BETWEEN = 20
+"""Pictures that are let in before each kill, which comes after fewer as a rule."""
+PAST_GATE = 8
+"""Pictures at most that are drawn although the gate is closed: two batches of each of three workers, and some."""
 
 
 @pytest.fixture(scope="module")
-def nodes() -> Iterator[Nodes]:
-    with ray_cluster(2) as made:
+def gate(tmp_path_factory) -> Gate:
+    return Gate(tmp_path_factory.mktemp("three_nodes"), BETWEEN)
+
+
+@pytest.fixture(scope="module")
+def nodes(gate: Gate) -> Iterator[Nodes]:
+    with ray_cluster(2, gate.environment) as made:
         yield made
-
-
-def lines(run: Path) -> int:
-    """Lines of the ledger."""
-    with contextlib.suppress(OSError):
-        return (run / "records.jsonl").read_bytes().count(b"\n")
-    return 0
 
 
 class Killer(threading.Thread):
     """Ends a worker, then a node, whenever some pictures more are done."""
 
-    def __init__(self, run: Run, nodes: Nodes, node: Any) -> None:
+    def __init__(self, run: Run, gate: Gate, nodes: Nodes) -> None:
         super().__init__(daemon=True)
-        self._of_run, self._nodes, self._node = run, nodes, node
+        self._of_run, self._gate, self._nodes = run, gate, nodes
         self.over = threading.Event()
         self.killed: list[str] = []
 
     def run(self) -> None:
-        for what in ("worker", "node"):
-            seen = lines(self._of_run.run_dir)
-            while lines(self._of_run.run_dir) <= seen + 2 or not (what == "node" or workers()):
-                if self.over.wait(0.005):
-                    return
-            if what == "worker":
-                kill(workers()[0])
-            else:
-                self._nodes.remove(self._node)
-            self.killed.append(what)
+        try:
+            self._kill("worker", lambda: kill_a_worker(random.Random(0)))
+            node = self._nodes.added[0]
+            self._kill("node", lambda: self._nodes.remove(node), when=lambda: draws_on(node))
+        finally:
+            self._gate.let(10**6)
+
+    def _kill(self, what: str, kill: Callable[[], object], when: Callable[[], bool] = lambda: True) -> None:
+        seen = ledger_lines(self._of_run.run_dir)
+        self._gate.let(seen + BETWEEN)
+        while ledger_lines(self._of_run.run_dir) < seen + 3 or not when():
+            if self.over.wait(0.005):
+                return
+        kill()
+        self.killed.append(what)
 
 
-def test_three_nodes_with_a_worker_and_a_node_killed(cli, tmp_path, nodes, monkeypatch):
+def test_three_nodes_with_a_worker_and_a_node_killed(cli, gate, nodes, monkeypatch):
     monkeypatch.setattr("zimage_runner.runner.pool.Session", FaultySession)
-    monkeypatch.setenv("FAULTS_ITEM_SECONDS", "0.02")
-    run = Run(tmp_path, seeds=40, overrides=[*RAY, f"executor.address={nodes.address}", "executor.writes=worker"])
-    killer = Killer(run, nodes, nodes.added[0])
+    overrides = [*RAY, f"executor.address={nodes.address}", "executor.writes=worker"]
+    run = Run(gate.folder, seeds=40, overrides=overrides)
+    killer = Killer(run, gate, nodes)
     killer.start()
     code, _, err = cli(*run.argv())
     killer.over.set()
@@ -118,15 +123,17 @@ def test_an_address_without_a_cluster_is_refused_at_once(cli, tmp_path, address,
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", range(CAMPAIGN))
 def test_kills_of_workers_nodes_and_driver(tmp_path, seed):
-    rng = random.Random(seed)
-    with ray_cluster(2) as nodes:
+    rng, gate = random.Random(seed), Gate(tmp_path, 0)
+    with ray_cluster(2, gate.environment | {"FAULTS_ITEM_SECONDS": "0.005"}) as nodes:
         options = [*RAY, f"executor.address={nodes.address}", "executor.writes=worker"]
-        run = Run(tmp_path, seeds=KILLS * 12, overrides=options, variables={"ITEM_SECONDS": 0.02})
+        run = Run(tmp_path, seeds=KILLS * (BETWEEN + PAST_GATE) // 2 + 1, overrides=options)
         driver, counts = start(run), Counter[str]()
         for n in range(KILLS):
             what = "driver" if n % 11 == 10 else "node" if n % 8 == 5 else "worker"
-            seen, deadline = lines(run.run_dir), time.monotonic() + 120
-            while lines(run.run_dir) <= seen + rng.randrange(3) or (what == "worker" and not workers()):
+            seen, deadline = ledger_lines(run.run_dir), time.monotonic() + 600
+            gate.let(seen + BETWEEN)
+            more = 1 + rng.randrange(3)
+            while ledger_lines(run.run_dir) < seen + more:
                 assert driver.poll() is None, f"the run was over after {dict(counts)}\n{run.log}"
                 assert time.monotonic() < deadline, f"nothing happens after {dict(counts)}\n{run.log}"
                 time.sleep(0.005)
@@ -139,9 +146,10 @@ def test_kills_of_workers_nodes_and_driver(tmp_path, seed):
             elif what == "node":
                 nodes.remove(nodes.added.pop(rng.randrange(2)))
                 nodes.added.append(nodes.add())
-            elif found := workers():
-                kill(rng.choice(found))
+            else:
+                kill_a_worker(rng)
             counts[what] += 1
+        gate.let(10**6)
         code = driver.wait(600)
         assert code in (0, 1), run.log  # 1: an item was hit twice and given up
         if code:
@@ -153,7 +161,6 @@ def test_kills_of_workers_nodes_and_driver(tmp_path, seed):
 
 def start(run: Run) -> subprocess.Popen[bytes]:
     """The program in a process of its own, over sessions that draw at once."""
-    environment = os.environ | {f"FAULTS_{name}": str(value) for name, value in run.variables.items()}
     words = [sys.executable, "-m", "tests.support.fault_runs", *run.argv()]
     with open(run.folder / "log", "ab") as log:
-        return subprocess.Popen(words, stdout=log, stderr=log, env=environment | {"FAULTS": "[]"})
+        return subprocess.Popen(words, stdout=log, stderr=log, env=os.environ | {"FAULTS": "[]"})

@@ -2,6 +2,7 @@
 
 The trouble is read from the environment, so that it reaches worker processes and whole runs alike:
 FAULTS = JSON list of {"on": seed or "start", "kind": .., "times": n, ..}; FAULTS_DIR counts across processes.
+gate.py holds sessions up before their next picture.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.support.gate import wait_at_gate
 from zimage_runner.engines.base import GeneratedBatch, ReadyImages
 from zimage_runner.errors import UserError
 from zimage_runner.executors.base import BatchResult, BrokenImages
@@ -64,6 +66,7 @@ class FaultySession:
 
     def generate(self, items: Sequence[WorkItem], *, attempt: int = 1, tiled: bool = False) -> GeneratedBatch:
         self.calls.append((len(items), attempt, tiled))
+        wait_at_gate()
         time.sleep(float(os.environ.get("FAULTS_ITEM_SECONDS", "0")) * len(items))
         pictures = [picture(i.prompt.text, i.seed, i.params.height, i.params.width) for i in items]
         for n, i in enumerate(items):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 STORE = 100 * 2**20
@@ -38,9 +41,12 @@ class Nodes:
 
 
 @contextlib.contextmanager
-def ray_cluster(nodes: int) -> Iterator[Nodes]:
-    """A head that draws too, and so many nodes besides. One worker fits on each."""
-    wanted = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+def ray_cluster(nodes: int, environment: Mapping[str, str] = MappingProxyType({})) -> Iterator[Nodes]:
+    """A head that draws too, and so many nodes besides. One worker fits on each.
+
+    ``environment``: of the workers. They have that of their node, which is started here, and not that of the driver.
+    """
+    wanted = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", **environment}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ |= wanted
     import ray
@@ -63,8 +69,9 @@ def ray_cluster(nodes: int) -> Iterator[Nodes]:
         assert not left, f"raylets are left: {left}"
 
 
-def processes(words: str) -> list[int]:
-    """Living processes of this one's descendants whose command line holds ``words``."""
+def processes(words: str, below: int | None = None) -> list[int]:
+    """Living descendants of a process, of this one if none is named, whose command line holds ``words``."""
+    root = os.getpid() if below is None else below
     parents, found = {}, []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -73,17 +80,35 @@ def processes(words: str) -> list[int]:
             parents[pid] = int(parent)
             if state != "Z" and words.encode() in (stat.parent / "cmdline").read_bytes():
                 found.append(pid)
-    return [pid for pid in found if _descends(pid, parents)]
+    return [pid for pid in found if _descends(pid, root, parents)]
 
 
-def _descends(pid: int, parents: dict[int, int]) -> bool:
+def _descends(pid: int, root: int, parents: dict[int, int]) -> bool:
     while pid in parents:
         pid = parents[pid]
-        if pid == os.getpid():
+        if pid == root:
             return True
     return False
 
 
 def workers() -> list[int]:
-    """Processes of workers that draw."""
+    """Processes of workers, whatever they do."""
     return sorted(processes("ray::Drawer"))
+
+
+def draws_on(node: Any) -> bool:
+    """Whether a worker on this node has been given a batch: then its death is one that the driver knows of."""
+    raylet = node.all_processes["raylet"][0].process.pid
+    return any(processes(f"ray::Drawer.{call}", below=raylet) for call in ("draw", "collect"))
+
+
+def kill_a_worker(rng: random.Random) -> None:
+    """Kill one of them, and wait for one where there is none."""
+    deadline = time.monotonic() + 600
+    while time.monotonic() < deadline:
+        if found := workers():
+            with contextlib.suppress(ProcessLookupError):  # it ended meanwhile: that was no kill
+                os.kill(rng.choice(found), signal.SIGKILL)
+                return
+        time.sleep(0.005)
+    raise AssertionError("no worker in 600 s")
