@@ -9,9 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+
+from tests.support.slowness import quiet_seconds
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -82,8 +86,8 @@ def test_foreign_summaries_are_passed_over(cli: Cli, tmp_path: Path, text: str) 
 
 
 def test_no_torch_and_quick(tmp_path: Path) -> None:
-    """CPU seconds of a fresh process; the promise for 1,000 prompts is one second."""
-    (tmp_path / "p.txt").write_text("".join(f"a photo of thing {n}\n" for n in range(1000)), encoding="utf-8")
+    """CPU seconds of a fresh process; the promise for 1,000 prompts is one second on a quiet machine."""
+    write_prompts(tmp_path, 1000)
     code = (
         "import sys, resource; from zimage_runner.cli.main import main\n"
         "rc = main(['prompts=text_file', 'prompts.path=p.txt', 'dry_run=true'])\n"
@@ -91,38 +95,71 @@ def test_no_torch_and_quick(tmp_path: Path) -> None:
         "use = resource.getrusage(resource.RUSAGE_SELF)\n"
         "print(rc, sorted(heavy), use.ru_utime + use.ru_stime)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60, encoding="utf-8"
-    )
-    rc, heavy, seconds = done.stdout.splitlines()[-1].rsplit(" ", 2)
-    assert (rc, heavy) == ("0", "[]"), done.stderr
-    assert float(seconds) < 2.0
+
+    def cost() -> float:
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60, encoding="utf-8"
+        )
+        rc, heavy, seconds = done.stdout.splitlines()[-1].rsplit(" ", 2)
+        assert (rc, heavy) == ("0", "[]"), done.stderr
+        return float(seconds)
+
+    assert quiet_seconds(cost, 2.0) < 2.0
 
 
 def test_many_prompts(cli: Cli, tmp_path: Path) -> None:
-    """A tenth of the promise (100,000 prompts x 10 seeds in 20 s), in this thread's CPU seconds."""
-    (tmp_path / "p.txt").write_text(
-        "".join(f"a photo of thing {n}, in style {n % 7}\n" for n in range(10_000)), encoding="utf-8"
-    )
-    started = time.process_time()
-    code, out, err = cli("prompts=text_file", "prompts.path=p.txt", "seeds=0-9", "dry_run=true")
-    assert code == 0, err
-    assert table(out)["items"] == "100,000 pictures of 10,000 prompts"
-    assert time.process_time() - started < 2 * 2.0 + 1.0
+    """A tenth of the promise (100,000 prompts x 10 seeds in 20 s on a quiet machine), in this process's CPU seconds."""
+    write_prompts(tmp_path, 10_000)
+
+    def cost() -> float:
+        started = time.process_time()
+        code, out, err = cli("prompts=text_file", "prompts.path=p.txt", "seeds=0-9", "dry_run=true")
+        seconds = time.process_time() - started
+        assert code == 0, err
+        assert table(out)["items"] == "100,000 pictures of 10,000 prompts"
+        return seconds
+
+    assert quiet_seconds(cost, 2.5) < 2.5
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_hundred_thousand_prompts_x_ten_seeds(tmp_path: Path) -> None:
-    (tmp_path / "p.txt").write_text(
-        "".join(f"a photo of thing {n}, in style {n % 7}\n" for n in range(100_000)), encoding="utf-8"
-    )
+    """No more than 20 starts (of about a second each), and each prompt costs what it costs among a quarter of them.
+
+    All is measured at the same time: whatever else loads the machine stretches both sides of a comparison.
+    """
+    with ThreadPoolExecutor() as pool:
+        all_at_once = pool.submit(dry_run, tmp_path / "many", 100_000)
+        parts = [(dry_run(tmp_path / "one", 1), dry_run(tmp_path / "few", 25_000)) for _ in range(4)]
+        many = all_at_once.result()
+    starts, quarters = sum(one.seconds for one, _ in parts), sum(few.seconds for _, few in parts)
+    assert many.seconds < 20 * starts / 4
+    assert many.seconds - starts / 4 < 1.5 * (quarters - starts)
+    assert many.max_rss_kb < 1_000_000
+
+
+class Cost(NamedTuple):
+    seconds: float
+    """Of CPU."""
+    max_rss_kb: int
+
+
+def dry_run(folder: Path, prompts: int) -> Cost:
+    """Return what the plan of so many prompts x 10 seeds costs a fresh process."""
+    folder.mkdir(exist_ok=True)
+    write_prompts(folder, prompts)
     argv = [sys.executable, "-m", "zimage_runner", "prompts=text_file", "prompts.path=p.txt", "seeds=0-9"]
-    process = subprocess.Popen([*argv, "dry_run=true"], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*argv, "dry_run=true"], cwd=folder, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0
-    assert usage.ru_utime + usage.ru_stime < 20
-    assert usage.ru_maxrss < 1_000_000
+    return Cost(usage.ru_utime + usage.ru_stime, usage.ru_maxrss)
+
+
+def write_prompts(folder: Path, count: int) -> None:
+    lines = (f"a photo of thing {n}, in style {n % 7}\n" for n in range(count))
+    (folder / "p.txt").write_text("".join(lines), encoding="utf-8")
 
 
 def test_shipped_sets_are_good(cli: Cli) -> None:

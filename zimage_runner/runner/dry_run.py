@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import statistics
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,13 +37,11 @@ def describe(spec: RunSpec, progress: Progress | None = None, linked: Collection
     """
     progress = progress or Progress(todo=spec.plan.items)
 
-    def done(item: WorkItem) -> bool:
-        return progress.is_settled(item) or item.item_dir in linked
-
-    items = [item for item in spec.plan.items if not done(item)]
+    settled = progress.done | progress.skipped | set(linked)
+    items = [item for item in spec.plan.items if item.item_dir not in settled] if settled else spec.plan.items
     rows = [("items", _items(spec, progress, len(linked), len(items)))]
     rows += _prompt_rows(spec)
-    rows += _bucket_rows(spec, done)
+    rows += _bucket_rows(spec, items)
     rows += _listed("loras", _loras(spec)) if spec.plan.loras() else []
     rows += _listed("pictures", pictures) if (pictures := _pictures(spec)) else []
     if (net := spec.checkpoint.controlnet) is not None:
@@ -92,12 +90,12 @@ def _prompt_rows(spec: RunSpec) -> list[tuple[str, str]]:
     return [("" if n else "prompts", text) for n, text in enumerate(told)]
 
 
-def _bucket_rows(spec: RunSpec, done: Callable[[WorkItem], bool]) -> list[tuple[str, str]]:
+def _bucket_rows(spec: RunSpec, items: Iterable[WorkItem]) -> list[tuple[str, str]]:
     batch_size = spec.config.engine.largest_batch
     batches: dict[Bucket, tuple[int, int]] = {}
-    for batch in spec.plan.batches(batch_size, done):
-        items, count = batches.get(batch[0].bucket, (0, 0))
-        batches[batch[0].bucket] = (items + len(batch), count + 1)
+    for batch in spec.plan.batches(batch_size, items=items):
+        drawn, count = batches.get(batch[0].bucket, (0, 0))
+        batches[batch[0].bucket] = (drawn + len(batch), count + 1)
     rows = [
         (
             "batches",
@@ -105,8 +103,8 @@ def _bucket_rows(spec: RunSpec, done: Callable[[WorkItem], bool]) -> list[tuple[
         )
     ]
     told = [
-        f"{counted(items, 'item')} in {counted(count, 'batch', 'batches')}: {bucket}"
-        for bucket, (items, count) in batches.items()
+        f"{counted(drawn, 'item')} in {counted(count, 'batch', 'batches')}: {bucket}"
+        for bucket, (drawn, count) in batches.items()
     ]
     rows += [("", line) for line in told[:SHAPES_LISTED]]
     more = len(told) - SHAPES_LISTED
