@@ -14,6 +14,8 @@ from typing import Any
 
 STORE = 100 * 2**20
 """Bytes of each node's object store."""
+RAYLET = "raylet/raylet"
+"""In the command line of a node's process."""
 QUICK = {"health_check_period_ms": 500, "health_check_failure_threshold": 4, "health_check_timeout_ms": 2000}
 """A node that is gone is noticed within seconds."""
 
@@ -47,6 +49,7 @@ def ray_cluster(nodes: int, environment: Mapping[str, str] = MappingProxyType({}
     ``environment``: of the workers. They have that of their node, which is started here, and not that of the driver.
     """
     wanted = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", **environment}
+    others = set(processes(RAYLET))  # of another cluster of this process, which several tests share
     before = {name: os.environ.get(name) for name in wanted}
     os.environ |= wanted
     import ray
@@ -64,7 +67,7 @@ def ray_cluster(nodes: int, environment: Mapping[str, str] = MappingProxyType({}
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
         deadline = time.monotonic() + 60
-        while (left := processes("raylet/raylet")) and time.monotonic() < deadline:
+        while (left := set(processes(RAYLET)) - others) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not left, f"raylets are left: {left}"
 
