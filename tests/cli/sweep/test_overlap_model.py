@@ -377,6 +377,7 @@ def test_a_few_multiruns(earlier: Path, jobs: list[Swept], keep_going: bool, sto
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @settings(max_examples=300)
 @given(**MULTIRUNS)
 def test_many_multiruns(earlier: Path, jobs: list[Swept], keep_going: bool, stop_at: tuple[str, int] | None) -> None:
