@@ -110,6 +110,7 @@ def test_what_is_refused(tmp_path: Path, kind: str) -> None:
         examine(str(file), "t.csv:3: image")
     assert str(refused.value).startswith(f"t.csv:3: image={file} {told}")
     assert "\n" not in str(refused.value)
+    assert "object at 0x" not in str(refused.value)
 
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:

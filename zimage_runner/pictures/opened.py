@@ -130,7 +130,7 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
 
     Raises UserError that says what is wrong, without the file's name.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
@@ -145,7 +145,9 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
         raise UserError(f"unpacks to more than {MOST_PIXELS:,} pixels: make it smaller") from None
     except Exception as error:  # Pillow has many more than its own for bytes that are no picture
         kinds = "PNG, JPEG, WebP, TIFF, BMP or GIF"
-        raise UserError(f"cannot be read as a {kinds} picture ({one_line(error_text(error), 120)})") from None
+        # Pillow names the stream by its address, and says nothing more of what is no picture at all.
+        why = "" if isinstance(error, UnidentifiedImageError) else f" ({one_line(error_text(error), 120)})"
+        raise UserError(f"cannot be read as a {kinds} picture{why}") from None
 
 
 def _check_size(width: int, height: int) -> None:
