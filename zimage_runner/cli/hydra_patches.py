@@ -2,7 +2,7 @@
 
 Composing a sweep's jobs: Hydra composes each from its files anew, twice (once to check it), 2 x 70 ms a job. Jobs that
 differ in values alone start here from one composed config; only another choice of config groups is composed again.
-Composing a single run once instead of twice, and writing configs as YAML.
+Composing a single run once instead of twice, copying configs, and writing them as YAML.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import pickle
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -29,13 +30,60 @@ _BaseDumper: Any = getattr(yaml, "CDumper", yaml.Dumper)
 """libyaml's, where PyYAML was built with it."""
 
 
+class Kept:
+    """A config of which copies are wanted, again and again."""
+
+    def __init__(self, config: DictConfig) -> None:
+        self._config = config
+        self._bytes = _pickled(config)
+
+    def new(self) -> DictConfig:
+        """A copy that shares nothing."""
+        return copy.deepcopy(self._config) if self._bytes is None else pickle.loads(self._bytes)
+
+
+def _pickled(config: DictConfig) -> bytes | None:
+    """The config, without its parent, as pickle writes it; None for one that has a value it cannot write."""
+    parent = config.__dict__["_parent"]
+    config.__dict__["_parent"] = None
+    try:
+        return pickle.dumps(config, pickle.HIGHEST_PROTOCOL)
+    except Exception:  # whatever a class of others raises: such a config is copied as ever
+        return None
+    finally:
+        config.__dict__["_parent"] = parent
+
+
+_deepcopy = DictConfig.__deepcopy__
+
+
+def _copy(self: DictConfig, memo: dict[int, Any]) -> DictConfig:
+    """What ``DictConfig.__deepcopy__`` returns, three times faster. Parts of a larger copy are left to OmegaConf."""
+    written = None if memo else _pickled(self)
+    if written is None:
+        return _deepcopy(self, memo)
+    copied = pickle.loads(written)
+    copied.__dict__["_parent"] = self.__dict__["_parent"]  # kept, and not copied
+    return copied
+
+
+@contextlib.contextmanager
+def copied_quickly() -> Iterator[None]:
+    """While this lasts, whole configs are copied in a third of the time: Hydra copies each run's six times."""
+    DictConfig.__deepcopy__ = _copy
+    try:
+        yield
+    finally:
+        DictConfig.__deepcopy__ = _deepcopy
+
+
 class SweepComposer:
     """Stands in for ``ConfigLoader.load_sweep_config`` and gives the same configs."""
 
     def __init__(self, loader: ConfigLoaderImpl) -> None:
         self._loader = loader
         self._compose = loader.load_sweep_config
-        self._bases: dict[tuple[str, ...], DictConfig] = {}
+        self._bases: dict[tuple[str, ...], Kept] = {}
         self._made: dict[tuple[str, ...], list[DictConfig]] = {}
         self._count = 0
 
@@ -58,8 +106,8 @@ class SweepComposer:
         choices = [override for override in parsed if not self._is_value(override)]
         key = tuple(override.input_line or "" for override in choices)
         if key not in self._bases:
-            self._bases[key] = self._compose(master_config, list(key))
-        config = copy.deepcopy(self._bases[key])
+            self._bases[key] = Kept(self._compose(master_config, list(key)))
+        config = self._bases[key].new()
         ConfigLoaderImpl._apply_overrides_to_config(values, config)
         tasks = [override for override in parsed if not override.is_hydra_override()]
         config.hydra.overrides.task = [override.input_line for override in tasks]

@@ -8,21 +8,41 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from typing import Any
 
 from hydra._internal import defaults_list as defaults_module
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import CachingConfigRepository, ConfigRepository
+from hydra.core.default_element import ResultDefault
 from hydra.core.object_type import ObjectType
+from hydra.plugins.config_source import ConfigResult
+from omegaconf import OmegaConf
 
+from zimage_runner.cli.hydra_patches import Kept
 from zimage_runner.config.paths import CONFIG_DIR
 
 OWN = (f"file://{CONFIG_DIR}", "pkg://hydra.conf", "structured://")
 """Sources whose content is the same for the whole process."""
+BEGIN = ResultDefault(config_path="what was merged before")
 
 
 def is_own(source: Any) -> bool:
     return f"{source.scheme()}://{source.path}" in OWN
+
+
+class _Continues:
+    """Stands in for the loader while a config is composed: begins with one that is merged already."""
+
+    def __init__(self, loader: ConfigLoaderImpl, begin: Any) -> None:
+        self._loader, self._begin = loader, begin
+
+    def _load_single_config(self, default: ResultDefault, repo: Any) -> ConfigResult:
+        if default is BEGIN:
+            return ConfigResult(provider="", path="", config=self._begin, header={})
+        loaded = copy.copy(self._loader._load_single_config(default=default, repo=repo))
+        loaded.config = copy.deepcopy(loaded.config)  # merging writes into it, and it is kept
+        return loaded
 
 
 @functools.cache
@@ -31,7 +51,7 @@ def keep_what_was_composed() -> None:
     load, compose = ConfigRepository.load_config, ConfigLoaderImpl._compose_config_from_defaults_list
     map_choices = defaults_module._create_interpolation_map
     results: dict[tuple[str, str], Any] = {}
-    configs: dict[tuple[Any, ...], Any] = {}
+    configs: dict[tuple[Any, ...], Kept] = {}
 
     def load_config(self: ConfigRepository, config_path: str) -> Any:
         source = self._find_object_source(config_path=config_path, object_type=ObjectType.CONFIG)
@@ -42,15 +62,25 @@ def keep_what_was_composed() -> None:
             results[key] = load(self, config_path)
         return results[key]
 
-    def compose_config(self: ConfigLoaderImpl, defaults: list[Any], repo: Any) -> Any:
-        key = tuple((d.config_path, d.parent, d.package, d.is_self, d.primary, d.override_key) for d in defaults)
-        if not all(map(is_own, repo.get_sources())) or any("experiment" in str(d.config_path) for d in defaults):
-            repo.cache = copy.deepcopy(repo.cache)  # merging writes into what was loaded
-            return compose(self, defaults, repo)
+    def is_kept(default: ResultDefault, repo: Any) -> bool:
+        """Whether what this file says is the same for every command line."""
+        loaded = repo.load_config(config_path=default.config_path)
+        return loaded is not None and loaded.path in OWN and "experiment" not in str(default.config_path)
+
+    def compose_config(self: ConfigLoaderImpl, defaults: list[ResultDefault], repo: Any) -> Any:
+        first = list(itertools.takewhile(lambda default: is_kept(default, repo), defaults))
+        key = tuple((d.config_path, d.parent, d.package, d.is_self, d.primary, d.override_key) for d in first)
         if key not in configs:
-            repo.cache = copy.deepcopy(repo.cache)
-            configs[key] = compose(self, defaults, repo)
-        return copy.deepcopy(configs[key])
+            begin: Any = _Continues(self, OmegaConf.create())
+            kept = compose(begin, first, repo)
+            OmegaConf.clear_cache(kept)  # a time that was looked up is not that of later command lines
+            configs[key] = Kept(kept)
+        config = configs[key].new()
+        rest = defaults[len(first) :]
+        if not rest:
+            return config
+        continues: Any = _Continues(self, config)
+        return compose(continues, [BEGIN, *rest], repo)
 
     def new_repository(self: CachingConfigRepository, delegate: Any) -> None:
         self.delegate = copy.copy(delegate)  # Hydra copies every schema with it, and replaces its list of sources alone

@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from zimage_runner.cli.foreign import TRUST, files_are_data
-from zimage_runner.cli.hydra_patches import composed_once, to_yaml
+from zimage_runner.cli.hydra_patches import composed_once, copied_quickly, to_yaml
 from zimage_runner.cli.interpolation import literal
 from zimage_runner.cli.layers import files_read, later_choices_replace
 from zimage_runner.cli.messages import CONFIG_ERRORS, explain, typed
@@ -99,6 +99,7 @@ def main(
             files_are_data(trusted=TRUST in argv, own=own),
             later_choices_replace(words),
             composed_once(words),
+            copied_quickly(),
         ):
             job()
     except UserError as error:
