@@ -5,8 +5,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# In UTF-8 mode whatever the locale, as the program begins: most tests call it in their own process.
-PYTEST := PYTHONUTF8=1 $(BIN)/python -m pytest
+# In UTF-8 mode whatever the locale, as the program begins: most tests call it in their own process. Bytecode is written
+# also where the environment says no (containers do): hundreds of processes would compile the package anew.
+PYTEST := PYTHONUTF8=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 STAMP := $(VENV)/.installed
 
 help: ## list the targets
