@@ -102,7 +102,8 @@ def compare(folder: Path) -> None:
         for words, expected in zip(COMMAND_LINES, plain, strict=True):
             with copied_quickly():
                 config = composed(folder, words)
-            assert not seen & (times := times_of(config)), "a time of an earlier command line"
+            times = times_of(config)
+            assert not seen & times, "a time of an earlier command line"
             seen |= times
             OmegaConf.clear_cache(config)
             assert described(config) == expected, words
