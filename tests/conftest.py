@@ -56,6 +56,24 @@ def _logging_as_it_was() -> Iterator[None]:
     root.setLevel(level)
 
 
+@pytest.fixture(scope="module")
+def model_stays() -> Iterator[None]:
+    """The model stays loaded between the commands of this module that need the same session, as executor=resident does.
+
+    For modules that draw again and again, and in which loading is not what is tested.
+    """
+    from zimage_runner.runner import pool
+
+    class Silent(pool.Kept):
+        def tell_swap(self, spec: object) -> None:
+            pass
+
+    pool._kept = kept = Silent()
+    yield
+    pool._kept = None
+    kept.close()
+
+
 @pytest.fixture
 def nano() -> Path:
     """The embedded checkpoint."""

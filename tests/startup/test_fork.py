@@ -15,6 +15,7 @@ from types import ModuleType
 
 import pytest
 
+from tests.support.command import command
 from zimage_runner.memory.alloc import VARIABLES, export
 from zimage_runner.startup.fork import Child, pays
 from zimage_runner.startup.process import PLAIN_START
@@ -31,13 +32,13 @@ program.entry_point()
 """The program on a machine that has a GPU and two CPUs, so it seems."""
 
 
-def start(folder: Path, forks: bool, *argv: str, stdin: int = subprocess.DEVNULL) -> subprocess.Popen[str]:
-    """The program, made to fork, or started plainly."""
+def start(folder: Path, *argv: str, stdin: int = subprocess.DEVNULL) -> subprocess.Popen[str]:
+    """The program, made to fork."""
     folder.mkdir(exist_ok=True)
     return subprocess.Popen(
-        [sys.executable, *(["-c", FORKING] if forks else ["-m", "zimage_runner"]), *argv],
+        [sys.executable, "-c", FORKING, *argv],
         cwd=folder,
-        env=ENVIRONMENT | ({} if forks else {PLAIN_START: "1"}),
+        env=ENVIRONMENT,
         stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -53,7 +54,9 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 
 def both(tmp_path: Path, *argv: str) -> list[tuple[int, str, str]]:
-    return [finish(start(tmp_path / name, forks, *argv)) for name, forks in (("one", False), ("two", True))]
+    """What a plain start gives, in this process, and the forking one."""
+    (tmp_path / "one").mkdir()
+    return [command(tmp_path / "one", *argv), finish(start(tmp_path / "two", *argv))]
 
 
 def timeless(text: str) -> str:
@@ -112,15 +115,15 @@ def test_a_refusal_says_the_same_and_leaves_nothing(tmp_path: Path, argv: tuple[
 def test_other_command_lines_are_unaffected(tmp_path: Path) -> None:
     one, two = both(tmp_path, *DRAW, "dry_run=true")
     assert (one[0], timeless(one[1]), one[2]) == (two[0], timeless(two[1]), two[2])
-    code, out, _ = finish(start(tmp_path / "two", True, *DRAW, "seeds=[1,2]"))
+    code, out, _ = finish(start(tmp_path / "two", *DRAW, "seeds=[1,2]"))
     assert code == 0
-    again = finish(start(tmp_path / "two", True, f"resume={out.strip().splitlines()[-1]}"))
+    again = finish(start(tmp_path / "two", f"resume={out.strip().splitlines()[-1]}"))
     assert again[0] == 0
     assert "nothing to draw" in again[2]
 
 
 def test_prompts_from_standard_input_are_the_parents_to_read(tmp_path: Path) -> None:
-    process = start(tmp_path, True, *DRAW[:1], *DRAW[2:], "prompts=stdin", stdin=subprocess.PIPE)
+    process = start(tmp_path, *DRAW[:1], *DRAW[2:], "prompts=stdin", stdin=subprocess.PIPE)
     _, err = process.communicate("a hat\na cat\n", timeout=120)
     assert process.returncode == 0, err
     assert len(list(tmp_path.rglob("image.png"))) == 2
@@ -143,7 +146,7 @@ def test_allocator_settings_count_while_torch_is_being_imported(monkeypatch: pyt
 def test_a_signal_at_any_instant_ends_both_and_leaves_nothing(tmp_path: Path, name: str, whole_group: bool) -> None:
     number = signal.Signals[name]
     for _ in range(4):
-        process = start(tmp_path, True, *DRAW)
+        process = start(tmp_path, *DRAW)
         time.sleep(random.uniform(0.08, 0.8))
         if process.poll() is None:
             (os.killpg if whole_group else os.kill)(process.pid, number)
@@ -168,7 +171,7 @@ def _first_child(pid: int) -> int:
 
 
 def test_a_killed_child_is_told_in_one_line(tmp_path: Path) -> None:
-    process = start(tmp_path, True, *DRAW)
+    process = start(tmp_path, *DRAW)
     os.kill(_first_child(process.pid), signal.SIGKILL)
     code, out, err = finish(process)
     assert (code, out) == (128 + signal.SIGKILL, "")
@@ -178,7 +181,7 @@ def test_a_killed_child_is_told_in_one_line(tmp_path: Path) -> None:
 
 
 def test_a_killed_parent_leaves_no_child_and_no_directory(tmp_path: Path) -> None:
-    process = start(tmp_path, True, *DRAW)
+    process = start(tmp_path, *DRAW)
     _first_child(process.pid)
     process.kill()
     process.communicate()

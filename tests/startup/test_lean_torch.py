@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.command import command
 from zimage_runner.startup.lean_torch import DEFERRED, NEEDS_ALL, VERIFIED
 from zimage_runner.startup.process import PLAIN_START
 
@@ -181,10 +183,18 @@ assert not [name for name in (*DEFERRED, *NEEDS_ALL) if name in sys.modules]
     )
 
 
-def test_afterwards_the_same_modules_as_after_a_plain_import(lean):
-    names = "print(sorted(n for n in sys.modules if n.partition('.')[0] in ('torch', 'torchgen', 'unittest')))"
-    public = "print(sorted(n for n in vars(torch) if not n.startswith('__')))"
-    assert lean(f"torch.export\n{names}\n{public}") == python(f"import sys, torch\n{names}\n{public}")
+MODULES = "print(sorted(n for n in sys.modules if n.partition('.')[0] in ('torch', 'torchgen', 'unittest')))"
+PUBLIC = "print(sorted(n for n in vars(torch) if not n.startswith('__')))"
+
+
+@pytest.fixture(scope="module")
+def plain() -> str:
+    """What a plain import of torch brings: its modules, and torch's own names."""
+    return python(f"import sys, torch\n{MODULES}\n{PUBLIC}")
+
+
+def test_afterwards_the_same_modules_as_after_a_plain_import(lean, plain):
+    assert lean(f"torch.export\n{MODULES}\n{PUBLIC}") == plain
 
 
 RUN = """
@@ -193,21 +203,22 @@ from zimage_runner.startup.process import begin
 begin()
 from zimage_runner.cli.main import main
 from zimage_runner.startup.lean_torch import DEFERRED, NEEDS_ALL
-code = main(sys.argv[1:])
-print("present:", [name for name in (*DEFERRED, *NEEDS_ALL) if name in sys.modules])
-sys.exit(code)
+for engine in ("auto", "native"):
+    assert main([*sys.argv[1:], f"engine={engine}", f"output_file={engine}.png"]) == 0
+    print("present:", [name for name in (*DEFERRED, *NEEDS_ALL) if name in sys.modules])
 """
 
 
-def test_a_native_run_touches_none_of_it_and_draws_the_same(tmp_path: Path):
-    options = ["model=zimage_nano", "prompt=a fox", f"output.root={tmp_path / 'out'}"]
-    plain = python(RUN, *options, f"output_file={tmp_path / 'plain.png'}", **{PLAIN_START: "1"})
-    assert "torch._meta_registrations" in plain.splitlines()[-1]
-    for engine in ("auto", "native"):
-        picture = tmp_path / f"{engine}.png"
-        out = python(RUN, *options, f"engine={engine}", f"output_file={picture}")
-        assert out.splitlines()[-1] == "present: []"
-        assert pixels(picture) == pixels(tmp_path / "plain.png")
+def test_a_native_run_touches_none_of_it_and_draws_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As this process draws, where torch is all there."""
+    monkeypatch.chdir(tmp_path)
+    options = ["model=zimage_nano", "prompt=a fox"]
+    code, _, err = command(tmp_path, *options, "output_file=plain.png")
+    assert code == 0, err
+    assert "torch._meta_registrations" in sys.modules
+    out = python(RUN, *options)
+    assert [line for line in out.splitlines() if line.startswith("present")] == ["present: []"] * 2
+    assert pixels(tmp_path / "auto.png") == pixels(tmp_path / "native.png") == pixels(tmp_path / "plain.png")
 
 
 def pixels(path: Path) -> bytes:
@@ -217,7 +228,7 @@ def pixels(path: Path) -> bytes:
         return image.tobytes()
 
 
-@pytest.mark.parametrize("value", [None, "0", "1"])
+@pytest.mark.parametrize("value", [None, "0", pytest.param("1", marks=pytest.mark.slow)])  # as where there is none
 def test_the_choice_about_device_backends_is_the_users(value, monkeypatch):
     """Backends that entry points name are loaded when the rest is, unless the user said no."""
     monkeypatch.delenv("TORCH_DEVICE_BACKEND_AUTOLOAD", raising=False)
@@ -297,7 +308,16 @@ assert torch.cuda.pynvml is sys.modules["pynvml"]
     python(code.replace("import DEFERRED", "import ALONE, DEFERRED"), PYTHONPATH=paths)
 
 
-@pytest.mark.parametrize("moment", ["torch.torch_version", "torch.cuda.memory", "torch.hub", "torch._lobpcg"])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "torch.torch_version",
+        # between the first and the last
+        pytest.param("torch.cuda.memory", marks=pytest.mark.slow),
+        pytest.param("torch.hub", marks=pytest.mark.slow),
+        "torch._lobpcg",
+    ],
+)
 def test_another_threads_imports_meanwhile_are_real(moment, tmp_path: Path):
     (tmp_path / "pynvml.py").write_text("def nvmlInit(): return 'real'\n", encoding="utf-8")
     (tmp_path / "other.py").write_text(
@@ -388,8 +408,8 @@ assert "torch._meta_registrations" not in sys.modules or early not in sys.meta_p
     )
 
 
-def test_the_lists_name_modules():
+def test_the_lists_name_modules(plain):
     """A name that no longer exists would defer or trigger nothing."""
-    plain = python("import sys, torch\nprint('\\n'.join(sys.modules))").split()
-    assert [name for name in DEFERRED if name not in plain] == []
+    imported = ast.literal_eval(plain.splitlines()[0])
+    assert [name for name in DEFERRED if name not in imported] == []
     assert [name for name in NEEDS_ALL if importlib.util.find_spec(name) is None] == []

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tests.support.command import command
 from zimage_runner.cli.resume.command_line import find_latest
 
+pytestmark = pytest.mark.usefixtures("model_stays")
 Cli = Callable[..., tuple[int, str, str]]
 RUN = ["prompts.texts=['a red apple','一只猫']", "seeds=[1,2]", "sampling.num_inference_steps=1", "warmup=none"]
 
@@ -115,7 +116,7 @@ def test_a_torn_ledger_line_is_no_trouble(cli: Cli, run: Path) -> None:
 
 
 def test_nothing_to_do_loads_no_model(cli: Cli, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zimage_runner.session.Session.start", lambda self: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("zimage_runner.runner.pool.SharedExecutor.lease", lambda *_: pytest.fail("it was loaded"))
     code, out, err = cli("resume=latest")
     assert code == 0
     assert run_dir(out) == run

@@ -13,6 +13,7 @@ import pytest
 from zimage_runner.cli.sweep.launcher import job_labels
 from zimage_runner.cli.sweep.report import split_overrides
 
+pytestmark = pytest.mark.usefixtures("model_stays")
 Cli = Callable[..., tuple[int, str, str]]
 FAST = ["sampling.num_inference_steps=1", "seeds=1", "output.fsync=never"]
 
