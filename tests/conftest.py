@@ -74,6 +74,14 @@ def model_stays() -> Iterator[None]:
     kept.close()
 
 
+@pytest.fixture(scope="session")
+def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the embedded one's form, for tests that convert whole checkpoints. Nobody writes into it."""
+    from tests.support.small_checkpoint import write_small
+
+    return write_small(tmp_path_factory.mktemp("small") / "nano")
+
+
 @pytest.fixture
 def nano() -> Path:
     """The embedded checkpoint."""

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from tests.support.fake_cuda import driver, pace  # noqa: F401 (fixtures)
-from tests.support.small_checkpoint import write_small
 from zimage_runner.weights.find.resolve import EMBEDDED
 
 
@@ -27,12 +26,6 @@ def runner_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def nano(tmp_path: Path) -> Path:
     """A copy of the embedded checkpoint that a test may damage."""
     return Path(shutil.copytree(EMBEDDED, tmp_path / "nano", ignore=shutil.ignore_patterns("MODEL_CARD.md", "NOTICES")))
-
-
-@pytest.fixture(scope="session")
-def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What modules that convert whole checkpoints copy instead of the embedded one. Nobody writes into it."""
-    return write_small(tmp_path_factory.mktemp("small") / "nano")
 
 
 @pytest.fixture

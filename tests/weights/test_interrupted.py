@@ -16,6 +16,7 @@ import pytest
 
 from tests.support.modelscope_server import ModelScopeServer, files_of
 from zimage_runner.model import Model, Source
+from zimage_runner.prepare import main as prepare
 from zimage_runner.weights.find.resolve import EMBEDDED, resolve
 from zimage_runner.weights.io import Threads
 
@@ -109,7 +110,7 @@ def test_preparing_removes_what_is_half_made(
         f"{number.name}: stopping; once more to exit at once"
     ]
     assert [path for path in half_made.iterdir() if path.is_dir()] == []
-    assert subprocess.run([sys.executable, "-c", script(PREPARE), *argv], capture_output=True).returncode == 0
+    assert prepare(argv) == 0
     assert len([path for path in half_made.iterdir() if path.is_dir()]) == 1
 
 

@@ -90,10 +90,12 @@ def test_short_host_memory_is_told_and_made_up_for_by_the_disk(
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
-def test_packed_files_are_read_part_by_part(precision: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_packed_files_are_read_part_by_part(
+    precision: str, small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("ZIMAGE_RUNNER_CACHE", str(tmp_path))
-    monkeypatch.setattr("zimage_runner.weights.packed.format.FRAME_VALUES", 1 << 16)  # many frames, which parts share
-    model = Model(name="n", source=Source.local, path=str(NANO), prepare=Prepare.always)
+    monkeypatch.setattr("zimage_runner.weights.packed.format.FRAME_VALUES", 1 << 14)  # many frames, which parts share
+    model = Model(name="n", source=Source.local, path=str(small_checkpoint), prepare=Prepare.always)
     found = build(resolve(model), model, True, precision)
     path = found.weights["transformer"].path
     parts, packing = packed_parts(path, "cpu"), packing_of(read_header(path))
@@ -101,7 +103,7 @@ def test_packed_files_are_read_part_by_part(precision: str, monkeypatch: pytest.
     assert packing is not None
     assert len(packing.frames) > 20
     plain, streamed = (
-        load_model(NANO, Options(precision=precision, dtype=torch.bfloat16)),
+        load_model(small_checkpoint, Options(precision=precision, dtype=torch.bfloat16)),
         load_model(found.path, Options(precision=precision, dtype=torch.bfloat16, streamed=True)),
     )
     for name, tensor in plain.transformer.named_parameters():
