@@ -23,8 +23,9 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP) ## install, then draw 12 pictures with the embedded model on the CPU
 	$(BIN)/python -m zimage_runner +experiment=quickstart
 
+# each worker has a half in a row, so that what a module shares is made once; who is done first takes from the other
 test: $(STAMP) ## run the test suite (CPU, minutes)
-	$(PYTEST) -n 2
+	$(PYTEST) -n 2 --dist worksteal
 
 test-faults: $(STAMP) ## the long fault campaign: kills, full disks, broken engines
 	$(PYTEST) -m slow -n 2

@@ -25,9 +25,16 @@ else:  # the same examples every time, however busy the machine; for others: --h
 # Two workers share two cores: threads of one would only get in the other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Collecting imports half a million objects, none of which is garbage: nothing looks through them meanwhile.
+gc.disable()
+
 # A shell that runs the suite in the background has it ignore SIGINT, and so every process that a test interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -87,8 +87,15 @@ entry_point()
 """
 
 
-@pytest.mark.parametrize("plain", ["", "1"], ids=["lean", "plain"])
-@pytest.mark.parametrize("signals", [1, 2])
+@pytest.mark.parametrize(
+    ("plain", "signals"),
+    [
+        pytest.param("", 1, id="lean"),
+        pytest.param("1", 1, id="plain"),
+        pytest.param("", 2, id="lean, twice"),
+        pytest.param("1", 2, id="plain, twice", marks=pytest.mark.slow),  # the second does not ask how torch comes
+    ],
+)
 def test_while_torch_is_imported(plain, signals, tmp_path: Path):
     """The first ends the run once the import is done, the second at once; neither shows a traceback or aborts."""
     process = subprocess.Popen(

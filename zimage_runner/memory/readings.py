@@ -4,6 +4,7 @@ is loaded already."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import platform
 import sys
@@ -100,9 +101,14 @@ def forget_peaks() -> None:
 
 def versions() -> dict[str, str]:
     """Versions of this package and of what decides pixels."""
+    return {"zimage_runner": __version__, "python": platform.python_version(), **_installed()}
+
+
+@functools.cache  # each is a file that is parsed, and a process loads the same ones to its end
+def _installed() -> dict[str, str]:
     from importlib import metadata
 
-    found = {"zimage_runner": __version__, "python": platform.python_version()}
+    found = {}
     for name in LIBRARIES:
         try:
             found[name] = metadata.version(name)

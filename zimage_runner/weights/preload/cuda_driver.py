@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import threading
 from collections.abc import Iterator, Sequence
 from ctypes import byref, c_int, c_size_t, c_uint, c_uint64, c_void_p
@@ -34,6 +35,7 @@ def _count(nbytes: int) -> None:
         _allocated += nbytes
 
 
+@functools.cache
 def torch_is_cpu_only() -> bool:
     """Whether the installed torch says so in its version, without importing it."""
     try:
