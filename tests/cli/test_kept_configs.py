@@ -10,9 +10,8 @@ import sys
 from enum import Enum
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
-import hydra.core.utils
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -90,23 +89,22 @@ def compare(folder: Path) -> None:
     register()
     register_launcher()
     clock = itertools.count()
-    hydra.core.utils.datetime = Mock(now=lambda: Mock(strftime=lambda _: str(next(clock))))
-    plain = [composed(folder, words) for words in COMMAND_LINES]
-    seen = {time for config in plain for time in times_of(config)}
-    assert seen, "composing looks the time up"
-    for config in plain:
-        OmegaConf.clear_cache(config)
-    plain = [described(config) for config in plain]
-    keep_what_was_composed()
-    for _ in range(2):  # then from what the first has kept
-        for words, expected in zip(COMMAND_LINES, plain, strict=True):
+    with patch("hydra.core.utils.datetime", Mock(now=lambda: Mock(strftime=lambda _: str(next(clock))))):
+        plain = [composed(folder, words) for words in COMMAND_LINES]
+        seen = {time for config in plain for time in times_of(config)}
+        assert seen, "composing looks the time up"
+        for config in plain:
+            OmegaConf.clear_cache(config)
+        expected = [described(config) for config in plain]
+        keep_what_was_composed()
+        for words, was in [*zip(COMMAND_LINES, expected, strict=True)] * 2:  # then from what the first has kept
             with copied_quickly():
                 config = composed(folder, words)
             times = times_of(config)
             assert not seen & times, "a time of an earlier command line"
             seen |= times
             OmegaConf.clear_cache(config)
-            assert described(config) == expected, words
+            assert described(config) == was, words
             config.sampling.width = 16  # a config is its own
             config.hydra.job.name = "changed"
     print(len(plain), "the same")
@@ -126,9 +124,10 @@ def config() -> DictConfig:
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         made = compose("config", ["prompts.texts=[a,b]", "+seeds_by.odd=1"], return_hydra_config=True)
     OmegaConf.set_struct(made, False)
-    made.more = {"when": "${now:%Y-%f}", "list": [1, None, {"a": "???"}], "colour": Colour.red, "bytes": b"1"}
-    assert made.more.when  # which the config remembers from now on
-    OmegaConf.set_readonly(made.more, True)
+    made["more"] = {"when": "${now:%Y-%f}", "list": [1, None, {"a": "???"}], "colour": Colour.red, "bytes": b"1"}
+    more = made["more"]
+    assert more.when  # which the config remembers from now on
+    OmegaConf.set_readonly(more, True)
     return made
 
 

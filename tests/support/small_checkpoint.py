@@ -25,7 +25,8 @@ CHANGES: dict[str, dict[str, Any]] = {
 def write_small(folder: Path) -> Path:
     """Write it, with random weights in bfloat16, and return the folder."""
     import torch
-    from diffusers import AutoencoderKL, ZImageTransformer2DModel
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
     from safetensors.torch import load_file, save_file
     from transformers import Qwen3Config, Qwen3Model
 

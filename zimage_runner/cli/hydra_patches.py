@@ -44,14 +44,14 @@ class Kept:
 
 def _pickled(config: DictConfig) -> bytes | None:
     """The config, without its parent, as pickle writes it; None for one that has a value it cannot write."""
-    parent = config.__dict__["_parent"]
-    config.__dict__["_parent"] = None
+    fields = vars(config)
+    parent, fields["_parent"] = fields["_parent"], None
     try:
         return pickle.dumps(config, pickle.HIGHEST_PROTOCOL)
     except Exception:  # whatever a class of others raises: such a config is copied as ever
         return None
     finally:
-        config.__dict__["_parent"] = parent
+        fields["_parent"] = parent
 
 
 _deepcopy = DictConfig.__deepcopy__
@@ -63,7 +63,7 @@ def _copy(self: DictConfig, memo: dict[int, Any]) -> DictConfig:
     if written is None:
         return _deepcopy(self, memo)
     copied = pickle.loads(written)
-    copied.__dict__["_parent"] = self.__dict__["_parent"]  # kept, and not copied
+    vars(copied)["_parent"] = vars(self)["_parent"]  # kept, and not copied
     return copied
 
 

@@ -106,11 +106,13 @@ def test_packed_files_are_read_part_by_part(
         load_model(small_checkpoint, Options(precision=precision, dtype=torch.bfloat16)),
         load_model(found.path, Options(precision=precision, dtype=torch.bfloat16, streamed=True)),
     )
+    stream = streamed.transformer.stream
+    assert isinstance(stream, BlockStream)
     for name, tensor in plain.transformer.named_parameters():
         loaded = streamed.transformer.get_parameter(name)
         assert torch.equal(tensor.float(), loaded.float()), name
         owner, _, leaf = name.rpartition(".")
-        if leaf != "weight" or id(streamed.transformer.get_submodule(owner)) not in streamed.transformer.stream._where:
+        if leaf != "weight" or id(streamed.transformer.get_submodule(owner)) not in stream._where:
             # On the device, and no more there than itself: a layer of a packed file comes in one piece of memory.
             assert loaded.untyped_storage().nbytes() == loaded.nbytes, name
 
