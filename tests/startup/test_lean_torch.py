@@ -249,12 +249,12 @@ assert loaded == {[] if value == "0" else [1]}
 @pytest.mark.parametrize(
     ("setup", "environment"),
     [
-        ("lean_torch.VERIFIED = ('0.1.',)", {}),
-        ("", {PLAIN_START: "1"}),
-        ("", {"KINETO_USE_DAEMON": "1"}),
-        ("import torch", {}),
+        pytest.param("lean_torch.VERIFIED = ('0.1.',)", {}, id="unknown version"),
+        # nothing at all is begun then: test_process.py
+        pytest.param("", {PLAIN_START: "1"}, id="switched off", marks=pytest.mark.slow),
+        pytest.param("", {"KINETO_USE_DAEMON": "1"}, id="profiling daemon"),
+        pytest.param("import torch", {}, id="imported already"),
     ],
-    ids=["unknown version", "switched off", "profiling daemon", "imported already"],
 )
 def test_plain_where_lean_is_not_known_to_work(setup, environment):
     out = python(
