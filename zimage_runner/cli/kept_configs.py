@@ -49,9 +49,20 @@ class _Continues:
 def keep_what_was_composed() -> None:
     """Call once, for the process."""
     load, compose = ConfigRepository.load_config, ConfigLoaderImpl._compose_config_from_defaults_list
-    map_choices = defaults_module._create_interpolation_map
+    map_choices, find = defaults_module._create_interpolation_map, ConfigRepository._find_object_source
+    places: dict[tuple[str, Any], int | None] = {}
     results: dict[tuple[str, str], Any] = {}
     configs: dict[tuple[Any, ...], Kept] = {}
+
+    def find_source(self: ConfigRepository, config_path: str, object_type: Any) -> Any:
+        if not all(map(is_own, self.sources)):
+            return find(self, config_path, object_type)
+        key = (config_path, object_type)
+        if key not in places:
+            found = find(self, config_path, object_type)
+            places[key] = None if found is None else self.sources.index(found)
+        place = places[key]
+        return None if place is None else self.sources[place]
 
     def load_config(self: ConfigRepository, config_path: str) -> Any:
         source = self._find_object_source(config_path=config_path, object_type=ObjectType.CONFIG)
@@ -90,6 +101,7 @@ def keep_what_was_composed() -> None:
         wanted = any(default.is_interpolation() for default in defaults_list)
         return map_choices(overrides, defaults_list, self_added) if wanted else None
 
+    ConfigRepository._find_object_source = find_source
     ConfigRepository.load_config = load_config
     CachingConfigRepository.__init__ = new_repository
     ConfigLoaderImpl._compose_config_from_defaults_list = compose_config

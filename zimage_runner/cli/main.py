@@ -184,7 +184,7 @@ def composed_files(cfg: DictConfig) -> dict[str, str]:
     hydra_cfg = HydraConfig.get()
     return {
         "config.yaml": to_yaml(literal(OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))),
-        "hydra.yaml": to_yaml(OmegaConf.create({"hydra": hydra_cfg})),
+        "hydra.yaml": to_yaml({"hydra": OmegaConf.to_container(hydra_cfg, resolve=False, enum_to_str=True)}),
         "overrides.yaml": to_yaml(hydra_cfg.overrides.task),
         **{f"configs/{name}": file.read_text(encoding="utf-8") for name, file in files_read.items()},
     }
