@@ -70,7 +70,7 @@ def test_a_plan_that_cannot_fit_is_refused(tmp_path, small_disk):
 def test_a_read_only_disk(tmp_path, small_disk):
     grow(small_disk)
     run = Run(tmp_path, run_dir=small_disk / "run", seeds=10)
-    process = run.start(ITEM_SECONDS=0.02)
+    process = run.start(ITEM_SECONDS=0.3)
     run.wait_for_pictures(process, 3)
     assert process.pid is not None
     kill(process.pid)
@@ -89,12 +89,12 @@ def test_a_read_only_disk(tmp_path, small_disk):
 @pytest.mark.parametrize("overrides", [[], PROCESS])
 def test_a_vanished_run_directory(tmp_path, overrides):
     run = Run(tmp_path, seeds=50, overrides=overrides)
-    process = run.start(ITEM_SECONDS=0.02)
+    process = run.start(ITEM_SECONDS=0.2)
     run.wait_for_pictures(process, 3)
     doomed = run.run_dir.rename(tmp_path / "doomed")
     while doomed.exists():  # pictures are written into it meanwhile
         shutil.rmtree(doomed, ignore_errors=True)
-    process.join(30)
+    process.join(60)
     assert process.exitcode == 130
     assert "the run directory has vanished" in run.log
     assert "Traceback" not in run.log
@@ -103,10 +103,10 @@ def test_a_vanished_run_directory(tmp_path, overrides):
 
 def test_a_run_directory_that_is_moved_is_followed(tmp_path):
     run = Run(tmp_path, seeds=20)
-    process = run.start(ITEM_SECONDS=0.02)
+    process = run.start(ITEM_SECONDS=0.1)
     run.wait_for_pictures(process, 3)
     moved = run.run_dir.rename(tmp_path / "moved")
-    process.join(30)
+    process.join(60)
     assert process.exitcode == 0, run.log
     run.run_dir = moved
     run.check()
@@ -114,11 +114,11 @@ def test_a_run_directory_that_is_moved_is_followed(tmp_path):
 
 def test_the_second_process_is_refused_and_the_first_goes_on(tmp_path):
     run = Run(tmp_path, seeds=20)
-    first = run.start(ITEM_SECONDS=0.05)
+    first = run.start(ITEM_SECONDS=0.2)
     run.wait_for_pictures(first, 2)
     assert run.execute() == 2
     assert f"{run.run_dir} is in use by process {first.pid} on " in run.log
-    first.join(30)
+    first.join(60)
     assert first.exitcode == 0
     run.check()
 

@@ -27,11 +27,11 @@ PROCESS = ["executor=process"]
 
 def interrupted(run: Run, number: signal.Signals, **variables: object) -> int | None:
     """Send a signal once the first pictures are there; the exit code."""
-    process = run.start(ITEM_SECONDS=0.05, **variables)
+    process = run.start(ITEM_SECONDS=0.3, **variables)
     run.wait_for_pictures(process, 2)
     assert process.pid is not None
     kill(process.pid, number)
-    process.join(30)
+    process.join(60)
     return process.exitcode
 
 
@@ -67,12 +67,12 @@ def test_one_signal_ends_a_whole_multirun(tmp_path):
         "-m", "sampling.num_inference_steps=2,4,8", "prompt=a cat", 'seeds="0-19"', f"hydra.sweep.dir={tmp_path}/sweep",
         "output.min_free_gb=0", "warmup=none",
     ]  # fmt: skip
-    process = sweep.start(ITEM_SECONDS=0.05)
+    process = sweep.start(ITEM_SECONDS=0.3)
     sweep.run_dir = tmp_path / "sweep" / "0"
     sweep.wait_for_pictures(process, 2)
     assert process.pid is not None
     kill(process.pid, signal.SIGTERM)
-    process.join(30)
+    process.join(60)
     assert process.exitcode == 130
     summary = json.loads((tmp_path / "sweep/0/summary.json").read_bytes())
     assert summary["stopped"] == "SIGTERM"
@@ -188,7 +188,7 @@ def _random_instants(tmp_path, overrides: list[str], rounds: int, seed: int) -> 
         time.sleep(rng.uniform(0, 0.1))
         assert process.pid is not None
         kill(process.pid, rng.choice([signal.SIGTERM, signal.SIGINT]))
-        process.join(30)
+        process.join(60)
         assert process.exitcode in (0, 130), run.log
         run.check(complete=False)
     assert run.execute() == 0

@@ -13,7 +13,9 @@ import pytest
 from zimage_runner.startup.process import PLAIN_START
 
 PACKAGE = Path(__file__).parents[2] / "zimage_runner"
-ENTRIES = {"__main__.py", "prepare.py", "reproduce.py", "resident/process.py", "serve/__main__.py"}
+ENTRIES = {
+    "__main__.py", "executors/ray_actor.py", "prepare.py", "reproduce.py", "resident/process.py", "serve/__main__.py",
+}  # fmt: skip
 
 
 def python(code: str, *, path: Path | None = None, **environment: str) -> str:
