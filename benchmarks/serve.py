@@ -1,11 +1,12 @@
 """Load on the service: requests from many clients at once, and how long they take.
 
-    python benchmarks/serve.py [--requests 1000] [--clients 32] [--output FILE] [word ...]
+    python benchmarks/serve.py [--requests 1000] [--clients 32] [--soak MINUTES] [--output FILE] [word ...]
 
 Words are those of ``zimage_runner serve``; without any it draws with the embedded model. Each client keeps one
 connection and asks again as soon as it is answered. A request that is answered 429 counts as refused, is asked again
 after what Retry-After says, and its time goes on. Seconds are those of the clients; those in the queue are the
 service's own. Before that, one client alone asks a few times: is the first request after ready as fast as later ones?
+--soak goes on for so long, and says what memory and descriptors of the service and of its worker did meanwhile.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="load on the service")
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--soak", type=float, default=0.0, help="minutes of load afterwards, watched")
     parser.add_argument("--output", type=Path, help="write the JSON here too")
     parser.add_argument("words", nargs="*")
     args = parser.parse_args()
@@ -44,13 +46,16 @@ def main() -> int:
         result = measure(port, args.requests, args.clients)
         result["words"] = args.words
         result["memory"] = memory_of(process.pid)
+        if args.soak:
+            result["soak"] = soak(port, process.pid, args.soak * 60, args.clients)
         process.send_signal(signal.SIGTERM)
         result["exit_code"] = process.wait(60)
     text = json.dumps(result, indent=2)
     print(text)
     if args.output:
         args.output.write_text(text + "\n", encoding="utf-8")
-    return 0 if not result["errors"] and result["exit_code"] == 0 else 1
+    errors = result["errors"] + result.get("soak", {}).get("errors", 0)
+    return 0 if not errors and result["exit_code"] == 0 else 1
 
 
 @contextlib.contextmanager
@@ -139,6 +144,43 @@ def measure(port: int, requests: int, clients: int) -> dict[str, Any]:
         "seconds": percentiles(seconds),
         "seconds_in_queue": percentiles(in_queue),
     }
+
+
+def soak(port: int, pid: int, seconds: float, clients: int) -> dict[str, Any]:
+    """Requests for so long; memory and descriptors at each tenth of the time."""
+    end = time.monotonic() + seconds
+    counts: list[int] = []
+    errors: list[str] = []
+
+    def client(number: int) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+        while time.monotonic() < end:
+            fields = {"prompt": PROMPTS[number % len(PROMPTS)], "seed": len(counts)}
+            status, answer, pause = ask(connection, "POST", ROUTE, fields)
+            if status == 429:
+                time.sleep(pause)
+            elif status != 200:
+                errors.append(f"{status}: {answer}")
+            else:
+                counts.append(number)
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(clients)]
+    for thread in threads:
+        thread.start()
+    samples = []
+    for _ in range(10):
+        time.sleep(seconds / 10)
+        samples.append([memory_of(one) for one in (pid, *children_of(pid))])
+    for thread in threads:
+        thread.join()
+    return {"seconds": seconds, "requests": len(counts), "errors": len(errors), "first_errors": errors[:5],
+            "service_and_worker": samples}  # fmt: skip
+
+
+def children_of(pid: int) -> list[int]:
+    """A process's children, in the order of their start."""
+    found = Path(f"/proc/{pid}/task").glob("*/children")
+    return sorted(int(child) for path in found for child in path.read_text(encoding="utf-8").split())
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
