@@ -24,6 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import machine
+
 NANO = ("model=zimage_nano", "prompt=a cat", "output.min_free_gb=0")
 EXECUTORS = ("resident", "inline")
 
@@ -92,10 +94,7 @@ def cpu_seconds(pid: int | None) -> float:
     """CPU time of all ended children, and of a process that goes on."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = used.ru_utime + used.ru_stime
-    if pid is not None:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-        seconds += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return seconds
+    return seconds + (machine.cpu_seconds(pid) if pid is not None else 0.0)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

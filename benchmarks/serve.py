@@ -14,9 +14,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import http.client
+import itertools
 import json
 import os
-import queue
 import signal
 import statistics
 import subprocess
@@ -89,92 +89,85 @@ def ask(connection: http.client.HTTPConnection, method: str, route: str, body: A
     return answer.status, json.loads(answer.read()), float(answer.headers.get("retry-after") or 0)
 
 
+class Answers:
+    """What clients were told, and how long they waited."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.in_queue: list[float] = []
+        self.errors: list[str] = []
+        self.refused: list[int] = []
+        """Numbers of requests that were asked again."""
+
+
 def measure(port: int, requests: int, clients: int) -> dict[str, Any]:
     """Errors, refusals and percentiles of ``requests`` requests of one picture each."""
-    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
-    seconds: list[float] = []
-    in_queue: list[float] = []
-    errors: list[str] = []
-    refused: list[int] = []
-
-    def client() -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
-        with contextlib.suppress(queue.Empty):
-            while True:
-                number = waiting.get_nowait()
-                fields = {"prompt": PROMPTS[number % len(PROMPTS)], "seed": number}
-                began = time.perf_counter()
-                try:
-                    status, answer, pause = ask(connection, "POST", ROUTE, fields)
-                    while status == 429:
-                        refused.append(number)
-                        time.sleep(pause)
-                        status, answer, pause = ask(connection, "POST", ROUTE, fields)
-                except (OSError, http.client.HTTPException) as error:
-                    errors.append(repr(error))
-                    connection.close()
-                    continue
-                if status != 200:
-                    errors.append(f"{status}: {answer}")
-                    continue
-                seconds.append(time.perf_counter() - began)
-                in_queue.append(answer["queue_seconds"])
-
-    for number in range(ALONE):
-        waiting.put(number)
-    client()
-    alone, seconds[:], in_queue[:] = list(seconds), [], []
-    for number in range(requests):
-        waiting.put(number)
+    first, answers = Answers(), Answers()
+    ask_in_turn(port, iter(range(ALONE)), first)
     began = time.perf_counter()
-    threads = [threading.Thread(target=client) for _ in range(clients)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
+    for thread in start_clients(port, clients, iter(range(requests)), answers):
         thread.join()
     took = time.perf_counter() - began
+    errors = first.errors + answers.errors
     return {
         "requests": requests,
         "clients": clients,
-        "one_after_another_seconds": alone,
+        "one_after_another_seconds": first.seconds,
         "errors": len(errors),
         "first_errors": errors[:5],
-        "refused_and_asked_again": len(refused),
-        "requests_per_second": len(seconds) / took,
-        "seconds": percentiles(seconds),
-        "seconds_in_queue": percentiles(in_queue),
+        "refused_and_asked_again": len(first.refused) + len(answers.refused),
+        "requests_per_second": len(answers.seconds) / took,
+        "seconds": percentiles(answers.seconds),
+        "seconds_in_queue": percentiles(answers.in_queue),
     }
 
 
 def soak(port: int, pid: int, seconds: float, clients: int) -> dict[str, Any]:
     """Requests for so long; memory and descriptors at each tenth of the time."""
-    end = time.monotonic() + seconds
-    counts: list[int] = []
-    errors: list[str] = []
-
-    def client(number: int) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
-        while time.monotonic() < end:
-            fields = {"prompt": PROMPTS[number % len(PROMPTS)], "seed": len(counts)}
-            status, answer, pause = ask(connection, "POST", ROUTE, fields)
-            if status == 429:
-                time.sleep(pause)
-            elif status != 200:
-                errors.append(f"{status}: {answer}")
-            else:
-                counts.append(number)
-
-    threads = [threading.Thread(target=client, args=(number,)) for number in range(clients)]
-    for thread in threads:
-        thread.start()
+    end, answers = time.monotonic() + seconds, Answers()
+    # No generator, which only one client at a time might ask for a number.
+    threads = start_clients(
+        port, clients, itertools.takewhile(lambda _: time.monotonic() < end, itertools.count()), answers
+    )
     samples = []
     for _ in range(10):
         time.sleep(seconds / 10)
         samples.append([memory_of(one) for one in (pid, *children_of(pid))])
     for thread in threads:
         thread.join()
-    return {"seconds": seconds, "requests": len(counts), "errors": len(errors), "first_errors": errors[:5],
-            "service_and_worker": samples}  # fmt: skip
+    return {"seconds": seconds, "requests": len(answers.seconds), "errors": len(answers.errors),
+            "first_errors": answers.errors[:5], "service_and_worker": samples}  # fmt: skip
+
+
+def start_clients(port: int, clients: int, numbers: Iterator[int], answers: Answers) -> list[threading.Thread]:
+    """Clients that each ask again as soon as they are answered, until there are no more numbers."""
+    threads = [threading.Thread(target=ask_in_turn, args=(port, numbers, answers)) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def ask_in_turn(port: int, numbers: Iterator[int], answers: Answers) -> None:
+    """One client: a request for each number it gets."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+    for number in numbers:
+        fields = {"prompt": PROMPTS[number % len(PROMPTS)], "seed": number}
+        began = time.perf_counter()
+        try:
+            status, answer, pause = ask(connection, "POST", ROUTE, fields)
+            while status == 429:
+                answers.refused.append(number)
+                time.sleep(pause)
+                status, answer, pause = ask(connection, "POST", ROUTE, fields)
+        except (OSError, http.client.HTTPException) as error:
+            answers.errors.append(repr(error))
+            connection.close()
+            continue
+        if status != 200:
+            answers.errors.append(f"{status}: {answer}")
+            continue
+        answers.seconds.append(time.perf_counter() - began)
+        answers.in_queue.append(answer["queue_seconds"])
 
 
 def children_of(pid: int) -> list[int]:

@@ -173,7 +173,7 @@ class Watch:
     def _watch(self, pids: Sequence[int]) -> None:
         while not self._over.wait(0.1):
             self.most_gb = max(self.most_gb, host_memory_gb())
-            self._cpu.append((time.time(), sum(cpu_seconds(pid) for pid in pids)))
+            self._cpu.append((time.time(), sum(machine.cpu_seconds(pid) for pid in pids)))
 
     def end(self) -> None:
         self._over.set()
@@ -186,12 +186,6 @@ class Watch:
             return 0.0
         (begin, before), (end, after) = inside[0], inside[-1]
         return (after - before) / (end - begin)
-
-
-def cpu_seconds(pid: int) -> float:
-    """Of a process and its threads; 0 when it has ended."""
-    fields = content(Path(f"/proc/{pid}/stat")).rpartition(b")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") if fields else 0.0
 
 
 def host_memory_gb() -> float:

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from zimage_runner.weights.find.resolve import EMBEDDED
+from zimage_runner.weights.formats.names import BLOCK_MODULES, MODULES
 from zimage_runner.weights.safetensors_file import create
 
 if TYPE_CHECKING:
@@ -209,17 +210,15 @@ def write_checkpoint(target: Path, scale: str, transformer_dtype: str, seed: int
 
 
 def comfyui_shapes(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The transformer's tensors as ComfyUI's single file has them."""
-    renames = {"all_x_embedder.2-1.": "x_embedder.", "all_final_layer.2-1.": "final_layer.", ".to_out.0.": ".out.",
-               ".norm_q.": ".q_norm.", ".norm_k.": ".k_norm.", ".to_q.": ".qkv."}  # fmt: skip
+    """The transformer's tensors as ComfyUI's single file has them: by the table that such files are read with."""
+    stacked = {part: (module, len(parts), n) for module, parts in BLOCK_MODULES.items() for n, part in enumerate(parts)}
+    stacked |= {other: (module, 1, 0) for module, other in MODULES.items()}
     found: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
-        if ".to_k." in name or ".to_v." in name:
-            continue
-        shape = (3 * shape[0], *shape[1:]) if ".to_q." in name else shape
-        for ours, theirs in renames.items():
-            name = name.replace(ours, theirs)
-        found[name] = shape
+        part = next((part for part in stacked if name.startswith(f"{part}.") or f".{part}." in name), "")
+        module, count, place = stacked.get(part, ("", 1, 0))
+        if place == 0:
+            found[name.replace(part, module, 1)] = (count * shape[0], *shape[1:])
     return found
 
 

@@ -3,7 +3,7 @@
 # pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
-from phases import Phases, arguments, synchronize
+from phases import Phases, arguments, draw, synchronize
 
 args = arguments()
 clock = Phases(args.out)
@@ -18,16 +18,4 @@ pipe.to(args.device)
 synchronize(torch, args.device)
 clock.lap("to_device")
 
-prompts = args.prompts.read_text(encoding="utf-8").splitlines()
-for n in range(args.images):
-    image = pipe(
-        prompts[n % len(prompts)],
-        height=args.size,
-        width=args.size,
-        num_inference_steps=args.steps,
-        guidance_scale=0.0,
-    ).images[0]
-    clock.lap("first_image" if n == 0 else "later_images")
-    image.save(args.out / f"{n:03d}.png")
-    clock.lap("first_png" if n == 0 else "later_pngs")
-    clock.write(torch, args.device)
+draw(args, clock, torch, pipe)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from phases import Phases, arguments, synchronize
+from phases import Phases, arguments, draw, synchronize
 
 args = arguments()
 clock = Phases(args.out)
@@ -22,18 +22,4 @@ synchronize(torch, args.device)
 clock.lap("to_device")
 
 picture = load_image(str(Path(__file__).parents[2] / "conf" / "pictures" / "cat.png")).resize((args.size, args.size))
-prompts = args.prompts.read_text(encoding="utf-8").splitlines()
-for n in range(args.images):
-    image = pipe(
-        prompts[n % len(prompts)],
-        image=picture,
-        strength=0.6,
-        height=args.size,
-        width=args.size,
-        num_inference_steps=args.steps,
-        guidance_scale=0.0,
-    ).images[0]
-    clock.lap("first_image" if n == 0 else "later_images")
-    image.save(args.out / f"{n:03d}.png")
-    clock.lap("first_png" if n == 0 else "later_pngs")
-    clock.write(torch, args.device)
+draw(args, clock, torch, pipe, image=picture, strength=0.6)

@@ -1,4 +1,4 @@
-"""What every peer script shares: its arguments, and a clock that writes phases.json."""
+"""What every peer script shares: its arguments, a clock that writes phases.json, and the loop over the prompts."""
 
 from __future__ import annotations
 
@@ -46,6 +46,24 @@ class Phases:
                 "peak_reserved_gb": torch.cuda.max_memory_reserved() / 1e9,
             }
         self._path.write_text(json.dumps({"phases": self._phases, "memory": memory}, indent=1), encoding="utf-8")
+
+
+def draw(args: argparse.Namespace, clock: Phases, torch: Any, pipe: Any, **more: Any) -> None:
+    """The loop of every peer: a prompt after the other, each picture saved before the next. ``more``: of the call."""
+    prompts = args.prompts.read_text(encoding="utf-8").splitlines()
+    for n in range(args.images):
+        image = pipe(
+            prompts[n % len(prompts)],
+            height=args.size,
+            width=args.size,
+            num_inference_steps=args.steps,
+            guidance_scale=0.0,
+            **more,
+        ).images[0]
+        clock.lap("first_image" if n == 0 else "later_images")
+        image.save(args.out / f"{n:03d}.png")
+        clock.lap("first_png" if n == 0 else "later_pngs")
+        clock.write(torch, args.device)
 
 
 def synchronize(torch: Any, device: str) -> None:
