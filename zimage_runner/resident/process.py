@@ -149,13 +149,35 @@ class _Keeper:
         return {"exit": code}
 
     def _run(self, order: Order) -> int:
-        from zimage_runner import logs
-        from zimage_runner.memory.readings import forget_peaks
-        from zimage_runner.outputs.since import count_from
+        """Do a run, whatever comes of it. Return its exit code."""
         from zimage_runner.signals import telling_before_exit
 
         assert self._kept is not None
-        kept = self._kept
+        with telling_before_exit(lambda code: order.tell(exit=code)):
+            try:
+                return self._draw(order)
+            except SystemExit as end:
+                return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+            except MemoryError:
+                self._kept.lose()
+                os.write(2, OUT_OF_MEMORY)
+                return EXIT_INTERRUPTED
+            except AnotherProcess:
+                raise
+            except BaseException as error:
+                self._kept.lose()
+                traceback.print_exception(error)
+                return EXIT_ITEMS_FAILED
+
+    def _draw(self, order: Order) -> int:
+        from zimage_runner import logs
+        from zimage_runner.cli.main import main as run
+        from zimage_runner.memory.readings import forget_peaks
+        from zimage_runner.outputs.since import count_from
+        from zimage_runner.runner.execute import execute
+
+        forget_peaks()
+        count_from(order.caller.started)
         quiet = logs.quiet.set(True) if order.caller.repeats else None
 
         def take(composed: Composed) -> Any:
@@ -166,32 +188,13 @@ class _Keeper:
             self._suit(composed)
             order.directory = str(composed.directory)
             order.tell(directory=order.directory)
-            from zimage_runner.runner.execute import execute
-
             return execute(composed)
 
-        with telling_before_exit(lambda code: order.tell(exit=code)):
-            try:
-                forget_peaks()
-                count_from(order.caller.started)
-                from zimage_runner.cli.main import main as run
-
-                return run(order.caller.words, take)
-            except SystemExit as end:
-                return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
-            except MemoryError:
-                kept.lose()
-                os.write(2, OUT_OF_MEMORY)
-                return EXIT_INTERRUPTED
-            except AnotherProcess:
-                raise
-            except BaseException as error:
-                kept.lose()
-                traceback.print_exception(error)
-                return EXIT_ITEMS_FAILED
-            finally:
-                if quiet is not None:
-                    logs.quiet.reset(quiet)
+        try:
+            return run(order.caller.words, take)
+        finally:
+            if quiet is not None:
+                logs.quiet.reset(quiet)
 
     def _suit(self, composed: Composed) -> None:
         """Take over what a config says of this process. Raises AnotherProcess where this one cannot any more."""
