@@ -39,5 +39,10 @@ def is_asked_for(words: Sequence[str]) -> bool:
     if executors[-1:] != ["executor=resident"]:
         return False
     said = [word.partition("=") for word in words]
-    plans = any(name == "dry_run" and value.lower() not in ("false", "no", "off", "0") for name, _, value in said)
+    plans = any(name == "dry_run" and wants_plan(value) for name, _, value in said)
     return not plans and not any(word.partition("=")[0] in ENDS_BEFORE for word in words)
+
+
+def wants_plan(value: str) -> bool:
+    """Whether dry_run=VALUE asks for a plan instead of pictures."""
+    return value.lower() not in ("false", "no", "off", "0")

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 
+from zimage_runner.executors.handing import wants_plan
 from zimage_runner.startup.imports import Imports, sees_gpu
 
 TYPE_CHECKING = False
@@ -64,7 +65,7 @@ def _is_plain(word: str) -> bool:
     if key == "resume" or "hydra" in key or "alloc" in key:
         return False
     return not (
-        (key == "dry_run" and value.lower() not in ("false", "no", "off", "0"))
+        (key == "dry_run" and wants_plan(value))
         or (key == "executor" and value != "inline")
         or (key == "engine" and value != "native")
         or (key == "engine.device" and value == "cpu")
