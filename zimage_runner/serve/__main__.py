@@ -17,7 +17,6 @@ SIGTERM and Ctrl-C end it after the pictures in flight. Exit codes: 0 ended, 1 n
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import logging
 import os
 import signal
@@ -28,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from zimage_runner.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK, UserError, called
 from zimage_runner.logs import refuse, say
+from zimage_runner.view.address import check_installed
 
 if TYPE_CHECKING:
     import socket
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
 
     try:
         with _ends_at_once():
-            _check_installed()
+            check_installed("fastapi", "uvicorn", "python_multipart")
             check_words(argv)
             code = compose(argv, take, serves=True)
             if code != EXIT_OK or not found:  # refused, or the words were --cfg
@@ -171,12 +171,6 @@ def _help(argv: Sequence[str]) -> int:
         return EXIT_OK if say(help_text(argv).removesuffix("\n"), sys.stdout) else EXIT_BAD_INPUT
     except UserError as error:
         return refuse(str(error))
-
-
-def _check_installed() -> None:
-    missing = [name for name in ("fastapi", "uvicorn", "python_multipart") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"{' and '.join(missing)} is not installed: pip install 'zimage-runner[web]'")
 
 
 if __name__ == "__main__":

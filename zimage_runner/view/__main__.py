@@ -15,7 +15,6 @@ Needs the extra web: pip install 'zimage-runner[web]'. Ctrl-C ends it. Exit code
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import secrets
@@ -26,7 +25,7 @@ from typing import Any
 
 from zimage_runner.errors import EXIT_OK, UserError, called
 from zimage_runner.logs import refuse
-from zimage_runner.view.address import is_loopback, listen, shown
+from zimage_runner.view.address import check_installed, is_loopback, listen, shown
 
 PORT = 8188
 FIELDS = ("port", "host", "token", "cache_gb")
@@ -121,9 +120,7 @@ def _gigabytes(text: str) -> float:
 
 
 def _serve(options: Options) -> int:
-    missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"{' and '.join(missing)} is not installed: pip install 'zimage-runner[web]'")
+    check_installed("fastapi", "uvicorn")
     ports = [options.port] if options.port is not None else [PORT, 0]
     listener = listen(options.host, ports)  # before anything is imported or read: a bad address is told at once
     import uvicorn

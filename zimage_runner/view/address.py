@@ -1,12 +1,20 @@
-"""The address that a server of ours listens at."""
+"""The address that a server of ours listens at, and what has to be installed for one."""
 
 from __future__ import annotations
 
+import importlib.util
 import ipaddress
 import socket
 from collections.abc import Sequence
 
 from zimage_runner.errors import UserError
+
+
+def check_installed(*modules: str) -> None:
+    """Raise UserError that names those of these modules, all of the extra ``web``, that are not there."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"not installed: {', '.join(missing)}: pip install 'zimage-runner[web]'")
 
 
 def is_loopback(host: str) -> bool:
