@@ -147,7 +147,8 @@ def test_a_signal_at_any_instant_ends_both_and_leaves_nothing(tmp_path: Path, na
     number = signal.Signals[name]
     for _ in range(4):
         process = start(tmp_path, *DRAW)
-        time.sleep(random.uniform(0.08, 0.8))
+        _wait_until_it_listens(process.pid)
+        time.sleep(random.uniform(0, 0.72))
         if process.poll() is None:
             (os.killpg if whole_group else os.kill)(process.pid, number)
         code, _, err = finish(process)
@@ -156,6 +157,15 @@ def test_a_signal_at_any_instant_ends_both_and_leaves_nothing(tmp_path: Path, na
             os.killpg(process.pid, 0)
         left = [path for path in tmp_path.rglob("*") if path.is_dir() and not any(path.iterdir())]
         assert not [path for path in left if path.name != "outputs"], left
+
+
+def _wait_until_it_listens(pid: int) -> None:
+    """Until its last handler is there: before that, Python itself starts, however long that takes on a busy machine."""
+    while True:
+        rows = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines())
+        if int(rows["SigCgt"], 16) >> (signal.SIGXCPU - 1) & 1 or rows["State"].split()[0] == "Z":
+            return
+        time.sleep(0.001)
 
 
 def _children(pid: int) -> list[int]:
