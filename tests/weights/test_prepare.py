@@ -19,13 +19,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from tests.support.written_memory import megabytes_to_write
+from zimage_runner.engines.native.assembly import load_model
+from zimage_runner.engines.native.model import Options
 from zimage_runner.errors import UserError
 from zimage_runner.model import Model, Prepare, Source, Verify
 from zimage_runner.weights.find.checkpoint import Checkpoint
 from zimage_runner.weights.find.digest import sampled_digests
 from zimage_runner.weights.find.layout import inspect
 from zimage_runner.weights.find.resolve import resolve
-from zimage_runner.weights.prepared import prepare, prepared
+from zimage_runner.weights.prepared import names, prepare, prepared
 from zimage_runner.weights.prepared.compare import compare
 from zimage_runner.weights.prepared.names import prepared_tensors
 from zimage_runner.weights.safetensors_file import read_header
@@ -66,12 +68,9 @@ def test_equals_the_source_as_the_reference_would_round_it(sharded: Path) -> Non
 
 
 def test_native_engine_loads_both_layouts_alike(nano: Path) -> None:
-    from zimage_runner.engines.native.assembly import load_model
-    from zimage_runner.engines.native.model import Options
-
     found = prepare.build(resolve(local(nano)), local(nano))
     options = Options(dtype=torch.bfloat16)
-    ours, theirs = load_model(found.path, options), load_model(nano, options)
+    ours, theirs = load_model(found.path, options, published=nano), load_model(nano, options)
     for part in ("transformer", "text_encoder", "vae"):
         ours_named, theirs_named = (dict(getattr(m, part).named_parameters()) for m in (ours, theirs))
         assert ours_named.keys() == theirs_named.keys()
@@ -147,6 +146,22 @@ def test_damaged_one_is_not_used_and_remade(nano: Path, damage: str) -> None:
         (found.path / "manifest.json").write_text(json.dumps(found.manifest | {"version": 0}), encoding="utf-8")
     assert prepared.find(checkpoint, local(nano)) is None
     assert compare(inspect(nano), prepare.build(checkpoint, local(nano))).differences == []
+
+
+def test_one_that_holds_the_table_of_tokens_too_is_used(nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of version 2 did, and nobody prepares again what is there."""
+    checkpoint = resolve(local(nano))
+    monkeypatch.setattr(
+        names, "_is_used", lambda component, name, layers: component != "text_encoder" or "layers.3." not in name
+    )
+    older = prepare.build(checkpoint, local(nano))
+    manifest = json.dumps(older.manifest | {"version": 2})
+    (older.path / "manifest.json").write_text(manifest, encoding="utf-8")
+    found = prepared.find(checkpoint, local(nano))
+    assert found is not None
+    assert found.path == older.path
+    assert "embed_tokens.weight" in found.weights["text_encoder"].tensors
+    load_model(found.path, Options(), published=nano)
 
 
 @pytest.mark.parametrize("option", [Verify.first_use, Verify.always])
@@ -347,11 +362,11 @@ def test_odd_dtypes_are_refused(nano: Path) -> None:
 
 
 def test_published_text_encoder_names_lose_their_prefix() -> None:
-    names = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
-    names += [f"model.layers.{i}.self_attn.{p}_proj.weight" for i in range(11) for p in "qkvo"]
-    tensors = prepared_tensors("text_encoder", names, num_hidden_layers=11)
+    stored = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+    stored += [f"model.layers.{i}.self_attn.{p}_proj.weight" for i in range(11) for p in "qkvo"]
+    tensors = prepared_tensors("text_encoder", stored, num_hidden_layers=11)
     assert [tensor.name for tensor in tensors][:3] == [
-        "embed_tokens.weight", "layers.0.self_attn.o_proj.weight", "layers.0.self_attn.qkv_proj.weight",
+        "layers.0.self_attn.o_proj.weight", "layers.0.self_attn.qkv_proj.weight", "layers.1.self_attn.o_proj.weight",
     ]  # fmt: skip
     assert tensors[-1].sources == tuple(f"model.layers.9.self_attn.{p}_proj.weight" for p in "qkv")
 

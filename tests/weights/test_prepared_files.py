@@ -23,6 +23,7 @@ from zimage_runner.engines.request import LoadRequest
 from zimage_runner.memory.policies import Staged
 from zimage_runner.model import FileModel, Model, Prepare, Source, Variant
 from zimage_runner.prepare import main
+from zimage_runner.weights.find.checkpoint import Checkpoint
 from zimage_runner.weights.find.layout import inspect
 from zimage_runner.weights.find.resolve import resolve
 from zimage_runner.weights.packed import format as packed
@@ -99,6 +100,11 @@ def test_a_gguf_file_is_decoded_once(tmp_path: Path) -> None:
     assert compare(inspect(resolve(nano_file(path)).path), found).differences == []
 
 
+def loaded_transformer(path: Path, checkpoint: Checkpoint, options: Options) -> dict[str, torch.Tensor]:
+    """What a directory, the checkpoint's own or its copy's, gives the transformer."""
+    return load_model(path, options, published=checkpoint.path).transformer.state_dict()
+
+
 @pytest.mark.parametrize("kind", ["fp8", "fp8 rows"])
 def test_products_in_fp8_take_the_files_own_numbers(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a copy and without one: the picture does not depend on it."""
@@ -107,8 +113,8 @@ def test_products_in_fp8_take_the_files_own_numbers(kind: str, tmp_path: Path, m
     checkpoint = resolve(model)
     found = prepare.build(checkpoint, model, precision="fp8")
     assert compare(inspect(checkpoint.path), found).differences == []
-    direct = load_model(checkpoint.path, Options(dtype=torch.bfloat16, precision="fp8")).transformer.state_dict()
-    copied = load_model(found.path, Options(dtype=torch.bfloat16, precision="fp8")).transformer.state_dict()
+    options = Options(dtype=torch.bfloat16, precision="fp8")
+    direct, copied = (loaded_transformer(path, checkpoint, options) for path in (checkpoint.path, found.path))
     assert direct.keys() == copied.keys()
     for name, tensor in copied.items():
         assert direct[name].dtype == tensor.dtype
@@ -129,7 +135,7 @@ def test_layers_kept_in_bf16_come_from_the_copy_in_bf16(tmp_path: Path) -> None:
     weights = config._weights(request)
     assert weights.path == plain.path
     options = Options(dtype=torch.bfloat16, precision="fp8", bf16_layers=frozenset({2}))
-    direct, copied = (load_model(p, options).transformer.state_dict() for p in (checkpoint.path, weights.path))
+    direct, copied = (loaded_transformer(path, checkpoint, options) for path in (checkpoint.path, weights.path))
     assert all(torch.equal(direct[name].float(), tensor.float()) for name, tensor in copied.items())
     assert torch.equal(direct[MATRIX], fused(meant).bfloat16())
 
@@ -138,9 +144,9 @@ def test_other_formats_are_rounded_to_eight_bits_as_bf16_is(tmp_path: Path) -> N
     model, _ = file_of(tmp_path / "q.safetensors", ENCODERS["int8"])
     checkpoint = resolve(model)
     plain = prepare.build(checkpoint, model, packed=False)
-    expected = load_model(plain.path, Options(dtype=torch.bfloat16, precision="fp8")).transformer.state_dict()
     found = prepare.build(checkpoint, model, precision="fp8")
-    got = load_model(found.path, Options(dtype=torch.bfloat16, precision="fp8")).transformer.state_dict()
+    options = Options(dtype=torch.bfloat16, precision="fp8")
+    expected, got = (loaded_transformer(copy.path, checkpoint, options) for copy in (plain, found))
     assert all(torch.equal(got[name].float(), tensor.float()) for name, tensor in expected.items())
 
 

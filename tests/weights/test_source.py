@@ -42,7 +42,8 @@ def test_preloaded_equals_published(model: Model, driver: CudaDriver, monkeypatc
     assert weights.path != checkpoint.path
     weights.device = "cuda"  # settle("cuda") would, on a machine with a GPU
     options = Options(dtype=torch.bfloat16)
-    ours, theirs = load_model(weights.path, options, weights.tensors), load_model(checkpoint.path, options)
+    published = checkpoint.path
+    ours, theirs = load_model(weights.path, options, weights.tensors, published), load_model(published, options)
     for part in ("transformer", "text_encoder", "vae"):
         expected: dict[str, Any] = getattr(theirs, part).state_dict()
         found = getattr(ours, part).state_dict()

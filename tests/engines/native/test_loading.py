@@ -77,6 +77,8 @@ def test_own_layout(checkpoint: Path, native: NativeModel) -> None:
     for component, module in modules.items():
         tensors = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
         file = checkpoint / component / FILES[component]
+        if component == "text_encoder":
+            tensors |= {"embed_tokens.weight": load_file(file)["embed_tokens.weight"].clone()}
         file.unlink()
         save_file(tensors, file)
     model = load_model(checkpoint, Options())

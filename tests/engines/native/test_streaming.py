@@ -104,7 +104,9 @@ def test_packed_files_are_read_part_by_part(
     assert len(packing.frames) > 20
     plain, streamed = (
         load_model(small_checkpoint, Options(precision=precision, dtype=torch.bfloat16)),
-        load_model(found.path, Options(precision=precision, dtype=torch.bfloat16, streamed=True)),
+        load_model(
+            found.path, Options(precision=precision, dtype=torch.bfloat16, streamed=True), published=small_checkpoint
+        ),
     )
     stream = streamed.transformer.stream
     assert isinstance(stream, BlockStream)

@@ -34,6 +34,7 @@ from zimage_runner.engines.native.quantised import FP8
 from zimage_runner.engines.native.sampler import read_shift
 from zimage_runner.engines.native.streamed_encoder import StreamedTextEncoder
 from zimage_runner.engines.native.text_encoder import TextEncoder, TextEncoderConfig
+from zimage_runner.engines.native.token_table import TokenTable
 from zimage_runner.engines.native.tokenizer import CaptionTokenizer
 from zimage_runner.engines.native.transformer import Transformer, TransformerConfig
 from zimage_runner.engines.native.vae_decoder import VaeConfig, VaeDecoder
@@ -87,18 +88,28 @@ def open_model(path: Path, options: Options) -> NativeModel:
     return NativeModel(describe(path), CaptionTokenizer(path / "tokenizer"), options)
 
 
-def load_model(path: Path, options: Options, loaded: LoadedTensors = from_files) -> NativeModel:
-    """A NativeModel with all of its networks, in the order in which they are used."""
+def load_model(
+    path: Path, options: Options, loaded: LoadedTensors = from_files, published: Path | None = None
+) -> NativeModel:
+    """A NativeModel with all of its networks, in the order in which they are used. ``published``: as below."""
     model = open_model(path, options)
-    load_text_encoder(model, path, loaded)
+    load_text_encoder(model, path, loaded, published)
     load_transformer(model, path, loaded)
     load_vae(model, path, loaded)
     return model
 
 
-def load_text_encoder(model: NativeModel, path: Path, loaded: LoadedTensors = from_files) -> None:
-    """Set the model's caption encoder from the checkpoint's text_encoder folder."""
+def load_text_encoder(
+    model: NativeModel, path: Path, loaded: LoadedTensors = from_files, published: Path | None = None
+) -> None:
+    """Set the model's caption encoder from the checkpoint's text_encoder folder.
+
+    ``published``: the checkpoint as it was published, where ``path`` is a prepared copy: those hold no table of tokens.
+    """
     options, config = model.options, model.description.text_encoder
+    model.token_table = TokenTable(
+        (published or path) / "text_encoder", config.vocab_size, config.hidden_size, options.dtype
+    )
     if options.streamed:
         opened = functools.partial(open_parts, path / "text_encoder", options.device)
         model.text_encoder = StreamedTextEncoder(config, opened, options.device, options.dtype)

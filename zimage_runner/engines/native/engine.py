@@ -225,7 +225,7 @@ class NativeEngineAdapter(Engine):
             self.model.forget()
             self._free("transformer", "vae", "vae_encoder", "controlnet")
         with self._phase("text_encoder"):
-            load_text_encoder(self.model, self._path, self._tensors)
+            load_text_encoder(self.model, self._path, self._tensors, self._published)
         if isinstance(self.model.text_encoder, TextEncoder):
             self._adapters.attach(adapted_text_encoder(self.model))
 

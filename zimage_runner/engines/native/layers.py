@@ -54,10 +54,3 @@ class Conv2d(nn.Conv2d):
 
     def reset_parameters(self) -> None:
         pass
-
-
-class Embedding(nn.Embedding):
-    """nn.Embedding that leaves its parameters empty."""
-
-    def reset_parameters(self) -> None:
-        pass

@@ -71,7 +71,7 @@ VAE_ENCODER_RULES: Rules = (
 TRANSFORMER_UNUSED = r"$^"
 CONTROLNET_UNUSED = r"control_noise_refiner\..+"
 """Of Union 2.0, which stores a refiner that was never trained."""
-TEXT_ENCODER_UNUSED = r"norm\.weight|lm_head\..+|layers\.{last}\..+|.*rotary_emb\.inv_freq"
+TEXT_ENCODER_UNUSED = r"embed_tokens\.weight|norm\.weight|lm_head\..+|layers\.{last}\..+|.*rotary_emb\.inv_freq"
 VAE_UNUSED = r"encoder\..+|quant_conv\..+"
 VAE_ENCODER_UNUSED = r"decoder\..+|post_quant_conv\..+"
 

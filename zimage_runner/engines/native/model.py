@@ -30,6 +30,7 @@ from zimage_runner.engines.native.sdpa import choose_attention
 from zimage_runner.engines.native.streamed_encoder import StreamedTextEncoder
 from zimage_runner.engines.native.text_encoder import TextEncoder
 from zimage_runner.engines.native.tiles import in_tiles
+from zimage_runner.engines.native.token_table import TokenTable
 from zimage_runner.engines.native.tokenizer import CaptionTokenizer
 from zimage_runner.engines.native.transformer import Arithmetic, StepModulation, Transformer, embed_times
 from zimage_runner.engines.native.vae_decoder import VaeDecoder
@@ -106,6 +107,7 @@ class NativeModel:
     The networks are attributes to be set (see assembly.py) and deleted: not all need be in memory at a time.
     """
 
+    token_table: TokenTable
     text_encoder: TextEncoder | StreamedTextEncoder
     transformer: Transformer
     controlnet: ControlNet
@@ -140,13 +142,13 @@ class NativeModel:
         unique = list(dict.fromkeys(texts))
         captions = self.tokenizer(unique, max_sequence_length)
         if isinstance(self.text_encoder, StreamedTextEncoder):
-            features = dict(zip(unique, self.text_encoder.encode(captions, self.ops)))
+            features = dict(zip(unique, self.text_encoder.encode(captions, self.token_table, self.ops)))
             return [features[text] for text in texts]
         features = {}
         for text, ids in zip(unique, captions):
             turns = self.text_encoder.rotary(len(ids))
-            token_ids = self._to_device(torch.tensor([ids]))
-            features[text] = self.text_encoder(token_ids, self._to_device(turns), self.ops)[0]
+            vectors = self._to_device(self.token_table.vectors(ids)[None])
+            features[text] = self.text_encoder(vectors, self._to_device(turns), self.ops)[0]
         return [features[text] for text in texts]
 
     @torch.inference_mode()

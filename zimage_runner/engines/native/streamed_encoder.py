@@ -9,10 +9,10 @@ import torch
 from zimage_runner.engines.native.kernels import Operations
 from zimage_runner.engines.native.loading import TEXT_ENCODER_RULES, assign
 from zimage_runner.engines.native.text_encoder import Qwen3Layer, TextEncoder, TextEncoderConfig
+from zimage_runner.engines.native.token_table import TokenTable
 
 TOKENS_AT_ONCE = 65536
 """Of all captions that go through the layers together: their hidden states take 0.3 GB at Z-Image's width."""
-EMBEDDINGS = "embed_tokens.weight"
 
 
 class StreamedTextEncoder:
@@ -31,18 +31,16 @@ class StreamedTextEncoder:
             self._rotary = TextEncoder(config).rotary
 
     @torch.inference_mode()
-    def encode(self, captions: Sequence[Sequence[int]], ops: Operations) -> list[torch.Tensor]:
+    def encode(self, captions: Sequence[Sequence[int]], table: TokenTable, ops: Operations) -> list[torch.Tensor]:
         """Features [tokens, hidden_size] of each caption's token ids."""
         features = []
         for some in _portions(captions):
-            features += self._encode(some, ops)
+            features += self._encode(some, table, ops)
         return features
 
-    def _encode(self, captions: Sequence[Sequence[int]], ops: Operations) -> list[torch.Tensor]:
+    def _encode(self, captions: Sequence[Sequence[int]], table: TokenTable, ops: Operations) -> list[torch.Tensor]:
         tensors = self._open()
-        table = tensors[EMBEDDINGS].to(self._device).to(self._dtype)
-        hidden = [torch.nn.functional.embedding(torch.tensor([ids], device=self._device), table) for ids in captions]
-        del table
+        hidden = [table.vectors(ids)[None].to(self._device) for ids in captions]
         with torch.device("cpu"):
             turns = [self._rotary(len(ids)).to(self._device) for ids in captions]
         for number in range(self._config.num_hidden_layers - 1):

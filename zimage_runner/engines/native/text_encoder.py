@@ -16,7 +16,7 @@ from torch import nn
 
 from zimage_runner.engines.native.kernels import Operations
 from zimage_runner.engines.native.kernels.torch_ops import normalised
-from zimage_runner.engines.native.layers import Embedding, Linear
+from zimage_runner.engines.native.layers import Linear
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,20 +113,19 @@ class Qwen3Layer(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Token ids to caption features."""
+    """Token vectors to caption features. Where the vectors come from: token_table.py."""
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Qwen3Layer(config) for _ in range(config.num_hidden_layers - 1))
 
-    def forward(self, token_ids: torch.Tensor, turns: torch.Tensor, ops: Operations) -> torch.Tensor:
-        """Hidden states [batch, tokens, hidden_size] before the last layer.
+    def forward(self, x: torch.Tensor, turns: torch.Tensor, ops: Operations) -> torch.Tensor:
+        """Hidden states [batch, tokens, hidden_size] before the last layer; overwrites x.
 
-        token_ids [batch, tokens] padded on the right; turns as ``rotary`` gives them, on the device.
+        x: vectors of the tokens [batch, tokens, hidden_size] padded on the right; turns as ``rotary`` gives them, on
+        the device.
         """
-        x = self.embed_tokens(token_ids)
         for layer in self.layers:
             layer(x, turns, ops)
         return x

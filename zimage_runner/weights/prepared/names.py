@@ -33,7 +33,7 @@ QUANTISED = re.compile(r"(noise_refiner|layers)\.\d+\.(attention\.(qkv|to_out\.0
 """Prepared names of the transformer's weights that a copy in eight bits holds in eight bits."""
 
 _FIRST = {
-    "text_encoder": ("embed_tokens.", "layers."),
+    "text_encoder": ("layers.",),
     "transformer": (
         "cap_embedder.", "cap_pad_token", "context_refiner.", "t_embedder.", "all_x_embedder.", "x_pad_token",
         "noise_refiner.", "layers.", "all_final_layer.",
@@ -60,7 +60,7 @@ def prepared_tensors(component: str, published: Iterable[str], *, num_hidden_lay
     """What a prepared ``component`` holds, in use order, given the published tensor names.
 
     ``num_hidden_layers`` is the text encoder's: captions are ``hidden_states[-2]``, so its last layer and final norm
-    are never computed.
+    are never computed. Rows of its table of tokens are read where they were published (native/token_table.py).
     """
     kept = {canonical(component, name): name for name in published}
     kept = {name: source for name, source in kept.items() if _is_used(component, name, num_hidden_layers)}
@@ -78,7 +78,7 @@ def _is_used(component: str, name: str, num_hidden_layers: int) -> bool:
     if component == "vae":
         return name.startswith(("decoder.", "post_quant_conv."))
     if component == "text_encoder":
-        return not name.startswith(("lm_head.", "norm.", f"layers.{num_hidden_layers - 1}."))
+        return not name.startswith(("embed_tokens.", "lm_head.", "norm.", f"layers.{num_hidden_layers - 1}."))
     return True
 
 

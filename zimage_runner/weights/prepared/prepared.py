@@ -33,8 +33,10 @@ from zimage_runner.weights.safetensors_file import BadWeightsFile, WeightsFile, 
 log = logging.getLogger(__name__)
 
 FORMAT = "zimage-runner-prepared"
-VERSION = 2
+VERSION = 3
 """Raised whenever the rules in names.py change what a prepared file holds."""
+READ = (2, VERSION)
+"""Versions that can be used. Copies of version 2 hold the text encoder's table of tokens too, which nothing reads."""
 MANIFEST = "manifest.json"
 BF16 = "bf16"
 """The precision of copies that hold the weights as they are, rounded to bfloat16."""
@@ -146,7 +148,7 @@ def open_prepared(path: Path, source_digest: str | None = None, precision: str |
     Raises UnusablePrepared naming the file and what is wrong.
     """
     manifest = read_manifest(path)
-    if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
+    if manifest.get("format") != FORMAT or manifest.get("version") not in READ:
         raise UnusablePrepared(f"{MANIFEST} is of version {manifest.get('version')}, not {VERSION}")
     if source_digest is not None and manifest["source"]["digest"] != source_digest:
         raise UnusablePrepared("it was made from other weights")
