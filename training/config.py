@@ -122,6 +122,7 @@ class ControlConfig:
     places: list[int] = MISSING
     device: str = MISSING
     pictures: int = MISSING
+    poses: int = MISSING
     seconds: float = MISSING
     batch: int = MISSING
     lr: float = MISSING

@@ -1,7 +1,8 @@
 """Train a ControlNet of edges for the embedded model: `python -m training.train_control control.device=cuda`.
 
-The embedded model draws the pictures, so nothing is downloaded. Only the ControlNet learns; its blocks begin as copies
-of the transformer's, its projections as zeros. Layout: Union 2.0 with the latents' 16 channels, used as its makers do.
+The embedded model draws the pictures, so nothing is downloaded. They are turned, moved and made smaller, so that edges
+say what the caption does not. Only the ControlNet learns; its blocks begin as copies of the transformer's, its
+projections as zeros. Layout: Union 2.0 with the latents' 16 channels, used as its makers do.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, ZImageTransformer2DModel
 from diffusers.models.controlnets.controlnet_z_image import ZImageControlNetModel
 from safetensors.torch import save_file
@@ -26,6 +28,7 @@ from training.config import TrainingConfig, command
 from training.latents import make_encoder
 from training.lexicon import read_yaml
 from training.models import LATENT_CHANNELS
+from training.render import pose_matrix, poses
 from training.train_transformer import LATENT_SIDE, noise_levels
 from zimage_runner.engines.native.assembly import load_model
 from zimage_runner.engines.native.model import Options
@@ -54,25 +57,42 @@ def captions(count: int, rng: random.Random) -> list[str]:
     return [rng.choice(forms).format(name=rng.choice(names), color=rng.choice(COLORS)) for _ in range(count)]
 
 
+def posed(pictures: Tensor) -> Tensor:
+    """Pictures [B, 3, H, W], each mirrored or not, tilted, 55 to 105 % large and moved; the border fills the rest."""
+    count, device = len(pictures), pictures.device
+
+    def between(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(count, device=device)
+
+    scale = between(0.55, 1.05)
+    room = (1.1 - scale).clamp(min=0.05)
+    pose = poses(between(-1, 1).sign(), between(-0.4, 0.4), scale, room * between(-1, 1), room * between(-1, 1))
+    grid = F.affine_grid(pose_matrix(pose), list(pictures.shape), align_corners=False)
+    return F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
+
+
 def make_pool(cfg: TrainingConfig) -> Pool:
-    """Draw pictures with the model and find their edges."""
+    """Draw pictures with the model, give each several poses and find their edges."""
     control, start = cfg.control, time.time()
     model = load_model(Path(control.model), Options(device=control.device))
     vae: Any = AutoencoderKL.from_pretrained(control.model, subfolder="vae", torch_dtype=torch.float32)
     encode = make_encoder(vae.to(control.device))
     rng = random.Random(cfg.seed)
     parts: list[tuple[Tensor, ...]] = []
-    while sum(len(part[0]) for part in parts) < control.pictures:
+    while sum(len(part[0]) for part in parts) < control.pictures * control.poses:
         embeds = [e for e in model.encode(captions(AT_ONCE, rng), 512) if len(e) <= CAPTION]
         seeds = [torch.Generator().manual_seed(rng.randrange(2**31)) for _ in embeds]
         noise = torch.stack([torch.randn(LATENT_CHANNELS, LATENT_SIDE, LATENT_SIDE, generator=g) for g in seeds])
-        latents = model.denoise(embeds, noise, STEPS)
-        pixels = model.decode(latents).wait()
-        edges = torch.stack([torch.from_numpy(canny(picture, *control.thresholds)) for picture in pixels])
-        edges = encode(edges.to(control.device).permute(0, 3, 1, 2).float() / 127.5 - 1)
+        pixels = model.decode(model.denoise(embeds, noise, STEPS)).wait()
+        drawn = torch.from_numpy(pixels).to(control.device).permute(0, 3, 1, 2).float()
         padded = torch.stack([torch.cat([e, e.new_zeros(CAPTION - len(e), e.shape[1])]) for e in embeds])
         real = torch.stack([torch.arange(CAPTION) < len(e) for e in embeds])
-        parts.append((latents, edges, padded, real))
+        for _ in range(control.poses):
+            pictures = posed(drawn)
+            bytes_ = pictures.round().byte().permute(0, 2, 3, 1).cpu().numpy()
+            edges = torch.stack([torch.from_numpy(canny(picture, *control.thresholds)) for picture in bytes_])
+            edges = edges.to(control.device).permute(0, 3, 1, 2).float()
+            parts.append((encode(pictures / 127.5 - 1), encode(edges / 127.5 - 1), padded, real))
     pool = Pool(*(torch.cat(column).clone().to(control.device) for column in zip(*parts)))
     print(f"{len(pool.latents)} pictures drawn and encoded in {time.time() - start:.0f} s", flush=True)
     return pool
@@ -96,6 +116,7 @@ def main(cfg: TrainingConfig) -> None:
     """Draw, train, save."""
     control = cfg.control
     torch.manual_seed(cfg.seed)
+    torch.set_float32_matmul_precision("high")
     pool = make_pool(cfg)
     transformer: Any = ZImageTransformer2DModel.from_pretrained(
         control.model, subfolder="transformer", torch_dtype=torch.float32
