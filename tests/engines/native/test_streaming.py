@@ -76,6 +76,28 @@ def test_no_more_than_a_few_blocks_are_on_the_device() -> None:
     )
 
 
+def test_what_refines_captions_is_on_the_device_only_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(NANO, Options(streamed=True))
+    captions = model.transformer.caption_stream
+    assert isinstance(captions, BlockStream)
+    places: list[int] = []
+    forward = Block.forward
+
+    def watched(self: Block, *args: object) -> object:
+        places.append(len(captions._places))
+        return forward(self, *args)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(Block, "forward", watched)
+    for text in TEXTS[:2]:
+        places.clear()
+        model.denoise(model.encode([text], 512), noise(1, 64, 64), 1)
+        refiners = len(model.transformer.context_refiner)
+        assert places == [1] * refiners + [0] * (len(places) - refiners)
+    for block in model.transformer.context_refiner:
+        for weight in streaming.large_weights(block, torch.float32):
+            assert captions.holds(weight.owner)
+
+
 def test_short_host_memory_is_told_and_made_up_for_by_the_disk(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -108,13 +130,13 @@ def test_packed_files_are_read_part_by_part(
             found.path, Options(precision=precision, dtype=torch.bfloat16, streamed=True), published=small_checkpoint
         ),
     )
-    stream = streamed.transformer.stream
-    assert isinstance(stream, BlockStream)
+    streams = (streamed.transformer.stream, streamed.transformer.caption_stream)
     for name, tensor in plain.transformer.named_parameters():
         loaded = streamed.transformer.get_parameter(name)
         assert torch.equal(tensor.float(), loaded.float()), name
         owner, _, leaf = name.rpartition(".")
-        if leaf != "weight" or id(streamed.transformer.get_submodule(owner)) not in stream._where:
+        module = streamed.transformer.get_submodule(owner)
+        if leaf != "weight" or not any(stream is not None and stream.holds(module) for stream in streams):
             # On the device, and no more there than itself: a layer of a packed file comes in one piece of memory.
             assert loaded.untyped_storage().nbytes() == loaded.nbytes, name
 

@@ -93,8 +93,9 @@ def adapted_transformer(model: NativeModel, folder: Path) -> Component:
     published = Published(folder, model.device, model.options.dtype)
 
     def pause() -> None:
-        if transformer.stream is not None:
-            transformer.stream.pause()
+        for stream in (transformer.stream, transformer.caption_stream):
+            if stream is not None:
+                stream.pause()
 
     slots = _slots(transformer, TRANSFORMER_RULES, published)
     return Component("transformer", slots, model.device, about_to_change=pause, changed=model.weights_changed)

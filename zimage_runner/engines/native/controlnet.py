@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from typing import NamedTuple, cast
 
 import torch
@@ -35,6 +34,7 @@ from zimage_runner.engines.native.transformer import (
     blocks_of,
     embed_patches,
     modulation_of,
+    present,
 )
 from zimage_runner.engines.request import ControlLatents
 from zimage_runner.model import PATCH, Convention
@@ -188,10 +188,6 @@ class ControlNet(nn.Module):
         kept = iter([hint for hint in made if hint is not None])
         return row.x, Hints(frozenset(self.layout.refiner_places), lambda: next(kept), steering.scale)
 
-    def present(self, number: int) -> AbstractContextManager[None]:
-        """While a block's weights are on the device."""
-        return contextlib.nullcontext() if self.stream is None else self.stream.block(number)
-
 
 def condition_of(
     given: ControlLatents, channels: int, convention: Convention, grey: Callable[[], torch.Tensor]
@@ -242,7 +238,7 @@ class _Row:
         net, place = self._net, self._next
         block, vector = self._blocks[place], self._vectors[place]
         self._next = place + 1
-        with net.present(self._number + place):
+        with present(net.stream, self._number + place):
             if place == 0:
                 self._start(block, vector)
             then = None

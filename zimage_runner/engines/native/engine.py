@@ -263,8 +263,9 @@ class NativeEngineAdapter(Engine):
             network = getattr(self.model, name, None)
             if network is None:
                 continue
-            if isinstance(stream := getattr(network, "stream", None), BlockStream):
-                stream.close()
+            for stream in (getattr(network, name, None) for name in ("stream", "caption_stream")):
+                if isinstance(stream, BlockStream):
+                    stream.close()
             if isinstance(network, torch.nn.Module):  # a streamed text encoder holds none
                 size += sum(parameter.nbytes for parameter in network.parameters())
             delattr(self.model, name)

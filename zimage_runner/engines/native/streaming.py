@@ -74,13 +74,18 @@ def large_weights(block: nn.Module, dtype: torch.dtype) -> list[_Weight]:
 class BlockStream:
     """The large weights of blocks that are used in turn, again and again."""
 
-    def __init__(self, blocks: list[nn.Module], device: torch.device, dtype: torch.dtype) -> None:
-        """Blocks on the meta device: their large weights are to be ``put`` here, in any order."""
-        self._device = device
+    def __init__(
+        self, blocks: list[nn.Module], device: torch.device, dtype: torch.dtype, passing: bool = False
+    ) -> None:
+        """Blocks on the meta device: their large weights are to be ``put`` here, in any order.
+
+        ``passing``: for blocks that are used now and then. There is one place on the device, and only while they are.
+        """
+        self._device, self._passing = device, passing
         self._weights = [large_weights(block, dtype) for block in blocks]
         self._sizes = [weights[-1].start + weights[-1].nbytes for weights in self._weights]
         starts = list(itertools.accumulate((-(-size // HUGE_PAGE) * HUGE_PAGE for size in self._sizes), initial=0))
-        self._host = host_memory(starts[-1])
+        self._host = host_memory(starts[-1], told=not passing)
         self._pinned: list[int] = []
         self._stored = [self._host[start : start + size] for start, size in zip(starts, self._sizes)]
         self._where = {id(weight.owner): (n, weight) for n, own in enumerate(self._weights) for weight in own}
@@ -90,6 +95,10 @@ class BlockStream:
         self._locking = 0.0
         self._rounds: list[tuple[Any, Any]] = []
         """Events around each block's computing, of the last round."""
+
+    def holds(self, owner: nn.Module) -> bool:
+        """Whether a module's weight is one of the large ones here."""
+        return id(owner) in self._where
 
     def put(self, owner: nn.Module, weight: torch.Tensor) -> torch.Tensor:
         """Keep a weight; what to have in its place until it is used: the same in host memory."""
@@ -104,7 +113,7 @@ class BlockStream:
     def place(self, owner: nn.Module, leaf: str, value: torch.Tensor) -> torch.Tensor:
         """What to have in a module's place of a tensor that was loaded (see loading.assign): large weights go to host
         memory, the others stay on the device."""
-        if leaf == "weight" and id(owner) in self._where:
+        if leaf == "weight" and self.holds(owner):
             return self.put(owner, value)
         # A packed file's layer arrives in one piece of memory, all of which the smallest tensor of it would hold.
         return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
@@ -128,15 +137,21 @@ class BlockStream:
             place.used()
             if events is not None:
                 events[1].record()
-            following = (number + 1 + len(self._coming)) % len(self._stored)
-            self._send(following, place)
+            self._use_again(place, number + 1 + len(self._coming))
+
+    def _use_again(self, place: _Place, following: int) -> None:
+        if not self._passing or following < len(self._stored):
+            self._send(following % len(self._stored), place)
+        else:
+            # It was allocated on the stream that computes, as what is allocated next will be.
+            self._places.clear()
 
     def _start_over(self, number: int) -> None:
         """Begin the row of copies at this block: at first, and after an error in the middle of a forward."""
         self._coming.clear()
         if not self._places:
             largest = max(self._sizes)
-            count = min(PLACES, len(self._stored))
+            count = 1 if self._passing else min(PLACES, len(self._stored))
             self._places = [_Place(largest, self._device, self._copies) for _ in range(count)]
         for step, place in enumerate(self._places):
             place.used()
@@ -248,14 +263,15 @@ def _cudart() -> Any:
     return torch.cuda.cudart()
 
 
-def host_memory(nbytes: int) -> torch.Tensor:
-    """Bytes on the host, uint8: of memory where there is enough, else of a file on the disk, which is told."""
+def host_memory(nbytes: int, told: bool = True) -> torch.Tensor:
+    """Bytes on the host, uint8: of memory where there is enough, else of a file on the disk, which is told if asked."""
     free = available_memory()
     if free is None or nbytes + SPARE_HOST_BYTES <= free:
         return _aligned(nbytes)
     folder = cache_root()
     folder.mkdir(parents=True, exist_ok=True)
-    log.warning(
+    log.log(
+        logging.WARNING if told else logging.DEBUG,
         "memory=streamed: %.1f GB of weights, %.1f GB of host memory free: they are read from %s for every forward, "
         "which is slow", nbytes / 1e9, free / 1e9, folder,
     )  # fmt: skip

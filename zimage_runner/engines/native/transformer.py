@@ -302,6 +302,7 @@ class Transformer(nn.Module):
         self.attend_fp8 = attend_fp8
         self.dtype = arithmetic.dtype
         self.stream: BlockStream | None = None
+        self.caption_stream: BlockStream | None = None
         self.config = config
         self.ops = ops
         self.attend = attend
@@ -320,12 +321,17 @@ class Transformer(nn.Module):
         self.final_linear = Linear(config.dim, patch_dim)
 
     def stream_blocks(self, device: torch.device) -> Callable[[nn.Module, str, torch.Tensor], torch.Tensor]:
-        """Have the large weights of noise refiner and main blocks in host memory, to come one block at a time.
+        """Have the large weights of all blocks in host memory, to come one block at a time.
 
         Returns what is to be told of each tensor when it is loaded (see loading.assign).
         """
-        self.stream = BlockStream([*self.noise_refiner, *self.layers], device, self.dtype)
-        return self.stream.place
+        self.stream = stream = BlockStream([*self.noise_refiner, *self.layers], device, self.dtype)
+        self.caption_stream = captions = BlockStream([*self.context_refiner], device, self.dtype, passing=True)
+
+        def place(owner: nn.Module, leaf: str, value: torch.Tensor) -> torch.Tensor:
+            return (captions if captions.holds(owner) else stream).place(owner, leaf, value)
+
+        return place
 
     def modulation(self, embedded_times: torch.Tensor) -> list[StepModulation]:
         """What each step's time does to the network; embedded_times [steps, FREQUENCIES] (see ``embed_times``).
@@ -400,22 +406,23 @@ class Transformer(nn.Module):
         vectors: list[BlockModulation],
         rope: RotaryTable,
         keep: int | None = None,
-        number: int | None = None,
+        number: int = 0,
         hints: Hints | None = None,
     ) -> torch.Tensor:
         """All blocks in turn; of the last one only the first ``keep`` tokens, where given. x may be overwritten.
 
-        ``number``: of the first block among those that may be streamed; None for blocks that never are.
+        ``number``: of the first block among those that are streamed together.
         """
         if not vectors:
             return x[:, :keep]
         members = blocks_of(blocks)
+        stream = self.caption_stream if blocks is self.context_refiner else self.stream
         h = self.ops.scaled_rms_norm(x, vectors[0].attention_scale, self.config.norm_eps, members[0].form)
         following = [(vector.attention_scale, block.form) for vector, block in zip(vectors[1:], members[1:])]
         for step, (block, vector, then) in enumerate(zip(members, vectors, [*following, None])):
             attend = self.attend if vector.attention_input is None else self.attend_fp8
             hinted = hints is not None and step in hints.places
-            with self._present(None if number is None else number + step):
+            with present(stream, number + step):
                 last = then is None
                 x, h = block(x, h, vector, None if hinted else then, rope, self.ops, attend, keep if last else None)
             if hints is not None and hinted:
@@ -423,9 +430,10 @@ class Transformer(nn.Module):
                 h = x if then is None else self.ops.scaled_rms_norm(x, then[0], self.config.norm_eps, then[1])
         return x
 
-    def _present(self, number: int | None) -> AbstractContextManager[None]:
-        """While a block's weights are on the device."""
-        return contextlib.nullcontext() if self.stream is None or number is None else self.stream.block(number)
+
+def present(stream: BlockStream | None, number: int) -> AbstractContextManager[None]:
+    """While a block's weights are on the device."""
+    return contextlib.nullcontext() if stream is None else stream.block(number)
 
 
 def embed_patches(latents: torch.Tensor, embedder: Linear, pad_token: torch.Tensor) -> torch.Tensor:
