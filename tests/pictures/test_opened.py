@@ -96,6 +96,7 @@ REFUSED = {
     ),
     "CMYK": (encoded(corner().convert("CMYK"), "JPEG"), "is in printing colours (CMYK): save it as RGB"),
     "float": (encoded(Image.new("F", (4, 4)), "TIFF"), "is of floating-point values: save it as RGB"),
+    "32 bits": (encoded(Image.new("I", (4, 4), 70_000), "TIFF"), "has 32 bits a pixel: save it with 8"),
     "bomb": (bomb(), "unpacks to more than 100,000,000 pixels: make it smaller"),
     "strip": (encoded(Image.new("L", (100, 2))), "is a strip of 100x2 pixels: use one whose sides are within 1:16"),
 }

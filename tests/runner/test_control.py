@@ -12,6 +12,7 @@ from PIL import Image
 
 from tests.support.command import command
 from tests.support.controlnets import TRANSFORMER, write_controlnet
+from zimage_runner.cli import vary
 from zimage_runner.model import Model, Source
 from zimage_runner.reproduce import main as reproduce
 from zimage_runner.weights.find.controlnet import find_controlnet
@@ -124,6 +125,15 @@ def test_drawn_again_from_its_own_metadata(
     (picture,) = run.glob("items/00003_*/*/image.png")
     assert reproduce([str(picture), "output_file=again.png"]) == 0, capsys.readouterr().err
     assert (np.asarray(Image.open("again.png")) == pixels(run, 3)).all()
+
+
+def test_neighbours_are_drawn_with_the_same_controlnet(
+    run: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pictures = [str(next(run.glob(f"items/0000{index}_*/*/image.png"))) for index in (0, 1)]
+    assert vary.main([*pictures, "n=1", "dry_run=true"]) == 0, capsys.readouterr().err
+    assert f"{folder / 'net.safetensors'} (Union 2.1" in capsys.readouterr().out
 
 
 def test_a_controlnet_that_is_gone_is_asked_for(

@@ -13,6 +13,7 @@ from zimage_runner.collect.pictures import find_runs, marked, pictures_of
 from zimage_runner.config.paths import CONFIG_DIR
 from zimage_runner.errors import EXIT_BAD_INPUT, EXIT_OK, PROGRAM, UserError, called
 from zimage_runner.logs import log_to_terminal, refuse
+from zimage_runner.pictures.recorded import recorded_controlnet
 from zimage_runner.prompts.images import recipe_of_picture
 from zimage_runner.prompts.prompt import Prompt
 from zimage_runner.prompts.snapshot import snapshot
@@ -37,7 +38,7 @@ def run_from(
         places, own, words = _parse(argv, (*fields, "starred"))
         pictures = _pictures(places, own)
         prompts = [prompt_of(picture, own) for picture in pictures]
-        words = [*_model(pictures, words), *words]
+        words = [*_model(pictures, words), *_controlnet(prompts, pictures, words), *words]
     except UserError as error:
         return refuse(str(error))
     except OSError as error:
@@ -107,3 +108,18 @@ def _model(pictures: Sequence[Path], words: Sequence[str]) -> list[str]:
     if len(known) > 1:
         raise UserError(f"the pictures were drawn by several models ({', '.join(known)}): choose one, model={known[0]}")
     return [f"model={known[0]}"] if known else []
+
+
+def _controlnet(prompts: Sequence[Prompt], pictures: Sequence[Path], words: Sequence[str]) -> list[str]:
+    """The ControlNet of pictures that are drawn with theirs again, where none is named. Raises UserError for several."""
+    if any(re.match(r"\+{0,2}model\.controlnet=", word) for word in words):
+        return []
+    steered = [file for prompt, file in zip(prompts, pictures, strict=True) if "control_image" in prompt.overrides]
+    found = {recorded_controlnet((recipe_of_picture(file) or {}).get("inputs"), str(file)) for file in steered}
+    if len(found) > 1:
+        raise UserError("the pictures were drawn with several ControlNets: vary those of one at a time")
+    return [
+        word
+        for path, convention in found
+        for word in (f"model.controlnet={path}", f"model.controlnet_convention={convention.value}")
+    ]

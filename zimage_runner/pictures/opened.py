@@ -173,7 +173,10 @@ def _flat(image: Image.Image, mode: str) -> Image.Image:
     from PIL import Image
 
     if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
-        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+        image = image.convert("I")
+        if cast("tuple[int, int]", image.getextrema())[1] > 65535:
+            raise UserError("has 32 bits a pixel: save it with 8")
+        image = image.point(lambda value: value * (1 / 257)).convert("L")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         ground = Image.new("RGBA", image.size, "black" if mode == "L" else "white")
