@@ -231,6 +231,9 @@ def test_what_is_refused(folder: Path, words: list[str], told: str) -> None:
         ({"strength": 0.5}, "rows.jsonl:2: strength=0.5 says nothing without an image"),
         ({"image": 3}, "rows.jsonl:2: image=3 is no file name"),
         ({"image": {"bytes": "x"}}, "rows.jsonl:2: image={{'bytes': 'x'}} holds pictures, not names of files"),
+        ({"image": "red.png", "scale": 1e308}, "rows.jsonl:2: sampling.scale=1e+308 is out of range"),
+        ({"image": "red.png", "scale": -2}, "rows.jsonl:2: sampling.scale=-2.0 is out of range"),
+        ({"image": "red.png", "tile": -16}, "rows.jsonl:2: sampling.tile=-16 is out of range"),
         ({"image": "red.png", "fit": "cover"}, "rows.jsonl:2: fit='cover': write crop, pad, stretch"),
         (
             {"image": "red.png", "steps_after_strength": "perhaps"},

@@ -7,15 +7,19 @@ import hashlib
 import io
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
+from tests.support.controlnets import write_controlnet
 from tests.support.faulty_session import item
 from tests.support.gated_session import GatedSession
+from tests.support.serving import settings
 from zimage_runner.engines.base import GeneratedBatch
 from zimage_runner.errors import UserError
 from zimage_runner.executors.backoff import MemoryBackoff
@@ -23,6 +27,8 @@ from zimage_runner.executors.base import Batch
 from zimage_runner.outputs.metadata import read_metadata
 from zimage_runner.pictures.placed import Placed, place
 from zimage_runner.plan import WorkItem
+from zimage_runner.serve.edits import Upload, plan_edit
+from zimage_runner.serve.fields import Edit, Generation, parse
 from zimage_runner.serve.run_files import FOLDER
 from zimage_runner.serve.session import ServedSession
 from zimage_runner.session import Session
@@ -108,6 +114,34 @@ def test_what_the_mask_leaves_transparent_is_painted(serve, placed):
     assert (one.mask[:, 54:] == 1).all()
 
 
+def test_every_field_about_pictures_is_taken(tmp_path):
+    net = str(write_controlnet(tmp_path / "net.safetensors", "2.1"))
+    model = replace((given := settings()).config.model, controlnet=net)
+    uploads = {name: Upload(f"{name}.png", CAT) for name in ("image", "control_image")}
+    uploads["mask"] = Upload("mask.png", half_transparent())
+    texts = {
+        "prompt": "a cat", "strength": "0.5", "steps_after_strength": "true", "fit": "pad", "mask_blur": "1",
+        "mask_grow": "2", "mask_crop": "3", "outpaint": "16,0,16,0", "control_scale": "0.9",
+        "control_preprocess": "canny", "control_start": "0.1", "control_end": "0.8", "canny_low": "50",
+        "canny_high": "90",
+    }  # fmt: skip
+    assert texts.keys() - FINE.keys() | {"scale"} == Edit.model_fields.keys() - Generation.model_fields.keys()
+    served = replace(given, config=replace(given.config, model=model), memo={})
+    spec, _ = plan_edit(parse(Edit, texts), uploads, str(tmp_path), served)
+    inputs = spec.plan.items[0].params.inputs
+    assert inputs is not None
+    counts = {name: value for name, value in inputs.counts().items() if name in texts}
+    assert counts == {"outpaint": [16, 0, 16, 0]} | {
+        name: yaml.safe_load(text) for name, text in texts.items() if name not in ("prompt", "outpaint")
+    }
+    assert (inputs.result, inputs.files.keys()) == ((80, 32), uploads.keys())
+
+
+def test_a_picture_is_drawn_larger_from_itself(serve, placed):
+    answer = serve().post(ROUTE, data={**FINE, "scale": "2"}, files=image())
+    assert answer.json()["size"] == "96x64"
+
+
 def test_no_file_stays_where_no_picture_comes(serve, placed, monkeypatch):
     gate = threading.Semaphore(0)
     monkeypatch.setattr(GatedSession, "gate", gate)
@@ -140,9 +174,19 @@ REFUSED: list[tuple[dict[str, Any], Any, int, str, str | None]] = [
     ({**FINE, "image": "/etc/passwd"}, image(), 400, "image: sent more than once: one is taken", "image"),
     (FINE, [("image[]", ("a.png", CAT)), ("image[]", ("b.png", CAT))], 400, "image: sent more than once", "image"),
     ({**FINE, "mask": "http://x/y.png"}, image(), 400, "mask: send the picture itself as a file: no name", "mask"),
-    (FINE, {**image(), "markup": ("m.png", CAT)}, 400, "markup: files here are image and mask", "markup"),
+    (FINE, {**image(), "markup": ("m.png", CAT)}, 400, "markup: files here are image, mask, control_image", "markup"),
+    (FINE, {"control_image": ("e.png", CAT)}, 400, "control_image needs a ControlNet to follow it", None),
+    ({**FINE, "control_image": "/etc/passwd"}, image(), 400, "control_image: send the picture itself", "control_image"),
+    ({**FINE, "mask_blur": "9"}, image(), 400, "sampling.mask_blur=9 says nothing without a mask", None),
+    ({**FINE, "mask_blur": "0.5"}, image(), 400, "mask_blur: Input should be a valid integer", "mask_blur"),
+    ({**FINE, "fit": "cover"}, image(), 400, "fit: Input should be 'crop', 'pad' or 'stretch'", "fit"),
+    ({**FINE, "outpaint": "1,2"}, image(), 400, "outpaint='1,2': write", None),
+    ({**FINE, "outpaint": "4096"}, image(), 413, "outpaint makes the picture 8240x8224 pixels", "outpaint"),
+    ({**FINE, "outpaint": "1200", "mask_crop": "8"}, image(), 413, "size=2448x2432: ask for at most 4.2", "size"),
+    ({**FINE, "scale": "1e9"}, image(), 400, "sampling.scale=1000000000.0 is out of range", None),
+    ({**FINE, "tile": "16"}, image(), 400, "tile: no such field", "tile"),
     ({}, image(), 400, "prompt: Field required", "prompt"),
-    ({**FINE, "path": "x"}, image(), 400, "path: no such field; fields here: image, mask, prompt", "path"),
+    ({**FINE, "path": "x"}, image(), 400, "path: no such field; fields here: image, mask, control", "path"),
     ({**FINE, "n": "two"}, image(), 400, "n: Input should be a valid integer", "n"),
     ({**FINE, "strength": "weak"}, image(), 400, "strength: Input should be a valid number", "strength"),
     ({**FINE, "strength": "1.5"}, image(), 400, "sampling.strength=1.5 is out of range: use a number", None),

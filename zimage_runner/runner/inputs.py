@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from zimage_runner.config.schema import RunConfig
-from zimage_runner.errors import UserError
+from zimage_runner.errors import UserError, check_range
 from zimage_runner.model import PIXEL_MULTIPLE
 from zimage_runner.pictures.opened import examine
 from zimage_runner.prompts.base import Prompt
@@ -21,6 +21,7 @@ from zimage_runner.sampling import (
     CANNY_LOW,
     CONTROL_SCALE,
     INPAINT_STRENGTH,
+    MAX_SIDE,
     PICTURE_FIELDS,
     PICTURE_FILES,
     STRENGTH,
@@ -44,6 +45,8 @@ MOST_OWN_PIXELS = 2048 * 2048
 """Pictures with more pixels are drawn with as many as the model usually draws."""
 MOST_WHOLE, TILE = 2048, 1024
 """Pixels a side: a picture with a longer one is drawn in tiles of this side."""
+SCALES = (0.01, 100.0)
+"""Of a picture's own size; what is drawn has limits of its own."""
 SAME_SHAPE = 0.02
 """How far the ratio of a mask's sides may be from its picture's."""
 NEEDS_IMAGE = ("strength", "steps_after_strength", "mask", "outpaint", "scale", "tile")
@@ -174,6 +177,7 @@ class InputFinder:
 
     def _tile(self, tile: int | None, width: int, height: int) -> int:
         """The side of the tiles; 0 where the picture is drawn as a whole."""
+        check_range("sampling.tile", tile or 0, 0, MAX_SIDE)
         if tile:
             if tile % PIXEL_MULTIPLE:
                 raise UserError(f"sampling.tile={tile} is not a multiple of {PIXEL_MULTIPLE}: use {nearest_side(tile)}")
@@ -196,6 +200,7 @@ class InputFinder:
         if sides["height"]:
             return {"width": nearest_side(sides["height"] * width / height)}
         if scale is not None:
+            check_range("sampling.scale", scale, *SCALES)
             return {"width": nearest_side(width * scale), "height": nearest_side(height * scale)}
         own = {"width": width, "height": height}
         if width * height > MOST_OWN_PIXELS:

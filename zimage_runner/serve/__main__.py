@@ -4,7 +4,7 @@
 
 POST /v1/images/generations   OpenAI's form: prompt, n, size, response_format; also seed, num_inference_steps,
                               guidance_scale, negative_prompt
-POST /v1/images/edits         the same from a picture: a form with image, mask, strength
+POST /v1/images/edits         the same from a picture: a form with image, mask, control_image, strength, fit ...
 POST /v1/runs                 prompts x seeds as an ordinary run on disk; GET /v1/runs/ID, /events, /pictures; DELETE
 GET  /v1/models, /ready, /live, /metrics
 

@@ -16,6 +16,7 @@ from starlette.requests import Request
 
 from zimage_runner.errors import UserError, one_line
 from zimage_runner.pictures.opened import size_in_header, white_where_transparent
+from zimage_runner.sampling import PICTURE_FILES
 from zimage_runner.serve.config import Server
 from zimage_runner.serve.errors import ApiError
 from zimage_runner.serve.fields import Edit, Planned, parse, plan_generation
@@ -42,8 +43,8 @@ async def read_edit(request: Request, server: Server) -> tuple[Edit, dict[str, U
             raise ApiError(400, f"{name}: send the picture itself as a file: no name or URL is opened", param=name)
     for name in uploads:
         if name not in Edit.files:
-            raise ApiError(400, f"{name}: files here are {' and '.join(Edit.files)}", param=name)
-    if "image" not in uploads:
+            raise ApiError(400, f"{name}: files here are {', '.join(Edit.files)}", param=name)
+    if not uploads.keys() & {"image", "control_image"}:
         raise ApiError(400, "image: send the picture to start from", param="image")
     return parse(Edit, texts), uploads
 
@@ -110,7 +111,7 @@ def private_folder(where: Path) -> Iterator[str]:
 
 def plan_edit(asked: Edit, uploads: Mapping[str, Upload], folder: str, settings: Settings) -> Planned:
     """Keep the files in ``folder`` and plan what is drawn from them. Raises ApiError, UserError."""
-    values: dict[str, Any] = {"mask": None}
+    values: dict[str, Any] = {**dict.fromkeys(PICTURE_FILES), **asked.of_pictures()}
     for name, upload in uploads.items():
         data, path = _checked(name, upload.data, settings.server), Path(folder, name)
         try:
@@ -118,13 +119,18 @@ def plan_edit(asked: Edit, uploads: Mapping[str, Upload], folder: str, settings:
         except OSError as error:
             raise _no_room(error) from None
         values[name] = str(path)
-    if asked.strength is not None:
-        values["strength"] = asked.strength
     try:
-        return plan_generation(asked, settings, **values)
+        spec, output = plan_generation(asked, settings, **values)
     except UserError as error:  # whoever asks knows the pictures by their fields
         named = re.sub(rf"(?:sampling\.)?(\w+)={re.escape(folder)}/\w+", r"\1", str(error))
         raise UserError(named) from None
+    most = settings.server.max_upload_megapixels
+    for params in spec.plan.params():
+        width, height = params.inputs.canvas if params.inputs else (0, 0)
+        if width * height > most * 1e6:
+            message = f"outpaint makes the picture {width}x{height} pixels: ask for at most {most:g} million"
+            raise ApiError(413, message, param="outpaint")
+    return spec, output
 
 
 def _checked(name: str, data: bytes, server: Server) -> bytes:

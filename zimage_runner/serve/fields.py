@@ -16,10 +16,11 @@ from zimage_runner.errors import UserError
 from zimage_runner.outputs.config import Format, Output, check_quality
 from zimage_runner.prompts.base import Prompt
 from zimage_runner.prompts.inline import Inline
+from zimage_runner.prompts.picture_values import as_chosen
 from zimage_runner.prompts.rows import RowReader, TableSource, convert
 from zimage_runner.prompts.seeds import parse_seeds
 from zimage_runner.runner.spec import RunSpec
-from zimage_runner.sampling import PICTURE_FILES, SAMPLING_FIELDS, Sampling
+from zimage_runner.sampling import PICTURE_FIELDS, PICTURE_FILES, SAMPLING_FIELDS, Sampling
 from zimage_runner.serve.config import Server, parse_size
 from zimage_runner.serve.errors import ApiError
 from zimage_runner.serve.settings import Settings
@@ -65,10 +66,31 @@ class Generation(_Request):
 
 
 class Edit(Generation):
-    """Fields of POST /v1/images/edits."""
+    """Fields of POST /v1/images/edits: besides those of a generation, those of ``Sampling`` about pictures.
 
-    files: ClassVar[tuple[str, ...]] = ("image", "mask")
-    strength: StrictFloat | StrictInt | None = None
+    Not its ``tile`` and ``variation``: small tiles would keep the model busy for hours, and a variation is no edit.
+    """
+
+    files: ClassVar[tuple[str, ...]] = PICTURE_FILES
+    strength: StrictFloat | None = None
+    steps_after_strength: StrictBool | None = None
+    fit: Literal["crop", "pad", "stretch"] | None = None
+    scale: StrictFloat | None = None
+    mask_blur: StrictInt | None = None
+    mask_grow: StrictInt | None = None
+    mask_crop: StrictInt | None = None
+    outpaint: StrictStr | None = None
+    control_scale: StrictFloat | None = None
+    control_preprocess: Literal["none", "canny"] | None = None
+    control_start: StrictFloat | None = None
+    control_end: StrictFloat | None = None
+    canny_low: StrictInt | None = None
+    canny_high: StrictInt | None = None
+
+    def of_pictures(self) -> dict[str, Any]:
+        """What it says about pictures, as fields of ``Sampling``."""
+        said = {name: getattr(self, name, None) for name in PICTURE_FIELDS}
+        return {name: as_chosen(name, value) for name, value in said.items() if value is not None}
 
 
 class RunRequest(_Request):
@@ -176,8 +198,10 @@ def sampling_of(given: Mapping[str, Any], sampling: Sampling) -> Sampling:
 def check_limits(spec: RunSpec, server: Server) -> None:
     """Raise ApiError for a plan with a picture that is larger than the service draws."""
     for params in spec.plan.params():
-        if params.height * params.width > server.max_megapixels * 1e6:
-            raise _too_large(params.width, params.height, server)
+        finished = params.inputs.result if params.inputs else None
+        for width, height in ((params.width, params.height), finished or (0, 0)):
+            if height * width > server.max_megapixels * 1e6:
+                raise _too_large(width, height, server)
         if params.num_inference_steps > server.max_steps:
             steps = params.num_inference_steps
             message = f"num_inference_steps={steps}: ask for at most {server.max_steps}"

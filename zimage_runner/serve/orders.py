@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -128,6 +129,8 @@ class PictureOrder:
         recipe = self.spec.recipe(item, self._scheduler.report())
         for field, name in self._sent_as.items():
             recipe["inputs"][field]["path"] = name
+        if (net := recipe.get("inputs", {}).get("controlnet")) is not None:  # where it lies is the service's own affair
+            net["path"] = os.path.basename(net["path"])
         picture = Picture(encode(pixels, recipe, self._output), item.seed)
         with self._lock:
             self._pictures[id(item)] = picture
