@@ -54,7 +54,7 @@ ARROWS: dict[str, set[str]] = {
     "model": {"errors"},
     "sampling": {"errors", "model"},
     "compile": {"errors", "weights"},
-    "warmup": {"engines", "errors", "sampling"},
+    "warmup": {"engines", "errors", "pictures", "sampling"},
     "session": {"engines", "memory", "pictures", "plan", "weights", *COMPONENTS},
     "prepare": {"cli", "config", "engines", "model", "startup", "weights"},
     "compare": {"collect", "engines", "weights"},

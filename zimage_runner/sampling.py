@@ -260,6 +260,11 @@ class Inputs:
         return self.mask is not None or any(self.outpaint)
 
     @property
+    def kind(self) -> tuple[bool, bool, bool, int]:
+        """What of it decides which calls of the model a picture takes, and of which shapes: warm-up draws each."""
+        return self.image is not None, self.inpaints, self.control_image is not None, self.tile
+
+    @property
     def files(self) -> dict[str, Picture]:
         """The pictures by their field."""
         return {name: picture for name in PICTURE_FILES if (picture := getattr(self, name)) is not None}
@@ -351,6 +356,11 @@ class SamplingParams:
     @property
     def uses_guidance(self) -> bool:
         return self.guidance_scale > 0
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Of its inputs; empty for a picture from noise alone."""
+        return self.inputs.kind if self.inputs else ()
 
     @property
     def whole_or_tile(self) -> tuple[int, int]:

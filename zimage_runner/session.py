@@ -97,7 +97,7 @@ class Session:
         warm = {_shape_key(shape) for shape in self._shapes}
         new = [shape for shape in shapes if _shape_key(shape) not in warm]
         self._shapes += new
-        self._report["phases"] = {"load": 0.0}
+        self._report |= {"phases": {"load": 0.0}, "warmup_passes": []}
         with threads_of(self.config.engine):
             self._encode_ahead(texts)
             self.warm_up(new)
@@ -115,8 +115,9 @@ class Session:
             # The loop's own steps down (smaller batches, tiles) will find what fits.
             log.warning("the warm-up ran out of memory and was left unfinished: %s", error)
             passes = []
-        self._report["phases"]["warm_up"] = time.perf_counter() - started
-        self._report["warmup_passes"] = [asdict(p) for p in passes]
+        phases = self._report["phases"]
+        phases["warm_up"] = phases.get("warm_up", 0.0) + time.perf_counter() - started
+        self._report["warmup_passes"] = [*self._report.get("warmup_passes", ()), *map(asdict, passes)]
 
     def generate(self, items: Sequence[WorkItem], *, attempt: int = 1, tiled: bool = False) -> GeneratedBatch:
         """Draw one batch: items of one bucket, so of equal sampling params, adapters and padded caption length.
@@ -267,7 +268,7 @@ def _shape_key(shape: WarmupShape) -> tuple[Any, ...]:
     """What a warm-up is good for: steps and the strength of guidance change no shape."""
     params = shape.params
     captions = (shape.caption_tokens, shape.negative_caption_tokens)
-    return (params.height, params.width, params.uses_guidance, *captions, shape.batch_size)
+    return (params.height, params.width, params.uses_guidance, *captions, shape.batch_size, params.kind)
 
 
 class _Clock:

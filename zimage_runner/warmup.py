@@ -12,11 +12,13 @@ from __future__ import annotations
 import abc
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from zimage_runner.engines.picture_latents import Posteriors
 from zimage_runner.engines.request import WarmupShape, denoise_request
 from zimage_runner.errors import UserError
+from zimage_runner.pictures.placed import blank
 
 if TYPE_CHECKING:
     import torch
@@ -138,15 +140,20 @@ def convolutions(engine: Engine) -> list[WarmupPass]:
 
 def _generate(engine: Engine, shape: WarmupShape, encode: Encode) -> None:
     params, n = shape.params, shape.batch_size
+    inputs = params.inputs
     if not shape.whole:
-        params = params.overridden({"num_inference_steps": 1})
+        inputs = inputs and replace(inputs, control_start=0.0, control_end=1.0)
+        params = params.overridden({"num_inference_steps": 1, "inputs": inputs})
     caption = _sized(encode([WARMUP_PROMPT], params.max_sequence_length)[0], shape.caption_tokens)
     negatives = None
     if params.uses_guidance:
         negative = encode([params.negative_prompt], params.max_sequence_length)[0]
         negatives = [_sized(negative, shape.negative_caption_tokens)] * n
     seeds = range(WARMUP_SEED, WARMUP_SEED + n)
-    latents = engine.denoise(denoise_request(engine, params, [caption] * n, negatives, seeds))
+    placed = None if inputs is None else [blank(inputs, params.width, params.height)] * n
+    posterior = Posteriors(lambda: engine)
+    request = denoise_request(engine, params, [caption] * n, negatives, seeds, placed=placed, posterior=posterior)
+    latents = engine.denoise(request)
     if shape.whole:
         engine.decode(latents).wait()
 

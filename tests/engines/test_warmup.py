@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from zimage_runner.engines.base import Engine, ReadyImages
+from zimage_runner.engines.request import DenoiseRequest, Posterior
 from zimage_runner.errors import UserError
-from zimage_runner.sampling import SamplingParams
+from zimage_runner.sampling import ANY_PICTURE, Controlnet, Inputs, SamplingParams
 from zimage_runner.warmup import WARMUP_PROMPT, Article, Generate, Hardware, NoWarmup, WarmupShape
 
 PARAMS = SamplingParams(
@@ -28,12 +29,19 @@ class RecordingEngine(Engine):
 
     def __init__(self):
         self.calls: list[tuple] = []
+        self.requests: list[DenoiseRequest] = []
 
     def encode(self, texts, max_sequence_length):
         self.calls.append(("encode", tuple(texts)))
         return [torch.ones(len(text.split()), 4) for text in texts]
 
+    def encode_picture(self, pixels):
+        self.calls.append(("encode_picture", pixels.shape))
+        mean = torch.zeros(16, pixels.shape[0] // 8, pixels.shape[1] // 8)
+        return Posterior(mean=mean, std=mean)
+
     def denoise(self, request):
+        self.requests.append(request)
         lengths = [len(e) for e in request.prompt_embeds]
         negative = [len(e) for e in request.negative_prompt_embeds or []]
         self.calls.append(("denoise", tuple(request.noise.shape), lengths, negative))
@@ -82,6 +90,34 @@ def test_caption_lengths_of_the_plan_are_met_after_padding():
     passes = Generate().run(engine, [shape], engine.encode)
     assert ("denoise", (2, 16, 16, 8), [63, 63], [31, 31]) in engine.calls
     assert passes[0].label == "64x128 b2 c64 #1"
+
+
+NET = Controlnet(digest="n", convention="trained", path="n", channels=33)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_pictures_are_warmed_up_as_they_are_drawn(whole):
+    inputs = Inputs(
+        image=ANY_PICTURE, mask=ANY_PICTURE, control_image=ANY_PICTURE, control_end=0.5, tile=32, controlnet=NET
+    )
+    engine, params = RecordingEngine(), PARAMS.overridden({"inputs": inputs})
+    (told,) = Generate().run(engine, [WarmupShape(params=params, batch_size=2, whole=whole)], engine.encode)
+    assert told.label == "64x128 b2 image mask control #1"
+    assert engine.kinds() == [
+        "encode",
+        "encode_picture",
+        "encode_picture",
+        "denoise",
+        *["decode"] * whole,
+        "synchronize",
+    ]
+    (request,) = engine.requests
+    assert request.control is not None
+    shapes = [tuple(part.shape) for part in (request.start, request.mask, request.control.pictures)]
+    assert shapes == [(2, 16, 16, 8), (2, 1, 16, 8), (2, 16, 16, 8)]
+    assert request.control.around is not None  # the second picture that is encoded
+    assert request.params.inputs is not None
+    assert (request.params.inputs.tile, request.params.inputs.control_end) == (32, 0.5 if whole else 1.0)
 
 
 def test_article_generates_first_and_wakes_the_hardware_last():

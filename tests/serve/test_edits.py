@@ -17,13 +17,17 @@ import yaml
 from PIL import Image
 
 from tests.support.controlnets import write_controlnet
+from tests.support.drawing import SMALL, session_config
 from tests.support.faulty_session import item
 from tests.support.gated_session import GatedSession
 from tests.support.serving import settings
-from zimage_runner.engines.base import GeneratedBatch
+from zimage_runner.engines.base import Engine, GeneratedBatch
+from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.errors import UserError
 from zimage_runner.executors.backoff import MemoryBackoff
 from zimage_runner.executors.base import Batch
+from zimage_runner.memory.policies import Resident
+from zimage_runner.model import Device
 from zimage_runner.outputs.metadata import read_metadata
 from zimage_runner.pictures.placed import Placed, place
 from zimage_runner.plan import WorkItem
@@ -32,6 +36,7 @@ from zimage_runner.serve.fields import Edit, Generation, parse
 from zimage_runner.serve.run_files import FOLDER
 from zimage_runner.serve.session import ServedSession
 from zimage_runner.session import Session
+from zimage_runner.warmup import Generate, WarmupShape
 
 ROUTE = "/v1/images/edits"
 UPLOADS = Path("outputs", FOLDER, "uploads")
@@ -159,6 +164,21 @@ def test_weights_that_cannot_start_from_pictures_are_no_lost_model(monkeypatch):
     backoff = MemoryBackoff(ServedSession.__new__(ServedSession))
     (result,) = backoff.run(Batch(items=[item(1)]))
     assert result.error == "Refused: engine=diffusers does not draw from pictures"
+
+
+def test_a_model_that_is_ready_is_warm_for_pictures_too(monkeypatch):
+    config = session_config(NativeEngine(device=Device.cpu), Resident(), warmup=Generate())
+    one_step = SMALL.overridden({"num_inference_steps": 1})
+    session = ServedSession(config, [WarmupShape(params=one_step)])
+    session.start()
+    try:
+        labels = [told["label"] for told in session.report()["warmup_passes"]]
+        assert labels == ["64x64 #1", "64x64 image #1"]
+        monkeypatch.setattr(type(session.engine), "encode_picture", Engine.encode_picture)  # as weights without one
+        session.extend([WarmupShape(params=one_step, batch_size=2)], ())
+        assert [told["label"] for told in session.report()["warmup_passes"]] == ["64x64 b2 #1"]
+    finally:
+        session.close()
 
 
 def test_what_a_killed_service_left_is_removed(serve):

@@ -13,8 +13,7 @@ from zimage_runner.collect.pictures import find_runs, marked, pictures_of
 from zimage_runner.config.paths import CONFIG_DIR
 from zimage_runner.errors import EXIT_BAD_INPUT, EXIT_OK, PROGRAM, UserError, called
 from zimage_runner.logs import log_to_terminal, refuse
-from zimage_runner.pictures.recorded import recorded_controlnet
-from zimage_runner.prompts.images import recipe_of_picture
+from zimage_runner.prompts.images import controlnet_of_picture, recipe_of_picture
 from zimage_runner.prompts.prompt import Prompt
 from zimage_runner.prompts.snapshot import snapshot
 
@@ -111,11 +110,11 @@ def _model(pictures: Sequence[Path], words: Sequence[str]) -> list[str]:
 
 
 def _controlnet(prompts: Sequence[Prompt], pictures: Sequence[Path], words: Sequence[str]) -> list[str]:
-    """The ControlNet of pictures that are drawn with theirs again, where none is named. Raises UserError for several."""
+    """The ControlNet of pictures that follow theirs again, where none is named. Raises UserError for several."""
     if any(re.match(r"\+{0,2}model\.controlnet=", word) for word in words):
         return []
     steered = [file for prompt, file in zip(prompts, pictures, strict=True) if "control_image" in prompt.overrides]
-    found = {recorded_controlnet((recipe_of_picture(file) or {}).get("inputs"), str(file)) for file in steered}
+    found = {controlnet_of_picture(file) for file in steered}
     if len(found) > 1:
         raise UserError("the pictures were drawn with several ControlNets: vary those of one at a time")
     return [

@@ -141,10 +141,12 @@ class WarmupShape:
 
     @property
     def label(self) -> str:
-        """What a pass is called in the report: 1024x1024, 1024x1024 b4, 1024x1024 c64."""
+        """What a pass is called in the report: 1024x1024, 1024x1024 b4, 1024x1024 c64, 1024x1024 c64 control."""
         batch = f" b{self.batch_size}" if self.batch_size > 1 else ""
         caption = f" c{self.caption_tokens}" if self.caption_tokens else ""
-        return f"{self.params.width}x{self.params.height}{batch}{caption}"
+        image, mask, control, _ = self.params.kind or (False, False, False, 0)
+        kinds = [name for name, there in (("image", image), ("mask", mask), ("control", control)) if there]
+        return " ".join([f"{self.params.width}x{self.params.height}{batch}{caption}", *kinds])
 
 
 class Latents(Protocol):

@@ -81,6 +81,23 @@ def _place(inputs: Inputs, width: int, height: int) -> Placed:
     return Placed(pixels=near, mask=mask, **also, around=_around(inputs, near, mask), finish=finish)
 
 
+def blank(inputs: Inputs, width: int, height: int) -> Placed:
+    """Grey pictures in the places of an item's own, the lower half of them painted: what a warm-up draws from."""
+    import numpy as np
+
+    grey = np.full((height, width, 3), 128, dtype=np.uint8)
+    mask = None
+    if inputs.inpaints:
+        mask = np.zeros((height, width), dtype=np.float32)
+        mask[height // 2 :] = 1
+    return Placed(
+        pixels=None if inputs.image is None else grey,
+        mask=mask,
+        control=None if inputs.control_image is None else grey,
+        around=None if mask is None else _around(inputs, grey, mask),
+    )
+
+
 def _around(inputs: Inputs, pixels: np.ndarray, mask: np.ndarray) -> np.ndarray | None:
     """The picture with grey where the mask is at least half; None where nothing asks for it."""
     import numpy as np

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from zimage_runner.errors import UserError
-from zimage_runner.model import FREE_TEXT
+from zimage_runner.model import FREE_TEXT, Convention
 from zimage_runner.outputs.beneath import Inside
 from zimage_runner.outputs.finished import Finished, shared_picture
 from zimage_runner.outputs.ledger import RECORDS, Ledger
 from zimage_runner.outputs.place import ITEMS, RECORD, SHARDS
-from zimage_runner.pictures.recorded import recorded_values
+from zimage_runner.pictures.recorded import recorded_controlnet, recorded_values
 from zimage_runner.prompts.base import INPUT, NOTHING, Prompt, RowSource, Wins
 from zimage_runner.prompts.carried import carry
 from zimage_runner.prompts.generation_data import OWN_PROGRAM, GenerationData, of_comfyui, of_parameters
@@ -133,6 +133,11 @@ def recipe_of_picture(file: Path) -> dict[str, Any] | None:
     if file.suffix.lower() not in SUFFIXES:
         return None
     return read_metadata(file, pixels=False).recipe or _record_beside(file)
+
+
+def controlnet_of_picture(file: Path) -> tuple[str, Convention]:
+    """Path and convention of the ControlNet that one of this program's pictures was drawn with. Raises UserError."""
+    return recorded_controlnet((recipe_of_picture(file) or {}).get("inputs"), shown(file))
 
 
 def prompt_of_picture(file: Path | Finished, *, inputs: bool = True) -> Prompt:

@@ -61,7 +61,7 @@ class RunSpec:
             last = bucket
             batch = 1 if engine.auto_batch else min(engine.largest_batch, counts[bucket])
             size = (params.height, params.width, params.uses_guidance, batch)
-            key = (*size, bucket.caption_tokens, bucket.negative_caption_tokens, params.inputs is not None)
+            key = (*size, bucket.caption_tokens, bucket.negative_caption_tokens, params.kind)
             if key in shapes:
                 continue
             changes_within = params.uses_guidance and params.cfg_truncation < 1
