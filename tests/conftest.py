@@ -47,7 +47,7 @@ def _no_walks_over_the_libraries() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _composing_is_quick() -> None:
     try:
-        from zimage_runner.cli.kept_configs import keep_what_was_composed
+        from zimage_runner.cli.hydra_patches import keep_what_was_composed
     except ImportError:  # on a borrowed GPU machine there may be no Hydra
         return
     keep_what_was_composed()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,18 @@ def test_circles_are_found() -> None:
 def test_libraries_stay_in_their_rooms(library: str) -> None:
     users = {name for name, path in MODULES.items() if any(i.partition(".")[0] == library for i in imports(path))}
     assert not {name for name in users if room(name) not in ONLY_IN[library]}
+
+
+PRIVATE_TO_HYDRA = re.compile(
+    r"hydra\._internal|(hydra|omegaconf)(\.\w+)*\._\w|"  # what is imported
+    r"\b(?!self|cls)\w+\._(get_node|get_parent|get_root|get_flag|set_flag|value|val|content|metadata|parent|is_none|is_missing|"
+    r"is_interpolation|load_single_config|apply_overrides_to_config|process_config_searchpath)\b"
+)
+
+
+def test_private_parts_of_hydra_are_touched_in_one_file() -> None:
+    users = {name for name, path in MODULES.items() if PRIVATE_TO_HYDRA.search(path.read_text(encoding="utf-8"))}
+    assert users == {"cli.hydra_patches"}, "go through cli/hydra_patches.py"
 
 
 def test_heavy_libraries_are_imported_late() -> None:

@@ -84,7 +84,7 @@ def test_a_command_line_composes_the_same_first_and_later(tmp_path: Path):
 
 
 def compare(folder: Path) -> None:
-    from zimage_runner.cli.kept_configs import keep_what_was_composed
+    from zimage_runner.cli.hydra_patches import keep_what_was_composed
 
     register()
     register_launcher()

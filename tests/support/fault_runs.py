@@ -25,7 +25,7 @@ from PIL import Image
 
 from tests.support.faulty_session import FaultySession, picture
 from tests.support.shards import check_shards
-from zimage_runner.cli.kept_configs import keep_what_was_composed
+from zimage_runner.cli.hydra_patches import keep_what_was_composed
 from zimage_runner.cli.main import main
 from zimage_runner.cli.sweep.launcher import register_launcher
 from zimage_runner.config.paths import CONFIG_DIR

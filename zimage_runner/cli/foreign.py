@@ -10,17 +10,16 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.sources_registry import SourcesRegistry
-from hydra.core.plugins import Plugins
+from hydra.core.default_element import ResultDefault
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import OmegaConf
 
+from zimage_runner.cli.hydra_patches import files_are_read_by, files_pass, primary_file_passes
 from zimage_runner.cli.interpolation import looks_up
 from zimage_runner.config.paths import CONFIG_DIR
 from zimage_runner.errors import UserError, error_text
@@ -73,40 +72,22 @@ def files_are_data(*, trusted: bool, own: bool) -> Iterator[None]:
     if trusted:
         yield
         return
-    Plugins.instance()  # which imports the sources again: only the registry knows the class in use
-    source = SourcesRegistry.instance().resolve("file")
-    read = source.load_config
-    load, search = ConfigLoaderImpl._load_single_config, ConfigLoaderImpl._process_config_searchpath
 
-    def load_config(self: Any, config_path: str) -> ConfigResult:
-        _check_text(self.path, config_path)
+    def read(root: str, config_path: str, as_ever: Callable[[], ConfigResult]) -> ConfigResult:
+        _check_text(root, config_path)
         try:
-            return read(self, config_path)
+            return as_ever()
         except UnicodeDecodeError:
             raise
         except (ValueError, *CONSTRUCTORS_RAISE) as error:
             raise UserError(f"{_file_name(config_path)}: not readable as YAML: {error_text(error)}") from None
 
-    def load_single_config(self: ConfigLoaderImpl, default: Any, repo: Any) -> ConfigResult:
-        result = load(self, default, repo)  # with the package that a defaults list puts it into
-        _check(result, default.config_path, own)
+    def checked(result: ConfigResult, default: ResultDefault) -> ConfigResult:
+        _check(result, default.config_path or "", own)
         return result
 
-    def process_searchpath(self: ConfigLoaderImpl, config_name: str | None, parsed_overrides: Any, repo: Any) -> None:
-        primary = None if config_name is None else repo.load_config(config_path=config_name)
-        if primary is not None:  # packages that its searchpath names would be imported next
-            _check(primary, str(config_name), own)
-        search(self, config_name, parsed_overrides, repo)
-
-    source.load_config = load_config
-    ConfigLoaderImpl._load_single_config = load_single_config
-    ConfigLoaderImpl._process_config_searchpath = process_searchpath
-    try:
+    with files_are_read_by(read), files_pass(checked), primary_file_passes(lambda file, name: _check(file, name, own)):
         yield
-    finally:
-        source.load_config = read
-        ConfigLoaderImpl._load_single_config = load
-        ConfigLoaderImpl._process_config_searchpath = search
 
 
 def _check_text(root: str, config_path: str) -> None:

@@ -9,22 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hydra._internal import config_loader_impl
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.defaults_list import DefaultsList
 from hydra.core.default_element import ConfigDefault, GroupDefault, ResultDefault
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from zimage_runner.cli.fields import field_names, prompt_inputs
 from zimage_runner.cli.foreign import foreign_file
+from zimage_runner.cli.hydra_patches import DefaultsList, defaults_are_listed_by, files_pass, parse_override
 from zimage_runner.cli.typed_texts import keep_texts, write_out_loras
 from zimage_runner.errors import UserError
 from zimage_runner.logs import say
@@ -70,21 +67,17 @@ def later_choices_replace(words: Sequence[str]) -> Iterator[None]:
     given = {word.partition("=")[0].lstrip("+"): word.partition("=")[2] for word in words if "=" in word}
     rule = _Rule(given)
     files_read.clear()
-    loader: Any = config_loader_impl
-    create, load = loader.create_defaults_list, ConfigLoaderImpl._load_single_config
 
-    def create_defaults_list(
-        repo: Any, config_name: str | None, overrides_list: list[Override], **options: Any
+    def list_defaults(
+        as_ever: Callable[[list[Override]], DefaultsList], overrides: list[Override], repo: Any
     ) -> DefaultsList:
-        made = create(repo, config_name, overrides_list, **options)
+        made = as_ever(overrides)
         if rule.needs_plain_prompts(made, repo):
-            parsed = OverridesParser.create().parse_override(f"prompts={PLAIN_OPTION}")
-            made = create(repo, config_name, [*overrides_list, parsed], **options)
+            made = as_ever([*overrides, parse_override(f"prompts={PLAIN_OPTION}")])
         rule.look_at(made, repo)
         return made
 
-    def load_single_config(self: ConfigLoaderImpl, default: ResultDefault, repo: Any) -> ConfigResult:
-        result = load(self, default, repo)
+    def look(result: ConfigResult, default: ResultDefault) -> ConfigResult:
         path = foreign_file(result, default.config_path or "")
         if path is not None and Path(path).is_file() and isinstance(result.config, DictConfig):
             name = f"{(default.config_path or '').removesuffix('.yaml')}.yaml"
@@ -94,13 +87,8 @@ def later_choices_replace(words: Sequence[str]) -> Iterator[None]:
             write_out_loras(result.config)
         return rule.without_what_is_replaced(result, default)
 
-    loader.create_defaults_list = create_defaults_list
-    ConfigLoaderImpl._load_single_config = load_single_config
-    try:
+    with defaults_are_listed_by(list_defaults), files_pass(look):
         yield
-    finally:
-        loader.create_defaults_list = create
-        ConfigLoaderImpl._load_single_config = load
 
 
 class _Rule:

@@ -14,6 +14,7 @@ import yaml
 from omegaconf import DictConfig, ListConfig
 
 from zimage_runner.cli.fields import texts
+from zimage_runner.cli.hydra_patches import is_there, node_of, value_of
 from zimage_runner.cli.quoting import MISSING
 from zimage_runner.errors import UserError
 from zimage_runner.prompts.loras import parse_lora
@@ -33,10 +34,10 @@ def keep_texts(config: DictConfig, package: str, path: Path, file: str) -> None:
     for name, kind in texts().items():
         *above, key = name.split(".")
         node = _node(config, above)
-        if node is None or node._get_node(key) is None:  # `in` does not see a missing value
+        if node is None or node_of(node, key) is None:  # `in` does not see a missing value
             continue
         for parent, entry in _entries(node, key, kind):
-            value = parent._get_node(entry)._value()  # pyright: ignore - as it stands, interpolations too
+            value = value_of(parent, entry)
             where = name if parent is node else f"{name}[{entry}]" if kind == "list" else f"{name}.{entry}"
             if value == MISSING:
                 raise UserError(f"{file}: {where}: ??? alone stands for a value that is missing: write other words")
@@ -52,8 +53,8 @@ def keep_texts(config: DictConfig, package: str, path: Path, file: str) -> None:
 
 def write_out_loras(config: DictConfig) -> None:
     """Make {path, weight} of entries of ``loras`` that are short: ``style.safetensors:0.8``. Raises UserError."""
-    entries = config._get_node("loras")
-    if isinstance(entries, ListConfig) and _is_there(entries):
+    entries = node_of(config, "loras")
+    if isinstance(entries, ListConfig) and is_there(entries):
         for place, entry in enumerate(list(entries)):
             if isinstance(entry, str):
                 lora = parse_lora(entry, f"loras.{place}")
@@ -62,24 +63,20 @@ def write_out_loras(config: DictConfig) -> None:
 
 def _entries(node: DictConfig, key: str, kind: str) -> Iterator[tuple[Any, Any]]:
     """Where the texts of a field stand: the node and key, or index, of each."""
-    inside = node._get_node(key)
+    inside = node_of(node, key)
     if kind == "text" and not isinstance(inside, DictConfig | ListConfig):
         yield node, key
-    elif kind == "list" and isinstance(inside, ListConfig) and _is_there(inside):
+    elif kind == "list" and isinstance(inside, ListConfig) and is_there(inside):
         yield from ((inside, index) for index in range(len(inside)))
-    elif kind == "dict" and isinstance(inside, DictConfig) and _is_there(inside):
+    elif kind == "dict" and isinstance(inside, DictConfig) and is_there(inside):
         yield from ((inside, entry) for entry in inside)
-
-
-def _is_there(node: DictConfig | ListConfig) -> bool:
-    return not (node._is_none() or node._is_missing() or node._is_interpolation())
 
 
 def _node(config: DictConfig, path: list[str]) -> DictConfig | None:
     node: Any = config
     for step in path:
-        node = node._get_node(step)
-        if not isinstance(node, DictConfig) or not _is_there(node):
+        node = node_of(node, step)
+        if not isinstance(node, DictConfig) or not is_there(node):
             return None
     return node
 

@@ -127,7 +127,7 @@ class _Keeper:
             from zimage_runner.startup.imports import Imports
 
             self._imports = Imports()
-        from zimage_runner.cli.kept_configs import keep_what_was_composed
+        from zimage_runner.cli.hydra_patches import keep_what_was_composed
         from zimage_runner.runner.pool import keep_between_runs
 
         keep_what_was_composed()

@@ -9,7 +9,8 @@ from hydra.core.utils import setup_globals
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from zimage_runner.cli.hydra_patches import SweepComposer, to_yaml
+from zimage_runner.cli.hydra_patches import to_yaml
+from zimage_runner.cli.sweep.composer import SweepComposer
 from zimage_runner.config.paths import CONFIG_DIR
 from zimage_runner.config.registry import register
 

@@ -13,7 +13,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from zimage_runner.cli.hydra_patches import node_of, value_of
 from zimage_runner.cli.interpolation import lookups
+from zimage_runner.cli.quoting import MISSING
 from zimage_runner.cli.resume.saved import override_key, saved_overrides
 from zimage_runner.errors import UserError
 from zimage_runner.outputs.beneath import Inside
@@ -118,8 +120,8 @@ def leaves(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted name and value of everything that is not a mapping; lists as a whole."""
     for key in config:
         name = f"{prefix}{key}"
-        node = config._get_node(key)
-        if isinstance(node, DictConfig) and not node._is_none() and not node._is_missing():
+        node = node_of(config, key)
+        if isinstance(node, DictConfig) and value_of(config, key) not in (None, MISSING):
             yield from leaves(node, f"{name}.")
         else:
             value = None if OmegaConf.is_missing(config, key) else config[key]

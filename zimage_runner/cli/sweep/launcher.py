@@ -19,11 +19,11 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
-from zimage_runner.cli.hydra_patches import compose_quickly
 from zimage_runner.cli.layers import files_read
 from zimage_runner.cli.messages import CONFIG_ERRORS
 from zimage_runner.cli.resume.jobs import check_unchanged, keep_config_files, keep_jobs
 from zimage_runner.cli.resume.sweep import job_to_resume, keep_first_settings
+from zimage_runner.cli.sweep.composer import compose_quickly
 from zimage_runner.cli.sweep.report import exit_codes, known_code, split_overrides
 from zimage_runner.collect.overrides import varying_fields
 from zimage_runner.config.schema import PLUGIN_MODULE
