@@ -27,7 +27,7 @@ from zimage_runner.cli.layers import files_read, later_choices_replace
 from zimage_runner.cli.messages import CONFIG_ERRORS, explain, typed
 from zimage_runner.cli.quoting import hints, quote_free_text
 from zimage_runner.cli.resume.command_line import resume_command_line
-from zimage_runner.cli.resume.saved import root_of
+from zimage_runner.cli.resume.saved import is_started_again, root_of
 from zimage_runner.cli.resume.settings import restore
 from zimage_runner.cli.sweep.launcher import register_launcher
 from zimage_runner.cli.sweep.report import exit_codes, known_code
@@ -141,9 +141,13 @@ def job(cfg: DictConfig) -> int | Future[int]:
             raise UserError(
                 "hydra.verbose is not used: every run writes run.log, with all there is to say; leave it out"
             )
-        command_line_wins(cfg, HydraConfig.get().overrides.task)
+        overrides = list(HydraConfig.get().overrides.task)
+        command_line_wins(cfg, overrides)
+        if cfg.resume is None and is_started_again(directory, OmegaConf.select(HydraConfig.get(), "job.id")):
+            cfg.resume = str(directory)
+            overrides.append("resume")
         if cfg.resume is not None:
-            cfg = restore(cfg, directory, list(HydraConfig.get().overrides.task))
+            cfg = restore(cfg, directory, overrides)
         composed = Composed(config=_validated(cfg), directory=directory, files=composed_files(cfg))
         gc.enable()  # paused while importing and composing, which leave no garbage
         code = _take(composed)

@@ -6,7 +6,9 @@ batch is being drawn while the last one's pictures travel.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib
 import logging
 import os
 import platform
@@ -30,6 +32,7 @@ from zimage_runner.executors.fleet import Done, Part
 from zimage_runner.executors.messages import Start
 from zimage_runner.plan import Encoding
 from zimage_runner.signals import OF_A_QUEUE
+from zimage_runner.startup.imports import sees_gpu
 from zimage_runner.startup.process import begin
 
 PACKAGES = ("torch", "diffusers", "transformers", "tokenizers", "safetensors", "numpy", "pillow", "ray")
@@ -116,6 +119,8 @@ class Drawer:
 
     def __init__(self, number: int) -> None:
         begin(warns=False)  # before torch comes; the process that was started has warned
+        if sees_gpu():  # and so has a core to spare
+            threading.Thread(target=_import_ahead, name="import", daemon=True).start()
         self._name = {"worker": f"worker {number} on {socket.gethostname()}"}
         for signal_number in (signal.SIGINT, *OF_A_QUEUE):
             # Ending the run is the driver's affair: it lets the pictures in flight finish.
@@ -240,6 +245,16 @@ class Drawer:
     def _said(self) -> list[tuple[int, str, str]]:
         said, self._lines[:] = list(self._lines), []
         return said
+
+
+def _import_ahead() -> None:
+    """Import what a session needs while the worker still says what it is, and waits for what it is to load."""
+    with contextlib.suppress(Exception):  # who imports it next gets the error
+        import zimage_runner.session  # noqa: F401
+        from zimage_runner.engines.threads import wait_passively
+
+        wait_passively()
+        importlib.import_module("torch")
 
 
 class _Keep(logging.Handler):

@@ -20,7 +20,7 @@ from zimage_runner.executors.fleet import Died, Event, Hired, Notice, Ready, Ref
 from zimage_runner.executors.messages import Start
 from zimage_runner.executors.ray_actor import Answer, Drawer, Drawn, Identity, differences, software
 from zimage_runner.executors.ray_options import AUTO, RayOptions
-from zimage_runner.executors.ray_start import check_address, own_signals, quiet
+from zimage_runner.executors.ray_start import check_address, own_signals, quiet, started_lean
 from zimage_runner.plan import Encoding
 
 if TYPE_CHECKING:
@@ -74,7 +74,9 @@ class RayFleet:
 
     def _init(self) -> None:
         options: dict[str, Any] = {"log_to_driver": self._config.verbose, "namespace": f"zimage_runner_{os.getpid()}"}
+        start = contextlib.nullcontext()
         if self._config.address is None:
+            start = started_lean()
             options |= {"address": "local", "include_dashboard": False}
             # Ray would start workers at niceness 15: the thread that feeds a GPU would wait for everybody else's.
             os.environ.setdefault("RAY_worker_niceness", "0")
@@ -84,7 +86,8 @@ class RayFleet:
             options["address"] = self._config.address
             check_address(self._config.address)
         try:
-            ray.init(**options, configure_logging=self._config.verbose)
+            with start:
+                ray.init(**options, configure_logging=self._config.verbose)
         except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as error:
             where = "started here" if self._config.address is None else f"reached at {self._config.address}"
             raise UserError(

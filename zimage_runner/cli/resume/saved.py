@@ -124,6 +124,17 @@ def saved_runtime(directory: Path) -> Any:
     return _entry(_entry(read_yaml(directory, ".hydra/hydra.yaml"), "hydra"), "runtime")
 
 
+def is_started_again(directory: Path, job_id: str | None) -> bool:
+    """Whether this process is a job of submitit's that was started in this directory before.
+
+    Slurm, or submitit itself, begins a job anew under its old number after it was pre-empted or its time was up.
+    """
+    if "SUBMITIT_EXECUTOR" not in os.environ or not os.path.lexists(directory / SETTINGS):
+        return False
+    job = _entry(_entry(read_yaml(directory, ".hydra/hydra.yaml"), "hydra"), "job")
+    return job_id is not None and _entry(job, "id") == job_id
+
+
 def config_dirs(directory: Path, runtime: Any, others: Sequence[str]) -> list[str]:
     """--config-dir of the run's own copies, unless given again; where it has none, the folder that it was started with.
 
