@@ -5,8 +5,8 @@
 Services follow each other on one output root. In each one clients ask for pictures without a pause, a run is accepted,
 the worker is killed a few times (while it loads or draws), and then the service itself. The last service is let
 finish. Right is: every run that was accepted has each of its pictures in its ledger once; every request is answered
-with a picture or an error, except those whose service was killed; one seed is always one picture. An item that two kills
-hit is given up by the rule of ``executor=process``, and counted here.
+with a picture or an error, except those whose service was killed; one seed is always one picture. An item that two
+kills hit is given up by the rule of ``executor=process``, and counted here.
 """
 
 from __future__ import annotations

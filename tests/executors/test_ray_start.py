@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 
@@ -18,12 +19,12 @@ from ray._private.node import Node
 def test_what_nobody_uses_is_not_started(monkeypatch):
     monkeypatch.setattr(sys, "pycache_prefix", None)
     before = services.start_api_server, Node.start_monitor, dict(os.environ)
-    with pytest.raises(ValueError, match="no room"), started_lean():
+    with contextlib.suppress(ConnectionError), started_lean():
         # What this version of Ray calls; in another one nothing may be replaced, and the start is slower.
         assert services.start_api_server(False, raise_on_failure=False) == (None, None)  # type: ignore[call-arg]
         assert Node.start_monitor(None) is None  # type: ignore[arg-type]
         assert dict(os.environ) == before[2]
-        raise ValueError("no room")
+        raise ConnectionError("and undone where Ray does not start")
     assert (services.start_api_server, Node.start_monitor, dict(os.environ)) == before
 
 

@@ -1,4 +1,4 @@
-"""The service as a process: the openai client, a clean end, and a start after kill -9. With the embedded model."""
+"""The service as a process: the openai client, a clean end, kills -9, what its page says. With the embedded model."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import contextlib
 import http.client
 import json
 import os
-import random
 import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +22,7 @@ import pytest
 from PIL import Image, ImageChops
 
 import zimage_runner as zr
+from benchmarks.serve_kills import Campaign
 from tests.support.serving import pixels_of
 from zimage_runner.reproduce import main as reproduce
 
@@ -136,53 +135,14 @@ def test_the_next_service_goes_on_after_kill_9():
     assert sorted(line["seed"] for line in lines) == list(range(10)), "each picture exactly once"
 
 
-KILLS = int(os.environ.get("SERVICE_KILLS", "20"))
-CLIENTS = 4
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_the_service_is_killed_again_and_again_under_load():
+def test_the_service_and_its_worker_are_killed_again_and_again_under_load(tmp_path):
     """Each accepted run is drawn once, and each request is answered, refused, or loses its service."""
-    rng = random.Random(20)
-    runs: list[dict[str, Any]] = []
-    fates: list[int | str] = []
-
-    def keep_asking(port: int, over: threading.Event) -> None:
-        while not over.is_set():
-            try:
-                body = {"prompt": "a cat", "seed": rng.randrange(1000), **SMALL}
-                status, answer = ask(port, "POST", "/v1/images/generations", body)
-            except (OSError, http.client.HTTPException, ValueError):
-                fates.append("lost")
-                return
-            assert status != 200 or len(answer["data"]) == 1
-            fates.append(status)
-
-    for kill in range(KILLS):
-        with started() as (process, port):
-            seeds = f"{kill * 10}-{kill * 10 + 2}"
-            status, run = ask(port, "POST", "/v1/runs", {"prompts": ["a dog"], "seeds": seeds, "sampling": SMALL})
-            assert status == 202
-            runs.append(run)
-            over = threading.Event()
-            clients = [threading.Thread(target=keep_asking, args=(port, over)) for _ in range(CLIENTS)]
-            for client in clients:
-                client.start()
-            over.wait(rng.uniform(0, 3))
-            os.kill(process.pid, signal.SIGKILL)
-            over.set()
-            for client in clients:
-                client.join(120)
-            assert not any(client.is_alive() for client in clients)
-    with started() as (_, port):
-        _until(lambda: all(ask(port, "GET", f"/v1/runs/{run['id']}")[1]["state"] == "done" for run in runs))
-    for kill, run in enumerate(runs):
-        ledger = Path("outputs", run["directory"], "records.jsonl").read_text(encoding="utf-8")
-        done = [line["seed"] for line in map(json.loads, ledger.splitlines()) if line["status"] == "ok"]
-        assert sorted(done) == [kill * 10, kill * 10 + 1, kill * 10 + 2], "each picture exactly once"
-    assert set(fates) <= {200, 429, 503, "lost"}
-    assert fates.count(200) > 0
+    result = Campaign(tmp_path, clients=4, seed=20).run(worker_kills=12, service_kills=5)
+    assert result["wrong"] == []
+    assert result["requests"]["200"] > 0
+    assert result["runs"]["accepted"] == 5
 
 
 def curl_lines() -> list[list[str]]:

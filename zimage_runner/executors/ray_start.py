@@ -75,15 +75,22 @@ def started_lean() -> Iterator[None]:
             _replace(undo, Node, "start_monitor", lambda _: None)
         if sys.pycache_prefix is not None:
             for name, value in zip(BYTECODE, (sys.pycache_prefix, ""), strict=True):
-                is_set = name in os.environ
-                undo.callback(os.environ.update if is_set else os.environ.pop, {name: os.environ[name]} if is_set else name)
-                os.environ[name] = value
+                _set_variable(undo, name, value)
         yield
 
 
 def _replace(undo: contextlib.ExitStack, owner: Any, name: str, by: Any) -> None:
     undo.callback(setattr, owner, name, getattr(owner, name))
     setattr(owner, name, by)
+
+
+def _set_variable(undo: contextlib.ExitStack, name: str, value: str) -> None:
+    before = os.environ.get(name)
+    if before is None:
+        undo.callback(os.environ.pop, name)
+    else:
+        undo.callback(os.environ.__setitem__, name, before)
+    os.environ[name] = value
 
 
 @contextlib.contextmanager
