@@ -12,12 +12,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.support.fault_runs import Run
-from tests.support.faulty_session import FaultySession
+from tests.support.faulty_session import FaultySession, picture
 from tests.support.gate import Gate, ledger_lines
-from tests.support.ray_cluster import Nodes, draws_on, kill_a_worker, ray_cluster
+from tests.support.ray_cluster import Nodes, draws_on, kill_a_worker, ray_cluster, workers
 from zimage_runner.outputs.ledger import Ledger
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'zimage-runner[ray]'")
@@ -25,6 +27,7 @@ pytest.importorskip("ray", reason="Ray is not installed: pip install 'zimage-run
 RAY = (
     "executor=ray", "executor.num_cpus=1", "executor.backoff_s=0.01", "executor.max_restarts=1000",
 )  # fmt: skip
+SHARDS = ["output=shards", "output.shard_pictures=7"]
 KILLS, CAMPAIGN = 22, 3
 """Of one run, and how many runs: every eleventh kill ends the driver, every eighth a node, the others a worker."""
 BETWEEN = 20
@@ -121,11 +124,14 @@ def test_an_address_without_a_cluster_is_refused_at_once(cli, tmp_path, address,
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("seed", range(CAMPAIGN))
-def test_kills_of_workers_nodes_and_driver(tmp_path, seed):
+@pytest.mark.parametrize(
+    ("seed", "shards"),
+    [*((seed, []) for seed in range(CAMPAIGN)), (10, SHARDS), (11, [*SHARDS, "output.layout=parquet"])],
+)
+def test_kills_of_workers_nodes_and_driver(tmp_path, seed, shards):
     rng, gate = random.Random(seed), Gate(tmp_path, 0)
     with ray_cluster(2, gate.environment | {"FAULTS_ITEM_SECONDS": "0.005"}) as nodes:
-        options = [*RAY, f"executor.address={nodes.address}", "executor.writes=worker"]
+        options = [*RAY, f"executor.address={nodes.address}", "executor.writes=worker", *shards]
         run = Run(tmp_path, seeds=KILLS * (BETWEEN + PAST_GATE) // 2 + 1, overrides=options)
         driver, counts = start(run), Counter[str]()
         for n in range(KILLS):
@@ -157,6 +163,58 @@ def test_kills_of_workers_nodes_and_driver(tmp_path, seed):
             assert start(run).wait(300) == 0, run.log
         assert counts == {"worker": 18, "node": 2, "driver": 2}
         run.check()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_from_the_least_to_the_most_workers_as_nodes_join(tmp_path):
+    """One worker has room at first, two are the least: the run begins once a node has joined, and takes a third."""
+    gate = Gate(tmp_path, 10)
+    with ray_cluster(0, gate.environment) as nodes:
+        options = [*RAY, f"executor.address={nodes.address}", "executor.workers=2-3"]
+        run = Run(tmp_path, seeds=60, overrides=options)
+        driver = start(run)
+        until(lambda: len(workers()) == 1, driver, run)
+        assert not ledger_lines(run.run_dir)
+        nodes.add()
+        until(lambda: ledger_lines(run.run_dir) >= 10, driver, run)
+        nodes.add()
+        nodes.add()  # no worker takes this place: three are the most
+        until(lambda: len(workers()) == 3, driver, run)
+        gate.let(10**6)
+        assert driver.wait(300) == 0, run.log
+        run.check()
+    executor = json.loads((run.run_dir / "summary.json").read_bytes())["session"]["executor"]
+    assert (executor["restarts"], len(executor["workers"])) == (0, 3), executor
+    assert all(worker["images"] > 0 for worker in executor["workers"])
+
+
+def until(condition: Callable[[], bool], driver: subprocess.Popen[bytes], run: Run) -> None:
+    deadline = time.monotonic() + 240
+    while not condition():
+        assert driver.poll() is None, run.log
+        assert time.monotonic() < deadline, run.log
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_pictures_on_their_way_are_more_than_the_object_store_holds(cli, tmp_path, monkeypatch):
+    """Two workers of a Ray that the run starts have up to four pictures of 48 MB on their way; it holds 80 MB."""
+    monkeypatch.setattr("zimage_runner.runner.pool.Session", FaultySession)
+    monkeypatch.setenv("FAULTS", "[]")
+    side = 4000
+    words = ["model=zimage_nano", "model.native_sizes=[]", "prompt=a cat", 'seeds="0-5"', "warmup=none",
+             f"sampling.height={side}", f"sampling.width={side}", "hydra.run.dir=run", "output.min_free_gb=0",
+             "output.report=false"]  # fmt: skip
+    code, _, err = cli(*words, *RAY, "executor.object_store_gb=0.08", "executor.workers=2")
+    assert code == 0, err
+    executor = json.loads((tmp_path / "run" / "summary.json").read_bytes())["session"]["executor"]
+    assert (executor["restarts"], len(executor["workers"])) == (0, 2)
+    for seed in range(6):
+        (file,) = (tmp_path / "run").glob(f"items/*/seed_{seed}/image.png")
+        with Image.open(file) as image:
+            assert np.array_equal(np.asarray(image), picture("a cat", seed, side, side))
 
 
 def start(run: Run) -> subprocess.Popen[bytes]:
