@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -133,6 +134,14 @@ def test_a_session_that_cannot_start_says_why(faults, kind, field):
     answer = Drawer(1).start(Start(FaultySession, False))
     expected = {"refused": "model.path=/nowhere has no model_index.json", "broken": "ValueError: no"}
     assert getattr(answer, field) == expected[field]
+
+
+def test_relative_names_start_where_the_run_was_started(tmp_path, monkeypatch):
+    (tmp_path / "driver").mkdir()
+    for folder, here in ((tmp_path / "driver", tmp_path / "driver"), (tmp_path / "on another node", tmp_path)):
+        monkeypatch.chdir(tmp_path)
+        assert Drawer(1).start(Start(FaultySession, False, str(folder))).broken is None
+        assert Path.cwd() == here
 
 
 def test_its_log_lines_travel_with_the_answers(drawer):

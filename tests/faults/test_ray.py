@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.support.controlnets import write_controlnet
 from tests.support.fault_runs import Run
 from tests.support.faulty_session import FaultySession, picture
 from tests.support.gate import Gate, ledger_lines
@@ -95,14 +96,22 @@ def test_three_nodes_with_a_worker_and_a_node_killed(cli, gate, nodes, monkeypat
 
 @pytest.mark.slow  # two processes import torch
 def test_the_embedded_model_draws_the_same_pictures_on_two_nodes(cli, tmp_path, nodes):
-    plan = ("+experiment=quickstart", "warmup=none", "output.min_free_gb=0", "output.report=false", 'seeds="0-1"',
-            'prompts.texts=["a red circle","a blue square"]')  # fmt: skip
+    write_controlnet(tmp_path / "net.safetensors", "2.1")
+    Image.linear_gradient("L").resize((128, 128)).save(tmp_path / "picture.png")
+    rows = [
+        {"text": "a red circle"},
+        {"text": "a red circle", "control_image": "picture.png"},
+        {"text": "a blue square", "control_image": "picture.png", "image": "picture.png", "outpaint": "32"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    plan = ("model=zimage_nano", "model.controlnet=net.safetensors", "prompts=jsonl", "prompts.path=rows.jsonl",
+            "warmup=none", "output.min_free_gb=0", "output.report=false", 'seeds="0-1"')  # fmt: skip
     assert cli(*plan, "hydra.run.dir=inline")[0] == 0
     code, _, err = cli(*plan, *RAY, f"executor.address={nodes.address}", "hydra.run.dir=ray")
     assert code == 0, err
     ours, theirs = (Ledger.load(tmp_path / run / "records.jsonl").entries for run in ("ray", "inline"))
     assert ours == theirs
-    assert len(ours) == 4
+    assert len(ours) == 6
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,13 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import zimage_runner as zr
 from tests.support.command import command
+from tests.support.controlnets import write_controlnet
 from tests.support.resident_place import SMALL, Place
 
 TIMES = re.compile(r"\d+\.\d+ (s|GB|images/s)\b")
@@ -60,8 +63,6 @@ def logged(directory: Path) -> list[str]:
 
 
 def pixels(directory: Path) -> dict[str, bytes]:
-    from PIL import Image
-
     return {p.parent.parent.name + p.parent.name: Image.open(p).tobytes() for p in directory.rglob("image.png")}
 
 
@@ -183,14 +184,23 @@ def test_a_second_command_waits_and_says_so(place: Place) -> None:
         process.communicate()
 
 
-def test_other_settings_of_the_engine_swap_the_session(place: Place) -> None:
+def test_a_controlnet_swaps_the_session_and_pictures_are_inline_s(place: Place) -> None:
     before = place.pid()
-    code, _, err = place.draw("prompt=a cat", "engine.threads=1", "hydra.run.dir=threads")
+    write_controlnet(place.folder / "net.safetensors", "2.1")
+    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(picture).save(place.folder / "picture.png")
+    files = ["model.controlnet=net.safetensors", "sampling.control_image=picture.png", "sampling.image=picture.png"]
+    words = ["prompt=a cat", *files, "sampling.outpaint=16"]
+    code, _, err = place.draw(*words, "hydra.run.dir=pictures")
     assert code == 0, err
     assert "executor=resident: zimage_nano is loaded anew, for other settings\n" in err
-    code, _, err = place.draw("prompt=a cat", "engine.threads=1", "hydra.run.dir=threads2")
+    code, _, err = place.draw(*words, "seeds=[1,2]", "hydra.run.dir=pictures2")
     assert "loaded anew" not in err
     assert place.pid() == before
+    code, _, err = inline(place, *words, "seeds=[1,2]", "hydra.run.dir=pictures3")
+    assert code == 0, err
+    assert pixels(place.folder / "pictures2") == pixels(place.folder / "pictures3")
+    assert len(pixels(place.folder / "pictures3")) == 2
 
 
 def test_another_process_goes_on_with_the_run_of_one_that_was_killed(place: Place) -> None:

@@ -91,9 +91,9 @@ def test_a_picture_without_a_control_picture_is_the_same_without_a_controlnet(ru
     assert records(folder / out.strip())[0]["fingerprint"] == records(run)[0]["fingerprint"]
 
 
-@pytest.mark.parametrize("memory", ["staged", "streamed"])
-def test_wherever_the_weights_are(memory: str, run: Path, folder: Path) -> None:
-    words = ("prompts=jsonl", "prompts.path=rows.jsonl", "prompts.offset=4", NET, f"memory={memory}", *FAST)
+@pytest.mark.parametrize("place", ["memory=staged", "memory=streamed", "executor=process"])
+def test_wherever_the_weights_are(place: str, run: Path, folder: Path) -> None:
+    words = ("prompts=jsonl", "prompts.path=rows.jsonl", "prompts.offset=4", NET, place, *FAST)
     code, out, err = command(folder, *words)
     assert code == 0, err
     assert (pixels(folder / out.strip(), 4) == pixels(run, 4)).all()

@@ -17,6 +17,8 @@ class Start:
 
     make_session: SessionFactory
     auto_batch: bool
+    folder: str | None = None
+    """Where relative names of files start, on a machine that has it: Ray starts workers elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,6 +151,9 @@ class Drawer:
 
     def start(self, start: Start) -> Answer:
         """Load the session and warm it up."""
+        if start.folder is not None:
+            with contextlib.suppress(OSError):
+                os.chdir(start.folder)
         try:
             self._session = start.make_session()
             self._session.start()

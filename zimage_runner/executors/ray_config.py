@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,8 @@ class RayExecutorConfig(RayOptions):
         from zimage_runner.executors.ray_fleet import RayFleet
         from zimage_runner.executors.ray_pool import RayExecutor
 
-        fleet = RayFleet(self, Start(make_session, auto_batch), uses_gpu=_may_use_gpu(make_session))
+        folder = os.path.abspath(os.curdir)
+        fleet = RayFleet(self, Start(make_session, auto_batch, folder), uses_gpu=_may_use_gpu(make_session))
         return RayExecutor(
             self,
             fleet,
