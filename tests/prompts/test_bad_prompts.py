@@ -90,6 +90,7 @@ def test_text_files(tmp_path, content, expected):
         ('{"text": null}', "{f}:2: no text: give the prompt in column 'text'"),
         ('{"id": "x"}', "{f}:2: no text"),
         ('{"text": "a", "prompt": "b"}', "{f}:2: columns text and prompt both give text"),
+        ('{"text": "a", "image_strength": 0.3}', "{f}:2: unknown column 'image_strength' (how much stays:"),
         ('{"text": "a", "widht": 512}', "{f}:2: unknown column 'widht' (did you mean 'width'?)"),
         ('{"text": "a", "zzz": 512}', "prompts.metadata='[zzz]'"),
         ('{"text": "a", "width": "wide"}', "{f}:2: width='wide' is not an integer"),

@@ -19,7 +19,7 @@ from zimage_runner.prompts.notes import warn_once
 from zimage_runner.prompts.picture_values import finite, picture_value, short
 from zimage_runner.prompts.seeds import parse_seed_list
 from zimage_runner.prompts.text import check_characters, check_text
-from zimage_runner.prompts.vocabulary import FIELD_OF, PLAIN_NAMES, guidance_of_cfg, is_cfg, meant
+from zimage_runner.prompts.vocabulary import FIELD_OF, OPPOSITES, PLAIN_NAMES, guidance_of_cfg, is_cfg, meant
 from zimage_runner.sampling import PICTURE_FIELDS, PICTURE_FILES, SAMPLING_FIELDS, SamplingParams
 
 SAMPLING_KINDS: dict[str, str] = {f.name: str(f.type) for f in fields(SamplingParams) if f.name in SAMPLING_FIELDS}
@@ -294,6 +294,8 @@ def _no_field(word: str, column: str) -> str:
 
 
 def _suggest(name: str) -> str:
+    if name.lower() in OPPOSITES:
+        return " (how much stays: 'strength' is 1 minus it)"
     field = meant(name) or next(iter(difflib.get_close_matches(name.lower(), (*PROMPT_FIELDS, *FIELD_OF), n=1)), None)
     fields = [field for field in PROMPT_FIELDS if field not in OF_SNAPSHOTS]
     return f" (did you mean {field!r}?)" if field else f"; the fields are {', '.join(fields)}"

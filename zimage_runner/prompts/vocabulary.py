@@ -18,14 +18,14 @@ NAMES: dict[str, tuple[str, ...]] = {
     "negative_prompt": ("negative", "neg_prompt", "negative_prompts", "negativeprompt"),
     "loras": ("lora",),
     "lora_weights": ("lora_weight", "network_mul"),
-    "image": ("init_image", "image_path", "input_image", "initimage", "file_name"),
+    "image": ("init_image", "init_img", "image_path", "input_image", "initimage", "file_name"),
     "strength": ("denoising_strength", "denoise", "initimagecreativity"),
-    "mask": ("mask_image", "mask_path", "maskimage"),
+    "mask": ("mask_image", "mask_path", "masked_image_path", "maskimage"),
     "mask_blur": ("maskblur",),
     "mask_grow": ("maskgrow",),
     "variation": ("subseed_strength", "variation_strength"),
     "variation_seed": ("subseed",),
-    "control_image": ("control_path", "conditioning_image"),
+    "control_image": ("control_path", "ctrl_img", "conditioning_image"),
     "control_scale": ("control_strength", "controlnet_conditioning_scale"),
     "control_preprocess": ("preprocessor",),
     "control_start": ("control_guidance_start",),
@@ -48,6 +48,8 @@ CFG_NAMES = frozenset({"cfg", "cfg_scale", "cfgscale"})
 """Names of ComfyUI's, AUTOMATIC1111's and InvokeAI's number c, where 1 is no guidance. Z-Image's own ``guidance_scale``
 g adds g times the difference to the guided prediction, theirs adds c - 1 times: g = c - 1. (The trainers of this
 family, musubi-tuner foremost, give g itself in ``--g`` and ``--l``.)"""
+OPPOSITES = frozenset({"image_strength", "denoising_start"})
+"""mflux's and InvokeAI's numbers of how much of a picture stays: 1 - strength."""
 CONFIG_NAMES = {
     "file": "path",
     "filename": "path",
