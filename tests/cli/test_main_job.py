@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.support.command import SMALL
+
+pytestmark = pytest.mark.usefixtures("model_stays")
 Cli = Callable[..., tuple[int, str, str]]
 FEW_STEPS = "sampling.num_inference_steps=2"
 
@@ -65,9 +68,9 @@ def test_record_and_png_tell_everything(cli: Cli) -> None:
 
 
 def test_one_shot_with_free_text(cli: Cli, tmp_path: Path) -> None:
-    code, _, err = cli("prompt=a cat, neon (8k)", "output_file=sub/cat.png", "warmup=none", FEW_STEPS)
+    code, _, err = cli("prompt=a cat, neon (8k)", "output_file=sub/cat.png", "warmup=none", FEW_STEPS, *SMALL)
     assert code == 0, err
-    assert pixels(tmp_path / "sub" / "cat.png").shape == (128, 128, 3)
+    assert pixels(tmp_path / "sub" / "cat.png").shape == (64, 64, 3)
 
 
 def test_batches_give_the_pictures_of_singles(cli: Cli) -> None:
@@ -75,7 +78,7 @@ def test_batches_give_the_pictures_of_singles(cli: Cli) -> None:
     texts = "prompts.texts=['a red apple','a cute cat face']"
     runs = []
     for size in (1, 3, 4):
-        code, out, err = cli(texts, "seeds=[1,2]", f"engine.batch_size={size}", "warmup=none")
+        code, out, err = cli(texts, "seeds=[1,2]", f"engine.batch_size={size}", "warmup=none", *SMALL)
         assert code == 0, err
         runs.append(items(Path(out.strip())))
     for name in runs[0]:
@@ -87,15 +90,15 @@ def test_batches_give_the_pictures_of_singles(cli: Cli) -> None:
 
 
 def test_same_item_same_picture_whatever_the_order(cli: Cli) -> None:
-    _, out, _ = cli("prompts.texts=['a red apple','一只猫']", "seeds=[1,2]", "warmup=none", FEW_STEPS)
-    _, alone, _ = cli("prompts.texts=['一只猫']", "seeds=[2]", "warmup=generate", FEW_STEPS)
+    _, out, _ = cli("prompts.texts=['a red apple','一只猫']", "seeds=[1,2]", "warmup=none", FEW_STEPS, *SMALL)
+    _, alone, _ = cli("prompts.texts=['一只猫']", "seeds=[2]", "warmup=generate", FEW_STEPS, *SMALL)
     both, one = items(Path(out.strip())), items(Path(alone.strip()))
     assert both["00001_一只猫/seed_2"].read_bytes() != b""
     assert np.array_equal(pixels(both["00001_一只猫/seed_2"]), pixels(one["00000_一只猫/seed_2"]))
 
 
 def test_multirun(cli: Cli, tmp_path: Path) -> None:
-    code, _, err = cli("-m", "prompt=a red apple", "sampling.num_inference_steps=1,2", "name=sweep", "warmup=none")
+    code, _, err = cli("-m", "prompt=a red apple", "sampling.num_inference_steps=1,2", "name=sweep", "warmup=none", *SMALL)
     assert code == 0, err
     sweep = next((tmp_path / "outputs" / "multirun" / "sweep").iterdir())
     assert all((sweep / job / "summary.json").is_file() for job in ("0", "1"))
@@ -112,7 +115,7 @@ def test_a_failing_job_of_a_multirun_fails_the_command(cli: Cli) -> None:
 @pytest.mark.parametrize("length", [16, 512])
 def test_truncated_prompt_is_named_and_recorded(cli: Cli, length: int) -> None:
     words = "apple " * 600
-    code, out, err = cli(f"prompt={words}", f"sampling.max_sequence_length={length}", "warmup=none", FEW_STEPS)
+    code, out, err = cli(f"prompt={words}", f"sampling.max_sequence_length={length}", "warmup=none", FEW_STEPS, *SMALL)
     assert code == 0, err
     assert f"max_sequence_length={length}" in err
     summary = json.loads((Path(out.strip()) / "summary.json").read_text(encoding="utf-8"))
@@ -120,7 +123,7 @@ def test_truncated_prompt_is_named_and_recorded(cli: Cli, length: int) -> None:
 
 
 def test_no_bar_when_stderr_is_no_terminal(cli: Cli) -> None:
-    _, _, err = cli("prompt=a red apple", "warmup=none", FEW_STEPS)
+    _, _, err = cli("prompt=a red apple", "warmup=none", FEW_STEPS, *SMALL)
     assert "\r" not in err
     assert "%|" not in err
 

@@ -14,12 +14,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.command import command
+from tests.support.command import SMALL, command
 from zimage_runner.cli.resume.command_line import find_latest
 
 pytestmark = pytest.mark.usefixtures("model_stays")
 Cli = Callable[..., tuple[int, str, str]]
-RUN = ["prompts.texts=['a red apple','一只猫']", "seeds=[1,2]", "sampling.num_inference_steps=1", "warmup=none"]
+FAST = ["sampling.num_inference_steps=1", "warmup=none", *SMALL]
+RUN = ["prompts.texts=['a red apple','一只猫']", "seeds=[1,2]", *FAST]
 
 
 def run_dir(out: str) -> Path:
@@ -125,7 +126,7 @@ def test_nothing_to_do_loads_no_model(cli: Cli, run: Path, monkeypatch: pytest.M
 
 def test_the_source_may_be_gone(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("a red apple --d 3\n一只猫\n", encoding="utf-8")
-    options = ["sampling.num_inference_steps=1", "warmup=none", "seeds=[1,2]"]
+    options = [*FAST, "seeds=[1,2]"]
     code, out, err = cli("prompts=text_file", "prompts.path=p.txt", *options)
     assert code == 0, err
     run = run_dir(out)
@@ -400,7 +401,7 @@ def test_what_is_near_a_run_is_no_run(cli: Cli, run: Path) -> None:
 
 
 def test_a_prompt_that_stood_for_an_experiments(cli: Cli) -> None:
-    argv = ["+experiment=quickstart", "seeds=1", "sampling.num_inference_steps=1"]
+    argv = ["+experiment=quickstart", "seeds=1", "sampling.num_inference_steps=1", *SMALL]
     code, out, err = cli(*argv, "prompt=a fox")
     assert code == 0, err
     (picture,) = (run_dir(out)).glob("items/00000_a_fox/seed_1/image.png")
@@ -424,7 +425,7 @@ class TestNeverTwice:
         return copied(finished, tmp_path / "outputs" / "earlier")
 
     def test_pictures_of_earlier_runs_are_linked(self, cli: Cli, earlier: Path) -> None:
-        more = ["prompts.texts=['a dog','一只猫']", "seeds=[2,3]", "sampling.num_inference_steps=1", "warmup=none"]
+        more = ["prompts.texts=['a dog','一只猫']", "seeds=[2,3]", *FAST]
         code, out, err = cli(*more, "skip_existing=outputs/earlier", "name=later")
         assert code == 0, err
         later = run_dir(out)

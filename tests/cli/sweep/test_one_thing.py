@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.command import SMALL
 from zimage_runner.cli.sweep.launcher import job_labels
 from zimage_runner.cli.sweep.report import split_overrides
 
 pytestmark = pytest.mark.usefixtures("model_stays")
 Cli = Callable[..., tuple[int, str, str]]
-FAST = ["sampling.num_inference_steps=1", "seeds=1", "output.fsync=never"]
+FAST = ["sampling.num_inference_steps=1", "seeds=1", "output.fsync=never", *SMALL]
 
 
 def experiments(**files: str) -> str:
