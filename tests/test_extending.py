@@ -42,8 +42,8 @@ def check_memory(''',
     REGISTRY: (
         '        "resident": Resident,\n',
         '        "resident": Resident,\n        "frugal": Frugal,\n',
-        "from zimage_runner.memory.policies import ",
-        "from zimage_runner.memory.policies import Frugal, ",
+        "from zimage_runner.memory.policies import (\n    Auto,\n",
+        "from zimage_runner.memory.policies import (\n    Auto,\n    Frugal,\n",
     ),
     "conf/memory/frugal.yaml": "# Leaves memory to others.\ndefaults:\n  - /schema/memory/frugal@_here_\n",
 }

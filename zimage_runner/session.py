@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from zimage_runner.compile import Compile
 from zimage_runner.engines.base import Engine, EngineConfig, GeneratedBatch
@@ -19,6 +19,7 @@ from zimage_runner.engines.precision import likeness_key
 from zimage_runner.engines.request import LoadRequest, Needs, WarmupShape, denoise_request
 from zimage_runner.engines.threads import thread_count, threads_of, wait_passively
 from zimage_runner.memory import readings as monitor
+from zimage_runner.memory.choice import Placed
 from zimage_runner.memory.policies import HealthCheck, Memory
 from zimage_runner.model import Model
 from zimage_runner.pictures.placed import place
@@ -64,6 +65,9 @@ class SessionConfig:
 class Session:
     """Owns the engine. Loading happens in ``start``; ``generate`` may then be called any number of times."""
 
+    foreseen: ClassVar[bool] = True
+    """Whether all captions are known before the model is loaded."""
+
     def __init__(self, config: SessionConfig, shapes: Sequence[WarmupShape], texts: Sequence[Caption] = ()) -> None:
         """``shapes``: each shape that the plan contains; warm-up draws each.
 
@@ -76,7 +80,9 @@ class Session:
         self._health = HealthCheck(config.memory.health)
         self._report: dict[str, Any] = {}
         self._engine: Engine | None = None
-        self.captions = CaptionFeatures(lambda: self.engine, ahead=config.memory.staged)
+        self._memory = config.memory
+        """From the first loading on, the placement that ``memory=auto`` took."""
+        self.captions = CaptionFeatures(lambda: self.engine)
         self._posteriors = Posteriors(lambda: self.engine)
 
     @property
@@ -214,21 +220,30 @@ class Session:
         checkpoint = config.checkpoint
         if config.may_be_elsewhere:
             checkpoint = on_this_machine(config.model, checkpoint)
-        needs = Needs.of(config.model, config.memory, config.compile, (shape.params for shape in self._shapes))
-        request = LoadRequest.for_needs(needs, checkpoint=checkpoint, encodes=not self._all_cached())
+        needs = Needs.of(config.model, self._memory, config.compile, (shape.params for shape in self._shapes))
+        encodes = not self._all_cached()
+        request = LoadRequest.for_needs(
+            needs, checkpoint=checkpoint, encodes=encodes, shapes=self._shapes, foreseen=self.foreseen
+        )
         self._engine = config.engine.create(request)
         self._engine.synchronize()
         engine = self._engine
+        placed = engine.placed or Placed(self._memory)
+        self._memory = placed.memory
+        self.captions.ahead = self._memory.staged and self.foreseen
         self._report = {
             "phases": {"load": time.perf_counter() - started},
             "load_phases": engine.load_phases,
             "device": engine.device,
             "device_name": _device_name(engine.device),
+            "placement": self._memory.placement,
             "dtype": engine.dtype,
             "attention": engine.attention,
             "numerics": self.numerics(),
             "versions": monitor.versions(),
         }
+        if placed.why:
+            self._report["placement_why"] = placed.why
         if engine.device == "cpu":
             self._report["threads"] = thread_count()
         key = likeness_key(config.checkpoint.digest, self._report["numerics"])

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 
 from tests.support.drawing import SMALL, draw, largest_difference
+from tests.support.free_memory import with_room
+from zimage_runner.engines.diffusers import engine as diffusers_engine
 from zimage_runner.errors import UserError
 from zimage_runner.memory.policies import (
+    Auto,
     GroupOffload,
     Loading,
     ModelOffload,
@@ -37,6 +40,12 @@ def resident() -> dict[str, bytes]:
 @pytest.mark.parametrize("name", PLACEMENTS)
 def test_placement_draws_the_same_pictures(name: str, resident: dict[str, bytes]) -> None:
     assert draw(PLACEMENTS[name](), params=SMALL) == resident
+
+
+def test_auto_draws_the_same_pictures(resident: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = with_room(monkeypatch, diffusers_engine, Staged)
+    assert draw(Auto(), params=SMALL) == resident
+    assert asked == [Auto()]
 
 
 def test_vae_slicing_only_rounds_differently(resident: dict[str, bytes]) -> None:

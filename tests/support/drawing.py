@@ -65,9 +65,8 @@ def draw(
     )
     engine = engine or DiffusersEngine(batch_size=2)
     config = session_config(engine, memory, warmup=Generate(), compile=compile or NoCompile())
-    session = Session(
-        config, [WarmupShape(params=params, batch_size=2)], list(plan.encodings()) if memory.staged else []
-    )
+    captions = list(plan.encodings()) if memory.wants_captions else []
+    session = Session(config, [WarmupShape(params=params, batch_size=2)], captions)
     session.start()
     try:
         return {

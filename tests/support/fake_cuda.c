@@ -16,6 +16,7 @@ CUresult cuMemAlloc_v2(uint64_t *p, size_t n) {
     memset((void *)*p, 0xa5, n);
     return 0;
 }
+CUresult cuMemGetInfo_v2(size_t *free, size_t *total) { *free = 1000000; *total = 2000000; return 0; }
 CUresult cuMemFree_v2(uint64_t p) { free((void *)p); return 0; }
 int fake_pinned; /* blocks of page-locked memory */
 CUresult cuMemHostAlloc(void **p, size_t n, unsigned f) {

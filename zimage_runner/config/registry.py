@@ -17,7 +17,15 @@ from zimage_runner.executors.inline import InlineExecutorConfig
 from zimage_runner.executors.process import ProcessExecutorConfig
 from zimage_runner.executors.ray_config import RayExecutorConfig
 from zimage_runner.executors.resident import ResidentExecutorConfig
-from zimage_runner.memory.policies import GroupOffload, ModelOffload, Resident, SequentialOffload, Staged, Streamed
+from zimage_runner.memory.policies import (
+    Auto,
+    GroupOffload,
+    ModelOffload,
+    Resident,
+    SequentialOffload,
+    Staged,
+    Streamed,
+)
 from zimage_runner.model import FileModel, Model
 from zimage_runner.outputs.config import Output, Shards
 from zimage_runner.prompts.csv_file import Csv
@@ -38,6 +46,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "model": {"checkpoint": Model, "file": FileModel},
     "engine": {"auto": AutoEngine, "native": NativeEngine, "diffusers": DiffusersEngine},
     "memory": {
+        "auto": Auto,
         "resident": Resident,
         "staged": Staged,
         "streamed": Streamed,

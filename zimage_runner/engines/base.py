@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
 
     from zimage_runner.engines.request import DenoiseRequest, LoadRequest, Needs, Posterior
+    from zimage_runner.memory.choice import Placed
+    from zimage_runner.memory.policies import Memory
     from zimage_runner.sampling import Lora
 
 
@@ -56,6 +58,15 @@ class EngineConfig(abc.ABC):
     @abc.abstractmethod
     def check(self, needs: Needs) -> None:
         """Raise UserError for what this engine cannot run. Imports no torch."""
+
+    def peaks(self, request: LoadRequest) -> dict[type[Memory], int]:
+        """Bytes at most on the GPU under each placement that ``memory=auto`` may take, the fastest first.
+
+        An engine that says nothing of it has its weights there all the time.
+        """
+        from zimage_runner.memory.policies import Resident
+
+        return {Resident: 0}
 
     @abc.abstractmethod
     def create(self, request: LoadRequest) -> Engine:
@@ -109,6 +120,8 @@ class Engine(abc.ABC):
     """Whether decode_carefully takes less memory in tiles than decode does."""
     load_phases: dict[str, float]
     """Seconds of each part of loading, in order, for the summary."""
+    placed: Placed | None = None
+    """Where its weights are; None: where the configuration said."""
 
     def adapt(self, loras: Sequence[Lora]) -> bool:
         """Encode and denoise with these adapters from now on, and with no others. Return whether weights changed.

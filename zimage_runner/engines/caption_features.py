@@ -24,14 +24,12 @@ WORTH_FREEING = 64e6
 class CaptionFeatures:
     """Encodes texts with the session's engine and keeps what came of it."""
 
-    def __init__(self, engine: Callable[[], Engine], *, ahead: bool) -> None:
-        """``engine``: the one at hand; a session that is rebuilt has another.
-
-        ``ahead``: the text encoder makes room for the denoiser once the work begins. So everything is encoded before,
-        and nothing is dropped: encoding it again would unload the denoiser.
-        """
+    def __init__(self, engine: Callable[[], Engine], *, ahead: bool = False) -> None:
+        """``engine``: the one at hand; a session that is rebuilt has another."""
         self._engine = engine
-        self._ahead = ahead
+        self.ahead = ahead
+        """Whether the text encoder makes room for the denoiser once the work begins. Everything is encoded before then,
+        and nothing is dropped: encoding it again would unload the denoiser."""
         self._kept: OrderedDict[Caption, torch.Tensor] = OrderedDict()
         self.disk: EmbeddingCache | None = None
 
@@ -54,13 +52,13 @@ class CaptionFeatures:
         result = [self._kept[caption] for caption in captions]
         for caption in captions:
             self._kept.move_to_end(caption)
-        while len(self._kept) > IN_MEMORY and not self._ahead:
+        while len(self._kept) > IN_MEMORY and not self.ahead:
             self._kept.popitem(last=False)
         return result
 
     def encode_ahead(self, captions: Iterable[Caption]) -> dict[str, float]:
         """Encode all of these where that has to be done before the work. Return the seconds of the phase, if any."""
-        if not self._ahead:
+        if not self.ahead:
             return {}
         started = time.perf_counter()
         alike: dict[tuple[int, tuple[Lora, ...]], list[str]] = {}
@@ -73,7 +71,7 @@ class CaptionFeatures:
 
     def free_memory(self) -> bool:
         """Drop the features, unless they cannot be made again. Return whether that was enough to matter on the GPU."""
-        if self._ahead:
+        if self.ahead:
             return False
         on_gpu = sum(embeds.nbytes for embeds in self._kept.values() if embeds.is_cuda)
         self._kept.clear()

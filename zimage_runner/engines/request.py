@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from zimage_runner.sampling import SamplingParams
 
@@ -44,6 +44,11 @@ class Needs:
     """Height and width of the pictures in pixels; empty where they are not known."""
 
     @classmethod
+    def like(cls, other: Needs, **changes: Any) -> Needs:
+        """Return those of a request, but for ``changes``."""
+        return Needs(**{one.name: getattr(other, one.name) for one in fields(Needs)} | changes)
+
+    @classmethod
     def of(cls, model: Model, memory: Memory, compile: Compile, drawn: Iterable[SamplingParams]) -> Self:
         """Return the needs of a run that draws pictures of these sampling parameters."""
         params = set(drawn)
@@ -68,12 +73,15 @@ class LoadRequest(Needs):
     encodes: bool = True
     """False when every caption's features are expected to be there already: the text encoder need not be loaded before
     ``Engine.encode`` is called, if it is."""
+    shapes: Sequence[WarmupShape] = ()
+    """Of the batches that are planned; empty where they are not known."""
+    foreseen: bool = True
+    """Whether the captions are known before the model is loaded; those of a service are not."""
 
     @classmethod
-    def for_needs(cls, needs: Needs, *, checkpoint: Checkpoint, encodes: bool = True) -> Self:
-        """Return the request to load ``checkpoint`` for a run with these needs."""
-        values = {one.name: getattr(needs, one.name) for one in fields(Needs)}
-        return cls(**values, checkpoint=checkpoint, encodes=encodes)
+    def for_needs(cls, needs: Needs, **others: Any) -> Self:
+        """Return the request to load a checkpoint for a run with these needs; ``others``: the fields of this class."""
+        return cls(**{one.name: getattr(needs, one.name) for one in fields(Needs)} | others)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -11,7 +11,7 @@ from zimage_runner.errors import UserError
 from zimage_runner.executors.base import Executor, SessionFactory
 from zimage_runner.executors.messages import Start
 from zimage_runner.executors.ray_options import RayOptions
-from zimage_runner.memory.policies import Health
+from zimage_runner.memory.policies import Auto, Health
 from zimage_runner.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -23,8 +23,15 @@ class RayExecutorConfig(RayOptions):
     """One warm session in each of many workers, on the GPUs of this machine or of a Ray cluster."""
 
     def adapt(self, session: SessionConfig) -> SessionConfig:
-        """A large worker is replaced as a whole, so its session need not do it; each node has its own weights."""
-        return replace(RayOptions.adapt(self, session), may_be_elsewhere=True)
+        """A large worker is replaced as a whole, so its session need not do it; each node has its own weights.
+
+        Where several share a GPU, ``memory=auto`` takes what fits into a worker's share.
+        """
+        session = replace(RayOptions.adapt(self, session), may_be_elsewhere=True)
+        memory = session.memory
+        if self.shares_gpu and isinstance(memory, Auto) and memory.per_process_fraction is None:
+            session = replace(session, memory=replace(memory, per_process_fraction=float(self.num_gpus)))
+        return session
 
     def create(
         self,

@@ -75,6 +75,11 @@ class RayOptions(WorkersConfig):
             raise UserError(f"executor.workers={words}: use 1 to 100,000 workers, the smaller bound first")
         return least, most
 
+    @property
+    def shares_gpu(self) -> bool:
+        """Whether several workers draw on one GPU."""
+        return self.num_gpus != AUTO and 0 < self.num_gpus < 1
+
 
 def _amount(field: str, value: object) -> None:
     if value == AUTO:

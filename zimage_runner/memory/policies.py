@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from zimage_runner.errors import UserError
@@ -16,7 +16,7 @@ from zimage_runner.memory.alloc import AllocFields, alloc_string, export
 from zimage_runner.memory.health import Action, Health, HealthCheck, Reading
 
 __all__ = [
-    "Action", "AllocFields", "GroupOffload", "Health", "HealthCheck", "Loading", "Memory", "ModelOffload",
+    "Action", "AllocFields", "Auto", "GroupOffload", "Health", "HealthCheck", "Loading", "Memory", "ModelOffload",
     "OffloadType", "Reading", "Resident", "SequentialOffload", "Staged",
 ]  # fmt: skip
 
@@ -55,6 +55,8 @@ class Memory:
     """The text encoder is freed before the denoiser is loaded."""
     streamed: ClassVar[bool] = False
     """The engine itself brings weights to the GPU just before it uses them."""
+    wants_captions: ClassVar[bool] = False
+    """Sessions are to know all captions before the model is loaded."""
     offloads: ClassVar[bool] = False
     """Weights wait in host memory and travel to the GPU during generation."""
     compiles: ClassVar[bool] = True
@@ -112,8 +114,23 @@ class Memory:
 
 
 @dataclass(kw_only=True, slots=True)
+class Auto(Memory):
+    """The fastest of the others that fits into the GPU's free memory; without a GPU, resident. The default.
+
+    The engine chooses when it loads (engines/placing.py): from then on there is one of the others.
+    """
+
+    placement: ClassVar[str] = "auto"
+    wants_captions: ClassVar[bool] = True
+
+    def taken(self, kind: type[Memory]) -> Memory:
+        """Another placement with these settings."""
+        return kind(**{one.name: getattr(self, one.name) for one in fields(self)})
+
+
+@dataclass(kw_only=True, slots=True)
 class Resident(Memory):
-    """Everything stays on the device: fastest, and the default."""
+    """Everything stays on the device: fastest."""
 
     placement: ClassVar[str] = "resident"
 
@@ -124,6 +141,7 @@ class Staged(Memory):
 
     placement: ClassVar[str] = "staged"
     staged: ClassVar[bool] = True
+    wants_captions: ClassVar[bool] = True
 
 
 @dataclass(kw_only=True, slots=True)
@@ -135,6 +153,7 @@ class Streamed(Memory):
     engines: ClassVar[tuple[str, ...]] = ("native",)
     staged: ClassVar[bool] = True
     streamed: ClassVar[bool] = True
+    wants_captions: ClassVar[bool] = True
 
 
 @dataclass(kw_only=True, slots=True)

@@ -205,6 +205,8 @@ def _warmup_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
 def _memory_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     gpu, host = report.get("gpu_memory") or {}, report.get("peak_host_gb")
     rows = []
+    if "placement_why" in report:
+        rows.append(("memory=auto took", f"{report['placement']}: {report['placement_why']}"))
     if gpu:
         rows.append(
             ("peak GPU memory", f"{gpu['peak_allocated_gb']:.2f} GB ({gpu['peak_reserved_gb']:.2f} GB reserved)")

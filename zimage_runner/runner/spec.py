@@ -14,6 +14,8 @@ from zimage_runner.engines.device import warn_without_gpu
 from zimage_runner.engines.native.tokenizer import CaptionTokenizer
 from zimage_runner.engines.request import Needs
 from zimage_runner.errors import UserError
+from zimage_runner.memory.policies import Auto
+from zimage_runner.model import Device
 from zimage_runner.plan import CountTokens, Encoding, FindLoras, Plan, WorkItem, build_plan
 from zimage_runner.prompts import read_prompts
 from zimage_runner.prompts.base import Prompt, PromptSource
@@ -78,7 +80,9 @@ class RunSpec:
     @property
     def texts(self) -> list[Encoding]:
         """What the session wants to know of the plan's captions beforehand; nothing unless it makes a difference."""
-        wanted = self.config.memory.staged or self.config.embedding_cache.path is not None
+        memory, on_cpu = self.config.memory, self.config.engine.device is Device.cpu
+        wanted = memory.wants_captions and not (on_cpu and isinstance(memory, Auto))
+        wanted = wanted or self.config.embedding_cache.path is not None
         return list(self.plan.encodings()) if wanted else []
 
     @property

@@ -63,7 +63,7 @@ class Settings:
         """From the composed command line. Raises UserError."""
         config = composed.config
         assert isinstance(config, ServeConfig)
-        if config.memory.staged:
+        if config.memory.staged and not config.memory.streamed:
             raise UserError(
                 "memory=staged encodes all prompts before the model is loaded, and requests bring theirs later: "
                 "use memory=resident or memory=streamed"

@@ -141,7 +141,7 @@ def test_which_engines_rehearse(monkeypatch, device, staged, wanted):
             self.options = options
 
     monkeypatch.setattr(engine_module, "choose_device", lambda device: device)
-    weights: Any = SimpleNamespace(settle=lambda *args: None)
+    weights: Any = SimpleNamespace(settle=lambda *args: None, free_bytes=None)
     memory = Staged() if staged else Resident()
     model = SimpleNamespace(dtype="bfloat16", controlnet_convention=None)
     checkpoint = SimpleNamespace(path=None, controlnet=None)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from zimage_runner.engines.base import Engine, EngineConfig
 from zimage_runner.engines.diffusers.attention import check_name
+from zimage_runner.engines.footprint import diffusers_peaks
 from zimage_runner.engines.precision import Precision
 from zimage_runner.engines.request import LoadRequest
 from zimage_runner.errors import UserError
@@ -44,6 +45,9 @@ class DiffusersEngine(EngineConfig):
                 f"memory={needs.memory.placement} keeps copies of the weights that loras cannot be merged into: "
                 "use memory=resident, staged or model_offload, or engine=native"
             )
+
+    def peaks(self, request: LoadRequest) -> dict[type[Memory], int]:
+        return diffusers_peaks(request)
 
     def create(self, request: LoadRequest) -> Engine:
         from zimage_runner.engines.diffusers.engine import DiffusersPipelineEngine

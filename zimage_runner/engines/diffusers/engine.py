@@ -12,6 +12,7 @@ from zimage_runner.engines.diffusers.config import DiffusersEngine
 from zimage_runner.engines.diffusers.setup import Setup, Stage, phase, synchronize
 from zimage_runner.engines.diffusers.vae_fallback import fallback_vae
 from zimage_runner.engines.merging import Adapters, Component, Slot
+from zimage_runner.engines.placing import place
 from zimage_runner.engines.request import DenoiseRequest, LoadRequest
 from zimage_runner.model import padded_length, unshifted_sigmas
 from zimage_runner.weights.prepared.names import canonical
@@ -39,12 +40,15 @@ class DiffusersPipelineEngine(Engine):
         self.device = choose_device(config.device)
         self.dtype = choose_dtype(request.model.dtype, self.device)
         self.attention = choose_backend(config.attention, this_machine(self.device, self.dtype))
+        request.memory.apply_limits(self.device)
+        self.placed = place(config, request, self.device)
+        memory = self.placed.memory
         self._setup = Setup(
             path=request.checkpoint.path,
             device=self.device,
             dtype=self.dtype,
             attention=self.attention,
-            memory=request.memory,
+            memory=memory,
             compile=request.compile,
             vae_channels_last=config.vae_channels_last,
         )
@@ -54,12 +58,11 @@ class DiffusersPipelineEngine(Engine):
             from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline  # noqa: F401
 
             quiet_libraries()
-        request.memory.apply_limits(self.device)
         self.latent_channels = self._setup.transformer_config()["in_channels"]
         self.pipe: Any = None
         self._stage: Stage | None = None
         self._adapters = Adapters()
-        self._enter(Stage.encoder if request.memory.staged else Stage.whole)
+        self._enter(Stage.encoder if memory.staged else Stage.whole)
         self.vae_scale_factor = self.pipe.vae_scale_factor
 
     def _enter(self, stage: Stage) -> None:

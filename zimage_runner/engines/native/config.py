@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from zimage_runner.engines.base import Engine, EngineConfig
+from zimage_runner.engines.footprint import native_peaks
+from zimage_runner.engines.placing import stays_resident
 from zimage_runner.engines.precision import Precision, check_precision
 from zimage_runner.engines.request import LoadRequest
 from zimage_runner.errors import UserError
+from zimage_runner.memory.policies import Auto
 from zimage_runner.model import Device
 
 if TYPE_CHECKING:
     from zimage_runner.engines.request import Needs
+    from zimage_runner.memory.policies import Memory
     from zimage_runner.weights.preload.source import WeightsSource
 
 ATTENTION_NAMES = ("auto", "native", "flash3", "cudnn", "flash", "efficient", "math", "flash3_fp8")
@@ -76,6 +81,9 @@ class NativeEngine(EngineConfig):
                 "use compile=none, or engine=diffusers"
             )
 
+    def peaks(self, request: LoadRequest) -> dict[type[Memory], int]:
+        return native_peaks(request, self.precision, self.bf16_layers)
+
     def create(self, request: LoadRequest) -> Engine:
         weights = self._weights(request)  # on its way while torch is imported below
         from zimage_runner.engines.native.engine import NativeEngineAdapter
@@ -94,4 +102,5 @@ class NativeEngine(EngineConfig):
             # All networks at once on the device is what staging avoids; a limit of torch's binds its allocator alone.
             found = None if model.prepare is Prepare.never else prepared.find(checkpoint, model, precision=precision)
             return source.WeightsSource(checkpoint, model, found, preload=None, precision=precision)
-        return source.begin(checkpoint, model, self.device, request.encodes, precision)
+        fits = functools.partial(stays_resident, self, request) if isinstance(memory, Auto) else None
+        return source.begin(checkpoint, model, self.device, request.encodes, precision, fits)

@@ -31,6 +31,7 @@ from zimage_runner.engines.native.model import Control, Options
 from zimage_runner.engines.native.sampler import Guidance, Start
 from zimage_runner.engines.native.streaming import BlockStream
 from zimage_runner.engines.native.text_encoder import TextEncoder
+from zimage_runner.engines.placing import place
 from zimage_runner.engines.precision import Precision, check_device
 from zimage_runner.engines.request import DenoiseRequest, LoadRequest, Posterior
 from zimage_runner.errors import UnsupportedCheckpoint, UserError
@@ -103,8 +104,13 @@ class NativeEngineAdapter(Engine):
     @classmethod
     def load(cls, config: NativeEngine, weights: WeightsSource, request: LoadRequest) -> NativeEngineAdapter:
         """The engine that the configuration asks for."""
-        memory, device = request.memory, choose_device(config.device)
+        device = choose_device(config.device)
         dtype = choose_dtype(request.model.dtype, device)
+        check_device(config.precision, device, dtype)
+        request.memory.apply_limits(device)
+        weights.settle(device, dtype)
+        placed = place(config, request, device, weights.free_bytes)
+        memory = placed.memory
         options = Options(
             device=device,
             dtype=getattr(torch, dtype),
@@ -117,12 +123,11 @@ class NativeEngineAdapter(Engine):
             streamed=memory.streamed,
             rehearse_decoder=device == "cuda" and not memory.staged,
         )
-        check_device(config.precision, device, dtype)
-        memory.apply_limits(device)
-        weights.settle(device, dtype)
         checkpoint = request.checkpoint
         control = (checkpoint.controlnet, request.controlled)
-        return cls(weights, options, memory.staged, request.encodes, checkpoint.path, *control)
+        engine = cls(weights, options, memory.staged, request.encodes, checkpoint.path, *control)
+        engine.placed = placed
+        return engine
 
     def adapt(self, loras: Sequence[Lora]) -> bool:
         return self._adapters.want(loras)

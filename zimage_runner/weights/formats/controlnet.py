@@ -93,6 +93,11 @@ def is_controlnet(names: Mapping[str, object]) -> bool:
     return f"{LAYERS}.0.adaLN_modulation.0.weight" in names
 
 
+def expected_shapes(layout: ControlLayout, transformer: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor that is used; ``transformer``: config.json of the one that is steered."""
+    return dict(_expected(layout, transformer))
+
+
 def _refuse_foreign(file: str, tensors: Mapping[str, TensorInfo]) -> None:
     """Raise UserError for what is no ControlNet of Z-Image, or one that is quantised."""
     if is_adapter(tensors):
@@ -152,7 +157,7 @@ def _check(file: str, layout: ControlLayout, tensors: Mapping[str, TensorInfo], 
             f"{file}: {EMBEDDER}.weight takes {layout.channels} channels: need {latents} (a control picture) or "
             f"{2 * latents + 1} (with mask and picture)"
         )
-    expected = dict(_expected(layout, transformer))
+    expected = expected_shapes(layout, transformer)
     optional = re.compile(rf"{REFINER}\..*") if layout.refiner is Refiner.shared else re.compile(r"$^")
     missing = [name for name in expected if name not in tensors]
     strays = [name for name in tensors if name not in expected and not optional.fullmatch(name)]

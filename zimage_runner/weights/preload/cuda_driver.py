@@ -80,6 +80,12 @@ class CudaDriver:
         """Give the context back: its memory, some hundred megabytes, is free again when nobody else holds it."""
         self._call("cuDevicePrimaryCtxRelease_v2", self._handle)
 
+    def free_bytes(self) -> int:
+        """Device memory that nobody holds."""
+        free, total = c_size_t(), c_size_t()
+        self._call("cuMemGetInfo_v2", byref(free), byref(total))
+        return free.value
+
     def allocate(self, nbytes: int) -> int:
         """Device memory, 256-byte aligned; the address."""
         address = c_uint64()

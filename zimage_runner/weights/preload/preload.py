@@ -13,7 +13,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,9 +81,11 @@ class Preload:
         *,
         packings: Mapping[Path, Packing] | None = None,
         driver: CudaDriver | None = None,
+        fits: Callable[[int], bool] | None = None,
     ) -> None:
         """``ranges``: (path, first byte, number of bytes) of each file; of packed files, which ``packings`` has, all
-        frames are read. Returns at once."""
+        frames are read. Returns at once. ``fits`` is asked with the device's free bytes before anything is sent; if it
+        says no, nothing is."""
         self._error: BaseException | None = None
         self._lock = threading.Lock()
         self._started = time.perf_counter()
@@ -99,6 +101,11 @@ class Preload:
         self._chunks: queue.SimpleQueue[tuple[_Load, Chunk] | None] = queue.SimpleQueue()
         self._readers: list[threading.Thread] = []
         self._closed = False
+        self._fits = fits
+        self._free: int | None = None
+        self.does_not_fit = False
+        """What ``fits`` said, once ``free_bytes`` has returned."""
+        self._looked = threading.Event()
         switch_quickly()
         self._opener = threading.Thread(target=self._open, args=(driver,), name="preload", daemon=True)
         self._opener.start()
@@ -109,6 +116,12 @@ class Preload:
             driver = driver or CudaDriver()
             driver.enter()
             self._tell("CUDA context")
+            if self._fits is not None:
+                self._free = driver.free_bytes()
+                self.does_not_fit = not self._fits(self._free)
+                self._looked.set()
+            if self.does_not_fit:
+                return
             kernel = UnpackKernel(driver) if any(load.is_packed for load in self._all) else None
             for load in self._all:
                 self._queue(load, DeviceBuffer(driver, load.nbytes))
@@ -120,6 +133,13 @@ class Preload:
                 self._readers.append(reader)
         except BaseException as error:
             self._fail(error)
+        finally:
+            self._looked.set()
+
+    def free_bytes(self) -> int | None:
+        """Of the device before anything was sent, waiting for the reading; None where nobody asked, or no device."""
+        self._looked.wait()
+        return self._free
 
     def _queue(self, load: _Load, buffer: DeviceBuffer) -> None:
         load.buffer = buffer

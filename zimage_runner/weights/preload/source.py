@@ -8,6 +8,7 @@ cache's and the CUDA context's. ``settle``, once torch is there, makes the prepa
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,6 +52,8 @@ class WeightsSource:
         if preload is None:
             pinned_ahead.close()
         self.device = "cpu"
+        self.free_bytes: int | None = None
+        """On the GPU before the weights' way there began, once settled; None where it was not read."""
 
     def settle(self, device: str, dtype: str) -> None:
         """Decide between the prepared and the published files, now that device and compute dtype are known.
@@ -65,7 +68,10 @@ class WeightsSource:
             from zimage_runner.weights.prepared.prepare import ensure_prepared
 
             self._prepared = ensure_prepared(self._checkpoint, self._model, dtype, self._precision)
-        if self._preload is not None and (device != "cuda" or self._prepared is None):
+        if self._preload is None:
+            return
+        self.free_bytes = self._preload.free_bytes() if device == "cuda" else None
+        if device != "cuda" or self._prepared is None or self._preload.does_not_fit:
             self._preload.close()
             self._preload = None
 
@@ -105,9 +111,17 @@ class WeightsSource:
 
 
 def begin(
-    checkpoint: Checkpoint, model: Model, device: Device, encodes: bool = True, precision: str = BF16
+    checkpoint: Checkpoint,
+    model: Model,
+    device: Device,
+    encodes: bool = True,
+    precision: str = BF16,
+    fits: Callable[[int], bool] | None = None,
 ) -> WeightsSource:
-    """Start what can be started without torch, and return at once. ``encodes``: the text encoder is wanted too."""
+    """Start what can be started without torch, and return at once. ``encodes``: the text encoder is wanted too.
+
+    ``fits``, where given, says whether all is to be on the GPU together, with so many bytes free there.
+    """
     wants_gpu = device is not Device.cpu and not torch_is_cpu_only()
     found = None if model.prepare is Prepare.never else prepared.find(checkpoint, model, precision=precision)
     preload = None
@@ -115,7 +129,7 @@ def begin(
         files = [file for name, file in found.weights.items() if encodes or name != TEXT_ENCODER]
         packings = {packing.unpacked.path: packing for packing in found.packings.values()}
         ranges = [(file.path, file.data_start, file.size - file.data_start) for file in files]
-        preload = Preload(ranges, packings=packings)
+        preload = Preload(ranges, packings=packings, fits=fits)
     elif wants_gpu:
         CudaContext()
         folders = [checkpoint.path / name for name in COMPONENTS if encodes or name != TEXT_ENCODER]
