@@ -10,11 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from zimage_runner import compare
+from zimage_runner import compare, prepare
 from zimage_runner.cli.main import main as run
-from zimage_runner.engines.precision import likeness_key
+from zimage_runner.engines.precision import likeness_key, likeness_text
+from zimage_runner.model import Model, Source
 from zimage_runner.outputs.summary import _likeness_rows
 from zimage_runner.weights.cache import read_entry
+from zimage_runner.weights.find.resolve import resolve
+from zimage_runner.weights.prepared import figures, prepared
+from zimage_runner.weights.prepared.prepare import build
 
 OPTIONS = ["prompt=a red fox", "seeds=[0,1]", "sampling.num_inference_steps=1"]
 
@@ -66,6 +70,65 @@ def test_two_runs_and_a_floor(first: Path, tmp_path: Path, monkeypatch: pytest.M
     assert name == "likeness to bf16"
     assert text.startswith(f"PSNR {report['likeness']['psnr']['mean']:.1f} dB")
     assert f"noise floor {report['floor']['psnr']['mean']:.1f} dB" in text
+
+
+def test_figures_are_kept_with_the_copy(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setenv("ZIMAGE_RUNNER_CACHE", str(tmp_path / "cache"))
+    model = Model(name="zimage_nano", source=Source.embedded)
+    checkpoint = resolve(model)
+    copy = build(checkpoint, model, precision="fp8")
+    second = altered(first, tmp_path / "second", 20, numerics={"precision": "fp8"})
+    record = json.loads(next(second.rglob("record.json")).read_text(encoding="utf-8"))
+    key = likeness_key(checkpoint.digest, record["numerics"])
+    assert key is not None
+    assert figures.known(copy.path, key) is None
+    words = ["info", "model=zimage_nano", "engine.precision=fp8"]
+    assert prepare.main(words) == 0
+    assert "how near its pictures are to bf16's: " in capsys.readouterr().out
+
+    summary = json.loads((second / "summary.json").read_text(encoding="utf-8"))
+    summary["session"]["weights"] = str(copy.path)
+    (second / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    assert compare.main([str(first), str(second), f"into={tmp_path / 'into'}"]) == 0
+    assert str(copy.path / "manifest.json") in capsys.readouterr().out
+    found = prepared.find(checkpoint, model, precision="fp8")  # nothing else of it has changed
+    assert found is not None
+    known = figures.known(found.path, key)
+    assert known is not None
+    report = json.loads((tmp_path / "into" / "comparison.json").read_text(encoding="utf-8"))
+    assert known["likeness"] == report["likeness"]
+    assert found.manifest == copy.manifest | {"likeness": {key: known}}
+    assert not (tmp_path / "cache" / "likeness").exists()
+    assert prepare.main(words) == 0
+    told = f"likeness to bf16 (precision fp8, attention {record['numerics']['attention']}): {likeness_text(known)}"
+    assert told in capsys.readouterr().out.splitlines()
+
+    manifest = found.manifest | {"likeness": {key: {"likeness": {"psnr": "near"}}}}
+    (found.path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    assert figures.known(found.path, key) is None
+
+
+@pytest.mark.parametrize("changed", ["source", "precision"])
+def test_figures_of_other_weights_go_to_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    monkeypatch.setenv("ZIMAGE_RUNNER_CACHE", str(tmp_path / "cache"))
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    manifest = {
+        "format": prepared.FORMAT, "version": prepared.VERSION, "source": {"digest": "d"}, "components": {},
+        "config_files": [], "lossless": False, "precision": "bf16" if changed == "precision" else "fp8",
+    }  # fmt: skip
+    (copy / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    (tmp_path / "summary.json").write_text(json.dumps({"session": {"weights": str(copy)}}), encoding="utf-8")
+    near = {name: {"mean": 1.0, "worst": 2.0} for name in ("psnr", "flip")}
+    kept = figures.keep(tmp_path, "other" if changed == "source" else "d", "key", {"pictures": 2, "likeness": near})
+    assert kept is not None
+    assert kept.is_relative_to(tmp_path / "cache")
+    assert json.loads((copy / "manifest.json").read_text(encoding="utf-8")) == manifest
+    known = figures.known(copy, "key")
+    assert known is not None
+    assert known["likeness"] == near
 
 
 def test_options_are_drawn(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,8 @@ worst   pairs on the sheet, those with the largest FLIP first
 into    where comparison.json and worst.png go, and runs that are drawn (default: outputs/compare/A--B)
 
 PSNR in dB (higher is nearer), SSIM (1 is equal) and FLIP (0 is equal), mean and worst of all pictures that both runs
-have. Where B is in fp8 or int8 and A is not, the figures are kept: runs in that precision name them in their summary.
+have; LPIPS, whose network would have to be fetched, is left out. Where B is in fp8 or int8 and A is not, the figures
+are kept in the manifest of the copy that B was drawn with: runs with that copy name them in their summary.
 
 Exit codes: 0 done, 2 bad input.
 """
@@ -31,11 +32,11 @@ from typing import Any
 from zimage_runner.collect.likeness import Likeness, likeness
 from zimage_runner.collect.pictures import Picture, find_runs, pictures_of
 from zimage_runner.collect.sheet import Page, draw
-from zimage_runner.engines.precision import likeness_key
+from zimage_runner.engines.precision import likeness_key, likeness_numerics
 from zimage_runner.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, UserError, called, counted
 from zimage_runner.logs import refuse
 from zimage_runner.outputs.beneath import NotPlain
-from zimage_runner.weights import cache
+from zimage_runner.weights.prepared import figures
 
 FIELDS = ("floor", "worst", "into")
 TILE = 512
@@ -114,7 +115,8 @@ def _compare(ways: list[str], given: dict[str, str], options: list[str]) -> int:
     _sheet(pairs[: int(worst)], names).save(into / "worst.png")
     print(table(report))
     print(into)
-    _keep(pairs[0], report)
+    if (kept := _keep(runs[1], pairs[0], report)) is not None:
+        print(f"kept for the summaries of later runs: {kept}")
     return EXIT_OK
 
 
@@ -181,8 +183,8 @@ def table(report: Mapping[str, Any]) -> str:
     rows = [("B against A", report["likeness"])]
     rows += [("noise floor", report["floor"])] if "floor" in report else []
     lines = [f"{report['pictures']:,} pictures{'':<14}PSNR mean, worst    SSIM mean, worst    FLIP mean, worst"]
-    for name, figures in rows:
-        cells = [f"{figures[m]['mean']:9.4g} {figures[m]['worst']:9.4g}" for m in ("psnr", "ssim", "flip")]
+    for name, found in rows:
+        cells = [f"{found[m]['mean']:9.4g} {found[m]['worst']:9.4g}" for m in ("psnr", "ssim", "flip")]
         lines.append(f"  {name:<22}{cells[0]} {cells[1]} {cells[2]}")
     return "\n".join(lines)
 
@@ -198,17 +200,19 @@ def _sheet(pairs: Sequence[Pair], names: Sequence[str]) -> Any:
     return draw(page, TILE)
 
 
-def _keep(pair: Pair, report: Mapping[str, Any]) -> None:
-    """Keep the figures of a precision, for the summaries of runs in it."""
+def _keep(run: Path, pair: Pair, report: Mapping[str, Any]) -> Path | None:
+    """Keep the figures of a precision, for the summaries of runs in it. Return where they are, if they are."""
     mine, theirs = pair.first.record(), pair.second.record()
     key = likeness_key(theirs["model"].get("digest"), theirs["numerics"])
     if key is None or likeness_key(mine["model"].get("digest"), mine["numerics"]) is not None:
-        return
+        return None
     if mine["model"].get("digest") != theirs["model"].get("digest"):
-        return
+        return None
     kept = {name: report[name] for name in ("pictures", "likeness", "floor") if name in report}
-    if not math.isnan(kept["likeness"]["psnr"]["mean"]):
-        cache.write_entry("likeness", key, kept)
+    kept["numerics"] = likeness_numerics(theirs["numerics"])
+    if math.isnan(kept["likeness"]["psnr"]["mean"]):
+        return None
+    return figures.keep(run, theirs["model"]["digest"], key, kept)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python -m zimage_runner prepare [build|verify|download|accept|info] model=zimage_turbo [model.field=value ...]
 
 build     make the prepared checkpoint: bf16, one file a component, in use order (default);
-          engine.precision=fp8 or int8: the transformer in eight bits, the rest in bf16
+          engine.precision=fp8 or int8: the transformer in eight bits, the rest in bf16; how near its pictures are to
+          bf16's is kept with it once `compare` has found out
 verify    full sha256 of the published files; proof that the prepared checkpoint, if there is one, equals them
 download  bring the hub's snapshot up to date; damaged files are fetched again
 accept    take the files as they are now for the undamaged ones (after changing them on purpose)
@@ -29,7 +30,7 @@ from zimage_runner.cli.sweep.launcher import register_launcher
 from zimage_runner.config.paths import CONFIG_DIR
 from zimage_runner.config.registry import register
 from zimage_runner.engines.base import EngineConfig
-from zimage_runner.engines.precision import check_precision
+from zimage_runner.engines.precision import check_precision, likeness_text
 from zimage_runner.errors import EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK, UserError, called
 from zimage_runner.logs import log_to_terminal, refuse
 from zimage_runner.model import Model
@@ -39,7 +40,8 @@ from zimage_runner.weights.find.controlnet import controlnet_files, describe_con
 from zimage_runner.weights.find.digest import weights_digest
 from zimage_runner.weights.find.resolve import download, locate, resolve
 from zimage_runner.weights.find.verify import file_digests, forget
-from zimage_runner.weights.prepared import prepared
+from zimage_runner.weights.prepared import figures, prepared
+from zimage_runner.weights.prepared.prepared import Prepared
 
 COMPARE = 'python -m zimage_runner compare "engine.precision=bf16" "engine.precision={precision}" -- OPTIONS OF A RUN'
 EXIT_DIFFERENT = EXIT_ITEMS_FAILED
@@ -120,8 +122,18 @@ def _build(wanted: Wanted, stop: StopRequest) -> int:
     sizes = ", ".join(f"{name} {file.size / 1e9:.2f} GB" for name, file in found.weights.items())
     print(f"prepared: {found.path} ({sizes})")
     if wanted.precision != prepared.BF16:
-        print(f"how near its pictures are to bf16's: {called(COMPARE).format(precision=wanted.precision)}")
+        _tell_likeness(found, wanted)
     return EXIT_OK
+
+
+def _tell_likeness(found: Prepared, wanted: Wanted) -> None:
+    """Print how near a copy's pictures are to bf16's, or what finds that out."""
+    kept = figures.of_copy(found.manifest)
+    for one in kept:
+        how = ", ".join(f"{name} {value}" for name, value in one.get("numerics", {}).items())
+        print(f"likeness to bf16 ({how}): {likeness_text(one)}")
+    if not kept:
+        print(f"how near its pictures are to bf16's: {called(COMPARE).format(precision=wanted.precision)}")
 
 
 def _verify(wanted: Wanted) -> int:
@@ -180,6 +192,8 @@ def _info(wanted: Wanted) -> int:
     print(f"checkpoint: {layout.path} ({layout.weight_bytes / 1e9:.2f} GB of weights)")
     print(f"digest: {checkpoint.digest}")
     print(f"prepared: {found.path if found else 'none; would be in ' + str(prepared.roots(model)[0])}")
+    if found is not None and wanted.precision != prepared.BF16:
+        _tell_likeness(found, wanted)
     return EXIT_OK
 
 

@@ -24,9 +24,9 @@ from zimage_runner.memory.policies import HealthCheck, Memory
 from zimage_runner.model import Model
 from zimage_runner.pictures.placed import place
 from zimage_runner.warmup import WARMUP_PROMPT, Warmup
-from zimage_runner.weights.cache import read_entry
 from zimage_runner.weights.find.checkpoint import Checkpoint
 from zimage_runner.weights.find.elsewhere import on_this_machine
+from zimage_runner.weights.prepared import figures
 
 if TYPE_CHECKING:
     import torch
@@ -237,6 +237,7 @@ class Session:
             "device": engine.device,
             "device_name": _device_name(engine.device),
             "placement": self._memory.placement,
+            "weights": None if engine.path is None else str(engine.path),
             "dtype": engine.dtype,
             "attention": engine.attention,
             "numerics": self.numerics(),
@@ -248,7 +249,7 @@ class Session:
             self._report["threads"] = thread_count()
         key = likeness_key(config.checkpoint.digest, self._report["numerics"])
         if key is not None:
-            self._report["likeness"] = read_entry("likeness", key)
+            self._report["likeness"] = figures.known(engine.path, key)
         if config.embedding_cache.path is not None:
             identity = {name: self._report[name] for name in ("numerics", "versions")}
             weights = {"weights": config.checkpoint.digest}

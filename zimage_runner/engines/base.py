@@ -8,6 +8,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zimage_runner.engines.precision import Precision
@@ -120,6 +121,8 @@ class Engine(abc.ABC):
     """Whether decode_carefully takes less memory in tiles than decode does."""
     load_phases: dict[str, float]
     """Seconds of each part of loading, in order, for the summary."""
+    path: Path | None = None
+    """The directory that its weights are read from: the published one or the prepared copy."""
     placed: Placed | None = None
     """Where its weights are; None: where the configuration said."""
 

@@ -6,7 +6,7 @@ import enum
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from zimage_runner.errors import UserError
+from zimage_runner.errors import UserError, counted
 
 if TYPE_CHECKING:
     from zimage_runner.engines.base import Device
@@ -70,11 +70,23 @@ def check_device(precision: Precision, device: str, dtype: str) -> None:
 
 
 def likeness_key(digest: str | None, numerics: Mapping[str, Any]) -> str | None:
-    """Under which name the cache has what ``compare`` found out of these weights in this precision; None in bf16."""
-    names = ("precision", "bf16_layers", "attention")
-    said = {name: numerics[name] for name in names if name in numerics}
+    """Under which name is kept what ``compare`` found out of these weights in this precision; None in bf16."""
+    said = likeness_numerics(numerics)
     eight = "precision" in said or str(said.get("attention", "")).endswith("_fp8")
     return repr((digest, sorted(said.items()))) if eight and digest is not None else None
+
+
+def likeness_numerics(numerics: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides how near pictures in eight bits come to those in bf16."""
+    return {name: numerics[name] for name in ("precision", "bf16_layers", "attention") if name in numerics}
+
+
+def likeness_text(known: Mapping[str, Any]) -> str:
+    """What ``compare`` found, for people."""
+    psnr, flip = (known["likeness"][name] for name in ("psnr", "flip"))
+    floor = f"; noise floor {known['floor']['psnr']['mean']:.1f} dB" if "floor" in known else ""
+    figures = f"PSNR {psnr['mean']:.1f} dB (worst {psnr['worst']:.1f}), FLIP {flip['mean']:.3f} ({flip['worst']:.3f})"
+    return f"{figures}, {counted(known['pictures'], 'picture')}{floor}"
 
 
 def _on_cpu(name: str) -> str:

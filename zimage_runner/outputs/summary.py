@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zimage_runner.errors import counted, one_line
+from zimage_runner.engines.precision import likeness_text
+from zimage_runner.errors import one_line
 from zimage_runner.outputs.since import process_seconds
 
 if TYPE_CHECKING:
@@ -223,10 +224,7 @@ def _likeness_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     known = report["likeness"]
     if known is None:
         return [("likeness to bf16", "not measured: python -m zimage_runner compare --help")]
-    psnr, flip = (known["likeness"][name] for name in ("psnr", "flip"))
-    floor = f"; noise floor {known['floor']['psnr']['mean']:.1f} dB" if "floor" in known else ""
-    figures = f"PSNR {psnr['mean']:.1f} dB (worst {psnr['worst']:.1f}), FLIP {flip['mean']:.3f} ({flip['worst']:.3f})"
-    return [("likeness to bf16", f"{figures}, {counted(known['pictures'], 'picture')}{floor}")]
+    return [("likeness to bf16", likeness_text(known))]
 
 
 def _worker_rows(report: dict[str, Any]) -> list[tuple[str, str]]:

@@ -101,7 +101,7 @@ def is_writable() -> bool:
 
 def read_entry(kind: str, key: str) -> dict[str, Any] | None:
     """The entry stored under ``key``, or None; a damaged entry counts as none."""
-    path = _entry_path(kind, key)
+    path = entry_path(kind, key)
     try:
         entry = from_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -115,7 +115,7 @@ def read_entry(kind: str, key: str) -> dict[str, Any] | None:
 def write_entry(kind: str, key: str, values: dict[str, Any]) -> bool:
     """Store ``values`` under ``key``, atomically. False where the cache cannot be written (it is only a cache)."""
     try:
-        write_json(_entry_path(kind, key), {"key": key, **values})
+        write_json(entry_path(kind, key), {"key": key, **values})
     except OSError as error:
         log.warning("cannot write the runner's cache: %s (set ZIMAGE_RUNNER_CACHE to a writable folder)", error)
         return False
@@ -149,5 +149,6 @@ def umask() -> int:
     return next((int(line[6:], 8) for line in status.splitlines() if line.startswith("Umask:")), 0o077)
 
 
-def _entry_path(kind: str, key: str) -> Path:
+def entry_path(kind: str, key: str) -> Path:
+    """The file of the entry stored under ``key``."""
     return cache_root() / kind / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"

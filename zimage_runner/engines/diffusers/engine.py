@@ -41,6 +41,7 @@ class DiffusersPipelineEngine(Engine):
         self.dtype = choose_dtype(request.model.dtype, self.device)
         self.attention = choose_backend(config.attention, this_machine(self.device, self.dtype))
         request.memory.apply_limits(self.device)
+        self.path = request.checkpoint.path
         self.placed = place(config, request, self.device)
         memory = self.placed.memory
         self._setup = Setup(

@@ -83,7 +83,8 @@ class NativeEngineAdapter(Engine):
         """
         self.load_phases = {}
         path = weights.path
-        self._path, self._staged = path, staged
+        self.path = self._path = path
+        self._staged = staged
         self._weights, self._taken = weights, set[str]()
         self._published, self._adapters = published or path, Adapters()
         self._controlnet, self._controlled = controlnet, controlled
