@@ -30,7 +30,8 @@ from zimage_runner.cli.sweep.launcher import register_launcher
 from zimage_runner.config.paths import CONFIG_DIR
 from zimage_runner.config.registry import register
 from zimage_runner.engines.base import EngineConfig
-from zimage_runner.engines.precision import check_precision, likeness_text
+from zimage_runner.engines.precision import likeness_text
+from zimage_runner.engines.request import Needs
 from zimage_runner.errors import EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK, UserError, called
 from zimage_runner.logs import log_to_terminal, refuse
 from zimage_runner.model import Model
@@ -108,7 +109,7 @@ def compose_wanted(overrides: Sequence[str]) -> Wanted:
     model, engine = typed(config.model), typed(config.engine)
     assert isinstance(model, Model)
     assert isinstance(engine, EngineConfig)
-    check_precision(engine.precision, engine.device, model)
+    engine.check(Needs(model=model, memory=typed(config.memory), compile=typed(config.compile)))
     return Wanted(model, engine.precision.value)
 
 

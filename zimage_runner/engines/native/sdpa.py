@@ -62,19 +62,19 @@ def scaled_dot_product(query: torch.Tensor, key: torch.Tensor, value: torch.Tens
 def choose_attention(name: str, device: str, dtype: torch.dtype, head_dim: int) -> Attention:
     """The backend of that name; ``auto`` takes the fastest that computes right on this machine.
 
-    Raises ValueError for a name that is unknown or does not run here.
+    Raises ValueError for a name that is unknown, UserError for one that does not run here.
     """
     if name not in BACKENDS:
         raise ValueError(f"engine.attention={name} is unknown: use one of {', '.join(BACKENDS)}")
     if name == "native" or (name == "auto" and device != "cuda"):
         return Attention("native", scaled_dot_product)
     if device != "cuda":
-        raise ValueError(f"engine.attention={name} needs a CUDA GPU: use auto or native")
+        raise UserError(f"engine.attention={name} needs a CUDA GPU: use auto or native")
     if name == "auto":
         return _fastest(dtype, head_dim)
     attention, reason = try_attention(name, dtype, head_dim)
     if attention is None:
-        raise ValueError(f"engine.attention={name} does not run here ({reason}): use auto or native")
+        raise UserError(f"engine.attention={name} does not run here ({reason}): use auto or native")
     return attention
 
 
