@@ -67,6 +67,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 UNION = ControlLayout(33, tuple(range(0, 30, 2)), Refiner.own, (0, 1))
 FP8 = NativeEngine(precision=Precision.fp8)
+TABLE = 151936 * 2560 * 2 / 1e9
+"""GB of the text encoder's table of tokens, which was on the device when the other figures were measured."""
 
 
 @pytest.fixture(scope="module")
@@ -90,19 +92,19 @@ def request(checkpoint: Checkpoint, side: int = 1024, batch: int = 1, memory: Me
 @pytest.mark.parametrize(
     ("engine", "kind", "others", "measured"),
     [
-        (NativeEngine(), Resident, {}, 21.51),
+        (NativeEngine(), Resident, {}, 21.51 - TABLE),
         (NativeEngine(), Staged, {}, 13.66),
-        (FP8, Resident, {}, 15.85),
+        (FP8, Resident, {}, 15.85 - TABLE),
         (FP8, Staged, {}, 8.00),
         (FP8, Streamed, {"batch": 3}, 2.78),
-        (NativeEngine(), Resident, {"side": 512}, 20.70),
-        (NativeEngine(), Resident, {"side": 512, "batch": 16}, 22.11),
-        (FP8, Resident, {"side": 512, "batch": 16}, 16.16),
-        (NativeEngine(), Resident, {"pictured": True}, 21.57),
-        (FP8, Resident, {"pictured": True}, 15.91),
-        (NativeEngine(), Resident, {"controlled": True}, 28.35),
+        (NativeEngine(), Resident, {"side": 512}, 20.70 - TABLE),
+        (NativeEngine(), Resident, {"side": 512, "batch": 16}, 22.11 - TABLE),
+        (FP8, Resident, {"side": 512, "batch": 16}, 16.16 - TABLE),
+        (NativeEngine(), Resident, {"pictured": True}, 21.57 - TABLE),
+        (FP8, Resident, {"pictured": True}, 15.91 - TABLE),
+        (NativeEngine(), Resident, {"controlled": True}, 28.35 - TABLE),
         (NativeEngine(), Staged, {"controlled": True}, 20.45),
-        (FP8, Resident, {"controlled": True}, 19.67),
+        (FP8, Resident, {"controlled": True}, 19.67 - TABLE),
         (DiffusersEngine(), Resident, {}, 23.29),
         (DiffusersEngine(), Staged, {}, 15.13),
         (DiffusersEngine(), ModelOffload, {}, 13.14),
@@ -153,8 +155,8 @@ def taken(engine: EngineConfig, free_gb: float, wanted: LoadRequest) -> str:
         (NativeEngine(), 140.0, {}, "resident"),
         (NativeEngine(), 25.1, {}, "resident"),  # a 4090 or 3090
         (NativeEngine(), 16.6, {}, "staged"),
-        (FP8, 16.6, {}, "staged"),
-        (FP8, 18.0, {}, "resident"),
+        (FP8, 16.6, {}, "resident"),
+        (FP8, 15.9, {}, "staged"),
         (NativeEngine(), 12.4, {}, "streamed"),
         (FP8, 12.4, {}, "staged"),
         (NativeEngine(), 8.1, {}, "streamed"),
@@ -193,7 +195,7 @@ def test_common_fields_go_with_it() -> None:
     ("free_gb", "told", "level"),
     [
         (40.0, None, None),
-        (16.0, "memory=auto takes staged: 16.0 GB of the GPU's memory are free; resident would need 22.8 GB", "INFO"),
+        (16.0, "memory=auto takes staged: 16.0 GB of the GPU's memory are free; resident would need 22.0 GB", "INFO"),
         (8.0, "memory=auto takes streamed: 8.0 GB of the GPU's memory are free; staged would need 14.7 GB", "INFO"),
         (
             0.5,

@@ -67,7 +67,7 @@ def test_captions_are_encoded_while_the_transformer_is_still_on_its_way(
             weights = source.WeightsSource(checkpoint, model, None, None)
         else:
             weights.device = "cuda"
-        engine = NativeEngineAdapter(weights, options, staged=False, encodes=encodes)
+        engine = NativeEngineAdapter(weights, options, staged=False, encodes=encodes, published=checkpoint.path)
         assert hasattr(engine.model, "text_encoder") == encodes
         assert hasattr(engine.model, "transformer") == (not (travels and encodes))
         embeds = engine.encode(["a red apple"], 512)

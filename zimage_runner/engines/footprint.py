@@ -91,9 +91,9 @@ def native_peaks(request: LoadRequest, precision: Precision, bf16_layers: Iterab
         control = controlnet.expected_shapes(file.layout, transformer)
         blocks = {large["block"] for large in map(LARGE.fullmatch, control) if large} if eight else ()
         stacks.append(Stack.of(control, item, blocks))
-    # Captions are the last but one hidden states: the last layer and the norm behind it are not there.
+    # Captions are the last but one hidden states; the table of tokens stays in its file.
     used = expected_shapes("text_encoder", {**text, "num_hidden_layers": text["num_hidden_layers"] - 1})
-    encoder = _bytes({name: shape for name, shape in used.items() if name != "norm.weight"}, item)
+    encoder = _bytes({name: shape for name, shape in used.items() if name.startswith("layers.")}, item)
     halves = ("decoder.", "post_quant", *(("encoder.",) if request.pictured or request.controlled else ()))
     both = expected_shapes("vae", vae)
     autoencoder = _bytes({name: shape for name, shape in both.items() if name.startswith(halves)}, item)
@@ -104,8 +104,7 @@ def native_peaks(request: LoadRequest, precision: Precision, bf16_layers: Iterab
     work = max(work, MERGE_COPIES * 4 * max(map(math.prod, shapes.values()))) if request.adapted else work
     beside = autoencoder + int(work) + WORK
     drawing = sum(stack.whole for stack in stacks) + beside
-    table = text["vocab_size"] * text["hidden_size"] * item
-    streamed = max(sum(stack.streamed for stack in stacks) + beside, table + WORK)
+    streamed = sum(stack.streamed for stack in stacks) + beside
     return {Resident: encoder + drawing, Staged: max(drawing, encoder + WORK), Streamed: streamed}
 
 

@@ -7,6 +7,7 @@ import torch
 
 from zimage_runner.engines.native import flash3
 from zimage_runner.engines.native import sdpa as attention
+from zimage_runner.errors import UserError
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def test_another_question_is_asked_anew(tried, monkeypatch):
 
 def test_a_name_is_always_tried(tried):
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"engine\.attention=cudnn does not run here \(no\)"):
+        with pytest.raises(UserError, match=r"engine\.attention=cudnn does not run here \(no\)"):
             attention.choose_attention("cudnn", "cuda", torch.bfloat16, 128)
     assert tried == ["cudnn", "cudnn"]
 

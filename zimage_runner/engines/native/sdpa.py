@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from zimage_runner.engines.native import flash3
+from zimage_runner.errors import UserError
 from zimage_runner.weights import cache
 from zimage_runner.weights.eight_bits import FP8, to_format
 
