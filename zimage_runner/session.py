@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from zimage_runner.compile import Compile
 from zimage_runner.engines.base import Engine, EngineConfig, GeneratedBatch
@@ -64,9 +64,6 @@ class SessionConfig:
 
 class Session:
     """Owns the engine. Loading happens in ``start``; ``generate`` may then be called any number of times."""
-
-    foreseen: ClassVar[bool] = True
-    """Whether all captions are known before the model is loaded."""
 
     def __init__(self, config: SessionConfig, shapes: Sequence[WarmupShape], texts: Sequence[Caption] = ()) -> None:
         """``shapes``: each shape that the plan contains; warm-up draws each.
@@ -223,14 +220,15 @@ class Session:
         needs = Needs.of(config.model, self._memory, config.compile, (shape.params for shape in self._shapes))
         encodes = not self._all_cached()
         request = LoadRequest.for_needs(
-            needs, checkpoint=checkpoint, encodes=encodes, shapes=self._shapes, foreseen=self.foreseen
+            needs, checkpoint=checkpoint, encodes=encodes, shapes=self._shapes, captions=len(self._texts)
         )
         self._engine = config.engine.create(request)
         self._engine.synchronize()
         engine = self._engine
         placed = engine.placed or Placed(self._memory)
         self._memory = placed.memory
-        self.captions.ahead = self._memory.staged and self.foreseen
+        # A streamed text encoder takes no memory from the denoiser: captions that nobody foresees can come later.
+        self.captions.ahead = self._memory.staged and (bool(self._texts) or not self._memory.streamed)
         self._report = {
             "phases": {"load": time.perf_counter() - started},
             "load_phases": engine.load_phases,

@@ -85,7 +85,13 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def request(checkpoint: Checkpoint, side: int = 1024, batch: int = 1, memory: Memory | None = None, **others: Any):
     shape = WarmupShape(params=replace(PARAMS, height=side, width=side), caption_tokens=32, batch_size=batch)
     model = Model(name="z", source=Source.local, path=str(checkpoint.path), controlnet="union.safetensors")
-    values = {"model": model, "compile": NoCompile(), "shapes": [shape], "memory": memory or Auto()} | others
+    values = {
+        "model": model,
+        "compile": NoCompile(),
+        "shapes": [shape],
+        "memory": memory or Auto(),
+        "captions": 1,
+    } | others
     return LoadRequest(checkpoint=checkpoint, **values)
 
 
@@ -136,7 +142,8 @@ def test_weights_are_counted_as_they_are_loaded() -> None:
         NativeEngine().peaks(request(Checkpoint(path=NANO, revision="", digest=""), model=nano, pictured=pictured))
         for pictured in (False, True)
     )
-    assert peaks[Resident] - peaks[Staged] == nbytes(model.text_encoder)
+    features = 32 * 192 * 4  # of one caption
+    assert peaks[Resident] - peaks[Staged] == nbytes(model.text_encoder) + features
     half = [shape for name, shape in shapes["vae"].items() if name.startswith("encoder.")]
     assert more[Staged] - peaks[Staged] == 4 * sum(map(math.prod, half))
 
@@ -161,17 +168,18 @@ def taken(engine: EngineConfig, free_gb: float, wanted: LoadRequest) -> str:
         (FP8, 12.4, {}, "staged"),
         (NativeEngine(), 8.1, {}, "streamed"),
         (NativeEngine(), 0.5, {}, "streamed"),
-        (NativeEngine(), 16.6, {"foreseen": False}, "streamed"),
+        (NativeEngine(), 16.6, {"captions": 0}, "streamed"),
         (NativeEngine(), 8.1, {"adapted": True, "encoder_adapted": True}, "staged"),  # all that can be
         (NativeEngine(), 25.1, {"controlled": True}, "staged"),
         (NativeEngine(), 22.7, {"batch": 16}, "staged"),
+        (NativeEngine(), 22.7, {"captions": 4096}, "staged"),
         (DiffusersEngine(), 80.0, {}, "resident"),
         (DiffusersEngine(), 16.6, {}, "staged"),
         (DiffusersEngine(), 14.3, {}, "model_offload"),
         (DiffusersEngine(), 8.1, {}, "group_offload"),
         (DiffusersEngine(), 8.1, {"adapted": True}, "model_offload"),
         (DiffusersEngine(), 8.1, {"compile": Full()}, "model_offload"),
-        (DiffusersEngine(), 16.6, {"foreseen": False}, "model_offload"),
+        (DiffusersEngine(), 16.6, {"captions": 0}, "model_offload"),
         (NativeEngine(), 8.1, {"memory": Resident()}, "resident"),
     ],
 )

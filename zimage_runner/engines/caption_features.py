@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 IN_MEMORY = 4096
 """Captions whose features are kept in memory: 512 x 2560 bf16 is 2.6 MB at worst, a usual caption a tenth of that."""
+REFINED = 256
+"""Captions whose refined form, 512 x 3840 bf16 at worst, engine=native keeps on the device."""
 WORTH_FREEING = 64e6
 """Bytes of features whose loss may let a batch fit that did not."""
 
@@ -29,7 +31,7 @@ class CaptionFeatures:
         self._engine = engine
         self.ahead = ahead
         """Whether the text encoder makes room for the denoiser once the work begins. Everything is encoded before then,
-        and nothing is dropped: encoding it again would unload the denoiser."""
+        kept in host memory, and nothing is dropped: encoding it again would unload the denoiser."""
         self._kept: OrderedDict[Caption, torch.Tensor] = OrderedDict()
         self.disk: EmbeddingCache | None = None
 
@@ -46,7 +48,7 @@ class CaptionFeatures:
         if missing:
             features = self._engine().encode([caption[0] for caption in missing], max_sequence_length)
             for caption, embeds in zip(missing, features, strict=True):
-                self._kept[caption] = embeds
+                self._kept[caption] = embeds.cpu() if self.ahead else embeds
                 if self.disk is not None:
                     self.disk.put(caption, embeds)
         result = [self._kept[caption] for caption in captions]
@@ -83,7 +85,7 @@ class CaptionFeatures:
 
     def _read_back(self, caption: Caption) -> bool:
         """Take the features from the disk. Return False if they are not there."""
-        embeds = None if self.disk is None else self.disk.get(caption, self._engine().device)
+        embeds = None if self.disk is None else self.disk.get(caption, "cpu" if self.ahead else self._engine().device)
         if embeds is None:
             return False
         self._kept[caption] = embeds

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zimage_runner.engines.caption_features import IN_MEMORY, REFINED
 from zimage_runner.engines.precision import Precision
 from zimage_runner.memory.policies import GroupOffload, Memory, ModelOffload, Resident, Staged, Streamed
 from zimage_runner.model import PATCH, VAE_FACTOR, padded_length
@@ -102,10 +103,12 @@ def native_peaks(request: LoadRequest, precision: Precision, bf16_layers: Iterab
     decode = DECODE_VECTORS["native"] * pixels * vae["block_out_channels"][0] * item
     work = max(vectors * tokens * transformer["dim"] * item, decode)
     work = max(work, MERGE_COPIES * 4 * max(map(math.prod, shapes.values()))) if request.adapted else work
-    beside = autoencoder + int(work) + WORK
+    caption, captions = item * _caption_tokens(request), request.captions or REFINED
+    beside = autoencoder + int(work) + WORK + caption * transformer["dim"] * min(captions, REFINED)
     drawing = sum(stack.whole for stack in stacks) + beside
     streamed = sum(stack.streamed for stack in stacks) + beside
-    return {Resident: encoder + drawing, Staged: max(drawing, encoder + WORK), Streamed: streamed}
+    features = caption * transformer["cap_feat_dim"] * min(captions, IN_MEMORY)
+    return {Resident: encoder + drawing + features, Staged: max(drawing, encoder + WORK), Streamed: streamed}
 
 
 def diffusers_peaks(request: LoadRequest) -> dict[type[Memory], int]:
@@ -142,6 +145,15 @@ def _configs(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+def _caption_tokens(request: LoadRequest) -> int:
+    """Of the longest caption, padded."""
+    lengths = [
+        max(shape.caption_tokens, shape.negative_caption_tokens) or shape.params.max_sequence_length
+        for shape in request.shapes
+    ]
+    return padded_length(max(lengths, default=512))
+
+
 def _bytes(shapes: Shapes, item: int) -> int:
     return item * sum(map(math.prod, shapes.values()))
 
@@ -149,13 +161,13 @@ def _bytes(shapes: Shapes, item: int) -> int:
 def _largest(request: LoadRequest, *, batch_decodes: bool) -> tuple[int, int]:
     """Most pixels that are decoded at a time, and most tokens of a forward."""
     pixels = tokens = 0
+    caption = _caption_tokens(request)
     for shape in request.shapes:
         params, batch = shape.params, shape.batch_size
         area = params.height * params.width
         pixels = max(pixels, area * (batch if batch_decodes else 1))
         rows = batch * (2 if params.uses_guidance else 1)
-        caption = max(shape.caption_tokens, shape.negative_caption_tokens) or params.max_sequence_length
-        tokens = max(tokens, rows * (padded_length(area // (VAE_FACTOR * PATCH) ** 2) + padded_length(caption)))
+        tokens = max(tokens, rows * (padded_length(area // (VAE_FACTOR * PATCH) ** 2) + caption))
     if not request.shapes:
         pixels = UNKNOWN_SIDE**2
         tokens = pixels // (VAE_FACTOR * PATCH) ** 2 + 512

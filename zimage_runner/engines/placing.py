@@ -30,7 +30,7 @@ def possible(engine: EngineConfig, request: LoadRequest) -> dict[type[Memory], i
 def _is_possible(engine: EngineConfig, request: LoadRequest, kind: type[Memory]) -> bool:
     assert isinstance(request.memory, Auto)
     memory = request.memory.taken(kind)
-    if memory.staged and not memory.streamed and not request.foreseen:
+    if memory.staged and not memory.streamed and not request.captions:
         return False
     try:
         engine.check(Needs.like(request, memory=memory))

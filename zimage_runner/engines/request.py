@@ -75,8 +75,8 @@ class LoadRequest(Needs):
     ``Engine.encode`` is called, if it is."""
     shapes: Sequence[WarmupShape] = ()
     """Of the batches that are planned; empty where they are not known."""
-    foreseen: bool = True
-    """Whether the captions are known before the model is loaded; those of a service are not."""
+    captions: int = 0
+    """How many are planned; 0 where they are not known before the model is loaded, as in a service."""
 
     @classmethod
     def for_needs(cls, needs: Needs, **others: Any) -> Self:

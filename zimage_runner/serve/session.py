@@ -41,8 +41,6 @@ class ServedSession(Session):
         inputs = Inputs(image=ANY_PICTURE, control_image=control)
         return replace(shape, params=replace(shape.params, inputs=inputs), whole=False)
 
-    foreseen = False
-
     def generate(self, items: Sequence[WorkItem], *, attempt: int = 1, tiled: bool = False) -> GeneratedBatch:
         try:
             return super().generate(items, attempt=attempt, tiled=tiled)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from zimage_runner.engines.caption_features import REFINED
 from zimage_runner.engines.native.controlnet import ControlModulation, ControlNet, Steering
 from zimage_runner.engines.native.graphs import GraphCache
 from zimage_runner.engines.native.images import HostCopy, Ready, page_locked
@@ -306,9 +307,11 @@ class NativeModel:
         return self.graphs.call(key, forward, inputs, first)
 
     def _caption(self, embeds: torch.Tensor) -> torch.Tensor:
-        """Refined caption [padded tokens, dim]; remembered as long as ``embeds`` itself lives."""
+        """Refined caption [padded tokens, dim]; remembered for a time, no longer than ``embeds`` itself lives."""
         refined = self._captions.get(embeds)
         if refined is None:
+            if len(self._captions) >= REFINED:
+                self._captions.clear()
             self._captions[embeds] = refined = self._refine(embeds)
         return refined
 
@@ -317,7 +320,7 @@ class NativeModel:
         tokens, length = len(embeds), padded_length(len(embeds))
         check_axes(1, 1, length, config.axes_lens)
         features = torch.zeros(1, length, config.cap_feat_dim, device=self.device, dtype=dtype)
-        features[0, :tokens] = embeds.to(self.device, dtype)
+        features[0, :tokens] = self._to_device(embeds) if embeds.device.type == "cpu" else embeds
         rope = move_table(rotary_table(caption_positions(length), config.axes_dims, config.rope_theta), self._to_device)
         with self.attention.context():
             return self.transformer.embed_caption(features, tokens, rope)[0]
