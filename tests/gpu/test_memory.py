@@ -5,11 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.support.drawing import draw, largest_difference
+from tests.support.drawing import draw, largest_difference, session_config
+from tests.support.free_memory import with_room
 from zimage_runner.compile import CompileMode, Full, Regional
 from zimage_runner.engines.diffusers.attention import BACKENDS, this_machine, why_not
 from zimage_runner.engines.diffusers.engine import DiffusersEngine
+from zimage_runner.engines.native import engine as native_engine
+from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.memory.policies import (
+    Auto,
     GroupOffload,
     Loading,
     Memory,
@@ -18,9 +22,11 @@ from zimage_runner.memory.policies import (
     Resident,
     SequentialOffload,
     Staged,
+    Streamed,
 )
 from zimage_runner.memory.readings import gpu_memory
 from zimage_runner.model import Device
+from zimage_runner.session import Session
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 
@@ -52,6 +58,31 @@ def resident() -> dict[str, bytes]:
 @pytest.mark.parametrize("name", PLACEMENTS)
 def test_placement(name, resident):
     assert on_gpu(PLACEMENTS[name]()) == resident
+
+
+@pytest.mark.parametrize("kind", [Resident, Staged, Streamed])
+def test_auto(kind, monkeypatch):
+    engine = NativeEngine(batch_size=2, device=Device.cuda)
+    expected = draw(Resident(), engine=engine)
+    asked = with_room(monkeypatch, native_engine, kind)
+    assert draw(Auto(), engine=engine) == expected
+    assert asked == [Auto()]
+
+
+def test_auto_reads_the_free_memory():
+    session = Session(session_config(NativeEngine(device=Device.cuda), Auto()), [])
+    session.start()
+    assert session.report()["placement"] == "resident"  # 0.8 GB are free on whatever runs this
+    session.close()
+    limited = Auto(per_process_fraction=1e8 / torch.cuda.mem_get_info()[1])
+    session = Session(session_config(NativeEngine(device=Device.cuda), limited), [], [("a red apple", 512)])
+    try:
+        session.start()
+        assert session.report()["placement"] == "streamed"
+        assert "streamed itself needs" in session.report()["placement_why"]
+    finally:
+        session.close()
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 @pytest.mark.parametrize("name", [n for n in BACKENDS if n not in ("native", "sage")])

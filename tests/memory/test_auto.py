@@ -8,9 +8,11 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tests.support import NANO
 from tests.support.drawing import PARAMS, SMALL, draw, session_config
@@ -20,6 +22,7 @@ from zimage_runner.compile import Full, NoCompile
 from zimage_runner.engines import placing
 from zimage_runner.engines.base import EngineConfig
 from zimage_runner.engines.diffusers.config import DiffusersEngine
+from zimage_runner.engines.embedding_cache import EmbeddingCacheConfig
 from zimage_runner.engines.footprint import Stack
 from zimage_runner.engines.native import engine as native_engine
 from zimage_runner.engines.native.assembly import load_model, read_config
@@ -41,7 +44,8 @@ from zimage_runner.memory.policies import (
     Staged,
     Streamed,
 )
-from zimage_runner.model import Dtype, Model, Source
+from zimage_runner.model import Device, Dtype, Model, Source
+from zimage_runner.runner.spec import NOT_DOWNLOADED, RunSpec
 from zimage_runner.session import Session
 from zimage_runner.warmup import NoWarmup
 from zimage_runner.weights.find.checkpoint import Checkpoint
@@ -219,6 +223,39 @@ def test_what_is_told(
     with caplog.at_level(logging.INFO):
         placing.place(NativeEngine(), request(published), "cuda", int(free_gb * 1e9))
     assert [(r.levelname, r.getMessage()) for r in caplog.records] == ([] if told is None else [(level, told)])
+
+
+@pytest.mark.parametrize(
+    ("memory", "engine", "cache", "known"),
+    [
+        (Auto(), NativeEngine(), None, 3),
+        (Auto(), NativeEngine(device=Device.cpu), None, 0),
+        (Resident(), NativeEngine(), None, 0),
+        (Resident(), NativeEngine(), "cache", 3),
+        (Staged(), NativeEngine(device=Device.cpu), None, 3),
+    ],
+)
+def test_what_a_session_is_told_of_the_captions(
+    memory: Memory, engine: EngineConfig, cache: str | None, known: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan: Any = SimpleNamespace(encodings=lambda: iter([(text, 512) for text in "abc"]))
+    config: Any = SimpleNamespace(memory=memory, engine=engine, embedding_cache=EmbeddingCacheConfig(path=cache))
+    spec = RunSpec(config=config, plan=plan, checkpoint=NOT_DOWNLOADED, session=session_config(engine, memory))
+    assert len(spec.texts) == known
+    monkeypatch.setattr("zimage_runner.runner.spec.MOST_AHEAD", 2)  # too many to be kept
+    assert len(spec.texts) == (0 if isinstance(memory, Auto) else known)
+
+
+def test_few_refined_captions_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(NANO, Options())
+    embeds = model.encode(["a red apple", "a cat", "a blue house at night"], 512)
+    refined = [model._caption(one).clone() for one in embeds]
+    model._captions.clear()
+    monkeypatch.setattr("zimage_runner.engines.native.model.REFINED", 2)
+    for _ in range(2):
+        for one, expected in zip(embeds, refined, strict=True):
+            assert torch.equal(model._caption(one), expected)
+            assert len(model._captions) <= 2
 
 
 def test_without_a_gpu_it_is_resident(published: Checkpoint) -> None:
