@@ -98,7 +98,9 @@ def test_same_item_same_picture_whatever_the_order(cli: Cli) -> None:
 
 
 def test_multirun(cli: Cli, tmp_path: Path) -> None:
-    code, _, err = cli("-m", "prompt=a red apple", "sampling.num_inference_steps=1,2", "name=sweep", "warmup=none", *SMALL)
+    code, _, err = cli(
+        "-m", "prompt=a red apple", "sampling.num_inference_steps=1,2", "name=sweep", "warmup=none", *SMALL
+    )
     assert code == 0, err
     sweep = next((tmp_path / "outputs" / "multirun" / "sweep").iterdir())
     assert all((sweep / job / "summary.json").is_file() for job in ("0", "1"))

@@ -73,6 +73,8 @@ UNION = ControlLayout(33, tuple(range(0, 30, 2)), Refiner.own, (0, 1))
 FP8 = NativeEngine(precision=Precision.fp8)
 TABLE = 151936 * 2560 * 2 / 1e9
 """GB of the text encoder's table of tokens, which was on the device when the other figures were measured."""
+REFINER = 2 * 2 * (4 * 3840**2 + 3 * 3840 * 10240) / 1e9
+"""The same of what refines captions, with memory=streamed."""
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +108,7 @@ def request(checkpoint: Checkpoint, side: int = 1024, batch: int = 1, memory: Me
         (NativeEngine(), Staged, {}, 13.66),
         (FP8, Resident, {}, 15.85 - TABLE),
         (FP8, Staged, {}, 8.00),
-        (FP8, Streamed, {"batch": 3}, 2.78),
+        (FP8, Streamed, {"batch": 3}, 2.78 - REFINER),
         (NativeEngine(), Resident, {"side": 512}, 20.70 - TABLE),
         (NativeEngine(), Resident, {"side": 512, "batch": 16}, 22.11 - TABLE),
         (FP8, Resident, {"side": 512, "batch": 16}, 16.16 - TABLE),
@@ -131,7 +133,7 @@ def test_needs_are_those_that_were_measured(
 
 def test_streamed_stays_within_its_promise(published: Checkpoint) -> None:
     """docs/howto.md: bf16 in batches of 4."""
-    assert NativeEngine().peaks(request(published, batch=4))[Streamed] <= 4.0e9
+    assert NativeEngine().peaks(request(published, batch=4))[Streamed] <= 3.5e9
 
 
 def test_weights_are_counted_as_they_are_loaded() -> None:
@@ -211,7 +213,7 @@ def test_common_fields_go_with_it() -> None:
         (8.0, "memory=auto takes streamed: 8.0 GB of the GPU's memory are free; staged would need 14.7 GB", "INFO"),
         (
             0.5,
-            "memory=auto takes streamed: 0.5 GB of the GPU's memory are free; streamed itself needs 4.1 GB, the least, "
+            "memory=auto takes streamed: 0.5 GB of the GPU's memory are free; streamed itself needs 3.4 GB, the least, "
             "staged would need 14.7 GB",
             "WARNING",
         ),

@@ -38,7 +38,7 @@ MERGE_COPIES = 5
 """Copies in float32 of a weight while an adapter is merged into it."""
 
 LARGE = re.compile(
-    r"(?P<block>(control_)?(noise_refiner|layers)\.\d+)\."
+    r"(?P<block>(control_)?((?P<passing>context)_refiner|noise_refiner|layers)\.\d+)\."
     r"(attention\.to_\w+(\.0)?|feed_forward\.w\d|(?P<projection>(before|after)_proj))\.weight"
 )
 """Weights that ``memory=streamed`` brings block by block; all but the projections may be in eight bits."""
@@ -53,25 +53,30 @@ class Stack:
     rest: int
     """All but what can be streamed."""
     blocks: tuple[int, ...]
-    """The large weights of each block."""
+    """The large weights of each block that a forward uses."""
+    passing: int
+    """Those of the blocks that refine captions: when streamed, on the device while nothing else is computed."""
 
     @classmethod
     def of(cls, shapes: Shapes, item: int, small: Collection[str] = ()) -> Stack:
         """``item``: bytes of a number; ``small``: blocks whose large weights are in eight bits."""
-        rest, blocks = 0, dict[str, int]()
+        rest, passing, blocks = 0, 0, dict[str, int]()
         for name, shape in shapes.items():
             large = LARGE.fullmatch(name)
             if large is None:
                 rest += math.prod(shape) * item
                 continue
+            if large["passing"]:
+                passing += math.prod(shape) * item
+                continue
             block, is_small = large["block"], large["block"] in small and large["projection"] is None
             blocks[block] = blocks.get(block, 0) + math.prod(shape) * (1 if is_small else item)
             rest += 4 * shape[0] if is_small else 0  # scales
-        return cls(rest, tuple(blocks.values()))
+        return cls(rest, tuple(blocks.values()), passing)
 
     @property
     def whole(self) -> int:
-        return self.rest + sum(self.blocks)
+        return self.rest + sum(self.blocks) + self.passing
 
     @property
     def streamed(self) -> int:
