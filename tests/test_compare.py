@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -89,7 +90,11 @@ def test_figures_are_kept_with_the_copy(first: Path, tmp_path: Path, monkeypatch
     summary = json.loads((second / "summary.json").read_text(encoding="utf-8"))
     summary["session"]["weights"] = str(copy.path)
     (second / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
-    assert compare.main([str(first), str(second), f"into={tmp_path / 'into'}"]) == 0
+    before = os.umask(0)
+    try:
+        assert compare.main([str(first), str(second), f"into={tmp_path / 'into'}"]) == 0
+    finally:
+        os.umask(before)
     assert str(copy.path / "manifest.json") in capsys.readouterr().out
     found = prepared.find(checkpoint, model, precision="fp8")  # nothing else of it has changed
     assert found is not None

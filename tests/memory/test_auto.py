@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from tests.support import NANO
-from tests.support.drawing import PARAMS, SMALL, draw, session_config
+from tests.support.drawing import PARAMS, SMALL, draw, items, session_config
 from tests.support.fake_cuda import driver  # noqa: F401 (a fixture)
 from tests.support.free_memory import with_room
+from tests.support.serving import settings
 from zimage_runner.compile import Full, NoCompile
 from zimage_runner.engines import placing
 from zimage_runner.engines.base import EngineConfig
@@ -46,6 +47,7 @@ from zimage_runner.memory.policies import (
 )
 from zimage_runner.model import Device, Dtype, Model, Source
 from zimage_runner.runner.spec import NOT_DOWNLOADED, RunSpec
+from zimage_runner.serve.session import ServedSession
 from zimage_runner.session import Session
 from zimage_runner.warmup import NoWarmup
 from zimage_runner.weights.find.checkpoint import Checkpoint
@@ -311,3 +313,22 @@ def test_workers_that_share_a_gpu_take_their_share() -> None:
         adapted = RayExecutorConfig(num_gpus=gpus).adapt(replace(config, memory=memory))
         assert adapted.memory.per_process_fraction is None
     assert SequentialOffload not in DiffusersEngine().peaks(request(Checkpoint(path=NANO, revision="", digest="")))
+
+
+def test_a_service_takes_no_placement_that_needs_its_captions_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the text encoder would be freed for the denoiser: its weights come layer by layer instead."""
+    with_room(monkeypatch, native_engine, Streamed)
+    session = ServedSession(session_config(NativeEngine(), Auto()), [WarmupShape(params=SMALL)])
+    session.start()
+    drawn = session.generate(items(1, SMALL)).images.wait()
+    assert (session.report()["placement"], session.captions.ahead) == ("streamed", False)
+    session.close()
+    plain = ServedSession(session_config(NativeEngine(), Resident()), [WarmupShape(params=SMALL)])
+    plain.start()
+    assert (plain.generate(items(1, SMALL)).images.wait() == drawn).all()
+    plain.close()
+
+
+def test_a_service_may_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert settings("memory=streamed").config.memory.placement == "streamed"

@@ -26,6 +26,8 @@ def keep(run: Path, digest: str, key: str, found: dict[str, Any]) -> Path | None
         manifest[FIELD] = (kept if isinstance(kept, dict) else {}) | {key: found}
         try:
             cache.write_json(folder / MANIFEST, manifest)
+            # A copy that others may write to is not used.
+            (folder / MANIFEST).chmod((folder / MANIFEST).stat().st_mode & ~cache.OTHERS_MAY_WRITE)
             return folder / MANIFEST
         except OSError:  # another user's copy: the cache is one's own
             pass
