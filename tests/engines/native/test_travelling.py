@@ -62,7 +62,8 @@ def test_the_engines_own_work_is_waited_for_and_no_copy_on_its_way(travelling, m
     monkeypatch.setattr(cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(cuda, "current_stream", lambda: stream)
     monkeypatch.setattr(cuda, "synchronize", everything)
-    engine = NativeEngineAdapter(travelling(), OPTIONS, staged=False)
+    weights = travelling()
+    engine = NativeEngineAdapter(weights, OPTIONS, staged=False, published=weights._checkpoint.path)
     assert stream.waits == len(engine.load_phases) == 2
     engine.device = "cuda"
     engine.synchronize()
