@@ -12,17 +12,19 @@ from zimage_runner.engines.native.model import NativeModel
 from zimage_runner.engines.native.sampler import Guidance
 
 STEPS = 8
+FEW = 3
+"""Where the bound over all steps is not what is tested: three must keep it all the more."""
 
 
 @pytest.mark.parametrize(
-    ("height", "width"),
-    [(128, 128), (144, 80), (16, 16), (48, 208), (256, 128)],
+    ("height", "width", "steps"),
+    [(128, 128, STEPS), (144, 80, FEW), (16, 16, FEW), (48, 208, FEW), (256, 128, FEW)],
     ids=lambda side: str(side),
 )
-def test_sizes(native: NativeModel, reference: Reference, height: int, width: int) -> None:
+def test_sizes(native: NativeModel, reference: Reference, height: int, width: int, steps: int) -> None:
     # 144x80 is 45 image tokens, 16x16 is 1, 48x208 is 39: padded with the learned token.
     embeds, z = captions(20), noise(1, height, width)
-    assert difference(native.denoise(embeds, z, STEPS), reference.denoise(embeds, z)) <= TOLERANCE
+    assert difference(native.denoise(embeds, z, steps), reference.denoise(embeds, z, steps)) <= TOLERANCE
 
 
 def test_a_trained_image_padding_token(native: NativeModel, reference: Reference) -> None:
@@ -45,7 +47,7 @@ def test_a_trained_image_padding_token(native: NativeModel, reference: Reference
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 512])
 def test_caption_lengths(native: NativeModel, reference: Reference, length: int) -> None:
     embeds, z = captions(length), noise(1, 64, 96)
-    assert difference(native.denoise(embeds, z, STEPS), reference.denoise(embeds, z)) <= TOLERANCE
+    assert difference(native.denoise(embeds, z, FEW), reference.denoise(embeds, z, FEW)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
@@ -58,9 +60,9 @@ def test_numbers_of_steps(native: NativeModel, reference: Reference, steps: int)
 def test_batches(native: NativeModel, reference: Reference, batch: int) -> None:
     # Lengths differ within one multiple of 32.
     embeds, z = captions(*[5 + 8 * row for row in range(batch)]), noise(batch, 80, 144)
-    together = native.denoise(embeds, z, STEPS)
-    assert difference(together, reference.denoise(embeds, z)) <= TOLERANCE
-    one_by_one = [native.denoise(embeds[row : row + 1], z[row : row + 1], STEPS) for row in range(batch)]
+    together = native.denoise(embeds, z, FEW)
+    assert difference(together, reference.denoise(embeds, z, FEW)) <= TOLERANCE
+    one_by_one = [native.denoise(embeds[row : row + 1], z[row : row + 1], FEW) for row in range(batch)]
     assert difference(together, torch.cat(one_by_one)) <= TOLERANCE
 
 
@@ -87,13 +89,13 @@ def test_guidance(native: NativeModel, reference: Reference, options: dict[str, 
         native.encode(["", "blurry, ugly " * 12], 512),
     )
     z = noise(2, 128, 128)
-    expected = reference.denoise(embeds, z, negative_prompt_embeds=negatives, **options)
+    expected = reference.denoise(embeds, z, FEW, negative_prompt_embeds=negatives, **options)
     guidance = Guidance(
         scale=options["guidance_scale"],
         normalization=options.get("cfg_normalization", 0.0),
         truncation=options.get("cfg_truncation", 1.0),
     )
-    assert difference(native.denoise(embeds, z, STEPS, guidance, negatives), expected) <= TOLERANCE
+    assert difference(native.denoise(embeds, z, FEW, guidance, negatives), expected) <= TOLERANCE
 
 
 def test_guidance_with_equal_lengths(native: NativeModel, reference: Reference) -> None:
