@@ -53,6 +53,14 @@ def _composing_is_quick() -> None:
     keep_what_was_composed()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _the_power_stays_on() -> Iterator[None]:
+    """Nothing waits for the disk in this process. What a power cut leaves is tested with fsyncs that are noted."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: (os.fstat(file), None)[1])  # OSError for one that is closed
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _logging_as_it_was() -> Iterator[None]:
     """What Hydra's --info sets up (every library's debug lines) ends with the test."""
