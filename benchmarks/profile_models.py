@@ -1,11 +1,13 @@
-"""Z-Image's models with random weights in their place, and clocks, for profile_native.py."""
+"""Z-Image's models with random weights in their place, clocks, and the sections of profile_native.py and
+profile_precision.py."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,15 @@ import torch
 from torch import nn
 
 from zimage_runner.engines.native.assembly import Description
-from zimage_runner.engines.native.loading import FLOAT32, TRANSFORMER_RULES, VAE_RULES, published_names
+from zimage_runner.engines.native.loading import (
+    FLOAT32,
+    TRANSFORMER_RULES,
+    TRANSFORMER_UNUSED,
+    VAE_RULES,
+    assign,
+    in_place,
+    published_names,
+)
 from zimage_runner.engines.native.model import NativeModel, Options
 from zimage_runner.engines.native.text_encoder import TextEncoder, TextEncoderConfig
 from zimage_runner.engines.native.tokenizer import CaptionTokenizer
@@ -90,14 +100,19 @@ def build(tiny: bool, options: Options) -> NativeModel:
 
 
 def variant(model: NativeModel, **changes: Any) -> NativeModel:
-    """The same weights run with other options."""
-    other = NativeModel(model.description, model.tokenizer, replace(model.options, **changes))
+    """The same weights run with other options; rounded, moved or streamed where those say so."""
+    options = replace(model.options, **changes)
+    other = NativeModel(model.description, model.tokenizer, options)
     with torch.device("meta"):
-        other.transformer = Transformer(model.description.transformer, other.ops, other.attention.attend)
+        attend = other.attention
+        module = Transformer(
+            model.description.transformer, other.ops, attend.attend, options.arithmetic, attend.attend_fp8
+        )
+    place = module.stream_blocks(other.device) if options.streamed else in_place
+    kind = (options.device, options.dtype, "transformer")
     state = model.transformer.state_dict()
-    if other.options.dtype != model.options.dtype:
-        state = {name: tensor.to(other.options.dtype) for name, tensor in state.items()}
-    other.transformer.load_state_dict(state, assign=True)
+    other.transformer = assign(module, state, TRANSFORMER_RULES, TRANSFORMER_UNUSED, *kind, place=place)
+    other.vae = model.vae
     return other
 
 
@@ -150,3 +165,38 @@ class Clock:
         end.record()
         end.synchronize()
         return begin.elapsed_time(end)
+
+
+def noise(batch: int, size: int) -> torch.Tensor:
+    """Latent noise for square pictures."""
+    return torch.randn(batch, 16, size // 8, size // 8, generator=torch.Generator().manual_seed(2))
+
+
+def measure(profile: Any, sections: Sequence[str], about: dict[str, Any], path: Path) -> None:
+    """Print what each section, a method of ``profile``, returns, or its error; store it in ``about`` and in a file."""
+    began = time.perf_counter()
+    for name in sections:
+        try:
+            with torch.inference_mode():
+                about[name] = getattr(profile, name)()
+        except Exception:
+            about[name] = {"failed": traceback.format_exc().splitlines()[-12:]}
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        print(f"\n{name} (at {time.perf_counter() - began:.1f} s)")
+        for key, value in about[name].items():
+            print(f"  {key}: {rounded(value)}", flush=True)
+        path.write_text(json.dumps(about, indent=1), encoding="utf-8")
+
+
+def rounded(value: Any) -> Any:
+    """Four significant digits for the eye; the file keeps all."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list) and value and isinstance(value[0], tuple):
+        return "".join(f"\n    {ms:9.2f} ms {count:6d} x {name}" for name, count, ms in value)
+    if isinstance(value, list):
+        return "".join(f"\n    {item}" for item in value)
+    return value

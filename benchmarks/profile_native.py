@@ -3,18 +3,15 @@
     python benchmarks/profile_native.py results.json           # one GPU, about a minute
     python benchmarks/profile_native.py results.json --tiny    # the embedded model's sizes; also on the CPU
 
-Each section prints and stores what it measured; a section that fails is stored with its error, and the others run.
-Predictions made beforehand and what came of them: profile_notes.md.
+Single kernels and attention: profile_precision.py. Predictions made beforehand and what came of them: profile_notes.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
 import time
-import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
@@ -23,9 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.profile_models import Clock, build, diffusers_models, variant
+from benchmarks.profile_models import Clock, build, diffusers_models, measure, noise, variant
 from zimage_runner.engines.native import sdpa as attention_module
-from zimage_runner.engines.native.kernels import choose_operations, torch_ops
 from zimage_runner.engines.native.model import NativeModel, Options
 from zimage_runner.engines.native.rope import padded_length
 from zimage_runner.engines.native.vae_decoder import UpBlock, wide_attention
@@ -41,10 +37,10 @@ class Profile:
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
         self.size = 128 if tiny else 1024
         self.clock = Clock(device, 2 if device == "cpu" else 5)
-        self.results: dict[str, Any] = {"tiny": tiny, "torch": torch.__version__}
+        self.about: dict[str, Any] = {"tiny": tiny, "torch": torch.__version__}
         self.options = Options(device=device, dtype=self.dtype)
         if device == "cuda":
-            self.results["gpu"] = torch.cuda.get_device_name()
+            self.about["gpu"] = torch.cuda.get_device_name()
         self.model: NativeModel = build(tiny, self.options)
         generator = torch.Generator().manual_seed(1)
         width = self.model.transformer.config.cap_feat_dim
@@ -52,9 +48,6 @@ class Profile:
 
     def randn(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
         return (torch.randn(*shape, device=self.device) * scale).to(self.dtype)
-
-    def noise(self, batch: int, size: int) -> torch.Tensor:
-        return torch.randn(batch, 16, size // 8, size // 8, generator=torch.Generator().manual_seed(2))
 
     def tokens(self, batch: int, size: int) -> int:
         return batch * (padded_length((size // 16) ** 2) + 32)
@@ -95,69 +88,9 @@ class Profile:
             torch.backends.cuda.preferred_blas_library("default")
         return rates
 
-    def kernels(self) -> dict[str, Any]:
-        """Each fused operation against plain torch: largest difference relative to the largest value, ms, and GB/s."""
-        config, tokens = self.model.transformer.config, self.tokens(1, self.size)
-        ops, dim = choose_operations(self.device), config.dim
-        x, update = self.randn(1, tokens, dim), self.randn(1, tokens, dim)
-        gate, scale = torch.rand(dim, device=self.device), torch.rand(dim, device=self.device)
-        qkv, w1w3 = self.randn(1, tokens, 3 * dim), self.randn(1, tokens, 2 * config.hidden_dim)
-        weight = torch.rand(2, config.head_dim, device=self.device)
-        angles = torch.rand(tokens, config.head_dim // 2, device=self.device) * 50
-        cos, sin = angles.cos(), angles.sin()
-        pixels = self.randn(1, 128, self.size // 2, self.size // 2).contiguous(memory_format=torch.channels_last)
-        affine = self.randn(128), self.randn(128)
-        cases: dict[str, tuple[Any, int]] = {
-            "scaled_rms_norm": (lambda o: o.scaled_rms_norm(x, scale, 1e-5), 2 * x.nbytes),
-            "add_gated_norm": (lambda o: o.add_gated_norm(x.clone(), update, gate, scale, 1e-5), 6 * x.nbytes),
-            "qk_norm_rope": (lambda o: o.qk_norm_rope(qkv.clone(), weight, cos, sin, 1e-5), 10 * x.nbytes),
-            "swiglu": (lambda o: o.swiglu(w1w3), w1w3.nbytes * 3 // 2),
-            "group_norm_silu": (lambda o: o.group_norm_silu(pixels, 32, *affine, 1e-6, True), 3 * pixels.nbytes),
-        }  # fmt: skip
-        report = {}
-        for name, (call, moved) in cases.items():
-            got, expected = call(ops), call(torch_ops)
-            pairs = zip(got, expected) if isinstance(got, tuple) else [(got, expected)]
-            error = max(relative(a, b) for a, b in pairs)
-            ms = self.clock(lambda call=call: call(ops), 20)
-            report[name] = {
-                "error": error,
-                "ms": ms,
-                "GB/s": moved / ms / 1e6,
-                "torch ms": self.clock(lambda c=call: c(torch_ops)),
-            }
-        return report
-
-    def attention(self) -> dict[str, Any]:
-        """Each backend that runs here: ms and TFLOP/s on views of a fused product, and whether its result is copied."""
-        config, tokens = self.model.transformer.config, self.tokens(1, self.size)
-        qkv = self.randn(1, tokens, 3, config.n_heads, config.head_dim)
-        query, key, value = qkv.unbind(2)
-        report: dict[str, Any] = {"auto": self.model.attention.name}
-        for name in attention_module.CUDA_ORDER if self.device == "cuda" else ("native",):
-            if name == "math" and not self.tiny:
-                continue  # 30 x 4128 x 4128 scores: slow, and known to be
-            backend, reason = attention_module.Attention("native", attention_module.scaled_dot_product), ""
-            if name != "native":
-                backend, reason = attention_module.try_attention(name, self.dtype, config.head_dim)
-            if backend is None:
-                report[name] = reason
-                continue
-            copies = [x.contiguous() for x in (query, key, value)]
-            by_head = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key, value)]
-            with backend.context():
-                out = backend.attend(query, key, value)
-                layouts = {"views of one product": (query, key, value), "copies": copies, "copies by head": by_head}
-                milliseconds = {
-                    layout: self.clock(lambda b=backend, x=x: b.attend(*x), 40) for layout, x in layouts.items()
-                }
-            rate = 4 * tokens**2 * config.dim / milliseconds["views of one product"] / 1e9
-            report[name] = {"ms": milliseconds, "TFLOP/s": rate, "result is contiguous": out.is_contiguous()}
-        return report
-
     def roofline(self) -> dict[str, Any]:
         """Eight forwards and a large product in turn, so that both are measured at the same temperature and power."""
-        z, square = self.noise(1, self.size), 256 if self.tiny else 8192
+        z, square = noise(1, self.size), 256 if self.tiny else 8192
         x, weights = self.randn(square, square), [self.randn(square, square) for _ in range(4)]
         count = 1 if self.tiny else 120
 
@@ -179,7 +112,7 @@ class Profile:
         reference = variant(model, dtype=torch.float32, fused_kernels=False, attention="native")
         report: dict[str, Any] = {}
         for steps in (1, STEPS):
-            z = self.noise(1, size)
+            z = noise(1, size)
             expected = reference.denoise(self.embeds, z, steps)
             got = {"native": model.denoise(self.embeds, z, steps)}
             if self.peer is not None:
@@ -197,11 +130,10 @@ class Profile:
             try:
                 self._peer = diffusers_models(self.model, self.tiny)
             except ImportError as error:
-                self.results["diffusers"] = str(error)
+                self.about["diffusers"] = str(error)
                 self._peer = None
         return self._peer
 
-    @torch.inference_mode()
     def peer_denoise(self, z: torch.Tensor, steps: int, backend: str = "native") -> torch.Tensor:
         """diffusers' transformer in the pipeline's loop."""
         transformer = self.peer[0]
@@ -215,10 +147,9 @@ class Profile:
             latents = latents - delta * torch.stack(out).float().squeeze(2)
         return latents
 
-    @torch.inference_mode()
     def decode(self) -> dict[str, float]:
         """ms of one decode: whole, parts, and diffusers'."""
-        latents = self.model.denoise(self.embeds, self.noise(1, self.size), 1)
+        latents = self.model.denoise(self.embeds, noise(1, self.size), 1)
         vae = self.model.vae
         side, channels = self.size // 8, vae.config.block_out_channels[-1]
         x = self.randn(1, channels, side, side).contiguous(memory_format=torch.channels_last)
@@ -243,10 +174,9 @@ class Profile:
             report["diffusers"] = self.clock(lambda: self.peer[1].decode(scaled))
         return report
 
-    @torch.inference_mode()
     def forwards(self) -> dict[str, Any]:
         """ms of eight forwards at the full size: eager, recorded, and diffusers'."""
-        z = self.noise(1, self.size)
+        z = noise(1, self.size)
         tera = STEPS * self.flops(1, self.size) / 1e12
         report: dict[str, Any] = {"TFLOP": tera}
         variants = {"as it is": self.model}
@@ -270,13 +200,12 @@ class Profile:
                 report[f"diffusers {backend}"] = {"ms": ms, "TFLOP/s": tera / ms * 1e3}
         return report
 
-    @torch.inference_mode()
     def batches(self) -> dict[str, Any]:
         """ms per picture at half the side: eight forwards and a decode at several batch sizes; diffusers one by one."""
         size, report = self.size // 2, {}
         graphs = variant(self.model, cuda_graphs=8)
         for batch in (1, 4, 8):
-            z = self.noise(batch, size)
+            z = noise(batch, size)
             for name, model in {"eager": self.model, "graph": graphs}.items():
                 if name == "graph" and (batch > 1 or self.device == "cpu"):
                     continue
@@ -284,10 +213,10 @@ class Profile:
                 rate = STEPS * self.flops(1, size) / ms / 1e9
                 report[f"{name} {batch}"] = {"ms a picture": ms, "TFLOP/s": rate}
         graphs.graphs.clear()
-        latents = self.model.denoise(self.embeds, self.noise(1, size), 1)
+        latents = self.model.denoise(self.embeds, noise(1, size), 1)
         report["decode"] = self.clock(lambda: self.model.vae(latents))
         if self.peer is not None:
-            ms = self.clock(lambda: self.peer_denoise(self.noise(1, size), STEPS), 2, warm=1)
+            ms = self.clock(lambda: self.peer_denoise(noise(1, size), STEPS), 2, warm=1)
             scaled = latents.to(self.dtype)
             report["diffusers 1"] = {"ms a picture": ms, "decode": self.clock(lambda: self.peer[1].decode(scaled))}
         return report
@@ -305,9 +234,9 @@ class Profile:
 
         def draw(number: int) -> Any:
             embeds = self.model.encode([f"picture number {number} of a red apple on a table"], 512)
-            return self.model.decode(self.model.denoise(embeds, self.noise(1, self.size), STEPS))
+            return self.model.decode(self.model.denoise(embeds, noise(1, self.size), STEPS))
 
-        self._peer = None
+        self.__dict__.pop("_peer", None)  # its memory; built again by who asks next
         gc.collect()
         report: dict[str, Any] = {}
         if self.device == "cuda":
@@ -331,12 +260,15 @@ class Profile:
         """torch.profiler's ms on the device by kernel, of eight forwards and of a decode."""
         from torch.profiler import ProfilerActivity, profile
 
-        latents = self.noise(1, self.size).to(self.device)
+        latents = noise(1, self.size).to(self.device)
         calls = {
-            "eight forwards": lambda: self.model.denoise(self.embeds, self.noise(1, self.size), STEPS),
+            "eight forwards": lambda: self.model.denoise(self.embeds, noise(1, self.size), STEPS),
             "decode": lambda: self.model.decode(latents).wait(),
             "encode": lambda: self.model.encode(["a red apple on a table"], 512),
         }
+        if self.device == "cuda":
+            eight = variant(self.model, precision="fp8")
+            calls["eight forwards in fp8"] = lambda: eight.denoise(self.embeds, noise(1, self.size), STEPS)
         report = {}
         kinds = [ProfilerActivity.CUDA] if self.device == "cuda" else [ProfilerActivity.CPU]
         for name, call in calls.items():
@@ -354,12 +286,7 @@ class Profile:
         return report
 
 
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Largest difference over the largest value."""
-    return ((a.float() - b.float()).abs().max() / b.float().abs().max()).item()
-
-
-SECTIONS = ("sweep", "matmul", "kernels", "attention", "roofline", "forwards", "decode", "error", "batches", "tables")
+SECTIONS = ("sweep", "matmul", "roofline", "forwards", "decode", "error", "batches", "tables")
 
 
 def main() -> None:
@@ -368,30 +295,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--sections", nargs="*", default=SECTIONS)
     arguments = parser.parse_args()
-    began = time.perf_counter()
     profile = Profile(arguments.tiny, "cuda" if torch.cuda.is_available() else "cpu")
-    for name in arguments.sections:
-        try:
-            profile.results[name] = getattr(profile, name)()
-        except Exception:
-            profile.results[name] = {"failed": traceback.format_exc().splitlines()[-12:]}
-        print(f"\n{name} (at {time.perf_counter() - began:.1f} s)")
-        for key, value in profile.results[name].items():
-            print(f"  {key}: {rounded(value)}", flush=True)
-        arguments.output.write_text(json.dumps(profile.results, indent=1), encoding="utf-8")
-
-
-def rounded(value: Any) -> Any:
-    """Four significant digits for the eye; the file keeps all."""
-    if isinstance(value, float):
-        return float(f"{value:.4g}")
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list) and value and isinstance(value[0], tuple):
-        return "".join(f"\n    {ms:9.2f} ms {count:6d} x {name}" for name, count, ms in value)
-    if isinstance(value, list):
-        return "".join(f"\n    {item}" for item in value)
-    return value
+    measure(profile, arguments.sections, profile.about, arguments.output)
 
 
 if __name__ == "__main__":

@@ -2,17 +2,14 @@
 
     python benchmarks/profile_precision.py results.json [section ...]      # one GPU, about two minutes
 
-Each section prints and stores what it measured; predictions and what came of them: profile_notes.md.
+Predictions and what came of them: profile_notes.md.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-import traceback
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.profile_models import Clock, build
+from benchmarks.profile_models import Clock, build, measure, noise, variant
 from zimage_runner.engines.native.kernels import choose_operations, fused_ops, torch_ops
-from zimage_runner.engines.native.loading import TRANSFORMER_RULES, TRANSFORMER_UNUSED, assign, in_place
 from zimage_runner.engines.native.model import NativeModel, Options
 from zimage_runner.engines.native.quantised import FP8, INT8, QuantisedLinear, Scaled, quantised
-from zimage_runner.engines.native.transformer import Transformer
 
 STEPS, SIZE, TOKENS = 8, 1024, 4128
 SHAPES = {"qkv": (3840, 11520), "out": (3840, 3840), "w1w3": (3840, 20480), "w2": (10240, 3840)}
@@ -57,23 +52,6 @@ def recorded(call: Callable[[], Any], repeats: int = 40) -> float:
             call()
     graph.replay()
     return Clock("cuda", 5)(graph.replay) / repeats
-
-
-def in_precision(model: NativeModel, **changes: Any) -> NativeModel:
-    """The same weights rounded for other options."""
-    options = replace(model.options, **changes)
-    other = NativeModel(model.description, model.tokenizer, options)
-    with torch.device("meta"):
-        attention = other.attention
-        module = Transformer(
-            model.description.transformer, other.ops, attention.attend, options.arithmetic, attention.attend_fp8
-        )
-    state = model.transformer.state_dict()
-    place = module.stream_blocks(other.device) if options.streamed else in_place
-    kind = (options.device, options.dtype, "transformer")
-    other.transformer = assign(module, state, TRANSFORMER_RULES, TRANSFORMER_UNUSED, *kind, place=place)
-    other.vae = model.vae
-    return other
 
 
 class Profile:
@@ -182,16 +160,16 @@ class Profile:
         model = build(False, self.options)
         generator = torch.Generator().manual_seed(1)
         embeds = [torch.randn(24, 2560, generator=generator).to("cuda", torch.bfloat16)]
-        z = torch.randn(1, 16, SIZE // 8, SIZE // 8, generator=torch.Generator().manual_seed(2))
-        variants = {"bf16": model, "fp8": in_precision(model, precision="fp8")}
-        variants["fp8 by rows"] = in_precision(model, precision="fp8")
+        z = noise(1, SIZE)
+        variants = {"bf16": model, "fp8": variant(model, precision="fp8")}
+        variants["fp8 by rows"] = variant(model, precision="fp8")
         for module in variants["fp8 by rows"].transformer.modules():
             if isinstance(module, QuantisedLinear):
                 module.folded = False
-        variants["fp8 cudnn"] = in_precision(model, precision="fp8", attention="cudnn")
-        variants["fp8 + flash3_fp8"] = in_precision(model, precision="fp8", attention="flash3_fp8")
-        variants["bf16 cudnn"] = in_precision(model, attention="cudnn")
-        variants["int8"] = in_precision(model, precision="int8")
+        variants["fp8 cudnn"] = variant(model, precision="fp8", attention="cudnn")
+        variants["fp8 + flash3_fp8"] = variant(model, precision="fp8", attention="flash3_fp8")
+        variants["bf16 cudnn"] = variant(model, attention="cudnn")
+        variants["int8"] = variant(model, precision="int8")
         report: dict[str, Any] = {"attention": model.attention.name}
         latents = {name: m.denoise(embeds, z, STEPS) for name, m in variants.items()}
         times: dict[str, list[float]] = {name: [] for name in variants}
@@ -222,21 +200,23 @@ class Profile:
         embeds = [torch.randn(24, 2560, device="cuda").bfloat16()]
         report: dict[str, Any] = {}
         for precision in ("fp8", "bf16"):
-            resident = in_precision(model, precision=precision)
-            latents = {batch: resident.denoise(embeds * batch, noise(batch), STEPS) for batch in (1, 4)}
-            report[f"{precision} resident, 4"] = timed(lambda m=resident: m.denoise(embeds * 4, noise(4), STEPS)) / 4
+            resident = variant(model, precision=precision)
+            latents = {batch: resident.denoise(embeds * batch, noise(batch, SIZE), STEPS) for batch in (1, 4)}
+            report[f"{precision} resident, 4"] = (
+                timed(lambda m=resident: m.denoise(embeds * 4, noise(4, SIZE), STEPS)) / 4
+            )
             del resident
             torch.cuda.empty_cache()
             before = torch.cuda.memory_allocated()
             began = time.perf_counter()
-            streamed = in_precision(model, precision=precision, streamed=True)
+            streamed = variant(model, precision=precision, streamed=True)
             stream = streamed.transformer.stream
             assert stream is not None
             report[f"{precision} to host memory, s; page-locking"] = [time.perf_counter() - began, stream._locking]
             for batch in (1, 2, 4):
                 torch.cuda.reset_peak_memory_stats()
-                got = streamed.denoise(embeds * batch, noise(batch), STEPS)
-                ms = timed(lambda m=streamed, b=batch: m.denoise(embeds * b, noise(b), STEPS)) / batch
+                got = streamed.denoise(embeds * batch, noise(batch, SIZE), STEPS)
+                ms = timed(lambda m=streamed, b=batch: m.denoise(embeds * b, noise(b, SIZE), STEPS)) / batch
                 ratio = stream.copying_over_computing()
                 peak = (torch.cuda.max_memory_allocated() - before) / 1e9
                 same = torch.equal(got, latents[batch]) if batch in latents else None
@@ -244,26 +224,6 @@ class Profile:
             stream.close()
             del streamed, stream
         return report
-
-    def trace(self) -> dict[str, Any]:
-        """Milliseconds of each kernel in eight forwards in fp8."""
-        from torch.profiler import ProfilerActivity, profile
-
-        model = in_precision(build(False, self.options), precision="fp8", attention="flash3_fp8")
-        embeds = [torch.randn(24, 2560, device="cuda").bfloat16()]
-        z = torch.randn(1, 16, SIZE // 8, SIZE // 8)
-        for _ in range(3):
-            model.denoise(embeds, z, STEPS)
-        torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            model.denoise(embeds, z, STEPS)
-            torch.cuda.synchronize()
-        events = sorted(profiler.key_averages(), key=lambda e: -e.self_device_time_total)[:16]
-        return {e.key[:70] + e.key[-30:]: [e.count, round(e.self_device_time_total / 1e3, 2)] for e in events}
-
-
-def noise(batch: int) -> torch.Tensor:
-    return torch.randn(batch, 16, SIZE // 8, SIZE // 8, generator=torch.Generator().manual_seed(2))
 
 
 def timed(call: Callable[[], Any]) -> float:
@@ -285,19 +245,8 @@ def sustained_denoise(model: NativeModel, embeds: list[torch.Tensor], z: torch.T
 
 
 def main() -> None:
-    path, sections = Path(sys.argv[1]), sys.argv[2:] or ["kernels", "products", "attention", "forwards", "trace"]
-    profile, results = Profile(), {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
-    for section in sections:
-        began = time.perf_counter()
-        try:
-            with torch.inference_mode():
-                results[section] = getattr(profile, section)()
-        except Exception:
-            results[section] = traceback.format_exc()[-1500:]
-        torch.cuda.empty_cache()
-        text = results[section] if isinstance(results[section], str) else json.dumps(results[section], indent=1)
-        print(f"== {section} ({time.perf_counter() - began:.0f} s)\n{text}", flush=True)
-        path.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    sections = sys.argv[2:] or ["kernels", "products", "attention", "forwards"]
+    measure(Profile(), sections, {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}, Path(sys.argv[1]))
 
 
 if __name__ == "__main__":
