@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.command import SMALL
 from zimage_runner.outputs.config import Output
 
+pytestmark = pytest.mark.usefixtures("model_stays")
 Cli = Callable[..., tuple[int, str, str]]
-RUN = ["seeds=[1,2]", "sampling.num_inference_steps=1", "warmup=none"]
+RUN = ["seeds=[1,2]", "sampling.num_inference_steps=1", "warmup=none", *SMALL]
 
 
 def drawn(answer: tuple[int, str, str]) -> Path:
@@ -95,7 +97,7 @@ def test_starred_pictures_are_prompts_again(cli: Cli, tmp_path: Path) -> None:
     (run / "stars.json").write_bytes(Stars(starred={str(item)}).to_json())
     assert main([str(run), f"into={tmp_path}/best", "starred=true"]) == 0
     table = [f"prompts.path={tmp_path}/best/metadata.jsonl", "prompts.columns={seeds: seed}", 'prompts.metadata=["*"]']
-    again = drawn(cli("prompts=jsonl", *table, "warmup=none", "name=again"))
+    again = drawn(cli("prompts=jsonl", *table, "warmup=none", "name=again", *SMALL))
     (record,) = again.glob("items/*/*/record.json")
     pixels = [
         json.loads(path.read_text(encoding="utf-8"))["pixels_sha256"] for path in (record, run / item / "record.json")

@@ -28,6 +28,7 @@ from zimage_runner.runner.inputs import _is_cut
 from zimage_runner.runner.spec import plan_run
 from zimage_runner.sampling import Inputs, Picture
 
+pytestmark = pytest.mark.usefixtures("model_stays")
 FAST = ("warmup=none", "sampling.num_inference_steps=3", "output.report=false")
 
 
