@@ -31,6 +31,7 @@ from zimage_runner.model import Device
 from zimage_runner.outputs.metadata import read_metadata
 from zimage_runner.pictures.placed import Placed, place
 from zimage_runner.plan import WorkItem
+from zimage_runner.prompts.inline import Inline
 from zimage_runner.serve.edits import Upload, plan_edit
 from zimage_runner.serve.fields import Edit, Generation, parse
 from zimage_runner.serve.run_files import FOLDER
@@ -119,7 +120,7 @@ def test_what_the_mask_leaves_transparent_is_painted(serve, placed):
     assert (one.mask[:, 54:] == 1).all()
 
 
-def test_every_field_about_pictures_is_taken(tmp_path):
+def test_every_field_about_pictures_is_taken(tmp_path, caplog):
     net = str(write_controlnet(tmp_path / "net.safetensors", "2.1"))
     model = replace((given := settings()).config.model, controlnet=net)
     uploads = {name: Upload(f"{name}.png", CAT) for name in ("image", "control_image")}
@@ -140,6 +141,8 @@ def test_every_field_about_pictures_is_taken(tmp_path):
         name: yaml.safe_load(text) for name, text in texts.items() if name not in ("prompt", "outpaint")
     }
     assert (inputs.result, inputs.files.keys()) == ((80, 32), uploads.keys())
+    served.plan(Inline(texts=["a cat"]), 0)
+    assert caplog.text == "", "a ControlNet that waits for a request with a control picture is as it should be"
 
 
 def test_a_picture_is_drawn_larger_from_itself(serve, placed):

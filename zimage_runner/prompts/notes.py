@@ -12,9 +12,9 @@ _warned: ContextVar[set[str] | None] = ContextVar("warned", default=None)
 
 
 @contextlib.contextmanager
-def once_a_run() -> Iterator[None]:
-    """Log only the first warning of each kind within this block."""
-    token = _warned.set(set())
+def once_a_run(*never: str) -> Iterator[None]:
+    """Log only the first warning of each kind within this block, and none of the kinds ``never``."""
+    token = _warned.set(set(never))
     try:
         yield
     finally:

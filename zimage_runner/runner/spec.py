@@ -37,6 +37,8 @@ MOST_AHEAD = 20_000
 """Captions that ``memory=auto`` has encoded before the first picture, and kept: 0.3 to 2.6 MB of host memory each."""
 NOT_DOWNLOADED = Checkpoint(path=Path(os.devnull), revision="not downloaded", digest="")
 """Stands in for the weights in a dry run before the first download: nothing is fetched to make a plan."""
+IDLE_CONTROLNET = "idle controlnet"
+"""The kind of warning that a ControlNet follows nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,7 +207,7 @@ def _plan(config: RunConfig, prompts: Sequence[Prompt], seeds: Seeds, params: Sa
             find_inputs.check_used(plan.params())
     if controlnet is not None and not any(one.inputs and one.inputs.control_image for one in plan.params()):
         warn_once(
-            "idle controlnet",
+            IDLE_CONTROLNET,
             f"model.controlnet={controlnet.path} steers nothing here: no prompt has a control_image "
             "(sampling.control_image=FILE gives all of them one)",
         )

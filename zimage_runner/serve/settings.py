@@ -21,7 +21,8 @@ from zimage_runner.executors.process import ProcessExecutorConfig
 from zimage_runner.plan.build import padded
 from zimage_runner.prompts.base import PromptSource
 from zimage_runner.prompts.inline import Inline
-from zimage_runner.runner.spec import RunSpec, plan_run
+from zimage_runner.prompts.notes import once_a_run
+from zimage_runner.runner.spec import IDLE_CONTROLNET, RunSpec, plan_run
 from zimage_runner.sampling import SamplingParams
 from zimage_runner.serve.config import Server, parse_size
 from zimage_runner.serve.session import ServedSession
@@ -81,7 +82,8 @@ class Settings:
 
     def plan(self, prompts: PromptSource, seeds: Any, **changes: Any) -> RunSpec:
         """Plan what a request asks for; ``changes`` are fields of RunConfig. Raises UserError."""
-        return plan_run(replace(self.config, prompts=prompts, seeds=seeds, **changes), self.memo)
+        with once_a_run(IDLE_CONTROLNET):  # the next request may bring what it follows
+            return plan_run(replace(self.config, prompts=prompts, seeds=seeds, **changes), self.memo)
 
     def executor(self) -> Executor:
         """Make an executor that is warm at the configured shapes once it is started. Raises UserError."""
