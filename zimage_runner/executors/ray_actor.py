@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import importlib
 import logging
-import os
 import platform
 import signal
 import socket
@@ -44,7 +43,9 @@ class Identity:
     """What runs on a node."""
 
     node: str
-    pid: int
+    """Its name, for people."""
+    node_id: str
+    """Ray's."""
     software: dict[str, str]
     """Name -> version of what must be the same everywhere."""
 
@@ -141,13 +142,9 @@ class Drawer:
 
     def hello(self) -> Identity:
         """Say where this is and what runs here, before anything is loaded."""
-        return Identity(socket.gethostname(), os.getpid(), software())
-
-    def node_id(self) -> str:
-        """Id that Ray has given to this node."""
         import ray
 
-        return ray.get_runtime_context().get_node_id()
+        return Identity(socket.gethostname(), ray.get_runtime_context().get_node_id(), software())
 
     def start(self, start: Start) -> Answer:
         """Load the session and warm it up."""

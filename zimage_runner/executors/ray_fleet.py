@@ -196,7 +196,7 @@ class RayFleet:
         if wrong:
             return Refused(message=f"{identity.node} has other software than this machine ({'; '.join(wrong)}): "
                            "install the same versions on every node")  # fmt: skip
-        actor.node_id = _node_of(actor.handle)
+        actor.node_id = identity.node_id
         return Hired(node=identity.node, is_elsewhere=actor.node_id != self._here)
 
     def _died(self, worker: int, actor: _Actor, ticket: int, error: Any, broken: str | None = None) -> Died:
@@ -262,11 +262,6 @@ class _InOrder:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._handle, name).options(concurrency_group="draw")
-
-
-def _node_of(handle: Any) -> str:
-    """Id of the node that an actor runs on."""
-    return ray.get(handle.node_id.remote())
 
 
 def _how(error: Any) -> str:
