@@ -121,7 +121,7 @@ class Drawer:
     def __init__(self, number: int) -> None:
         begin(warns=False)  # before torch comes; the process that was started has warned
         if sees_gpu():  # and so has a core to spare
-            threading.Thread(target=_import_ahead, name="import", daemon=True).start()
+            threading.Thread(target=_import_torch, name="import", daemon=True).start()
         self._name = {"worker": f"worker {number} on {socket.gethostname()}"}
         for signal_number in (signal.SIGINT, *OF_A_QUEUE):
             # Ending the run is the driver's affair: it lets the pictures in flight finish.
@@ -247,10 +247,9 @@ class Drawer:
         return said
 
 
-def _import_ahead() -> None:
-    """Import what a session needs while the worker still says what it is, and waits for what it is to load."""
+def _import_torch() -> None:
+    """Import torch while the worker still says what it is, and waits for what it is to load."""
     with contextlib.suppress(Exception):  # who imports it next gets the error
-        import zimage_runner.session  # noqa: F401
         from zimage_runner.engines.threads import wait_passively
 
         wait_passively()
