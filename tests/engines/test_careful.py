@@ -44,8 +44,8 @@ def larger(engine: Engine) -> np.ndarray:
 
 
 SMALL, TILED = 5, 8
-"""Latent positions a side. The larger is cut into tiles of 4, as the smaller would be if tiling stayed on; bfloat16, for
-which CPUs are slow, is decoded of the smaller where that is enough."""
+"""Latent positions a side. The larger is cut into tiles of 4, as the smaller would be if tiling stayed on; bfloat16,
+for which CPUs are slow, is decoded of the smaller where that is enough."""
 
 
 def latents(side: int) -> torch.Tensor:

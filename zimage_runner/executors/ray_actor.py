@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import importlib
 import logging
+import os
 import platform
 import signal
 import socket
