@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
+from tests.support import NANO
 from zimage_runner.compile import NoCompile
-from zimage_runner.engines.base import Engine, EngineConfig
+from zimage_runner.engines.base import Engine
 from zimage_runner.engines.diffusers.engine import DiffusersEngine
 from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.engines.request import DenoiseRequest, LoadRequest, draw_noise
@@ -22,30 +21,35 @@ SEEDS = [1, 2, 3]
 TOLERANCE = 1e-4
 
 
-def load(config: EngineConfig, nano: Path) -> Engine:
-    model = Model(name="zimage_nano", source=Source.embedded)
-    checkpoint = Checkpoint(path=nano, revision="", digest="")
-    return config.create(LoadRequest(checkpoint=checkpoint, model=model, memory=Resident(), compile=NoCompile()))
+@pytest.fixture(scope="module")
+def engines() -> dict[str, Engine]:
+    request = LoadRequest(
+        checkpoint=Checkpoint(path=NANO, revision="", digest=""),
+        model=Model(name="zimage_nano", source=Source.embedded),
+        memory=Resident(),
+        compile=NoCompile(),
+    )
+    return {"diffusers": DiffusersEngine().create(request), "native": NativeEngine().create(request)}
 
 
-def request(engine: Engine, rows: slice, guidance: float, steps: int = 4) -> DenoiseRequest:
+def request(engine: Engine, rows: slice, guidance: float, steps: int = 3) -> DenoiseRequest:
     params = SamplingParams(
-        height=128, width=128, num_inference_steps=steps, guidance_scale=guidance, negative_prompt="",
+        height=64, width=64, num_inference_steps=steps, guidance_scale=guidance, negative_prompt="",
         max_sequence_length=512, cfg_normalization=0.0, cfg_truncation=1.0,
     )  # fmt: skip
     captions = CAPTIONS[rows]
     return DenoiseRequest(
         prompt_embeds=engine.encode(captions, 512),
         negative_prompt_embeds=engine.encode([""] * len(captions), 512) if guidance else None,
-        noise=draw_noise(SEEDS[rows], engine.latent_channels, 16, 16),
+        noise=draw_noise(SEEDS[rows], engine.latent_channels, 8, 8),
         params=params,
     )
 
 
-@pytest.mark.parametrize("config", [DiffusersEngine(), NativeEngine()], ids=["diffusers", "native"])
+@pytest.mark.parametrize("name", ["diffusers", "native"])
 @pytest.mark.parametrize("guidance", [0.0, 2.0])
-def test_a_batch_equals_its_singles(config: EngineConfig, nano: Path, guidance: float) -> None:
-    engine = load(config, nano)
+def test_a_batch_equals_its_singles(engines: dict[str, Engine], name: str, guidance: float) -> None:
+    engine = engines[name]
     together = engine.denoise(request(engine, slice(0, 3), guidance))
     for row in range(3):
         alone = engine.denoise(request(engine, slice(row, row + 1), guidance))
@@ -53,10 +57,11 @@ def test_a_batch_equals_its_singles(config: EngineConfig, nano: Path, guidance: 
 
 
 @pytest.mark.parametrize("steps", [1, 8, 9])
-def test_steps_are_transformer_forwards(nano: Path, steps: int) -> None:
-    engine = load(DiffusersEngine(), nano)
+def test_steps_are_transformer_forwards(engines: dict[str, Engine], steps: int) -> None:
+    engine = engines["diffusers"]
     calls = []
-    engine.pipe.transformer.register_forward_hook(lambda *_: calls.append(1))  # pyright: ignore[reportAttributeAccessIssue]
+    hook = engine.pipe.transformer.register_forward_hook(lambda *_: calls.append(1))  # pyright: ignore[reportAttributeAccessIssue]
     latents = engine.denoise(request(engine, slice(0, 1), 0.0, steps))
+    hook.remove()
     assert len(calls) == steps
     assert latents.dtype == torch.float32
