@@ -42,8 +42,9 @@ digests were computed and the prepared copy was made beforehand, as after a firs
 BESIDE = """Beside these: [where a forward's milliseconds go](profile_notes.md), [where the time to the first picture
 goes](../docs/starting.md), the embedded model on a CPU (`nano_cpu.py`, `results/nano_cpu.json`), what a job of a
 multirun costs beside its picture (`sweep_overhead.py`), what `executor=process` costs (`executor_overhead.py`), the
-second command with `executor=resident` (`resident.py`), load on the service (`serve.py`), several GPUs
-(`several_gpus.py`, [what came out](../docs/scale.md#several-gpus-of-one-machine), `results/several_gpus.json`), LoRAs
+second command with `executor=resident` (`resident.py`), load on the service and kills under it (`serve.py`,
+`serve_kills.py`), several GPUs (`several_gpus.py`,
+[what came out](../docs/scale.md#several-gpus-of-one-machine), `results/several_gpus.json`), LoRAs
 (`loras.py`, `results/loras.json`), a checkpoint in one file beside the repository (`results/single_file.json`)."""
 PHASES = ("start", "import", "load", "move", "compile", "warm-up", "first picture")
 """What the time to the first picture is made of, in order."""

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from typing import cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -143,7 +144,8 @@ def job(cfg: DictConfig) -> int | Future[int]:
             )
         overrides = list(HydraConfig.get().overrides.task)
         command_line_wins(cfg, overrides)
-        if cfg.resume is None and is_started_again(directory, OmegaConf.select(HydraConfig.get(), "job.id")):
+        job_id = OmegaConf.select(cast("DictConfig", HydraConfig.get()), "job.id")
+        if cfg.resume is None and is_started_again(directory, job_id):
             cfg.resume = str(directory)
             overrides.append("resume")
         if cfg.resume is not None:
