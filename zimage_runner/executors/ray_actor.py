@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
 import logging
 import os
 import platform
@@ -32,7 +31,6 @@ from zimage_runner.executors.fleet import Done, Part
 from zimage_runner.executors.messages import Start
 from zimage_runner.plan import Encoding
 from zimage_runner.signals import OF_A_QUEUE
-from zimage_runner.startup.imports import sees_gpu
 from zimage_runner.startup.process import begin
 
 PACKAGES = ("torch", "diffusers", "transformers", "tokenizers", "safetensors", "numpy", "pillow", "ray")
@@ -121,8 +119,6 @@ class Drawer:
 
     def __init__(self, number: int) -> None:
         begin(warns=False)  # before torch comes; the process that was started has warned
-        if sees_gpu():  # and so has a core to spare
-            threading.Thread(target=_import_torch, name="import", daemon=True).start()
         self._name = {"worker": f"worker {number} on {socket.gethostname()}"}
         for signal_number in (signal.SIGINT, *OF_A_QUEUE):
             # Ending the run is the driver's affair: it lets the pictures in flight finish.
@@ -246,15 +242,6 @@ class Drawer:
     def _said(self) -> list[tuple[int, str, str]]:
         said, self._lines[:] = list(self._lines), []
         return said
-
-
-def _import_torch() -> None:
-    """Import torch while the worker still says what it is, and waits for what it is to load."""
-    with contextlib.suppress(Exception):  # who imports it next gets the error
-        from zimage_runner.engines.threads import wait_passively
-
-        wait_passively()
-        importlib.import_module("torch")
 
 
 class _Keep(logging.Handler):
