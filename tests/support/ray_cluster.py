@@ -12,6 +12,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from zimage_runner.executors.ray_start import started_lean
+
 STORE = 100 * 2**20
 """Bytes of each node's object store."""
 RAYLET = "raylet/raylet"
@@ -58,7 +60,8 @@ def ray_cluster(nodes: int, environment: Mapping[str, str] = MappingProxyType({}
     head = {
         "num_cpus": 1, "object_store_memory": STORE, "include_dashboard": False, "_system_config": QUICK,
     }  # fmt: skip
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    with started_lean():
+        cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         yield Nodes(cluster, nodes)
     finally:
