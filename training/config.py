@@ -123,6 +123,7 @@ class ControlConfig:
     device: str = MISSING
     pictures: int = MISSING
     poses: int = MISSING
+    draw_seconds: float = MISSING
     seconds: float = MISSING
     batch: int = MISSING
     lr: float = MISSING

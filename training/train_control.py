@@ -11,6 +11,7 @@ from __future__ import annotations
 # pyright: reportPrivateImportUsage=false, reportArgumentType=false
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,25 +73,31 @@ def posed(pictures: Tensor) -> Tensor:
 
 
 def make_pool(cfg: TrainingConfig) -> Pool:
-    """Draw pictures with the model, give each several poses and find their edges."""
+    """Draw pictures with the model for a while, give each several poses and find their edges."""
     control, start = cfg.control, time.time()
     model = load_model(Path(control.model), Options(device=control.device))
     vae: Any = AutoencoderKL.from_pretrained(control.model, subfolder="vae", torch_dtype=torch.float32)
     encode = make_encoder(vae.to(control.device))
     rng = random.Random(cfg.seed)
     parts: list[tuple[Tensor, ...]] = []
-    while sum(len(part[0]) for part in parts) < control.pictures * control.poses:
+    edges_of = ThreadPoolExecutor(8)
+    while (drawn := sum(len(part[0]) for part in parts)) < control.pictures * control.poses:
+        if parts and time.time() - start > control.draw_seconds:
+            break
+        if len(parts) % (16 * control.poses) == 0:
+            print(f"{drawn} drawn and encoded after {time.time() - start:.0f} s", flush=True)
         embeds = [e for e in model.encode(captions(AT_ONCE, rng), 512) if len(e) <= CAPTION]
         seeds = [torch.Generator().manual_seed(rng.randrange(2**31)) for _ in embeds]
         noise = torch.stack([torch.randn(LATENT_CHANNELS, LATENT_SIDE, LATENT_SIDE, generator=g) for g in seeds])
         pixels = model.decode(model.denoise(embeds, noise, STEPS)).wait()
-        drawn = torch.from_numpy(pixels).to(control.device).permute(0, 3, 1, 2).float()
+        own = torch.from_numpy(pixels).to(control.device).permute(0, 3, 1, 2).float()
         padded = torch.stack([torch.cat([e, e.new_zeros(CAPTION - len(e), e.shape[1])]) for e in embeds])
         real = torch.stack([torch.arange(CAPTION) < len(e) for e in embeds])
         for _ in range(control.poses):
-            pictures = posed(drawn)
+            pictures = posed(own)
             bytes_ = pictures.round().byte().permute(0, 2, 3, 1).cpu().numpy()
-            edges = torch.stack([torch.from_numpy(canny(picture, *control.thresholds)) for picture in bytes_])
+            found = edges_of.map(lambda picture: torch.from_numpy(canny(picture, *control.thresholds)), bytes_)
+            edges = torch.stack(list(found))
             edges = edges.to(control.device).permute(0, 3, 1, 2).float()
             parts.append((encode(pictures / 127.5 - 1), encode(edges / 127.5 - 1), padded, real))
     pool = Pool(*(torch.cat(column).clone().to(control.device) for column in zip(*parts)))
@@ -125,7 +132,7 @@ def main(cfg: TrainingConfig) -> None:
     net = build(transformer, control.places).to(control.device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=control.lr, betas=(0.9, 0.98), weight_decay=0.01)
     ropes = rope_tables(transformer, CAPTION, LATENT_SIDE // 2, LATENT_SIDE // 2, control.device)
-    start, step, losses = time.time(), 0, []
+    start, step, losses, saved = time.time(), 0, [], 0.0
     while (done := (time.time() - start) / control.seconds) < 1:
         for group in optimizer.param_groups:
             group["lr"] = control.lr * min(1.0, (step + 1) / WARMUP, 2.5 * (1 - done) + 0.02)
@@ -144,9 +151,16 @@ def main(cfg: TrainingConfig) -> None:
         if step % control.report == 0:
             print(f"step {step}, {100 * done:.0f} %: loss {torch.stack(losses).mean():.4f}", flush=True)
             losses.clear()
-    tensors = {name: value.detach().cpu().bfloat16().contiguous() for name, value in net.state_dict().items()}
-    save_file(tensors, control.out)
-    print(f"{control.out}: {Path(control.out).stat().st_size / 1e6:.1f} MB after {step} steps")
+            if done - saved > 0.2:
+                saved = done
+                save(net, control.out, step)  # whoever ends it has something
+    save(net, control.out, step)
+
+
+def save(net: Any, path: str, step: int) -> None:
+    """Write the file that ``model.controlnet`` names."""
+    save_file({name: value.detach().cpu().bfloat16().contiguous() for name, value in net.state_dict().items()}, path)
+    print(f"{path}: {Path(path).stat().st_size / 1e6:.1f} MB after {step} steps", flush=True)
 
 
 if __name__ == "__main__":
