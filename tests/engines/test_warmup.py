@@ -113,6 +113,8 @@ def test_pictures_are_warmed_up_as_they_are_drawn(whole):
     ]
     (request,) = engine.requests
     assert request.control is not None
+    assert request.start is not None
+    assert request.mask is not None
     shapes = [tuple(part.shape) for part in (request.start, request.mask, request.control.pictures)]
     assert shapes == [(2, 16, 16, 8), (2, 1, 16, 8), (2, 16, 16, 8)]
     assert request.control.around is not None  # the second picture that is encoded
