@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -11,13 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.support import NANO
 from training.cases import Case, load_reference
 from training.scoring import Judge
-from zimage_runner.engines.native.assembly import load_model
-from zimage_runner.engines.native.model import NativeModel, Options
+from zimage_runner.config.paths import CONFIG_DIR
+from zimage_runner.engines.native.assembly import load_controlnet, load_model, load_vae_encoder
+from zimage_runner.engines.native.model import Control, NativeModel, Options
 from zimage_runner.engines.native.sampler import Guidance
+from zimage_runner.model import Model, Source
+from zimage_runner.pictures.canny import canny
+from zimage_runner.weights.find.controlnet import find_controlnet
 
 REFERENCE = NANO.parents[2] / "training" / "reference"
 
@@ -55,6 +61,11 @@ def judge() -> tuple[Judge, list[str]]:
 def ink(picture: np.ndarray) -> np.ndarray:
     """Mask of what is not the white ground."""
     return (picture.min(-1) < 225) | (np.ptp(picture.astype(int), axis=-1) > 30)
+
+
+def overlap(a: np.ndarray, b: np.ndarray) -> float:
+    """What two silhouettes share of what either covers."""
+    return float((ink(a) & ink(b)).sum() / (ink(a) | ink(b)).sum())
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -144,6 +155,22 @@ def test_guidance_keeps_the_thing(draw: Draw, judge: tuple[Judge, list[str]]) ->
     guided = [draw("a cat", seed, guidance=1.0) for seed in (0, 1)]
     assert all(distance(guided[seed], draw("a cat", seed)) > 3 for seed in (0, 1))
     assert labels_of(judge, guided) == ["cat", "cat"]
+
+
+def test_its_controlnet_draws_in_the_outlines_of_another_picture(draw: Draw, model: NativeModel) -> None:
+    """The sketch's silhouette is small and to one side; by itself the model draws large ones in the middle."""
+    own = Model(name="nano", source=Source.embedded, controlnet="embedded")
+    found = find_controlnet(own, json.loads((NANO / "transformer" / "config.json").read_text(encoding="utf-8")))
+    assert found is not None
+    load_controlnet(model, found)
+    load_vae_encoder(model, NANO)
+    picture = np.asarray(Image.open(CONFIG_DIR / "pictures" / "apple.png").convert("RGB"))
+    edges = model.encode_picture(torch.from_numpy(canny(picture))).mean
+    for prompt in ("a green apple", "a peach"):
+        noise = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+        control = Control(condition=edges[None], scales=[1.0])
+        steered = model.decode(model.denoise(model.encode([prompt], 512), noise, 8, control=control)).wait()[0]
+        assert overlap(picture, steered) > 0.8 > overlap(picture, draw(prompt))
 
 
 def test_diffusers_draws_the_same(draw: Draw) -> None:

@@ -146,7 +146,7 @@ class Model:
     tokenizer: str | None = field(default=None, metadata=FREE_TEXT)
     """A directory to take the tokenizer from."""
     controlnet: str | None = field(default=None, metadata=FREE_TEXT)
-    """A ControlNet of Z-Image, a file or its directory: it steers pictures that have a control_image."""
+    """A ControlNet, a file or its directory, for pictures with a control_image; embedded: zimage_nano's, of edges."""
     controlnet_convention: Convention = Convention.trained
     """How it is used: trained, as its makers do, or diffusers, as ZImageControlNetPipeline does."""
     cache_dir: str | None = field(default=None, metadata=HARMLESS)

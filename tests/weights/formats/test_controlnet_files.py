@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from tests.support import NANO
 from tests.support.controlnets import LAYOUTS, TRANSFORMER, shapes_of, write_controlnet
 from zimage_runner.errors import UserError
-from zimage_runner.model import Model, Source
+from zimage_runner.model import Model, Source, Verify
 from zimage_runner.prepare import main as prepare
-from zimage_runner.weights.find.controlnet import ControlNetFile, find_controlnet
+from zimage_runner.weights.find.controlnet import EMBEDDED_FILE, ControlNetFile, find_controlnet
 from zimage_runner.weights.formats.checkpoint_file import open_checkpoint_file
 from zimage_runner.weights.formats.controlnet import PUBLISHED, layout_of
 from zimage_runner.weights.safetensors_file import TensorInfo
@@ -39,6 +39,18 @@ def find(path: Path | str, transformer: dict[str, Any] = TRANSFORMER, **fields: 
     found = find_controlnet(Model(name="nano", source=Source.embedded, controlnet=str(path), **fields), transformer)
     assert found is not None
     return found
+
+
+def test_the_embedded_models_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for verify in Verify:
+        found = find("embedded", verify=verify)
+        assert (found.path, found.layout.name) == (EMBEDDED_FILE, "Union 2.0, 1 control layer, 16 channels")
+    data = bytearray(EMBEDDED_FILE.read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "altered.safetensors").write_bytes(data)
+    monkeypatch.setattr("zimage_runner.weights.find.controlnet.EMBEDDED_FILE", tmp_path / "altered.safetensors")
+    with pytest.raises(UserError, match=r"model.controlnet=embedded: .*altered.safetensors was altered: reinstall"):
+        find("embedded")
 
 
 @pytest.mark.parametrize(
