@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,12 @@ else:  # the same examples every time, however busy the machine; for others: --h
 
 # Two workers share two cores: threads of one would only get in the other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# What a person's own cache holds, prepared copies say, is no business of the tests, and theirs none of the cache's. The
+# workers have the folder of the process that starts them.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _cache = tempfile.TemporaryDirectory(prefix="zimage_runner_tests_", ignore_cleanup_errors=True)
+    os.environ["ZIMAGE_RUNNER_CACHE"] = _cache.name
 
 # Collecting imports half a million objects, none of which is garbage: nothing looks through them meanwhile.
 gc.disable()
@@ -61,14 +68,23 @@ def _the_power_stays_on() -> Iterator[None]:
         yield
 
 
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU")]
+
+
 @pytest.fixture(autouse=True)
-def _logging_as_it_was() -> Iterator[None]:
-    """What Hydra's --info sets up (every library's debug lines) ends with the test."""
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
+def _process_as_it_was() -> Iterator[None]:
+    """What Hydra's --info sets up (every library's debug lines) ends with the test, and so do answers to signals: a
+    worker of Ray, say, ignores them, and so would every process that is started later."""
+    loggers = [logging.getLogger(name) for name in (None, "zimage_runner")]
+    before = [(list(logger.handlers), logger.level, logger.propagate) for logger in loggers]
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
+    for logger, (own, level, propagate) in zip(loggers, before, strict=True):
+        logger.handlers[:], logger.propagate = own, propagate
+        logger.setLevel(level)
+    for number, handler in handlers.items():
+        if handler is not None and signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")

@@ -121,6 +121,8 @@ def test_the_openai_client_and_a_clean_end():
 @pytest.mark.slow
 def test_the_next_service_goes_on_after_kill_9():
     with started() as (process, port):
+        loaded = Path(f"/proc/{process.pid}/maps").read_text(encoding="utf-8")
+        assert all(library in loaded for library in ("_multiarray_umath", "PIL/_imaging")), "the first request waits"
         _, run = ask(port, "POST", "/v1/runs", {"prompts": ["a dog"], "seeds": "0-9", "sampling": SMALL})
         _until(lambda: ask(port, "GET", f"/v1/runs/{run['id']}")[1]["counts"]["ok"] >= 2)
         os.kill(process.pid, signal.SIGKILL)

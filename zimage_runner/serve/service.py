@@ -8,9 +8,11 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from zimage_runner.errors import EXIT_ITEMS_FAILED
 from zimage_runner.logs import say
+from zimage_runner.outputs.config import Output
 from zimage_runner.serve.kept import KeptPictures
 from zimage_runner.serve.metrics import Metrics
 from zimage_runner.serve.runs import RunQueue
@@ -46,6 +48,7 @@ class Service:
         """Load the model, and go on with the runs that are queued."""
         self.scheduler.start()
         self.runs.start()
+        self.pool.submit(_encode_once, self.settings.config.output)
 
     def close(self) -> bool:
         """End after the pictures in flight. Runs that are not done go on at the next start.
@@ -98,6 +101,15 @@ class Service:
                 plain = name.removesuffix("_gb")
                 values[f"gpu_memory_{plain}_bytes"] = ("gauge", f"GPU memory, {plain}.", value * GB)
         return self.metrics.text(values)
+
+
+def _encode_once(output: Output) -> None:
+    """Import what pictures are encoded with while the model is loaded, or the first request waits for it: 0.2 s."""
+    import numpy as np
+
+    from zimage_runner.outputs.encoders import encode
+
+    encode(np.zeros((1, 1, 3), dtype=np.uint8), {}, replace(output, metadata=False))
 
 
 def _peak_bytes() -> float:
