@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -141,26 +141,24 @@ class Budget:
         self._longest[key] = max(seconds, self._longest.get(key, 0.0))
 
 
-def measure(scenario: Scenario, results: Results, seconds: float, models: Mapping[str, Path]) -> None:
+def measure(scenario: Scenario, results: Results, seconds: float) -> None:
     """Run the scenario's rounds until they are done or the budget is spent."""
     budget = Budget(seconds)
     with tempfile.TemporaryDirectory(prefix="bench_kept_") as folder:
         kept = Path(folder)
         for cache in scenario.caches:
             if cache == "warm":
-                used = [models[name] for name in {v.uses_model for v in scenario.variants}]
-                machine.fill_page_cache(used, libraries=scenario.work.device == "cuda")
+                machine.fill_page_cache(scenario.work.model, libraries=scenario.work.device == "cuda")
             for number in range(scenario.rounds):
                 # Every other round backwards, so that a drift of the machine meets all of them alike.
                 for variant in in_turn(scenario.variants, number):
                     if number < scenario.rounds_of(variant) and cache in variant.caches:
-                        _turn(scenario, variant, cache, number, results, budget, models, kept)
+                        _turn(scenario, variant, cache, number, results, budget, kept)
 
 
 def _turn(
-    scenario: Scenario, variant: Variant, cache: str, number: int, results: Results, budget: Budget,
-    models: Mapping[str, Path], kept: Path,
-) -> None:  # fmt: skip
+    scenario: Scenario, variant: Variant, cache: str, number: int, results: Results, budget: Budget, kept: Path
+) -> None:
     """One contestant's process of one round, if there is time for it."""
     key = f"{cache} {variant.name}"
     priming = variant.primed and not all(_is_filled(path) for path in variant.folders(kept))
@@ -169,10 +167,10 @@ def _turn(
         print(f"{cache:8}{number} {variant.name:45} no time left", flush=True)
         return
     if priming:
-        run = run_once(scenario, variant, "warm", -1, budget.left, models, kept)
+        run = run_once(scenario, variant, "warm", -1, budget.left, kept)
         print(f"{line(run)}  (uncounted)", flush=True)
     started = time.monotonic()
-    run = run_once(scenario, variant, cache, number, budget.left, models, kept)
+    run = run_once(scenario, variant, cache, number, budget.left, kept)
     budget.took(key, time.monotonic() - started)
     results.add(run)
     print(line(run), flush=True)
@@ -187,13 +185,11 @@ def in_turn(variants: Sequence[Variant], number: int) -> Iterable[Variant]:
 
 
 def run_once(
-    scenario: Scenario, variant: Variant, cache: str, number: int, timeout: float, models: Mapping[str, Path],
-    kept: Path | None = None,
-) -> Run:  # fmt: skip
+    scenario: Scenario, variant: Variant, cache: str, number: int, timeout: float, kept: Path | None = None
+) -> Run:
     """One process of one contestant; ``kept`` holds what outlives it (by default nothing does)."""
-    work = scenario.work
-    images = work.images if variant.images is None else variant.images
-    work = Work(model=models[variant.uses_model], images=images, size=work.size, steps=work.steps, device=work.device)
+    work = replace(scenario.work, images=variant.images or scenario.work.images)
+    images = work.images
     out = Path(tempfile.mkdtemp(prefix="bench_"))
     log = out / "log.txt"
     try:

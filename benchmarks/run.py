@@ -1,6 +1,6 @@
 """Run measurements:
 
-    python -m benchmarks.run main_job throughput --model /data/turbo --seconds 300
+    python -m benchmarks.run throughput cold_start --model /data/turbo --seconds 300
     python -m benchmarks.run all --tiny            # the embedded model on the CPU: does the harness work?
 
 Two scenarios may run at a time, each on a GPU of its own (CUDA_VISIBLE_DEVICES=0 and 1), with one --model and one
@@ -42,7 +42,7 @@ def main() -> None:
         print(f"== {scenario.title}\n   expected: {scenario.prediction}", flush=True)
         path = args.results / f"{scenario.name}{args.suffix}.json"
         results = Results(scenario, path, facts, args.note)
-        measure(scenario, results, args.seconds, {"published": scenario.work.model})
+        measure(scenario, results, args.seconds)
         results.write()
         print(f"   {len(results.runs)} processes -> {path}", flush=True)
 

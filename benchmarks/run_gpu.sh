@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Measure on a bare machine with a GPU, torch and transformers, in one go:
 #
-#   benchmarks/run_gpu.sh main_job=240 throughput=200          # scenario=seconds, most important first
-#   TINY=1 benchmarks/run_gpu.sh main_job=60                   # the embedded model: does the script work?
+#   benchmarks/run_gpu.sh throughput=240 cold_start=200         # scenario=seconds, most important first
+#   TINY=1 benchmarks/run_gpu.sh throughput=60                  # the embedded model: does the script work?
 #   benchmarks/run_gpu.sh tests=200 throughput=200             # the GPU tests first, each outcome as it comes
 #
 # WHEELS: folder of wheels to install (default .whl; none is fine when everything is installed already).

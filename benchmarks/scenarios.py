@@ -23,26 +23,6 @@ SMALL = 512
 """Pixels a side up to which batches are measured too."""
 
 
-def main_job(work: Work) -> Scenario:
-    """The whole job through the command line, beside the naive loop."""
-    return Scenario(
-        name="main_job",
-        title="The main job: this runner's command line beside the naive loop",
-        prediction=(
-            "engine=diffusers with its defaults (weights straight to the GPU, cuDNN attention, PNG level 1 in the "
-            "background) reaches the first picture about as late as the naive loop, because both import diffusers "
-            "(27 s), and then needs 1.05 s a picture against 1.57 s; the peak stays at 23 GB."
-        ),
-        variants=[
-            NAIVE,
-            ours("ours engine=diffusers", "engine=diffusers", "warmup=none"),
-            ours("ours engine=diffusers, warm-up", "engine=diffusers", "warmup=generate"),
-        ],
-        work=work,
-        rounds=3,
-    )
-
-
 def cold_start(work: Work) -> Scenario:
     """From process start to the first picture."""
     return Scenario(
@@ -288,7 +268,6 @@ IMAGES = {"ablation": 4, "compile": 4, "attention": 4, "offload": 4}
 """Pictures of each process; 8 for the other scenarios."""
 
 SCENARIOS: dict[str, Callable[[Work], Scenario]] = {
-    "main_job": main_job,
     "throughput": throughput,
     "img2img": from_pictures,
     "control": control,

@@ -48,9 +48,6 @@ class Variant:
     """Its folders are emptied before each process: as on the first run on a machine."""
     primed: bool = False
     """Run once, uncounted, when its folders are empty."""
-    uses_model: str = "published"
-    """Key of the model directory: published (fp32 transformer) or bf16."""
-    is_ours: bool = True
 
     def command(self, work: Work, out: Path, kept: Path | None = None) -> list[str]:
         """The command line; pictures and readings go below ``out``, what outlives the process below ``kept``."""
@@ -93,6 +90,11 @@ class Variant:
             own |= {name: str(folder) for name, folder in zip(self.keeps, self.folders(kept))}
         return os.environ | own | self.env
 
+    @property
+    def is_ours(self) -> bool:
+        """False for somebody else's code."""
+        return self.script is None
+
 
 def ours(name: str, *overrides: str, **options: Any) -> Variant:
     """A variant of this runner."""
@@ -101,7 +103,7 @@ def ours(name: str, *overrides: str, **options: Any) -> Variant:
 
 def peer(name: str, script: str, **options: Any) -> Variant:
     """A variant that is somebody else's code."""
-    return Variant(name=name, script=script, is_ours=False, **options)
+    return Variant(name=name, script=script, **options)
 
 
 NAIVE = peer("naive diffusers", "naive_diffusers.py")

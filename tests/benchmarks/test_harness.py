@@ -53,7 +53,7 @@ class Script(Variant):
     """A contestant that is a few lines of Python."""
 
     def __init__(self, name: str, code: str) -> None:
-        super().__init__(name=name, script=code, is_ours=False)
+        super().__init__(name=name, script=code)
 
     def command(self, work: Work, out: Path, kept: Path | None = None) -> list[str]:
         assert self.script is not None
@@ -61,11 +61,11 @@ class Script(Variant):
 
 
 def scenario(*variants: Variant, rounds: int = 1, **more: Any) -> Scenario:
-    return Scenario(name="main_job", title="t", prediction="p", variants=variants, work=WORK, rounds=rounds, **more)
+    return Scenario(name="throughput", title="t", prediction="p", variants=variants, work=WORK, rounds=rounds, **more)
 
 
 def once(variant: Variant, timeout: float = 30.0) -> harness.Run:
-    return run_once(scenario(variant), variant, "warm", 0, timeout, {"published": TINY})
+    return run_once(scenario(variant), variant, "warm", 0, timeout)
 
 
 def test_times_are_from_process_start_to_files_on_disk() -> None:
@@ -107,14 +107,14 @@ def test_every_other_round_runs_backwards() -> None:
 
 
 def test_results_are_complete_after_every_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "main_job.json"
+    path = tmp_path / "throughput.json"
     quick = scenario(Script("a", QUICK), Script("b", QUICK), rounds=2)
     seen = []
     write = Results.write
     monkeypatch.setattr(
         Results, "write", lambda self: (write(self), seen.append(json.loads(path.read_text(encoding="utf-8"))))
     )
-    measure(quick, Results(quick, path, {"cores": 2}), 60, {"published": TINY})
+    measure(quick, Results(quick, path, {"cores": 2}), 60)
     assert [len(value["runs"]) for value in seen] == [1, 2, 3, 4]
     assert [run["variant"] for run in seen[-1]["runs"]] == ["a", "b", "b", "a"]
     assert seen[-1]["prediction"] == "p"
@@ -136,7 +136,7 @@ def test_dropping_caches_without_permission_is_said(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(machine, "drop_page_cache", lambda: False)
     variant = Script("s", DRAWS)
     with pytest.raises(SystemExit, match="cannot drop the page cache: run as root"):
-        run_once(scenario(variant), variant, "dropped", 0, 5.0, {"published": TINY})
+        run_once(scenario(variant), variant, "dropped", 0, 5.0)
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -188,7 +188,7 @@ def test_a_peer_and_this_runner_end_to_end(variant: Variant) -> None:
     # diffusers decodes in bfloat16, for which this CPU is slow; the embedded model draws 128 pixels in our runner alone
     work = dataclasses.replace(WORK, size=32) if variant.script else WORK
     drawn = dataclasses.replace(scenario(variant), work=work)
-    run = run_once(drawn, variant, "warm", 0, 120.0, {"published": TINY})
+    run = run_once(drawn, variant, "warm", 0, 120.0)
     assert run.log_tail == ""
     assert run.first_png_seconds is not None
     assert run.first_png_seconds > 0
@@ -204,7 +204,7 @@ def test_rounds_and_caches_of_a_contestant_are_limits(monkeypatch: pytest.Monkey
     object.__setattr__(b, "caches", ("warm",))
     quick = scenario(a, b, rounds=2, caches=("warm", "dropped"))
     results = Results(quick, tmp_path / "r.json", {})
-    measure(quick, results, 60, {"published": TINY})
+    measure(quick, results, 60)
     assert [(run.variant, run.cache) for run in results.runs] == [
         ("a", "warm"), ("b", "warm"), ("a", "warm"), ("a", "dropped"), ("a", "dropped"),
     ]  # fmt: skip
@@ -213,7 +213,7 @@ def test_rounds_and_caches_of_a_contestant_are_limits(monkeypatch: pytest.Monkey
 def test_what_no_time_is_left_for_is_noted(tmp_path: Path) -> None:
     quick = scenario(Script("a", QUICK), rounds=2)
     results = Results(quick, tmp_path / "r.json", {}, note="something else ran")
-    measure(quick, results, -1.0, {"published": TINY})
+    measure(quick, results, -1.0)
     data = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
     assert data["runs"] == []
     assert data["skipped"] == [{"variant": "a", "cache": "warm", "round": number} for number in (0, 1)]
@@ -281,7 +281,7 @@ def test_folders_outlive_a_process(
     monkeypatch.setattr(harness, "run_once", spy)
     quick = scenario(variant, rounds=2)
     results = Results(quick, tmp_path / "r.json", {})
-    measure(quick, results, 60, {"published": TINY})
+    measure(quick, results, 60)
     assert seen == files
     assert len(results.runs) == 2
 
@@ -321,6 +321,6 @@ def test_filling_the_page_cache_reads_models_and_prepared_copies(
     copy.write_bytes(b"1")
     read = []
     monkeypatch.setattr(machine, "_read", read.append)
-    machine.fill_page_cache([TINY], libraries=False)
+    machine.fill_page_cache(TINY, libraries=False)
     assert copy in read
     assert {path for path in TINY.rglob("*") if path.is_file()} <= set(read)

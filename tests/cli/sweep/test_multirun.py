@@ -151,7 +151,7 @@ def test_one_swept_field_makes_columns_and_prompts_rows(cli: Cli) -> None:
 
 
 def test_jobs_are_composed_from_files_once(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    """70 ms each time: more than a job may cost beside its picture (benchmarks/sweep_overhead.py measures that)."""
+    """70 ms each time: more than a job may cost beside its picture (50 ms)."""
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
     counts = []
@@ -165,15 +165,6 @@ def test_jobs_are_composed_from_files_once(cli: Cli, monkeypatch: pytest.MonkeyP
         code, _, err = cli("-m", "prompt=a", "seeds=" + ",".join(map(str, range(jobs))), *FAST)
         assert code == 0, err
     assert len(counts[0]) == len(counts[1])
-
-
-def test_benchmark_of_the_overhead_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from benchmarks import sweep_overhead
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["sweep_overhead", "--jobs", "2", "--output", "out.json"])
-    assert sweep_overhead.main() == 0
-    assert json.loads(Path("out.json").read_text(encoding="utf-8"))["milliseconds"]["min"] > 0
 
 
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
