@@ -67,10 +67,7 @@ def main() -> int:
         "load_average": {"before": load[0], "highest": max(load)},
         "ways": {way: summary(rows[way], rows[ways[0]]) for way in ways},
     }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.output:
-        args.output.write_text(text + "\n", encoding="utf-8")
+    machine.report(result, args.output)
     return 0
 
 
@@ -107,24 +104,19 @@ def draw_when_told(threads: str) -> int:
     from zimage_runner.startup.process import begin
 
     begin()
-    from benchmarks.executor_overhead import compose_job
-    from benchmarks.nano_cpu import draw
+    from benchmarks.variants import composed
+    from zimage_runner.runner.spec import plan_run
     from zimage_runner.session import Session
 
-    spec = compose_job(["engine=native", "engine.device=cpu", f"engine.threads={threads}", "warmup=none"])
+    words = ["+experiment=quickstart", "engine=native", "engine.device=cpu", f"engine.threads={threads}"]
+    spec = plan_run(composed(*words, "warmup=generate"))
     session = Session(spec.session, spec.shapes, spec.texts)
     session.start()
-    if threads != "null":  # this calls the engine below its session
-        import torch
-
-        torch.set_num_threads(int(threads))
-    for seed in range(3):  # warms up
-        draw(session.engine, spec, seed)
     print("{}", flush=True)
     for line in sys.stdin:
         began, used, pictures = time.perf_counter(), cpu_seconds(), 0
         while time.perf_counter() - began < float(line):
-            draw(session.engine, spec, pictures)
+            session.generate([spec.plan.items[pictures % len(spec.plan)]]).images.wait()
             pictures += 1
         took = {"pictures": pictures, "wall": time.perf_counter() - began, "cpu": cpu_seconds() - used}
         print(json.dumps(took), flush=True)

@@ -12,22 +12,17 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import statistics
 import sys
 import time
 
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
-
-from zimage_runner.cli.sweep.launcher import register_launcher
-from zimage_runner.config.paths import CONFIG_DIR
-from zimage_runner.config.registry import register
-from zimage_runner.config.schema import RunConfig
+from benchmarks import machine
+from benchmarks.variants import composed
 from zimage_runner.executors.base import Batch, Executor
 from zimage_runner.runner.spec import RunSpec, plan_run
 from zimage_runner.session import Session
 
+QUICKSTART = "+experiment=quickstart"
 LIMITS = {"process": 0.03, "ray": 0.02}
 """The overhead that the project allows itself."""
 
@@ -39,7 +34,7 @@ def main() -> int:
     parser.add_argument("--pictures", type=int, default=8, help="pictures in a block")
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()
-    specs = {kind: compose_job([f"executor={kind}", *args.overrides]) for kind in ("inline", args.of)}
+    specs = {kind: plan_run(composed(QUICKSTART, f"executor={kind}", *args.overrides)) for kind in ("inline", args.of)}
     executors = {kind: start(spec) for kind, spec in specs.items()}
     seconds: dict[str, list[float]] = {kind: [] for kind in executors}
     try:
@@ -52,17 +47,8 @@ def main() -> int:
         for executor in executors.values():
             executor.close()
     result = compare(seconds, args.of)
-    print(json.dumps(result, indent=2))
+    machine.report(result, None)
     return 0 if result["overhead"] <= LIMITS[args.of] else 1
-
-
-def compose_job(overrides: list[str]) -> RunSpec:
-    register()
-    register_launcher()
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
-        config = OmegaConf.to_object(compose("config", ["+experiment=quickstart", *overrides]))
-    assert isinstance(config, RunConfig)
-    return plan_run(config)
 
 
 def start(spec: RunSpec) -> Executor:

@@ -11,7 +11,6 @@ take turns. The picture without adapters must be the same, to the last bit, befo
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -20,6 +19,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from benchmarks import machine
+from benchmarks.variants import composed
 
 PREDICTION = (
     "Expected on an H200, Z-Image-Turbo, rank 32 on every product of the blocks: originals stay on the GPU, so that a "
@@ -37,16 +39,13 @@ def main() -> int:
     parser.add_argument("--pictures", type=int, default=6, help="pictures with and as many without")
     parser.add_argument("--output", type=Path, help="write the JSON here too")
     parser.add_argument("overrides", nargs="*")
-    args = parser.parse_args()
+    args, command = parser.parse_args(), " ".join(sys.argv[1:])
     from zimage_runner.engines.threads import wait_passively
 
     wait_passively()  # as a session does, before torch is there
     with tempfile.TemporaryDirectory(prefix="bench_loras_") as folder:
         result = measure(Path(folder), args.rank, args.switches, args.pictures, args.overrides)
-    text = json.dumps({"prediction": PREDICTION, "command": " ".join(sys.argv[1:]), **result}, indent=2)
-    print(text)
-    if args.output:
-        args.output.write_text(text + "\n", encoding="utf-8")
+    machine.report({"prediction": PREDICTION, "command": command, **result}, args.output)
     return 0 if result["undone_exactly"] else 1
 
 
@@ -56,13 +55,14 @@ def measure(folder: Path, rank: int, switches: int, pictures: int, overrides: li
     from zimage_runner.session import Session
     from zimage_runner.weights.adapters.find import read_checked
 
-    plain = plan_run(config(overrides))
+    words = ["prompt=a red apple", "seeds=[7]", "warmup=generate", *overrides]
+    plain = plan_run(composed(*words))
     files = [write_lora(folder / f"{name}.safetensors", plain.checkpoint.path, rank, seed)
              for seed, name in enumerate("ab")]  # fmt: skip
     checking = [seconds_of(lambda: read_checked(files[0], "benchmark")) for _ in range(2)]
-    adapted = plan_run(config([*overrides, f"loras=[{files[0]}]"]))
+    adapted = plan_run(composed(*words, f"loras=[{files[0]}]"))
     a = adapted.plan.items[0].params.loras
-    b = plan_run(config([*overrides, f"loras=[{files[1]}]"])).plan.items[0].params.loras
+    b = plan_run(composed(*words, f"loras=[{files[1]}]")).plan.items[0].params.loras
     session = Session(plain.session, plain.shapes, plain.texts)
     session.start()
     try:
@@ -89,23 +89,6 @@ def measure(folder: Path, rank: int, switches: int, pictures: int, overrides: li
         "undone_exactly": before == after,
         **{name: report[name] for name in ("device_name", "numerics", "gpu_memory", "peak_host_gb")},
     }
-
-
-def config(overrides: list[str]) -> Any:
-    """The run's config: one prompt, one seed."""
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    from zimage_runner.cli.quoting import quote_free_text
-    from zimage_runner.cli.sweep.launcher import register_launcher
-    from zimage_runner.config.paths import CONFIG_DIR
-    from zimage_runner.config.registry import register
-
-    register()
-    register_launcher()
-    words = ["prompt=a red apple", "seeds=[7]", "warmup=generate", *overrides]
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
-        return OmegaConf.to_object(compose("config", quote_free_text(words, multirun=False)))
 
 
 def write_lora(path: Path, checkpoint: Path, rank: int, seed: int) -> Path:

@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -138,6 +139,14 @@ def _versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def report(result: Mapping[str, Any], output: Path | None) -> None:
+    """Print what was measured as JSON, and write it to a file where one is given."""
+    text = json.dumps(result, indent=1, ensure_ascii=False)
+    print(text)
+    if output:
+        output.write_text(text + "\n", encoding="utf-8")
 
 
 def cpu_seconds(pid: int) -> float:

@@ -3,7 +3,7 @@
 python -m benchmarks.report             # the page
 python -m benchmarks.report --readme    # and the table in the project's README.md
 
-In this order: the figures of a results file, verdicts on the article's claims, the page, the summary, the plots.
+In this order: the figures of a results file, verdicts on the article's claims, the page, the README's table, the plots.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ import argparse
 import itertools
 import json
 import math
-import re
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,22 +34,19 @@ picture between. *GPU busy*: share of that time in which any kernel ran, as the 
 were written before the runs. Weights are synthetic (random normal, the published names, shapes and dtypes); their
 digests were computed and the prepared copy was made beforehand, as after a first download.
 
-    benchmarks/run_gpu.sh main_job=240 throughput=240     # on a bare GPU machine
+    benchmarks/run_gpu.sh throughput=240 cold_start=240   # on a bare GPU machine
     python -m benchmarks.run all --tiny                   # tries the harness on the embedded model
-"""
 
-BESIDE = """Beside these: [where a forward's milliseconds go](profile_notes.md), [where the time to the first picture
-goes](../docs/starting.md), the embedded model on a CPU (`nano_cpu.py`, `results/nano_cpu.json`), what a job of a
-multirun costs beside its picture (`sweep_overhead.py`), what `executor=process` costs (`executor_overhead.py`), the
-second command with `executor=resident` (`resident.py`), load on the service and kills under it (`serve.py`,
-`serve_kills.py`), several GPUs (`several_gpus.py`,
-[what came out](../docs/scale.md#several-gpus-of-one-machine), `results/several_gpus.json`), LoRAs
-(`loras.py`, `results/loras.json`), a checkpoint in one file beside the repository (`results/single_file.json`)."""
+Beside these: [where a forward's milliseconds go](profile_notes.md), [where the time to the first picture
+goes](../docs/starting.md), what `executor=process` costs (`executor_overhead.py`), the second command with
+`executor=resident` (`resident.py`), load on the service and kills under it (`serve.py`, `serve_kills.py`), several GPUs
+(`several_gpus.py`, [what came out](../docs/scale.md#several-gpus-of-one-machine), `results/several_gpus.json`), LoRAs
+(`loras.py`, `results/loras.json`), a checkpoint in one file beside the repository (`results/single_file.json`).
+"""
 PHASES = ("start", "import", "load", "move", "compile", "warm-up", "first picture")
 """What the time to the first picture is made of, in order."""
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
-OURS, CACHED, FP8 = "ours default", "ours, prompt embeddings cached", "ours fp8"
-BATCHED = "ours default, batch chosen by the engine"
+OURS, FP8 = "ours default", "ours fp8"
 
 
 def main() -> None:
@@ -89,6 +85,21 @@ class Spread:
         return (self.high - self.low) / 2
 
 
+METRICS: dict[str, Callable[[dict[str, Any]], float | None]] = {
+    "first_png": lambda run: run["first_png_seconds"],
+    "seconds_per_image": lambda run: seconds_a_picture(run["intervals"], run.get("batch_sizes", ())),
+    # Of pictures that come in batches, single intervals say nothing.
+    "p95": lambda run: percentile(run["intervals"], 0.95) if _is_single(run) else None,
+    "jitter": lambda run: statistics.pstdev(run["intervals"]) if _is_single(run) else None,
+    "busy": lambda run: run.get("busy_percent"),
+    "peak_device": lambda run: run.get("peak_device_gb"),
+    "peak_allocated": lambda run: run["readings"].get("memory", {}).get("peak_allocated_gb"),
+    "peak_reserved": lambda run: run["readings"].get("memory", {}).get("peak_reserved_gb"),
+}
+"""Figures of a process, from its entry in a results file: seconds, percent of the time, GB. ``peak_device`` is by the
+driver's count, with the CUDA context and what was allocated past torch."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
     """One contestant under one state of the page cache."""
@@ -97,23 +108,10 @@ class Row:
     cache: str
     ours: bool
     engine: str | None
-    first_png: Spread | None
-    seconds_per_image: Spread | None
-    """Time from the end of the first batch to the last picture, for each picture between, of each process."""
-    p95: Spread | None
-    """95th percentile of those intervals."""
-    jitter: Spread | None
-    """Their standard deviation."""
-    busy: Spread | None
-    """Percent of the time after the first batch in which the GPU ran any kernel, as the driver samples it."""
+    figures: dict[str, Spread | None]
+    """By METRICS."""
     largest_batch: int
     """Most pictures drawn together."""
-    encoder: bool | None
-    """Whether the text encoder was loaded; None where that is not told."""
-    peak_allocated: Spread | None
-    peak_reserved: Spread | None
-    peak_device: Spread | None
-    """By the driver's count, with the CUDA context and what was allocated past torch."""
     phases: dict[str, float]
     """Median seconds of each of PHASES."""
     failures: list[str]
@@ -138,38 +136,24 @@ def load(path: Path) -> tuple[dict[str, Any], list[Row]]:
 
 def _row(name: str, cache: str, ours: bool, runs: list[dict[str, Any]], skipped: int) -> Row:
     good = [run for run in runs if not run["log_tail"]]
-    # Of pictures that come in batches, single intervals say nothing.
-    single = [run for run in good if run["intervals"] and max(run.get("batch_sizes") or [1]) == 1]
-
-    def of(runs: list[dict[str, Any]], value: Callable[[dict[str, Any]], float | None]) -> Spread | None:
-        return Spread.of([v for v in map(value, runs) if v is not None])
-
+    values = {metric: [value(run) for run in good] for metric, value in METRICS.items()}
     phases = [phases_of(run) for run in good if run["readings"]]
     return Row(
         variant=name,
         cache=cache,
         ours=ours,
         engine=next((run["readings"].get("engine") for run in good), None),
-        first_png=of(good, lambda run: run["first_png_seconds"]),
-        seconds_per_image=of(good, lambda run: seconds_a_picture(run["intervals"], run.get("batch_sizes", ()))),
-        p95=of(single, lambda run: percentile(run["intervals"], 0.95)),
-        jitter=of(single, lambda run: statistics.pstdev(run["intervals"])),
-        busy=of(good, lambda run: run.get("busy_percent")),
+        figures={metric: Spread.of([v for v in found if v is not None]) for metric, found in values.items()},
         largest_batch=max((size for run in good for size in run.get("batch_sizes", ())), default=1),
-        encoder=_loads_encoder(good),
-        peak_allocated=of(good, lambda run: run["readings"].get("memory", {}).get("peak_allocated_gb")),
-        peak_reserved=of(good, lambda run: run["readings"].get("memory", {}).get("peak_reserved_gb")),
-        peak_device=of(good, lambda run: run.get("peak_device_gb")),
         phases={p: statistics.median(each[p] for each in phases) for p in PHASES} if phases else {},
         failures=[reason(run) for run in runs if run["log_tail"]],
         skipped=skipped,
     )
 
 
-def _loads_encoder(runs: list[dict[str, Any]]) -> bool | None:
-    """engine=native has a phase for each network that it loads."""
-    told = [run["readings"]["phases"] for run in runs if run["readings"].get("engine") == "native"]
-    return any("text_encoder" in phases for phases in told) if told else None
+def _is_single(run: dict[str, Any]) -> bool:
+    """Whether its pictures were drawn one at a time, more than one."""
+    return bool(run["intervals"]) and max(run.get("batch_sizes") or [1]) == 1
 
 
 def phases_of(run: dict[str, Any]) -> dict[str, float]:
@@ -218,34 +202,31 @@ class Claim:
     text: str
     variant: str
     metric: str
-    short: str = ""
-    """In the README's summary; claims without are on the page alone."""
 
 
 PLAIN = "plain"
 COMPILED = "step 3 corrected, compiled before"
 CLAIMS = [
-    Claim("step 1 (allocator settings) lowers peak memory", "step 1: allocator", "peak_reserved",
-          "step 1, peak memory"),
+    Claim("step 1 (allocator settings) lowers peak memory", "step 1: allocator", "peak_reserved"),
     Claim("step 1 makes later images steadier (jitter)", "step 1: allocator", "jitter"),
     Claim("step 2 (CPU first, then one move) shortens the way to the first picture (article: 14.7 to 4.6 s)",
-          "step 2: CPU first", "first_png", "step 2, first picture"),
+          "step 2: CPU first", "first_png"),
     Claim("loading straight to the GPU, which step 2 advises against, shortens the way to the first picture",
           "direct loading", "first_png"),
     Claim("step 3 corrected (compile the transformer, then warm up) makes later images faster (article: 18 %)",
-          COMPILED, "seconds_per_image", "step 3 corrected, later pictures"),
+          COMPILED, "seconds_per_image"),
     Claim("step 3's compilation costs 2 to 3 s once: the first picture is not later",
-          "step 3 corrected: compile, then warm up", "first_png", "step 3 corrected, first picture"),
+          "step 3 corrected: compile, then warm up", "first_png"),
     Claim("the same with the compiler's cache of an earlier run", COMPILED, "first_png"),
     Claim("step 3 as printed (sequential offload after the move) makes later images faster",
-          "step 3 as printed: sequential offload", "seconds_per_image", "step 3 as printed, later pictures"),
+          "step 3 as printed: sequential offload", "seconds_per_image"),
     Claim("step 4 (three convolutions) shortens the way to the first picture (article: by 1.2 s)",
-          "step 4: wake the hardware", "first_png", "step 4, first picture"),
+          "step 4: wake the hardware", "first_png"),
     Claim("one dummy generation makes later images faster", "warm-up without compiling", "seconds_per_image"),
     Claim("all four steps shorten the way to the first picture (article: 14.7 to 2.9 s)",
-          "steps 1+2+3+4", "first_png", "all four, first picture"),
+          "steps 1+2+3+4", "first_png"),
     Claim("all four steps make later images faster (article: 2.2 to 1.8 s)",
-          "steps 1+2+3+4", "seconds_per_image", "all four, later pictures"),
+          "steps 1+2+3+4", "seconds_per_image"),
     Claim("all four steps make later images steadier (article: no jitter)", "steps 1+2+3+4", "jitter"),
 ]  # fmt: skip
 
@@ -258,23 +239,6 @@ IMPOSSIBLE = {
     "the eager path only",
 }
 """Claims that no measurement can decide, and why. Each refusal is tested in tests/config."""
-
-
-def compared(claim: Claim, rows: Mapping[str, Row]) -> tuple[Spread, Spread] | None:
-    """The claim's contestant and the plain one, by the claim's metric; None where one has no figure."""
-    one, other = (getattr(rows.get(name), claim.metric, None) for name in (claim.variant, PLAIN))
-    return None if one is None or other is None else (one, other)
-
-
-def verdict(claim: Claim, rows: Mapping[str, Row]) -> str:
-    """confirmed, no effect, harmful or not decided, with figures; or not measured."""
-    pair = compared(claim, rows)
-    if pair is None:
-        return "not measured"
-    one, other = pair
-    unit = "GB" if claim.metric.startswith("peak") else "s"
-    figures = f"{other.median:.2f} -> {one.median:.2f} {unit}{_share(one, other, ' ({:+.0%})')}"
-    return f"{judge(one, other, claim.metric)}: {figures}, n = {other.count} and {one.count}"
 
 
 def judge(one: Spread, other: Spread, metric: str = "") -> str:
@@ -293,8 +257,15 @@ def judge(one: Spread, other: Spread, metric: str = "") -> str:
     return "confirmed" if difference < 0 else "harmful"
 
 
-def _share(one: Spread, other: Spread, form: str) -> str:
-    return form.format(one.median / other.median - 1) if other.median else ""
+def verdict(claim: Claim, rows: Mapping[str, Row]) -> str:
+    """confirmed, no effect, harmful or not decided, with figures; or not measured."""
+    one, other = (rows[name].figures[claim.metric] if name in rows else None for name in (claim.variant, PLAIN))
+    if one is None or other is None:
+        return "not measured"
+    unit = "GB" if claim.metric.startswith("peak") else "s"
+    share = f" ({one.median / other.median - 1:+.0%})" if other.median else ""
+    figures = f"{other.median:.2f} -> {one.median:.2f} {unit}{share}"
+    return f"{judge(one, other, claim.metric)}: {figures}, n = {other.count} and {one.count}"
 
 
 def verdicts(rows: Sequence[Row]) -> list[str]:
@@ -308,18 +279,9 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
 
 def page(results: Path, beside: Path) -> str:
     """The whole page; plots are written below ``beside``/plots."""
-    files = result_files(results)
-    parts = [INTRODUCTION, in_short(results, files)] + [section(path, beside) for path in files]
-    return "\n".join(parts)
-
-
-def in_short(results: Path, files: Sequence[Path]) -> str:
-    """The summary, and links to the sections."""
-    points = summary(results).replace("](docs/", "](../docs/")
-    links = [f"- [{title(path, load(path)[0])}](#{anchor(title(path, load(path)[0]))})" for path in files]
-    if not links:
-        return ""
-    return "\n".join(["## In short", "", points.rstrip("\n"), "", "Sections:", "", *links, "", BESIDE, ""])
+    short = figures(results)
+    parts = [INTRODUCTION, *(["## In short", "", *short, ""] if short else [])]
+    return "\n".join(parts + [section(path, beside) for path in result_files(results)])
 
 
 def title(path: Path, data: dict[str, Any]) -> str:
@@ -327,11 +289,6 @@ def title(path: Path, data: dict[str, Any]) -> str:
     apart = path.stem.removeprefix(data["scenario"]).strip("_").replace("_", " ")
     size = f"{data['work']['size']}x{data['work']['size']}" if data["work"]["size"] != USUAL_SIZE else ""
     return ", ".join(filter(None, [data["title"], size, apart if apart not in size.split("x") else ""]))
-
-
-def anchor(heading: str) -> str:
-    """How GitHub names a heading in links."""
-    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 def section(path: Path, beside: Path) -> str:
@@ -350,7 +307,7 @@ def section(path: Path, beside: Path) -> str:
         "",
     ]
     lines += [f"Note: {data['note']}.", ""] if data.get("note") else []
-    lines += missing(rows) + encoders(data, rows) + job_lines(data["runs"])
+    lines += missing(rows) + job_lines(data["runs"])
     plot = draw(path.stem, rows, beside / "plots")
     if plot:
         lines += [f"![{data['title']}](plots/{plot.name})", ""]
@@ -372,29 +329,28 @@ def _machine(data: dict[str, Any]) -> str:
 def table(rows: Sequence[Row]) -> list[str]:
     """Markdown table of the rows; ratios are to the baseline under the same page cache."""
     base_name = next((row.variant for row in rows if row.variant == NAIVE.name), rows[0].variant if rows else "")
-    busy = any(row.busy for row in rows)
-    lines = [
-        f"| contestant | page cache | to the first picture, s | {base_name} / this "
-        f"| s a picture after | {base_name} / this | p95, s | jitter, s "
-        f"|{' GPU busy, % |' if busy else ''} peak GB: device / torch allocated / reserved | n |",
-        "|---|---|---|---|---|---|---|---|---|---|" + ("---|" if busy else ""),
-    ]
+    busy = any(row.figures["busy"] for row in rows)
+    heads = ["contestant", "page cache", "to the first picture, s", f"{base_name} / this", "s a picture after"]
+    heads += [f"{base_name} / this", "p95, s", "jitter, s", *(["GPU busy, %"] if busy else [])]
+    heads += ["peak GB: device / torch allocated / reserved", "n"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in rows:
         base = next((other for other in rows if other.cache == row.cache and other.variant == base_name), row)
+        its, first = row.figures, row.figures["first_png"]
         cells = [
             _name(row),
             row.cache,
-            _shown(row.first_png, 2) if row.first_png else "failed" if row.failures else "not run",
-            _ratio(base.first_png, row.first_png),
-            _shown(row.seconds_per_image, 3),
-            _ratio(base.seconds_per_image, row.seconds_per_image),
-            _shown(row.p95, 3),
-            _shown(row.jitter, 3),
-            *([_shown(row.busy, 0)] if busy else []),
-            f"{_shown(row.peak_device, 1)} / {_shown(row.peak_allocated, 1)} / {_shown(row.peak_reserved, 1)}",
-            str(row.first_png.count if row.first_png else 0),
+            _shown(first, 2) if first else "failed" if row.failures else "not run",
+            _ratio(base.figures["first_png"], first),
+            _shown(its["seconds_per_image"], 3),
+            _ratio(base.figures["seconds_per_image"], its["seconds_per_image"]),
+            _shown(its["p95"], 3),
+            _shown(its["jitter"], 3),
+            *([_shown(its["busy"], 0)] if busy else []),
+            " / ".join(_shown(its[f"peak_{which}"], 1) for which in ("device", "allocated", "reserved")),
+            str(first.count if first else 0),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -412,14 +368,6 @@ def missing(rows: Sequence[Row]) -> list[str]:
     if skipped:
         lines += [f"Processes not started, for the time set aside was spent: {', '.join(skipped)}.", ""]
     return lines
-
-
-def encoders(data: dict[str, Any], rows: Sequence[Row]) -> list[str]:
-    """Whether kept prompt embeddings spared the text encoder."""
-    kept = [row for row in rows if "embedding_cache.path" in data["variants"][row.variant].get("keeps", {})]
-    told = [f"{row.variant} ({row.cache})" + (" loaded" if row.encoder else " did not load") for row in kept
-            if row.encoder is not None]  # fmt: skip
-    return [f"{'; '.join(told)} the text encoder.", ""] if told else []
 
 
 def job_lines(runs: Sequence[dict[str, Any]]) -> list[str]:
@@ -472,159 +420,63 @@ def replaced(text: str, lines: str) -> str:
 
 
 def front_table(results: Path) -> str:
-    """Return the three figures of the project's README, beside the naive script's; empty without measurements.
+    """Return the three figures of the project's README, beside the naive script's; empty without measurements."""
+    lines = figures(results)
+    link = "[All figures](benchmarks/README.md), with their spread and how to measure on your own machine."
+    return "\n".join(["", *lines, link, "", ""]) if lines else ""
+
+
+def figures(results: Path) -> list[str]:
+    """Return the lines of a table of the main figures, and what they were taken on; none without measurements.
 
     The naive script is given twice: most of its start is imports, which take longer where Python keeps no bytecode.
     """
     loaded = [load(path) for path in result_files(results)]
-    rows, starts = (_find(loaded, name, "warm", USUAL_SIZE) for name in ("throughput", "cold_start"))
-    ours, naive = (rows[name].seconds_per_image if name in rows else None for name in (OURS, NAIVE.name))
-    firsts = [starts[name].first_png if name in starts else None for name in (OURS, NAIVE_BYTECODE.name, NAIVE.name)]
+    (data, rows), (_, starts) = (_of_usual_size(loaded, name) for name in ("throughput", "cold_start"))
+    names = (OURS, NAIVE.name, FP8)
+    ours, naive, eight_bits = (rows[name].figures["seconds_per_image"] if name in rows else None for name in names)
+    names = (OURS, NAIVE_BYTECODE.name, NAIVE.name)
+    firsts = [starts[name].figures["first_png"] if name in starts else None for name in names]
     if ours is None or naive is None or None in firsts:
-        return ""
+        return []
     start, kept, none = (spread.median for spread in firsts if spread is not None)
-    data = next(data for data, its_rows in loaded if rows[OURS] in its_rows)
-    lines = [
+
+    def a_picture(what: str, spread: Spread) -> str:
+        ratio = f"**{naive.median / spread.median:.1f}x**"
+        return f"| {what} | {naive.median:.3f} s | {spread.median:.3f} s | {ratio} |"
+
+    facts = data["machine"]
+    gpu = facts["gpu"]["name"] if facts["gpu"] else facts["processor"]
+    versions = ", ".join(f"{n} {facts['versions'][n]}" for n in ("torch", "diffusers") if n in facts["versions"])
+    return [
         "| | naive diffusers script | zimage_runner | |",
         "|---|---|---|---|",
         f"| first picture on disk, from the start of the process | {kept:.1f} s; {none:.1f} s where Python keeps no "
         f"bytecode | {start:.2f} s | **{kept / start:.1f}x**; {none / start:.1f}x |",
-        f"| each picture after it, {USUAL_SIZE}x{USUAL_SIZE} | {naive.median:.3f} s | {ours.median:.3f} s | "
-        f"**{naive.median / ours.median:.1f}x** |",
-        *_eight_bits(rows, naive),
+        a_picture(f"each picture after it, {USUAL_SIZE}x{USUAL_SIZE}", ours),
+        *([a_picture("the same with `engine.precision=fp8`", eight_bits)] if eight_bits else []),
         "| after `kill -9` | begins again with the first picture | what is on disk stays; `resume=latest` draws "
         "exactly the rest | |",
         "",
-        f"{_machines([data]).replace('one', 'One', 1).replace('; ', ';' + chr(10), 1)}; files in the page cache.",
-        "[All figures](benchmarks/README.md), with their spread and how to measure on your own machine.",
+        f"One {gpu}, {versions};",
+        "synthetic full-size weights, fresh processes, medians; files in the page cache.",
     ]
-    return "\n".join(["", *lines, "", ""])
 
 
-def _eight_bits(rows: Mapping[str, Row], naive: Spread) -> Iterator[str]:
-    """Yield the table's row of fp8, where it was measured in the same session."""
-    if FP8 in rows and (ours := rows[FP8].seconds_per_image) is not None:
-        yield (
-            f"| the same with `engine.precision=fp8` | {naive.median:.3f} s | {ours.median:.3f} s | "
-            f"**{naive.median / ours.median:.1f}x** |"
-        )
-
-
-def summary(results: Path) -> str:
-    """Return a list of at most five points, the last one about the machine; one without figures is left out."""
-    loaded = [load(path) for path in result_files(results)]
-    points = [
-        *_first_picture(loaded),
-        *_pictures(loaded, 1024),
-        *_pictures(loaded, 512),
-        *_article(loaded),
-    ]
-    if not points:
-        return ""
-    return "".join(f"- {point}\n" for point in [*points, _machines([data for data, _ in loaded])])
-
-
-Loaded = list[tuple[dict[str, Any], list[Row]]]
-
-
-def _find(loaded: Loaded, scenario: str, cache: str, size: int) -> dict[str, Row]:
-    """Rows by contestant, of the first file of this scenario in which both this runner and the naive loop drew."""
+def _of_usual_size(
+    loaded: Sequence[tuple[dict[str, Any], list[Row]]], scenario: str
+) -> tuple[dict[str, Any], dict[str, Row]]:
+    """The first file of this scenario in which both this runner and the naive loop drew; its rows by contestant."""
     for data, rows in loaded:
-        found = {row.variant: row for row in rows if row.cache == cache and row.first_png is not None}
-        right = data["scenario"] == scenario and data["work"]["size"] == size
-        if right and NAIVE.name in found and {OURS, BATCHED} & found.keys():
-            return found
-    return {}
-
-
-def _first_picture(loaded: Loaded) -> Iterator[str]:
-    parts = []
-    for cache, words in (("warm", "files in the page cache"), ("dropped", "page cache dropped")):
-        rows = _find(loaded, "cold_start", cache, 1024)
-        if OURS not in rows:
-            continue
-        part = f"{words} {_against(rows[OURS].first_png, rows[NAIVE.name].first_png, 1)}"
-        if NAIVE_BYTECODE.name in rows:
-            kept = rows[NAIVE_BYTECODE.name].first_png
-            assert kept is not None
-            part += f"; against {_figure(kept, 1)} where Python keeps the bytecode of the naive script's imports: "
-            part += f"**{_ratio(kept, rows[OURS].first_png)}**"
-        if CACHED in rows and cache == "warm":
-            ours, base = rows[CACHED].first_png, rows[NAIVE.name].first_png
-            assert ours is not None
-            part += f"; prompt embeddings cached by an earlier run {_figure(ours, 1)}: {_ratio(base, ours)}"
-        parts.append(part)
-    if parts:
-        caveats = [f". {data['caveat']}" for data, _ in loaded if data["scenario"] == "cold_start" and "caveat" in data]
-        point = "**First picture on disk**, from the start of the process, against the naive diffusers loop: "
-        yield point + "; ".join(parts) + "".join(caveats)
-
-
-def _pictures(loaded: Loaded, size: int) -> Iterator[str]:
-    rows = _find(loaded, "throughput", "warm", size)
-    name = BATCHED if BATCHED in rows else OURS
-    if name not in rows or not rows[name].seconds_per_image or not rows[NAIVE.name].seconds_per_image:
-        return
-    point = _against(rows[name].seconds_per_image, rows[NAIVE.name].seconds_per_image, 3, "naive diffusers ")
-    point += _fastest_rival(rows, rows[name])
-    batch = f" in batches of up to {rows[name].largest_batch}" if rows[name].largest_batch > 1 else ""
-    yield f"**A picture of {size}x{size}**{batch}, PNG written: {point}"
-
-
-def _fastest_rival(rows: dict[str, Row], ours: Row) -> str:
-    """diffusers at its best, where any settings of it beat the naive loop."""
-    speeds = {name: row.seconds_per_image for name, row in rows.items() if "diffusers" in name}
-    medians = {name: speed.median for name, speed in speeds.items() if speed is not None}
-    best = min(medians, key=lambda name: medians[name])
-    if best == NAIVE.name or ours.seconds_per_image is None:
-        return ""
-    ratio = medians[best] / ours.seconds_per_image.median
-    return f"; the fastest settings of diffusers measured ({best}) {medians[best]:.3f} s: {ratio:.2f}x"
-
-
-def _against(ours: Spread | None, base: Spread | None, digits: int, label: str = "") -> str:
-    """``5.9 s (5.8-6.1, n=5) against naive 24.6 s (.., n=5): **4.17x** as fast``."""
-    assert ours is not None
-    assert base is not None
-    figures = f"{_figure(ours, digits)} against {label}{_figure(base, digits)}"
-    return f"{figures}: **{base.median / ours.median:.2f}x** as fast"
-
-
-def _figure(spread: Spread, digits: int) -> str:
-    low, high = f"{spread.low:.{digits}f}", f"{spread.high:.{digits}f}"
-    around = f"{low}-{high}, " if low != high else ""
-    return f"{spread.median:.{digits}f} s ({around}n={spread.count})"
-
-
-def _article(loaded: Loaded) -> Iterator[str]:
-    words = {"confirmed": "helps", "no effect": "no effect", "harmful": "harms"}
-    rows = next((rows for data, rows in loaded if data["scenario"] == "ablation"), [])
-    by_name = {row.variant: row for row in rows if row.cache == "warm"}
-    judged: dict[str, list[str]] = {word: [] for word in words.values()}
-    for claim in CLAIMS:
-        pair = compared(claim, by_name)
-        word = words.get(judge(*pair, claim.metric)) if pair else None
-        if claim.short and pair and word:
-            judged[word].append(claim.short + _share(*pair, " {:+.0%}"))
-    told = [f"{word}: {', '.join(claims)}" for word, claims in judged.items() if claims]
-    if told:
-        yield f"**The article's steps**, measured: {'; '.join(told)}; impossible as printed: {len(IMPOSSIBLE)} claims"
-
-
-def _machines(files: list[dict[str, Any]]) -> str:
-    """What the figures were taken on; several machines are all named."""
-    names = []
-    for data in files:
-        facts, versions = data["machine"], data["machine"]["versions"]
-        gpu = facts["gpu"]["name"] if facts["gpu"] else facts["processor"]
-        names.append(f"one {gpu}, " + ", ".join(f"{n} {versions[n]}" for n in ("torch", "diffusers") if n in versions))
-    unique = [name for name, _ in itertools.groupby(sorted(names))]
-    return f"{'; '.join(unique)}; synthetic full-size weights, fresh processes, medians"
+        found = {row.variant: row for row in rows if row.cache == "warm" and row.figures["first_png"] is not None}
+        if data["scenario"] == scenario and data["work"]["size"] == USUAL_SIZE and {OURS, NAIVE.name} <= found.keys():
+            return data, found
+    return {}, {}
 
 
 def draw(name: str, rows: Sequence[Row], folder: Path) -> Path | None:
     """Stacked phases to the first picture, and seconds a picture after that; None without matplotlib or rows."""
-    shown = [row for row in rows if row.first_png is not None and row.phases]
+    shown = [row for row in rows if row.figures["first_png"] and row.phases]
     try:
         import matplotlib
     except ImportError:
@@ -634,7 +486,7 @@ def draw(name: str, rows: Sequence[Row], folder: Path) -> Path | None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    several = any(row.seconds_per_image for row in shown)
+    several = any(row.figures["seconds_per_image"] for row in shown)
     figure, axes = plt.subplots(
         1, 2 if several else 1, figsize=(12 if several else 8, 1 + 0.42 * len(shown)), sharey=True, squeeze=False
     )
@@ -649,7 +501,8 @@ def draw(name: str, rows: Sequence[Row], folder: Path) -> Path | None:
     axes[0][0].legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.25 / max(1, len(shown) / 6)))
     axes[0][0].invert_yaxis()
     if several:
-        values = [row.seconds_per_image.median if row.seconds_per_image else 0.0 for row in shown]
+        each = [row.figures["seconds_per_image"] for row in shown]
+        values = [spread.median if spread else 0.0 for spread in each]
         axes[0][1].barh(labels, values, color=["tab:green" if row.ours else "tab:gray" for row in shown])
         axes[0][1].set_xlabel("seconds a picture after the first")
     folder.mkdir(parents=True, exist_ok=True)

@@ -38,10 +38,7 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = measure(args.words or NANO, args.rounds, Path(folder))
-    text = json.dumps(result, indent=1)
-    print(text)
-    if args.output:
-        args.output.write_text(text + "\n", encoding="utf-8")
+    machine.report(result, args.output)
     return 0
 
 

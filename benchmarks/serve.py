@@ -1,6 +1,6 @@
 """Load on the service: requests from many clients at once, and how long they take.
 
-    python benchmarks/serve.py [--requests 1000] [--clients 32] [--soak MINUTES] [--output FILE] [word ...]
+    python -m benchmarks.serve [--requests 1000] [--clients 32] [--soak MINUTES] [--output FILE] [word ...]
 
 Words are those of ``zimage_runner serve``; without any it draws with the embedded model. Each client keeps one
 connection and asks again as soon as it is answered. A request that is answered 429 counts as refused, is asked again
@@ -28,6 +28,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import machine
+
 START_SECONDS = 600.0
 ROUTE = "/v1/images/generations"
 ALONE = 6
@@ -50,10 +52,7 @@ def main() -> int:
             result["soak"] = soak(port, process.pid, args.soak * 60, args.clients)
         process.send_signal(signal.SIGTERM)
         result["exit_code"] = process.wait(60)
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.output:
-        args.output.write_text(text + "\n", encoding="utf-8")
+    machine.report(result, args.output)
     errors = result["errors"] + result.get("soak", {}).get("errors", 0)
     return 0 if not errors and result["exit_code"] == 0 else 1
 

@@ -28,6 +28,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from benchmarks import machine
 from benchmarks.serve import ROUTE, ask, children_of, service
 
 FAST = {"num_inference_steps": 1}
@@ -53,11 +54,8 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = Campaign(Path(folder), args.clients, args.seed).run(args.worker_kills, args.service_kills)
-    print(json.dumps(result, indent=1, ensure_ascii=False))
-    if args.output:
-        known = json.loads(args.output.read_bytes()) if args.output.exists() else {}
-        text = json.dumps(known | {"kills": result}, indent=1, ensure_ascii=False)
-        args.output.write_text(text + "\n", encoding="utf-8")
+    known = json.loads(args.output.read_bytes()) if args.output and args.output.exists() else {}
+    machine.report(known | {"kills": result}, args.output)
     return 1 if result["wrong"] else 0
 
 

@@ -17,7 +17,6 @@ import os
 import platform
 import random
 import resource
-import shutil
 import sys
 import tempfile
 import time
@@ -30,9 +29,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.gallery import measured  # noqa: E402
+from benchmarks.variants import composed  # noqa: E402
 from tests.support.written_runs import PARAMS  # noqa: E402
-from zimage_runner.cli.main import main as cli  # noqa: E402
-from zimage_runner.config.schema import Composed  # noqa: E402
 from zimage_runner.outputs.atomic import sync_filesystem, write_all  # noqa: E402
 from zimage_runner.outputs.config import Fsync, Shards  # noqa: E402
 from zimage_runner.outputs.item_files import Filed  # noqa: E402
@@ -78,12 +76,10 @@ def records(folder: Path, size: int) -> dict[str, Any]:
     with (folder / "prompts.jsonl").open("w", encoding="utf-8") as prompts:
         for n in range(size):
             prompts.write(json.dumps({"prompt": f"a lighthouse at hour {n}, watercolour"}) + "\n")
-    composed: list[Composed] = []
     words = ["prompts=jsonl", f"prompts.path={folder / 'prompts.jsonl'}", f"output.root={folder}", "output=shards"]
-    assert cli(words, take=lambda job: composed.append(job) or 0) == 0
-    shutil.rmtree(composed[0].directory, ignore_errors=True)
+    config = composed(*words)
     with timed(result, "plan_s"):
-        spec = plan_run(composed[0].config)
+        spec = plan_run(config)
     assert len(spec.plan) == size
     items, output = spec.plan.items, Shards(min_free_gb=0, fsync=Fsync.run)
     path = folder / "outputs" / "big" / "run"

@@ -6,7 +6,10 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zimage_runner.config.schema import Composed, RunConfig
 
 HERE = Path(__file__).resolve().parent
 PROMPTS = HERE / "prompts.txt"
@@ -94,6 +97,16 @@ class Variant:
     def is_ours(self) -> bool:
         """False for somebody else's code."""
         return self.script is None
+
+
+def composed(*words: str) -> RunConfig:
+    """The config that these words of a command line make, for measurements below it."""
+    from zimage_runner.cli.main import main
+
+    jobs: list[Composed] = []
+    if main(words, take=lambda job: jobs.append(job) or 0):
+        sys.exit(f"nothing can be measured with {' '.join(words)}")
+    return jobs[0].config
 
 
 def ours(name: str, *overrides: str, **options: Any) -> Variant:
