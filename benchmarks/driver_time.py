@@ -15,80 +15,53 @@ import io
 import resource
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from tests.support.simulated_fleet import SimulatedFleet
 from zimage_runner.cli.main import main
 from zimage_runner.executors.base import Batch, Sink, Written
-from zimage_runner.executors.fleet import Done, Event, Hired, Notice, Part, Ready
+from zimage_runner.executors.fleet import Notice, Part
 from zimage_runner.executors.ray_config import RayExecutorConfig
 from zimage_runner.executors.ray_pool import RayExecutor
 from zimage_runner.memory.policies import Health
 from zimage_runner.outputs.ledger import record_head
-from zimage_runner.plan import Encoding, Fingerprints
+from zimage_runner.plan import Fingerprints
 from zimage_runner.runner.run import Run
 
-REPORT: dict[str, Any] = {
-    "phases": {"load": 0.0}, "numerics": {"engine": "simulated"}, "versions": {}, "gpu_memory": {}, "device_name": "",
-}  # fmt: skip
 
-
-class SimulatedFleet:
+class Fleet(SimulatedFleet):
     """Workers that have written their batch as soon as somebody looks. Its own time is not the driver's."""
 
     def __init__(self, workers: int) -> None:
-        self.workers = workers
+        super().__init__(workers, draw=written_parts)
+        self.pace = 1.0
         self.cpu_seconds = 0.0
-        self._batches: dict[int, list[tuple[int, Batch]]] = {}
-        self._events: list[tuple[int, Event]] = []
 
-    def connect(self) -> None: ...
-
-    def places(self) -> int:
-        return self.workers
-
-    def hire(self, worker: int) -> None:
-        self._batches[worker] = []
-        self._events.append((worker, Hired(node=f"node{worker // 8}", is_elsewhere=True)))
-
-    def load(self, worker: int) -> None:
-        self._events.append((worker, Ready(report=REPORT)))
-
-    def extend(self, worker: int, shapes: Sequence[Any], texts: Sequence[Encoding]) -> None: ...
-
-    def equip(self, worker: int, sink: Sink | None, *, must: bool) -> None: ...
+    def equip(self, worker: int, sink: Sink | None, *, must: bool) -> None:
+        self.sinks[worker] = (sink, must)
 
     def draw(self, worker: int, ticket: int, batch: Batch) -> None:
-        self._batches[worker].append((ticket, batch))
+        began = time.thread_time()
+        super().draw(worker, ticket, batch)
+        self.cpu_seconds += time.thread_time() - began
 
     def poll(self, timeout_s: float) -> list[Notice]:
         began = time.thread_time()
-        events, self._events = self._events, []
-        for worker, waiting in self._batches.items():
-            if waiting:
-                events.append((worker, self._done(*waiting.pop(0))))
+        found = super().poll(timeout_s)
         self.cpu_seconds += time.thread_time() - began
-        return [Notice(worker, lambda event=event: event) for worker, event in events]
+        return found
 
-    def _done(self, ticket: int, batch: Batch) -> Done:
-        written = []
-        for item in batch.items:
-            result = {"image": "image.png", "sha256": hashlib.sha256(b"%d" % item.seed).hexdigest(), "bytes": 1_500_000}
-            head = record_head(item.item_dir, "ok", item.prompt_index, item.seed, _fingerprint(item), **result)
-            timings = {"encode": 0.1, "denoise": 1.0, "decode": 0.1}
-            written.append(Written(status="ok", line={**head, "timings": timings}))
-        parts = [Part(positions=list(range(len(batch.items))), written=written, details={"worker": "w"})]
-        return Done(ticket=ticket, parts=parts, report=REPORT, seconds=1.0)
 
-    def fire(self, worker: int) -> None:
-        self._batches.pop(worker, None)
-
-    def describe(self) -> str:
-        return ""
-
-    def close(self) -> None: ...
+def written_parts(batch: Batch, sink: Sink | None) -> list[Part]:
+    """What a worker reports of a batch that it has written."""
+    written = []
+    for item in batch.items:
+        result = {"image": "image.png", "sha256": hashlib.sha256(b"%d" % item.seed).hexdigest(), "bytes": 1_500_000}
+        head = record_head(item.item_dir, "ok", item.prompt_index, item.seed, _fingerprint(item), **result)
+        written.append(Written(status="ok", line=head | {"timings": {"encode": 0.1, "denoise": 1.0, "decode": 0.1}}))
+    return [Part(positions=list(range(len(batch.items))), written=written, details={"worker": "w"})]
 
 
 _fingerprint = Fingerprints("", {})
@@ -96,7 +69,7 @@ _fingerprint = Fingerprints("", {})
 
 def measure(workers: int, pictures: int, folder: Path) -> dict[str, float]:
     """Draw so many simulated pictures. Return seconds of the driver's CPU for each, and what it needed of memory."""
-    fleet = SimulatedFleet(workers)
+    fleet = Fleet(workers)
     times: dict[str, float] = {}
 
     def create(self: RayExecutorConfig, make_session: Any, *, stop: Any = None, **_: Any) -> RayExecutor:

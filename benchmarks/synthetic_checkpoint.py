@@ -17,13 +17,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shutil
 import sys
-import threading
 import time
 import zlib
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,12 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from zimage_runner.weights.find.resolve import EMBEDDED
 from zimage_runner.weights.formats.names import BLOCK_MODULES, MODULES
-from zimage_runner.weights.safetensors_file import create
 
 if TYPE_CHECKING:
     import torch
 
-SAFETENSORS_DTYPES = {"fp32": "F32", "bf16": "BF16"}
 TINY_SHARE = {"transformer": 0.42, "text_encoder": 0.2, "vae": 1.0}
 """Largest shard of a tiny component as a share of it: as many shards as the full one has."""
 SHARD_BYTES = {"transformer": 10e9, "text_encoder": 4e9, "vae": 10e9}
@@ -101,20 +96,6 @@ def tensor_shapes(models: dict[str, Any], component: str) -> dict[str, tuple[int
     return {f"{prefix}{name}": tuple(tensor.shape) for name, tensor in models[component].state_dict().items()}
 
 
-def shards(shapes: dict[str, tuple[int, ...]], item_bytes: int, largest: float) -> list[dict[str, tuple[int, ...]]]:
-    """Names in order, a new shard whenever the next tensor would not fit."""
-    parts: list[dict[str, tuple[int, ...]]] = [{}]
-    filled = 0
-    for name, shape in shapes.items():
-        size = math.prod(shape) * item_bytes
-        if parts[-1] and filled + size > largest:
-            parts.append({})
-            filled = 0
-        parts[-1][name] = shape
-        filled += size
-    return parts
-
-
 def fill(name: str, shape: tuple[int, ...], dtype: str, seed: int, device: str) -> torch.Tensor:
     """The values of one tensor, on the CPU."""
     import torch
@@ -131,57 +112,15 @@ def fill(name: str, shape: tuple[int, ...], dtype: str, seed: int, device: str) 
     return values.to(kind).cpu()
 
 
-class Writer:
-    """Writes tensors in background threads while the next are drawn; at most ``depth`` are in memory."""
-
-    def __init__(self, depth: int = 8) -> None:
-        self._pool = ThreadPoolExecutor(max_workers=depth)
-        self._room = threading.Semaphore(depth)
-        self._pending: list[Future[None]] = []
-
-    def put(self, handle: int, offset: int, tensor: torch.Tensor) -> None:
-        import torch
-
-        self._room.acquire()
-        data = tensor.reshape(-1).view(torch.uint8).numpy().data
-        self._pending.append(self._pool.submit(self._write, handle, offset, data))
-
-    def _write(self, handle: int, offset: int, data: memoryview) -> None:
-        try:
-            while data:
-                count = os.pwrite(handle, data[: 1 << 30], offset)
-                data, offset = data[count:], offset + count
-        finally:
-            self._room.release()
-
-    def finish(self) -> None:
-        """Wait for all writes; raises the first error."""
-        for future in self._pending:
-            future.result()
-        self._pending.clear()
-
-
 def write_component(
-    folder: Path, stem: str, parts: list[dict[str, tuple[int, ...]]], dtype: str, seed: int, device: str
+    folder: Path, stem: str, shapes: dict[str, tuple[int, ...]], dtype: str, seed: int, device: str, largest: float
 ) -> None:
-    """Write one component's shards, with an index when there are several."""
-    writer = Writer()
-    weight_map: dict[str, str] = {}
-    for number, part in enumerate(parts, 1):
-        single = len(parts) == 1
-        file = f"{stem}.safetensors" if single else f"{stem}-{number:05d}-of-{len(parts):05d}.safetensors"
-        kind = SAFETENSORS_DTYPES[dtype]
-        places = create(folder / file, {name: (kind, shape) for name, shape in part.items()}, {"format": "pt"})
-        handle = os.open(folder / file, os.O_WRONLY)
-        for name, shape in part.items():
-            writer.put(handle, places[name], fill(name, shape, dtype, seed, device))
-            weight_map[name] = file
-        writer.finish()
-        os.close(handle)
-    if len(parts) > 1:
-        total = sum(math.prod(shape) for part in parts for shape in part.values()) * (4 if dtype == "fp32" else 2)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    """Write one component's shards of at most so many bytes, with an index when there are several."""
+    from huggingface_hub import save_torch_state_dict
+
+    tensors = {name: fill(name, shape, dtype, seed, device) for name, shape in shapes.items()}
+    pattern = f"{stem}{{suffix}}.safetensors"
+    save_torch_state_dict(tensors, folder, filename_pattern=pattern, max_shard_size=int(largest))
 
 
 def write_checkpoint(target: Path, scale: str, transformer_dtype: str, seed: int, device: str) -> int:
@@ -202,7 +141,7 @@ def write_checkpoint(target: Path, scale: str, transformer_dtype: str, seed: int
         stem = "model" if component == "text_encoder" else "diffusion_pytorch_model"
         save_config = model.config.save_pretrained if component == "text_encoder" else model.save_config
         save_config(folder)
-        write_component(folder, stem, shards(shapes, item, largest), dtype, seed, device)
+        write_component(folder, stem, shapes, dtype, seed, device, largest)
     FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0).save_config(target / "scheduler")
     shutil.copytree(EMBEDDED / "tokenizer", target / "tokenizer")
     shutil.copyfile(EMBEDDED / "model_index.json", target / "model_index.json")
@@ -259,7 +198,7 @@ def main() -> None:
     if args.beside:
         transformer = comfyui_shapes(tensor_shapes(meta_models(args.scale), "transformer"))
         for stem, shapes in (("comfyui", transformer), ("controlnet", controlnet_shapes(args.scale))):
-            write_component(args.target.parent, stem, [shapes], "bf16", args.seed, device)
+            write_component(args.target.parent, stem, shapes, "bf16", args.seed, device, 1e12)
     seconds = time.perf_counter() - began
     print(json.dumps({"path": str(args.target), "bytes": size, "seconds": round(seconds, 1), "device": device}))
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file
 
 from zimage_runner.model import Model, Source
@@ -43,9 +44,11 @@ def test_full_size_counts_are_the_published_ones(synthetic: ModuleType) -> None:
     counts, shards = {}, {}
     for component in models:
         shapes = synthetic.tensor_shapes(models, component)
-        item = 4 if component == "transformer" else 2
+        kind = torch.float32 if component == "transformer" else torch.bfloat16
         counts[component] = (len(shapes), sum(math.prod(shape) for shape in shapes.values()))
-        shards[component] = len(synthetic.shards(shapes, item, synthetic.SHARD_BYTES[component]))
+        stored = {name: torch.empty(shape, dtype=kind, device="meta") for name, shape in shapes.items()}
+        split = split_torch_state_dict_into_shards(stored, max_shard_size=int(synthetic.SHARD_BYTES[component]))
+        shards[component] = len(split.filename_to_tensors)
     assert counts["transformer"] == (521, 6_154_908_736)
     assert counts["text_encoder"] == (398, 4_022_468_096)
     assert shards == {"transformer": 3, "text_encoder": 3, "vae": 1}
