@@ -36,7 +36,7 @@ class Fleet(SimulatedFleet):
 
     def __init__(self, workers: int) -> None:
         super().__init__(workers, draw=written_parts)
-        self.pace = 1.0
+        self.pace, self.elsewhere = 1.0, True
         self.cpu_seconds = 0.0
 
     def equip(self, worker: int, sink: Sink | None, *, must: bool) -> None:

@@ -79,11 +79,6 @@ class Spread:
             return None
         return cls(median=statistics.median(values), low=min(values), high=max(values), count=len(values))
 
-    @property
-    def half_width(self) -> float:
-        """Half the range: what the processes of one contestant differ by."""
-        return (self.high - self.low) / 2
-
 
 METRICS: dict[str, Callable[[dict[str, Any]], float | None]] = {
     "first_png": lambda run: run["first_png_seconds"],
@@ -247,7 +242,7 @@ def judge(one: Spread, other: Spread, metric: str = "") -> str:
     A single process has no spread to show; it is taken to be as uncertain as the other contestant. Fewer than three
     processes do not decide what is within the usual differences between processes.
     """
-    widths = [s.half_width for s in (one, other) if s.count > 1] or [0.0]
+    widths = [(s.high - s.low) / 2 for s in (one, other) if s.count > 1] or [0.0]
     noise = max(2 * sum(widths) / len(widths), LEAST_SHARE * other.median)
     difference = one.median - other.median
     if abs(difference) <= noise:
@@ -401,14 +396,7 @@ def _ratio(base: Spread | None, this: Spread | None) -> str:
 
 def result_files(results: Path) -> list[Path]:
     """Files that hold a scenario's results, most important scenario first."""
-    order = list(SCENARIOS)
-    files = [path for path in results.glob("*.json") if scenario_of(path)]
-    return sorted(files, key=lambda path: (order.index(scenario_of(path)), path))
-
-
-def scenario_of(path: Path) -> str:
-    """The scenario's name, the longest that the file's name begins with; empty for other files."""
-    return max((name for name in SCENARIOS if path.stem.startswith(name)), key=len, default="")
+    return [path for name in SCENARIOS for path in sorted(results.glob(f"{name}*.json"))]
 
 
 def replaced(text: str, lines: str) -> str:
