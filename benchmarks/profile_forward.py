@@ -102,10 +102,10 @@ class Profile:
                 call()
                 self._finish()
             rows = [
-                [(event.self_device_time_total or event.self_cpu_time_total) / 1e3, event.count, event.key[:90]]
+                ((event.self_device_time_total or event.self_cpu_time_total) / 1e3, event.count, event.key[:90])
                 for event in recorded.key_averages()
             ]
-            report[name] = sorted(rows, reverse=True)[:LARGEST]
+            report[name] = ["{:9.2f} ms {:6} x {}".format(*row) for row in sorted(rows, reverse=True)[:LARGEST]]
         return report
 
     def _variant(self, **changes: Any) -> NativeModel:
