@@ -9,7 +9,8 @@
 Names, shapes, dtypes and shards are those of the published files: modules are built on the meta device from the
 published configs. Values are normal with std 1/sqrt(fan_in) (norm weights near 1), so that activations stay sane
 through 30 layers; zeros would run 13 % faster than real weights. They depend on the seed, the tensor's name and the
-kind of device alone. The tokenizer is the embedded model's: its ids are all within the vocabulary.
+kind of device alone. One component at a time is held in memory (24.6 GB). The tokenizer is the embedded model's: its
+ids are all within the vocabulary.
 """
 
 from __future__ import annotations
