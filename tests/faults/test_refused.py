@@ -22,7 +22,7 @@ from tests.support.faulty_session import FaultySession
 from zimage_runner.cli.main import main
 from zimage_runner.executors.messages import Broken
 from zimage_runner.executors.worker import Worker
-from zimage_runner.outputs import item_files
+from zimage_runner.outputs import encoders
 from zimage_runner.outputs.atomic import DiskError
 from zimage_runner.outputs.ledger import Ledger
 from zimage_runner.outputs.writer import Writer
@@ -83,7 +83,7 @@ def test_every_thread_is_refused_from_some_point_on(run, monkeypatch, granted):
     [
         (Writer, "_receive_all"),
         (Writer, "_work"),
-        (item_files, "encode"),
+        (encoders, "encode"),
         (Ledger, "append"),
         (ProgressDisplay, "update"),
     ],

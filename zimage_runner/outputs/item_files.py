@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from zimage_runner.outputs import atomic, beneath, thumbnails
 from zimage_runner.outputs.config import Fsync, Output, Shards
-from zimage_runner.outputs.encoders import check_pixels, encode
 from zimage_runner.outputs.json_text import readable_json
 from zimage_runner.outputs.ledger import Ledger, record_head
 from zimage_runner.outputs.place import RECORD, SHARDS
@@ -83,9 +82,11 @@ class ItemFiles:
 
         ``earlier``: file names of the item's earlier pictures, which are removed. Raises BadPictureError, OSError.
         """
-        check_pixels(pixels, allow_constant=self._output.allow_constant)
+        from zimage_runner.outputs import encoders
+
+        encoders.check_pixels(pixels, allow_constant=self._output.allow_constant)
         recipe = {"seed": request.seed, "fingerprint": request.fingerprint, **request.recipe}
-        data = encode(pixels, recipe, self._output)
+        data = encoders.encode(pixels, recipe, self._output)
         result = {
             "image": self._output.image_name,
             "sha256": hashlib.sha256(data).hexdigest(),

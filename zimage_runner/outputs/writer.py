@@ -277,6 +277,8 @@ class Writer:
         while (batch := self._batches.get()) is not None:
             requests, images = batch
             try:
+                from zimage_runner.outputs import encoders  # noqa: F401 - now: the GPU draws, and torch is there
+
                 pixels = images.wait()
                 if len(pixels) != len(requests):
                     raise RuntimeError(f"{len(requests)} pictures were announced, {len(pixels)} came")

@@ -14,7 +14,6 @@ from zimage_runner.model import Model, Verify
 from zimage_runner.outputs.parsed import from_json
 from zimage_runner.weights.cache import is_writable
 from zimage_runner.weights.find.digest import sampled_digests
-from zimage_runner.weights.find.finite import check_finite_tensors
 from zimage_runner.weights.find.verify import PIECE, file_digests
 from zimage_runner.weights.formats.controlnet import EMBEDDER, FIRST_PROJECTION, PUBLISHED, ControlLayout, layout_of
 from zimage_runner.weights.formats.files import StoredFile, open_stored
@@ -174,5 +173,7 @@ def _verify(stored: list[StoredFile], always: bool, *, is_embedded: bool) -> Non
                 f"of {digest.expected_from}: copy it again, or accept it as it is with "
                 f"`{called(PROGRAM)} prepare accept` and the same model options"
             )
+    from zimage_runner.weights.find.finite import check_finite_tensors  # what decodes comes with it
+
     for file in stored:
         check_finite_tensors(file.path, file.tensors, always)
