@@ -44,6 +44,11 @@ FREE_TEXT = {"free_text": True}
 them for Hydra. A path is a sweep in a multirun only when its values are quoted one by one, like a prompt's."""
 
 
+EMBEDDED_CONTROLNET = "embedded"
+"""In place of a path to a ControlNet: the one that comes with the embedded model."""
+EMBEDDED_CONTROLNET_FILE = "zimage_nano_canny.safetensors"
+
+
 class Source(enum.Enum):
     """Where the checkpoint comes from. ``model.path`` wins over it."""
 

@@ -15,6 +15,8 @@ Cli = Callable[..., tuple[int, str, str]]
 LAUGHS = "x0: &x0 [lol]\n" + "".join(f"x{n}: &x{n} [{', '.join([f'*x{n - 1}'] * 9)}]\n" for n in range(1, 30))
 """Thirty lines that YAML's aliases make 9 ** 29 entries of."""
 
+TURBO = ("model=zimage_turbo", "engine.device=cpu")
+
 TABLE: list[tuple[list[str], str]] = [
     (["+experiment=nope"], "experiment=nope: no such option; available: .*quickstart"),
     (["+experiment=quickstrat"], "did you mean experiment=quickstart?"),
@@ -58,7 +60,14 @@ TABLE: list[tuple[list[str], str]] = [
     (["prompt=a", "num_images=4"], "num_images: no such field: for several pictures give several seeds, seeds=1-4$"),
     (["prompt=a", "scheduler=dpm"], "scheduler: no such field: Euler is the model's own sampler; leave it out$"),
     (["prompt=a", "batch_size=4"], "batch_size: no such field; did you mean engine.batch_size[?]$"),
-    (["prompt=a", "image=in.png"], "image: no such field: pictures are not read as input; leave it out$"),
+    (["prompt=a", "image=in.png"], "image: no such field; did you mean sampling.image[?]$"),
+    (["prompt=a", "img=in.png"], "img: no such field: write sampling.image=FILE$"),
+    (["prompt=a", "--lowvram"], "--lowvram: no such option: memory=auto, the default, takes what fits"),
+    (
+        ["prompt=a", *TURBO, "model.controlnet=embedded"],
+        "model.controlnet=embedded fits model=zimage_nano alone: choose that, or give a file made for zimage_turbo$",
+    ),
+    (["prompt=a", *TURBO, "model.controlnet=no.safetensors"], "no.safetensors: no such file or directory$"),
     (["prompt=a", "overwrite=true"], "overwrite: no such field: every run has a new folder, nothing is overwritten"),
     (["prompts=/tmp"], r"prompts=/tmp: write prompts=files prompts.glob='/tmp/\*.txt', or for pictures prompts=images"),
     (["prompts=p.json"], "prompts=p.json: write prompts=jsonl prompts.path=p.json$"),

@@ -48,6 +48,17 @@ def test_an_option_after_the_overrides(cli, tmp_path: Path) -> None:
     assert out.count(" of 1 prompt\n") == 2
 
 
+def test_an_option_is_not_taken_for_the_folder_of_its_name(cli, tmp_path: Path) -> None:
+    (tmp_path / "emoji").mkdir()
+    code, _, err = cli("prompts=emoji", "prompts.limit=1", "dry_run=true")
+    assert (code, err) == (0, "")
+    own = tmp_path / "conf" / "prompts"
+    own.mkdir(parents=True)
+    (own / "cats.yaml").write_text("defaults: [inline]\ntexts: [a cat]\n", encoding="utf-8")
+    (tmp_path / "cats").mkdir()
+    assert cli("--config-dir", "conf", "prompts=cats", "dry_run=true")[0] == 0
+
+
 @pytest.mark.parametrize(
     ("yaml", "argv", "pictures"),
     [

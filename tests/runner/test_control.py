@@ -13,7 +13,8 @@ from PIL import Image
 from tests.support.command import command
 from tests.support.controlnets import TRANSFORMER, write_controlnet
 from zimage_runner.cli import vary
-from zimage_runner.model import Model, Source
+from zimage_runner.model import Convention, Model, Source
+from zimage_runner.pictures.recorded import recorded_controlnet
 from zimage_runner.reproduce import main as reproduce
 from zimage_runner.weights.find.controlnet import find_controlnet
 
@@ -97,6 +98,12 @@ def test_wherever_the_weights_are(place: str, run: Path, folder: Path) -> None:
     code, out, err = command(folder, *words)
     assert code == 0, err
     assert (pixels(folder / out.strip(), 4) == pixels(run, 4)).all()
+
+
+def test_the_embedded_controlnet_is_found_wherever_the_package_was() -> None:
+    for path in ("zimage_nano_canny.safetensors", "/another/machine/zimage_nano_canny.safetensors"):
+        said = {"controlnet": {"path": path, "digest": "0" * 64, "convention": "trained"}}
+        assert recorded_controlnet(said, "cat.png") == ("embedded", Convention.trained)
 
 
 def test_together_in_one_batch(run: Path, folder: Path) -> None:

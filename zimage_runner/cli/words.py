@@ -35,9 +35,8 @@ OTHER_FIELDS = {
         "for several pictures give several seeds, seeds=1-4",
     ),
     **dict.fromkeys(("sampler", "sampler_name", "scheduler"), "Euler is the model's own sampler; leave it out"),
-    **dict.fromkeys(
-        ("image", "img", "init_image", "input", "strength"), "pictures are not read as input; leave it out"
-    ),
+    **dict.fromkeys(("img", "input"), "write sampling.image=FILE"),
+    **dict.fromkeys(("lowvram", "medvram"), "memory=auto, the default, takes what fits; the least is memory=streamed"),
     "config": f"experiments of your own are in a folder: {OWN_EXPERIMENT}",
 }
 """Fields of other programs that have no counterpart of one word, and what to do instead."""
@@ -65,7 +64,7 @@ def readable(argv: Sequence[str]) -> list[str]:
                 "prompts=files prompts.glob='*.txt'"
             )
         if not word.startswith("-") or word == "-":
-            overrides.append(_override(word))
+            overrides.append(_override(word, argv))
         else:
             options += _option(word, words, argv)
     return [*options, *overrides]
@@ -143,14 +142,14 @@ def _no_such_option(name: str, value: str) -> str:
     return f"{name}: no such option; fields are set as field=value, without dashes: {plus}{field}={shown}"
 
 
-def _override(word: str) -> str:
+def _override(word: str, argv: Sequence[str]) -> str:
     from zimage_runner.config.registry import SCHEMAS
     from zimage_runner.config.schema import at_home
 
     name, _, value = word.partition("=")
     if name in ("hydra.run.dir", "hydra.sweep.dir"):
         return f"{name}={at_home(value, name)}"
-    if name in SCHEMAS and (told := _a_file_for_an_option(name, value)):
+    if name in SCHEMAS and (told := _a_file_for_an_option(name, value, argv)):
         raise UserError(f"{word}: {told}")
     if name in SCHEMAS and value in ("null", "~"):
         without = (
@@ -160,12 +159,18 @@ def _override(word: str) -> str:
     return f"+{word}" if word.startswith("experiment=") else word
 
 
-def _a_file_for_an_option(group: str, value: str) -> str | None:
+def _is_option(group: str, value: str, argv: Sequence[str]) -> bool:
+    from zimage_runner.cli.help import config_dirs
+
+    return any((root / group / f"{value}.yaml").is_file() for root in config_dirs(argv))
+
+
+def _a_file_for_an_option(group: str, value: str, argv: Sequence[str]) -> str | None:
     """What to write instead where a file, a folder or a hub's repository is named in place of a group's option."""
     path = PurePath(value)
     if group == "prompts" and (kind := reader_of(path.suffix.lower())):
         return f"write prompts={kind} prompts.path={value}"
-    if group == "prompts" and path.name and Path(value).is_dir():
+    if group == "prompts" and path.name and Path(value).is_dir() and not _is_option(group, value, argv):
         return f"write prompts=files prompts.glob='{path}/*.txt', or for pictures prompts=images prompts.path={value}"
     if group == "model" and names_a_file(value):
         return f"write model=file model.path={value} model.variant=turbo (or base)"

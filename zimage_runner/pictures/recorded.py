@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from zimage_runner.errors import UserError, one_line
-from zimage_runner.model import Convention
+from zimage_runner.model import EMBEDDED_CONTROLNET, EMBEDDED_CONTROLNET_FILE, Convention
 from zimage_runner.sampling import PICTURE_FIELDS, PICTURE_FILES
 
 
@@ -41,12 +41,15 @@ def recorded_controlnet(record: object, picture: str) -> tuple[str, Convention]:
         raise UserError(f"{picture}: its metadata says of no ControlNet: name one with model.controlnet=FILE")
     if said.get("convention") not in Convention.__members__:
         raise UserError(f"{picture}: what its metadata says of its ControlNet cannot be read")
-    if not os.path.exists(said["path"]):
+    path = said["path"]
+    if os.path.basename(path) == EMBEDDED_CONTROLNET_FILE:  # wherever this package was installed when it drew
+        path = EMBEDDED_CONTROLNET
+    elif not os.path.exists(path):
         raise UserError(
-            f"{picture}: drawn with the ControlNet {one_line(said['path'], 200)}, which is not there: "
+            f"{picture}: drawn with the ControlNet {one_line(path, 200)}, which is not there: "
             "model.controlnet=FILE says where it is now"
         )
-    return said["path"], Convention[said["convention"]]
+    return path, Convention[said["convention"]]
 
 
 def _neutral(said: set[str]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from zimage_runner.errors import PROGRAM, UserError, called, counted
-from zimage_runner.model import Model, Verify
+from zimage_runner.model import EMBEDDED_CONTROLNET, EMBEDDED_CONTROLNET_FILE, Model, Source, Verify
 from zimage_runner.outputs.parsed import from_json
 from zimage_runner.weights.cache import is_writable
 from zimage_runner.weights.find.digest import sampled_digests
@@ -21,9 +21,7 @@ from zimage_runner.weights.safetensors_file import TensorInfo, read_header
 
 FIELD = "model.controlnet"
 SUFFIX = ".safetensors"
-EMBEDDED = "embedded"
-"""In a path's place: the one that comes with the embedded model."""
-EMBEDDED_FILE = Path(__file__).resolve().parents[2] / "assets" / "zimage_nano_canny.safetensors"
+EMBEDDED_FILE = Path(__file__).resolve().parents[2] / "assets" / EMBEDDED_CONTROLNET_FILE
 EMBEDDED_SHA256 = "b2cbc5e9c911d979d30af9c6879b3a639c93d729d695634ede1fa935448e62d8"
 
 
@@ -88,6 +86,11 @@ def controlnet_files(model: Model) -> list[Path]:
     """
     if model.controlnet is None:
         return []
+    if model.controlnet == EMBEDDED_CONTROLNET and model.path is None and model.source is not Source.embedded:
+        raise UserError(
+            f"{FIELD}={EMBEDDED_CONTROLNET} fits model=zimage_nano alone: choose that, or give a file made for "
+            f"{model.name}"
+        )
     path = _absolute(model.controlnet)
     label = f"{FIELD}={path}"
     if not path.is_dir():
@@ -107,7 +110,7 @@ def controlnet_files(model: Model) -> list[Path]:
 
 
 def _absolute(path: str) -> Path:
-    return EMBEDDED_FILE if path == EMBEDDED else Path(path).expanduser().absolute()
+    return EMBEDDED_FILE if path == EMBEDDED_CONTROLNET else Path(path).expanduser().absolute()
 
 
 def _shards(index: Path) -> list[Path]:
@@ -166,7 +169,7 @@ def _verify(stored: list[StoredFile], always: bool, *, is_embedded: bool) -> Non
     for digest in file_digests([file.path for file in stored], always):
         if is_embedded:  # another version of this package brings another one
             if digest.sha256 != EMBEDDED_SHA256:
-                raise UserError(f"{FIELD}={EMBEDDED}: {digest.path} was altered: reinstall zimage-runner")
+                raise UserError(f"{FIELD}={EMBEDDED_CONTROLNET}: {digest.path} was altered: reinstall zimage-runner")
         elif digest.is_altered:
             raise UserError(
                 f"{digest.path} was altered: sha256 {digest.sha256[:16]}... instead of {str(digest.expected)[:16]}... "

@@ -14,7 +14,7 @@ from zimage_runner.outputs.parsed import from_json
 from zimage_runner.weights.cache import cache_root, is_writable, read_entry, write_entry
 from zimage_runner.weights.find import hubs
 from zimage_runner.weights.find.checkpoint import Checkpoint
-from zimage_runner.weights.find.controlnet import ControlNetFile, find_controlnet
+from zimage_runner.weights.find.controlnet import ControlNetFile, controlnet_files, find_controlnet
 from zimage_runner.weights.find.digest import weights_digest
 from zimage_runner.weights.find.layout import WEIGHT_STEMS, IncompleteCheckpoint, Layout, inspect
 from zimage_runner.weights.find.verify import FileDigest, file_digests
@@ -36,6 +36,7 @@ def resolve(model: Model) -> Checkpoint:
     ``model.revision`` or run ``python -m zimage_runner prepare download`` to follow the hub. Sizes and headers of the
     weights are always checked, their sha256 as ``model.verify`` says. Raises UserError; imports no torch.
     """
+    controlnet_files(model)  # before gigabytes are fetched for one that is not there
     layout = locate(model)
     check_digests(model, layout)
     digest = weights_digest(layout)
