@@ -40,10 +40,7 @@ class TokenTable:
         self._file = self._table.stored.path.open("rb", buffering=0)
 
     def vectors(self, ids: Sequence[int]) -> torch.Tensor:
-        """[tokens, columns] on the CPU, new memory.
-
-        Raises OSError, and UserError for ids that the table does not have or numbers that are not finite.
-        """
+        """[tokens, columns] on the CPU, new memory. Raises OSError, and UserError for ids that are not in the table."""
         info, rows = self._table.info, self._table.shape[0]
         if ids and max(ids) >= rows:
             raise UserError(f"the tokenizer gives token {max(ids)}, text_encoder's {NAME} has {rows} rows")
