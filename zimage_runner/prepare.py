@@ -151,8 +151,12 @@ def _verify(wanted: Wanted) -> int:
     checkpoint = _checkpoint(model)
     found = prepared.find(checkpoint, model, precision=wanted.precision)
     if found is None:
-        print("prepared: none of these weights")
-        return EXIT_DIFFERENT if any(digest.is_altered for digest in digests) else EXIT_OK
+        unusable = prepared.candidates(checkpoint, model, precision=wanted.precision)
+        for path in unusable:
+            print(f"prepared: {path} CANNOT BE USED: prepare build makes it anew")
+        if not unusable:
+            print("prepared: none of these weights")
+        return EXIT_DIFFERENT if unusable or any(digest.is_altered for digest in digests) else EXIT_OK
     comparison = compare(layout, found)
     for difference in comparison.differences:
         print(f"prepared: {difference}")

@@ -248,6 +248,16 @@ def test_a_frame_that_contradicts_itself_is_told_in_one_line(nano: Path) -> None
         weights.tensors("vae")
 
 
+def test_a_copy_that_is_damaged_does_not_verify(capsys: pytest.CaptureFixture[str], nano: Path) -> None:
+    options = ("model=local", f"model.path={nano}")
+    assert main(["build", *options]) == 0
+    copy = next((Path(os.environ["ZIMAGE_RUNNER_CACHE"]) / "prepared").glob("local-*"))
+    file = prepared.component_file(copy, "vae")
+    os.truncate(file, file.stat().st_size - 1)
+    assert main(["verify", *options]) == 1
+    assert f"prepared: {copy} CANNOT BE USED" in capsys.readouterr().out
+
+
 def test_verify_command(capsys: pytest.CaptureFixture[str], sharded: Path) -> None:
     options = (
         "model=local",

@@ -86,15 +86,19 @@ def reads_packed() -> bool:
     return not torch_is_cpu_only()
 
 
+def candidates(checkpoint: Checkpoint, model: Model, packed: bool | None = None, precision: str = BF16) -> list[Path]:
+    """Folders named as this checkpoint's copies in this precision are, sound or not; ``packed`` as for ``find``."""
+    forms = [reads_packed(), not reads_packed()] if packed is None else [packed]
+    suffixes = dict.fromkeys(_suffix(checkpoint.digest, form, precision) for form in forms)
+    return [path for suffix in suffixes for root in roots(model) for path in sorted(root.glob(f"[!.]*{suffix}"))]
+
+
 def find(checkpoint: Checkpoint, model: Model, packed: bool | None = None, precision: str = BF16) -> Prepared | None:
     """The prepared copy of exactly this checkpoint in this precision, if there is one, and whole.
 
     ``packed``: the packed or the plain one alone; None takes either, first the form that this machine reads sooner.
     """
-    forms = [reads_packed(), not reads_packed()] if packed is None else [packed]
-    suffixes = dict.fromkeys(_suffix(checkpoint.digest, form, precision) for form in forms)
-    candidates = [path for suffix in suffixes for root in roots(model) for path in sorted(root.glob(f"[!.]*{suffix}"))]
-    for path in candidates:
+    for path in candidates(checkpoint, model, packed, precision):
         if not _is_trusted(path):
             _tell_once(path)
             continue
