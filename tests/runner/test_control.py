@@ -180,6 +180,10 @@ REFUSED = [
     ((CONTROL, NET, "sampling.control_preprocess=depth"), "control_preprocess"),
     ((CONTROL, "model.controlnet=edges.png"), "is a picture: give a .safetensors or .gguf file"),
     ((CONTROL, "model.controlnet=gone.safetensors"), "gone.safetensors: no such file or directory"),
+    (
+        (CONTROL, "model.controlnet=Embeded"),
+        "Embeded: no such file or directory; did you mean model.controlnet=embedded?",
+    ),
 ]
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,9 @@ def controlnet_files(model: Model) -> list[Path]:
     label = f"{FIELD}={path}"
     if not path.is_dir():
         if not path.exists():
-            raise UserError(f"{label}: no such file or directory")
+            near = get_close_matches(path.name.lower(), [EMBEDDED_CONTROLNET])
+            meant = f"; did you mean {FIELD}={near[0]}?" if near else ""
+            raise UserError(f"{label}: no such file or directory{meant}")
         return [path]
     indices = sorted(path.glob(f"*{SUFFIX}.index.json"))
     if indices:
