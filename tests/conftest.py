@@ -75,16 +75,15 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SI
 def _process_as_it_was() -> Iterator[None]:
     """What Hydra's --info sets up (every library's debug lines) ends with the test, and so do answers to signals: a
     worker of Ray, say, ignores them, and so would every process that is started later."""
-    loggers = [logging.getLogger(name) for name in (None, "zimage_runner")]
-    before = [(list(logger.handlers), logger.level, logger.propagate) for logger in loggers]
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    answers = {number: signal.getsignal(number) for number in SIGNALS}
     yield
-    for logger, (own, level, propagate) in zip(loggers, before, strict=True):
-        logger.handlers[:], logger.propagate = own, propagate
-        logger.setLevel(level)
-    for number, handler in handlers.items():
-        if handler is not None and signal.getsignal(number) is not handler:
-            signal.signal(number, handler)
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    for number, answer in answers.items():
+        if answer is not None and signal.getsignal(number) is not answer:
+            signal.signal(number, answer)
 
 
 @pytest.fixture(scope="module")

@@ -131,7 +131,7 @@ def pictures_of(runs: Iterable[Path]) -> Iterator[Picture]:
         if damaged:
             many = f"{len(damaged):,} damaged pictures are" if len(damaged) > 1 else "a damaged picture is"
             more = f"; and {len(damaged) - NAMED:,} more" if len(damaged) > NAMED else ""
-            names = "; ".join(damaged[:NAMED]) + more
+            names = "; ".join(sorted(damaged)[:NAMED]) + more  # two threads write: as drawn is in any order
             log.warning("%s left out (%s): draw again with resume=%s verify=true", many, names, run)
 
 
