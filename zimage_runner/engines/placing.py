@@ -7,7 +7,6 @@ and the engine come to the same one. It changes no arithmetic. No torch at modul
 from __future__ import annotations
 
 import logging
-from functools import cache, partial
 from typing import TYPE_CHECKING
 
 from zimage_runner.engines.request import Needs
@@ -64,16 +63,6 @@ def place(engine: EngineConfig, request: LoadRequest, device: str, free: int | N
     return found
 
 
-class StaysResident:
-    """Whether ``memory=auto`` has all networks on the device at once: asked with the bytes that are free there."""
-
-    def __init__(self, engine: EngineConfig, request: LoadRequest) -> None:
-        self._memory = request.memory
-        self._possible = cache(partial(possible, engine, request))
-
-    def __call__(self, free: int) -> bool:
-        return isinstance(chosen(self._memory, self._possible(), free).memory, Resident)
-
-    def prepare(self) -> None:
-        """Add up what the placements need, before it is asked for in a thread that competes with others."""
-        self._possible()
+def stays_resident(engine: EngineConfig, request: LoadRequest, free: int) -> bool:
+    """Whether ``memory=auto`` has all networks on the device at once, with so many bytes free."""
+    return isinstance(chosen(request.memory, possible(engine, request), free).memory, Resident)

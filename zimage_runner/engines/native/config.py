@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from zimage_runner.engines.base import Engine, EngineConfig
 from zimage_runner.engines.footprint import native_peaks
-from zimage_runner.engines.placing import StaysResident
+from zimage_runner.engines.placing import stays_resident
 from zimage_runner.engines.precision import Precision, check_precision
 from zimage_runner.engines.request import LoadRequest
 from zimage_runner.errors import UserError
@@ -101,8 +102,5 @@ class NativeEngine(EngineConfig):
             # All networks at once on the device is what staging avoids; a limit of torch's binds its allocator alone.
             found = None if model.prepare is Prepare.never else prepared.find(checkpoint, model, precision=precision)
             return source.WeightsSource(checkpoint, model, found, preload=None, precision=precision)
-        fits = StaysResident(self, request) if isinstance(memory, Auto) else None
-        weights = source.begin(checkpoint, model, self.device, request.encodes, precision, fits)
-        if fits is not None:
-            fits.prepare()  # while CUDA begins, before torch's import takes the interpreter
-        return weights
+        fits = functools.partial(stays_resident, self, request) if isinstance(memory, Auto) else None
+        return source.begin(checkpoint, model, self.device, request.encodes, precision, fits)
