@@ -108,6 +108,9 @@ def test_figures_are_kept_with_the_copy(first: Path, tmp_path: Path, monkeypatch
     told = f"likeness to bf16 (precision fp8, attention {record['numerics']['attention']}): {likeness_text(known)}"
     assert told in capsys.readouterr().out.splitlines()
 
+    older = json.dumps(found.manifest | {"version": 2})  # which is used, too
+    (found.path / "manifest.json").write_text(older, encoding="utf-8")
+    assert figures.known(found.path, key) == known
     manifest = found.manifest | {"likeness": {key: {"likeness": {"psnr": "near"}}}}
     (found.path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     assert figures.known(found.path, key) is None

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 UNKNOWN_SIDE = 1024
 """Pixels a side of pictures whose size is not known."""
 PLACES = 3
-"""Blocks that ``memory=streamed`` has on the device (native/streaming.py)."""
+"""Blocks that ``memory=streamed`` has on the device: one computes, one is there, one is on its way."""
 TOKEN_VECTORS = {"bf16": 13.2, "eight bits": 10.8, "diffusers": 22.0}
 """What a forward holds a token, in vectors of the transformer's width: 101, 83 and 169 KB."""
 DECODE_VECTORS = {"native": 4.4, "diffusers": 10.1}

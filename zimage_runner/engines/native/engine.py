@@ -83,7 +83,7 @@ class NativeEngineAdapter(Engine):
         """
         self.load_phases = {}
         path = weights.path
-        self.path = self._path = path
+        self.path: Path = path
         self._staged = staged
         self._weights, self._taken = weights, set[str]()
         self._published, self._adapters = published or path, Adapters()
@@ -231,7 +231,7 @@ class NativeEngineAdapter(Engine):
             self.model.forget()
             self._free("transformer", "vae", "vae_encoder", "controlnet")
         with self._phase("text_encoder"):
-            load_text_encoder(self.model, self._path, self._tensors, self._published)
+            load_text_encoder(self.model, self.path, self._tensors, self._published)
         if isinstance(self.model.text_encoder, TextEncoder):
             self._adapters.attach(adapted_text_encoder(self.model))
 
@@ -241,10 +241,10 @@ class NativeEngineAdapter(Engine):
         if self._staged and not self.model.options.streamed:
             self._free("text_encoder")
         with self._phase("transformer"):
-            load_transformer(self.model, self._path, self._tensors)
+            load_transformer(self.model, self.path, self._tensors)
         self._adapters.attach(adapted_transformer(self.model, self._published / "transformer"))
         with self._phase("vae"):
-            load_vae(self.model, self._path, self._tensors)
+            load_vae(self.model, self.path, self._tensors)
         if self._controlled:
             self._load_controlnet()
 
@@ -285,7 +285,7 @@ class NativeEngineAdapter(Engine):
             yield
         except (ValueError, KeyError) as error:
             kind = UnsupportedCheckpoint if name == "open" else UserError
-            raise kind(f"engine=native cannot run {self._path}: {error}; use engine=diffusers") from error
+            raise kind(f"engine=native cannot run {self.path}: {error}; use engine=diffusers") from error
         if torch.cuda.is_initialized():
             # The whole device would be waited for with all copies of weights on their way that were begun by then, and
             # the bus is never idle before the last.

@@ -22,14 +22,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from zimage_runner.engines.footprint import PLACES
 from zimage_runner.engines.native.quantised import QuantisedLinear
 from zimage_runner.weights.cache import cache_root
 from zimage_runner.weights.preload.page_cache import available_memory
 
 log = logging.getLogger(__name__)
 
-PLACES = 3
-"""Blocks on the device: one computes, one is there, one is on its way."""
 PROJECTIONS = ("before_proj", "after_proj")
 """Products that a ControlNet's blocks have besides."""
 ALIGNMENT = 256

@@ -13,14 +13,13 @@ import torch
 
 from zimage_runner.engines.native.loading import tensor_files
 from zimage_runner.errors import UserError
-from zimage_runner.weights.formats.decode import PublishedTensor, StoredTensor
+from zimage_runner.weights.formats.decode import TORCH_DTYPES, PublishedTensor, StoredTensor
 from zimage_runner.weights.formats.source import source_component
 from zimage_runner.weights.io import read_exactly
-from zimage_runner.weights.safetensors_file import TensorInfo, read_header
+from zimage_runner.weights.prepared.names import canonical
+from zimage_runner.weights.safetensors_file import read_header
 
 NAME = "embed_tokens.weight"
-PLAIN = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""Stored dtypes whose bytes are the numbers."""
 
 
 class TokenTable:
@@ -47,7 +46,7 @@ class TokenTable:
         if info is None:  # its rows must be decoded
             decoded = [self._table.elements(token * self._columns, self._columns) for token in ids]
             return torch.stack(decoded).to(self._dtype)
-        stored = torch.empty(len(ids), self._columns, dtype=PLAIN[info.dtype])
+        stored = torch.empty(len(ids), self._columns, dtype=getattr(torch, TORCH_DTYPES[info.dtype]))
         nbytes = info.nbytes // rows
         memory = stored.view(torch.uint8).numpy().data.cast("B")
         for place, token in enumerate(ids):
@@ -62,13 +61,8 @@ def published_table(folder: Path) -> PublishedTensor:
     if component is not None:
         return component.tensors[NAME]
     for path in tensor_files(folder):
-        tensors = read_header(path).tensors
-        for name in (NAME, f"model.{NAME}"):
-            if name in tensors:
-                return _whole(path, name, tensors[name])
+        for name, info in read_header(path).tensors.items():
+            if canonical("text_encoder", name) == NAME:
+                stored = StoredTensor(path, name, info, info.shape)
+                return PublishedTensor(NAME, info.shape, stored, 0, stored.rows)
     raise UserError(f"text_encoder: 1 tensor is missing: {NAME}")
-
-
-def _whole(path: Path, name: str, info: TensorInfo) -> PublishedTensor:
-    stored = StoredTensor(path, name, info, info.shape)
-    return PublishedTensor(NAME, info.shape, stored, 0, stored.rows)

@@ -9,7 +9,7 @@ from typing import Any
 
 from zimage_runner.outputs.parsed import from_json
 from zimage_runner.weights import cache
-from zimage_runner.weights.prepared.prepared import BF16, FORMAT, MANIFEST, VERSION, UnusablePrepared, read_manifest
+from zimage_runner.weights.prepared.prepared import BF16, MANIFEST, UnusablePrepared, is_read, read_manifest
 
 FIELD = "likeness"
 """Of the manifest: the figures by what was drawn with, as engines.precision.likeness_key names it."""
@@ -64,8 +64,7 @@ def _manifest(folder: Path | None) -> dict[str, Any] | None:
         manifest = read_manifest(folder)
     except UnusablePrepared:
         return None
-    of_ours = (manifest.get("format"), manifest.get("version")) == (FORMAT, VERSION)
-    return manifest if of_ours and manifest.get("precision", BF16) != BF16 else None
+    return manifest if is_read(manifest) and manifest.get("precision", BF16) != BF16 else None
 
 
 def _is_whole(found: Any) -> bool:

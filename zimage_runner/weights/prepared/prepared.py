@@ -14,6 +14,7 @@ import functools
 import logging
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -152,7 +153,7 @@ def open_prepared(path: Path, source_digest: str | None = None, precision: str |
     Raises UnusablePrepared naming the file and what is wrong.
     """
     manifest = read_manifest(path)
-    if manifest.get("format") != FORMAT or manifest.get("version") not in READ:
+    if not is_read(manifest):
         raise UnusablePrepared(f"{MANIFEST} is of version {manifest.get('version')}, not {VERSION}")
     if source_digest is not None and manifest["source"]["digest"] != source_digest:
         raise UnusablePrepared("it was made from other weights")
@@ -192,6 +193,11 @@ def check_digests(found: Prepared, model: Model, checkpoint: Checkpoint) -> None
             raise UnusablePrepared(f"{digest.path.relative_to(found.path)} was altered")
         if digest.is_altered:  # and the manifest with it
             raise UnusablePrepared(f"{digest.path.relative_to(found.path)} was altered since {digest.expected_from}")
+
+
+def is_read(manifest: Mapping[str, Any]) -> bool:
+    """Whether a manifest is of a copy that this version can use."""
+    return manifest.get("format") == FORMAT and manifest.get("version") in READ
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
