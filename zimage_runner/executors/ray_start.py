@@ -62,8 +62,8 @@ def _to_log(data: dict[str, Any], ignore_prefix: bool = False) -> None:
 def started_lean() -> Iterator[None]:
     """Have a Ray of this machine's own started without what nobody here uses, so that it is ready sooner.
 
-    Ray would first start the server of its web pages, wait for it, and only then go on (1.8 s with idle cores); and a
-    monitor for adding machines, whose end it awaits (1 s). Python is to find bytecode where this process keeps it
+    Ray would first start the server of its web pages and wait for it; and a monitor for adding machines, whose end it
+    awaits. Python is to find bytecode where this process keeps it
     (startup/bytecode.py), or every process that Ray starts compiles Ray anew.
     """
     with contextlib.ExitStack() as undo:

@@ -78,7 +78,7 @@ class BlockStream:
     ) -> None:
         """Blocks on the meta device: their large weights are to be ``put`` here, in any order.
 
-        ``passing``: for blocks that are used now and then. There is one place on the device, and only while they are.
+        ``passing``: the blocks are used only now and then. They share one place on the device, which is free otherwise.
         """
         self._device, self._passing = device, passing
         self._weights = [large_weights(block, dtype) for block in blocks]
