@@ -40,8 +40,15 @@ class Nodes:
             return self.add(attempts - 1)
 
     def remove(self, node: Any) -> None:
-        """End a node as a machine ends whose power is cut."""
+        """End a node as a machine ends whose power is cut, with all that runs on it.
+
+        Left alone, its workers would draw on for a second or so, and a short run would be over before they end.
+        """
+        on_it = processes("ray::", below=node.all_processes["raylet"][0].process.pid)
         self._cluster.remove_node(node, allow_graceful=False)
+        for pid in on_it:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 @contextlib.contextmanager
@@ -102,10 +109,9 @@ def workers() -> list[int]:
     return sorted(processes("ray::Drawer"))
 
 
-def draws_on(node: Any) -> bool:
-    """Whether a worker on this node has been given a batch: then its death is one that the driver knows of."""
-    raylet = node.all_processes["raylet"][0].process.pid
-    return any(processes(f"ray::Drawer.{call}", below=raylet) for call in ("draw", "collect"))
+def drawing() -> int:
+    """How many workers have been given a batch: the death of such a one is one that the driver knows of."""
+    return len({pid for call in ("draw", "collect") for pid in processes(f"ray::Drawer.{call}")})
 
 
 def kill_a_worker(rng: random.Random) -> None:
