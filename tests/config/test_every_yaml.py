@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 
+from zimage_runner.config import schema
 from zimage_runner.config.paths import CONFIG_DIR
 from zimage_runner.config.registry import SCHEMAS, register
 from zimage_runner.config.schema import RunConfig
@@ -50,6 +51,10 @@ def test_experiment(experiment: str) -> None:
 def test_says_what_it_is(path: Path) -> None:
     first = path.read_text(encoding="utf-8").splitlines()[0]
     assert first.startswith("# ")
+
+
+def test_a_group_that_is_not_chosen_yet_is_missing_to_omegaconf() -> None:
+    assert schema.MISSING == MISSING
 
 
 def test_every_schema_is_named_by_a_file() -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from zimage_runner.cli.fields import free_texts, reader_of, texts
+from zimage_runner.config.schema import MISSING
 from zimage_runner.errors import UserError, one_line
 from zimage_runner.prompts.loras import parse_lora
 from zimage_runner.prompts.text import unquoted
@@ -43,7 +44,6 @@ _WITH_BRACKETS = re.compile(rf"(?![\[{{])(?!(?:{'|'.join(_FUNCTIONS)}|json_str|e
 _LOST_QUOTES = re.compile(r"[^,\s][^,]*,[^\s\d]")
 """Words with a comma that no blank follows: nobody writes a sentence so, but a shell makes it of "a cat","a dog"."""
 _QUOTED_CHOICE = re.compile(rf"(?s)choice\(\s*((?:{_QUOTED.pattern[4:]})(?:\s*,\s*(?:{_QUOTED.pattern[4:]}))*)\s*\)")
-MISSING = "???"
 _ESCAPED = re.compile(r"\\([\\()\[\]{}:=, \t])")
 """Hydra's escapes outside of quotes."""
 _KEY = re.compile(r"[A-Za-z_][\w.-]*", re.ASCII)

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, ListConfig
+from omegaconf import MISSING, DictConfig, ListConfig
 
 from zimage_runner.cli.fields import texts
 from zimage_runner.cli.hydra_patches import is_there, node_of, value_of
-from zimage_runner.cli.quoting import MISSING
 from zimage_runner.errors import UserError
 from zimage_runner.prompts.loras import parse_lora
 

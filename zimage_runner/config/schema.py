@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING
-
 from zimage_runner.compile import Compile
 from zimage_runner.engines.base import AUTO, EngineConfig
 from zimage_runner.engines.embedding_cache import EmbeddingCacheConfig
@@ -28,6 +26,8 @@ from zimage_runner.sampling import Sampling
 from zimage_runner.serve.config import Server
 from zimage_runner.warmup import Warmup
 
+MISSING: Any = "???"
+"""As OmegaConf spells it, and checked by a test: a run needs nothing of OmegaConf, whose import it would wait for."""
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jxl"}
 """Suffixes that say what is in a file: another format's would lie."""
 PLUGIN_MODULE = "hydra_plugins.zimage_runner"

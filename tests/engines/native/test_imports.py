@@ -1,4 +1,4 @@
-"""What the native path imports: neither diffusers nor transformers, and its config not even torch."""
+"""What the native path imports: neither diffusers nor transformers, and neither torch nor OmegaConf for its start."""
 
 from __future__ import annotations
 
@@ -25,11 +25,15 @@ assert model.decode(model.denoise(model.encode(["a cat"], 512), z, 1)).wait().sh
 @pytest.mark.parametrize(
     ("code", "absent"),
     [
-        ("import sys; import zimage_runner.engines.native.config", ["torch", "diffusers", "transformers", "numpy"]),
+        # What a process imports before torch while another one composes: nothing of what only composing needs.
+        (
+            "import sys; import zimage_runner.runner.execute, zimage_runner.engines.native.config",
+            ["torch", "diffusers", "transformers", "numpy", "PIL", "hydra", "omegaconf", "yaml"],
+        ),
         # torch._dynamo and sympy take seconds to import, jinja2 is for unknown templates.
         (DRAW, ["diffusers", "transformers", "accelerate", "torch._dynamo", "jinja2", "triton"]),
     ],
-    ids=["config", "a picture"],
+    ids=["before torch", "a picture"],
 )
 def test_never_imported(code: str, absent: list[str]) -> None:
     report = f"{code}\nprint([name for name in {absent!r} if name in sys.modules])"

@@ -9,13 +9,12 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from zimage_runner.cli.hydra_patches import node_of, value_of
 from zimage_runner.cli.interpolation import lookups
-from zimage_runner.cli.quoting import MISSING
 from zimage_runner.cli.resume.saved import override_key, saved_overrides
 from zimage_runner.errors import UserError
 from zimage_runner.outputs.beneath import Inside
