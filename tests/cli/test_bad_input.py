@@ -69,7 +69,10 @@ TABLE: list[tuple[list[str], str]] = [
     ),
     (["prompt=a", *TURBO, "model.controlnet=no.safetensors"], "no.safetensors: no such file or directory$"),
     (["prompt=a", "overwrite=true"], "overwrite: no such field: every run has a new folder, nothing is overwritten"),
-    (["prompts=/tmp"], r"prompts=/tmp: write prompts=files prompts.glob='/tmp/\*.txt', or for pictures prompts=images"),
+    (
+        ["prompts=/tmp"],
+        r"prompts=/tmp: write prompts=files prompts.glob='/tmp/\*.txt', prompts=folder prompts.path=/tmp ",
+    ),
     (["prompts=p.json"], "prompts=p.json: write prompts=jsonl prompts.path=p.json$"),
     (["steps=4"], "steps: no such field; did you mean sampling.num_inference_steps[?]$"),
     (["width=128"], "width: no such field; did you mean sampling.width[?]$"),

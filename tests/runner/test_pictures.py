@@ -193,7 +193,7 @@ def test_its_own_size_is_drawn_where_none_is_set(folder: Path) -> None:
     [
         (
             ["sampling.strength=0.5"],
-            "sampling.strength=0.5 says nothing without an image: add it, or leave strength out",
+            "sampling.strength=0.5 says nothing without an image: add sampling.image=FILE, or leave strength out",
         ),
         (["sampling.image=no.png"], "sampling.image={folder}/no.png does not exist"),
         (["sampling.image=table"], "sampling.image={folder}/table is a folder: name a picture file"),

@@ -171,7 +171,10 @@ def _a_file_for_an_option(group: str, value: str, argv: Sequence[str]) -> str | 
     if group == "prompts" and (kind := reader_of(path.suffix.lower())):
         return f"write prompts={kind} prompts.path={value}"
     if group == "prompts" and path.name and Path(value).is_dir() and not _is_option(group, value, argv):
-        return f"write prompts=files prompts.glob='{path}/*.txt', or for pictures prompts=images prompts.path={value}"
+        return (
+            f"write prompts=files prompts.glob='{path}/*.txt', prompts=folder prompts.path={value} to draw from its "
+            f"pictures, or prompts=images prompts.path={value} to draw them anew"
+        )
     if group == "model" and names_a_file(value):
         return f"write model=file model.path={value} model.variant=turbo (or base)"
     if group != "model" or "/" not in value:

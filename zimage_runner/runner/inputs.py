@@ -254,15 +254,16 @@ def _of_run(config: RunConfig) -> dict[str, Any]:
 def _check_wanted(given: Mapping[str, Any], values: Mapping[str, Any], prefix: str) -> None:
     """Raise UserError for a field of ``given`` that says nothing without another one, which ``values`` lacks."""
     inpaints = values.get("mask") or any(sides_of(values.get("outpaint") or 0, "outpaint"))
-    for names, there, what in (
-        (NEEDS_IMAGE, values.get("image"), "an image"),
-        (NEEDS_MASK, inpaints, "a mask"),
-        (("variation",), values.get("variation_seed") is not None, "a variation_seed"),
-        (NEEDS_CONTROL, values.get("control_image"), "a control_image"),
-        (NEEDS_CANNY, values.get("control_preprocess") == CANNY, "control_preprocess=canny"),
-        (("fit",), values.get("image") or values.get("control_image"), "an image"),
+    for names, there, what, add in (
+        (NEEDS_IMAGE, values.get("image"), "an image", "image=FILE"),
+        (NEEDS_MASK, inpaints, "a mask", "mask=FILE"),
+        (("variation",), values.get("variation_seed") is not None, "a variation_seed", "variation_seed=1"),
+        (NEEDS_CONTROL, values.get("control_image"), "a control_image", "control_image=FILE"),
+        (NEEDS_CANNY, values.get("control_preprocess") == CANNY, f"control_preprocess={CANNY}", ""),
+        (("fit",), values.get("image") or values.get("control_image"), "an image", "image=FILE"),
     ):
         for name in names:
             if given.get(name) not in (None, False, "0,0,0,0") and not there:
                 short = os.path.basename(str(given[name])) if name in PICTURE_FILES else given[name]
-                raise UserError(f"{prefix}{name}={short} says nothing without {what}: add it, or leave {name} out")
+                add = f"{prefix}{add}" if prefix and add else "it"
+                raise UserError(f"{prefix}{name}={short} says nothing without {what}: add {add}, or leave {name} out")

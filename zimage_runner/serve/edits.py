@@ -45,7 +45,7 @@ async def read_edit(request: Request, server: Server) -> tuple[Edit, dict[str, U
         if name not in Edit.files:
             raise ApiError(400, f"{name}: files here are {', '.join(Edit.files)}", param=name)
     if not uploads.keys() & {"image", "control_image"}:
-        raise ApiError(400, "image: send the picture to start from", param="image")
+        raise ApiError(400, "image: send the picture to start from, or a control_image to follow", param="image")
     return parse(Edit, texts), uploads
 
 
@@ -110,7 +110,7 @@ def private_folder(where: Path) -> Iterator[str]:
 
 
 def plan_edit(asked: Edit, uploads: Mapping[str, Upload], folder: str, settings: Settings) -> Planned:
-    """Keep the files in ``folder`` and plan what is drawn from them. Raises ApiError, UserError."""
+    """Keep the files in ``folder`` and plan what is drawn from them. Raises ApiError."""
     values: dict[str, Any] = {**dict.fromkeys(PICTURE_FILES), **asked.of_pictures()}
     for name, upload in uploads.items():
         data, path = _checked(name, upload.data, settings.server), Path(folder, name)
@@ -121,9 +121,9 @@ def plan_edit(asked: Edit, uploads: Mapping[str, Upload], folder: str, settings:
         values[name] = str(path)
     try:
         spec, output = plan_generation(asked, settings, **values)
-    except UserError as error:  # whoever asks knows the pictures by their fields
-        named = re.sub(rf"(?:sampling\.)?(\w+)={re.escape(folder)}/\w+", r"\1", str(error))
-        raise UserError(named) from None
+    except ApiError as error:  # whoever asks knows the pictures by their fields
+        error.message = re.sub(rf"(\w+)={re.escape(folder)}/\w+", r"\1", error.message)
+        raise
     most = settings.server.max_upload_megapixels
     for params in spec.plan.params():
         width, height = params.inputs.canvas if params.inputs else (0, 0)

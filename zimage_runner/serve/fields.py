@@ -5,6 +5,7 @@ Nothing a request holds is opened, composed or looked up: no path, no URL, no YA
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -142,7 +143,7 @@ def _why_not(name: str | None, known: Iterable[str]) -> str:
 
 
 def plan_generation(asked: Generation, settings: Settings, **pictures: Any) -> Planned:
-    """Plan a request; ``pictures`` are fields of ``Sampling`` about what it starts from. Raises ApiError, UserError."""
+    """Plan a request; ``pictures`` are fields of ``Sampling`` about what it starts from. Raises ApiError."""
     server, model = settings.server, settings.config.model
     if asked.model is not None and asked.model != model.name:
         raise ApiError(
@@ -163,12 +164,24 @@ def plan_generation(asked: Generation, settings: Settings, **pictures: Any) -> P
     for name in ("num_inference_steps", "guidance_scale", "negative_prompt"):
         changes[name] = getattr(asked, name)
     seed = secrets.randbits(DRAWN_SEED_BITS) if asked.seed is None else asked.seed
-    sampling = replace(sampling_of(changes, settings.config.sampling), **pictures)
-    output = _output(asked, settings.config.output)
-    _check_size(sampling, server)
-    spec = settings.plan(Inline(texts=[asked.prompt]), {"count": n, "base": seed}, sampling=sampling)
+    try:
+        sampling = replace(sampling_of(changes, settings.config.sampling), **pictures)
+        output = _output(asked, settings.config.output)
+        _check_size(sampling, server)
+        spec = settings.plan(Inline(texts=[asked.prompt]), {"count": n, "base": seed}, sampling=sampling)
+    except UserError as error:
+        raise _named_as_asked(error, asked) from None
     check_limits(spec, server)
     return spec, output
+
+
+def _named_as_asked(error: UserError, asked: Generation) -> ApiError:
+    """The same line about the request's own fields, which know no group ``sampling`` and one prompt."""
+    text = re.sub(r"(?<![\w./'])sampling(?:\.(?=\w+=)|: )", "", " ".join(str(error).split()))
+    text = text.removeprefix("prompts.texts[0]: ")
+    word = re.split(r"\W", text, maxsplit=1)[0]
+    param = "size" if word in ("width", "height") else word
+    return ApiError(400, text, param=param if param in type(asked).model_fields else None)
 
 
 def plan_run_request(asked: RunRequest, settings: Settings, **changes: Any) -> RunSpec:

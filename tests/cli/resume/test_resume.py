@@ -287,7 +287,8 @@ class TestWholeMultirun:
         next(sweep.glob("1/items/*/seed_3/image.png")).unlink()
         code, _, err = cli("-m", f"resume={sweep}", "engine.batch_size=2", "sampling.num_inference_steps=2")
         assert code == 2
-        assert err.count("would mix other pictures into the run: sampling.num_inference_steps was 1, now 2") == 4
+        told = "sampling.num_inference_steps=2 would mix other pictures into the run: sampling.num_inference_steps was"
+        assert err.count(f"{told} 1, now 2: leave it out") == 4
         code, _, err = cli(f"resume={sweep}", "engine.batch_size=2")
         assert code == 0, err
         assert_whole(sweep / "1", 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,11 @@ def restore(config: DictConfig, directory: Path, overrides: list[str]) -> DictCo
     """
     saved = _load(directory)
     before = set(saved_overrides(directory))
-    touched = {override_key(entry).partition("@")[0].replace("/", ".") for entry in overrides if entry not in before}
-    _refuse_other_pictures(directory, saved, config, touched)
+    given = {
+        entry: override_key(entry).partition("@")[0].replace("/", ".") for entry in overrides if entry not in before
+    }
+    touched = set(given.values())
+    _refuse_other_pictures(directory, saved, config, given)
     restored = config.copy()
     for key in saved:
         name = str(key)
@@ -89,13 +92,15 @@ def _load(directory: Path) -> DictConfig:
     return saved
 
 
-def _refuse_other_pictures(directory: Path, saved: DictConfig, config: DictConfig, touched: set[str]) -> None:
+def _refuse_other_pictures(directory: Path, saved: DictConfig, config: DictConfig, given: Mapping[str, str]) -> None:
+    """``given``: what was typed now, and the field or group that each names."""
     was, now = dict(leaves(saved)), dict(leaves(config))
-    changes = changed_fields(was, now, touched)
+    changes = {entry: found for entry, field in given.items() if (found := changed_fields(was, now, {field}))}
     if changes:
+        fields = dict.fromkeys(field for found in changes.values() for field in found)
         raise UserError(
-            f"resume={directory}: these settings would mix other pictures into the run: {'; '.join(changes)}: "
-            "leave them out, or start a new run"
+            f"resume={directory}: {' '.join(changes)} would mix other pictures into the run: {'; '.join(fields)}: "
+            f"leave {'it' if len(changes) == 1 else 'them'} out, or start a new run"
         )
 
 
