@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.fault_runs import Run, kill
+from tests.support.gate import Gate
 
 PROCESS = ["executor=process"]
 
@@ -102,8 +103,8 @@ def test_a_vanished_run_directory(tmp_path, overrides):
 
 
 def test_a_run_directory_that_is_moved_is_followed(tmp_path):
-    run = Run(tmp_path, seeds=20)
-    process = run.start(ITEM_SECONDS=0.1)
+    run, gate = Run(tmp_path, seeds=30), Gate(tmp_path, 3)  # which is open where there is no ledger
+    process = run.start(ITEM_SECONDS=0.02, **gate.variables)
     run.wait_for_pictures(process, 3)
     moved = run.run_dir.rename(tmp_path / "moved")
     process.join(60)
@@ -113,11 +114,12 @@ def test_a_run_directory_that_is_moved_is_followed(tmp_path):
 
 
 def test_the_second_process_is_refused_and_the_first_goes_on(tmp_path):
-    run = Run(tmp_path, seeds=20)
-    first = run.start(ITEM_SECONDS=0.2)
+    run, gate = Run(tmp_path, seeds=30), Gate(tmp_path, 2)  # more than are on their way to the ledger
+    first = run.start(ITEM_SECONDS=0.02, **gate.variables)
     run.wait_for_pictures(first, 2)
     assert run.execute() == 2
     assert f"{run.run_dir} is in use by process {first.pid} on " in run.log
+    gate.let(10**6)
     first.join(60)
     assert first.exitcode == 0
     run.check()

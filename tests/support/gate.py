@@ -16,6 +16,11 @@ class Gate:
         self.environment = {"FAULTS_GATE": str(self._file), "FAULTS_GATE_RUN": str(folder / "run")}
         self.let(lines)
 
+    @property
+    def variables(self) -> dict[str, str]:
+        """``environment`` as Run.start takes it."""
+        return {name.removeprefix("FAULTS_"): value for name, value in self.environment.items()}
+
     def let(self, lines: int) -> None:
         """Let the ledger grow to so many lines, and a few more: those of pictures that are past the gate."""
         new = self._file.with_suffix(".new")
