@@ -22,7 +22,9 @@ from zimage_runner.weights.find.resolve import EMBEDDED
 REPO = "some-maker/Z-Image"
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 SCRIPT = """
-import json, os, sys
+import json, os, sys, time
+sleep = time.sleep
+time.sleep = lambda seconds: sleep(min(seconds, 0.01))  # the client waits whole seconds before it asks once more
 from zimage_runner.errors import UserError
 from zimage_runner.model import Model, Source
 from zimage_runner.weights.find.resolve import resolve
