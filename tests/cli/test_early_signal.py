@@ -36,8 +36,14 @@ def started(*argv: str) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-@pytest.mark.parametrize("moment", range(MOMENTS))
+@pytest.mark.parametrize(
+    ("name", "moment"),
+    [
+        pytest.param(name, moment, marks=[pytest.mark.slow] if (moment + n) % 2 else [])
+        for n, name in enumerate(["SIGTERM", "SIGINT"])
+        for moment in range(MOMENTS)
+    ],
+)
 def test_one_line_and_130(name, moment, tmp_path: Path):
     root = tmp_path / "out"
     process = started("prompt=a fox", "dry_run=true", f"output.root={root}")
@@ -91,7 +97,7 @@ entry_point()
     ("plain", "signals"),
     [
         pytest.param("", 1, id="lean"),
-        pytest.param("1", 1, id="plain"),
+        pytest.param("1", 1, id="plain", marks=pytest.mark.slow),  # what a signal does there is the same
         pytest.param("", 2, id="lean, twice"),
         pytest.param("1", 2, id="plain, twice", marks=pytest.mark.slow),  # the second does not ask how torch comes
     ],

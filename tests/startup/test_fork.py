@@ -93,10 +93,10 @@ def test_a_run_leaves_the_same_behind(tmp_path: Path) -> None:
     "argv",
     [
         ("sampling.steps=four",),
-        ("prompts=text_file", "prompts.path=missing.txt"),
-        ("output.root=/proc/none", *DRAW),
         (*DRAW, "engine.device=cuda"),
-        # found at the same places as those above
+        # found in the child, too, or in the parent
+        pytest.param(("prompts=text_file", "prompts.path=missing.txt"), marks=pytest.mark.slow),
+        pytest.param(("output.root=/proc/none", *DRAW), marks=pytest.mark.slow),
         pytest.param(("no.such=1",), marks=pytest.mark.slow),
         pytest.param(("model=nowhere",), marks=pytest.mark.slow),
         pytest.param(("prompt=",), marks=pytest.mark.slow),
@@ -112,6 +112,7 @@ def test_a_refusal_says_the_same_and_leaves_nothing(tmp_path: Path, argv: tuple[
     assert not (tmp_path / "two" / "outputs").exists()
 
 
+@pytest.mark.slow  # which ones do not fork: test_when_it_pays
 def test_other_command_lines_are_unaffected(tmp_path: Path) -> None:
     one, two = both(tmp_path, *DRAW, "dry_run=true")
     assert (one[0], timeless(one[1]), one[2]) == (two[0], timeless(two[1]), two[2])
@@ -143,9 +144,12 @@ def test_allocator_settings_count_while_torch_is_being_imported(monkeypatch: pyt
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("whole_group", [True, False], ids=["group", "parent"])
-def test_a_signal_at_any_instant_ends_both_and_leaves_nothing(tmp_path: Path, name: str, whole_group: bool) -> None:
+@pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.slow)])
+def test_a_signal_at_any_instant_ends_both_and_leaves_nothing(
+    tmp_path: Path, name: str, whole_group: bool, times: int
+) -> None:
     number = signal.Signals[name]
-    for _ in range(4):
+    for _ in range(times):
         process = start(tmp_path, *DRAW)
         _wait_until_it_listens(process.pid)
         time.sleep(random.uniform(0, 0.72))

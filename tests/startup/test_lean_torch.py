@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.command import command
-from zimage_runner.startup.lean_torch import DEFERRED, NEEDS_ALL, VERIFIED
+from zimage_runner.startup.lean_torch import BACKEND_AUTOLOAD, DEFERRED, NEEDS_ALL, VERIFIED
 from zimage_runner.startup.process import PLAIN_START
 
 pytestmark = pytest.mark.skipif(
@@ -146,6 +146,7 @@ def lean(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], s
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        env={name: value for name, value in os.environ.items() if name != BACKEND_AUTOLOAD},
         encoding="utf-8",
     ) as process:
         stdin, stdout = process.stdin, process.stdout
@@ -164,13 +165,15 @@ def lean(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], s
         stdin.close()
 
 
-QUICK = ("compile", "submodule", "decompositions", "patched")
-"""One of each way to get there. The others take as long: all of torch is imported."""
+QUICK = ("submodule",)
+"""Each imports all of torch, which takes seconds. What they show changes when torch's version does."""
 
 
 @pytest.mark.parametrize("touch", [t if t in QUICK else pytest.param(t, marks=pytest.mark.slow) for t in TOUCHES])
 def test_one_touch_makes_it_a_plain_import(touch, lean):
-    lean(f"{TOUCHES[touch]}\ncomplete()")
+    """Backends of devices are loaded then, once, as a plain import loads them."""
+    loads = "loaded = []\ntorch._import_device_backends = lambda: loaded.append(1)"
+    lean(f"{loads}\n{TOUCHES[touch]}\ncomplete()\nassert loaded == [1]")
 
 
 def test_until_then_nothing_stands_in_where_an_import_would_find_it(lean):
@@ -193,6 +196,7 @@ def plain() -> str:
     return python(f"import sys, torch\n{MODULES}\n{PUBLIC}")
 
 
+@pytest.mark.slow
 def test_afterwards_the_same_modules_as_after_a_plain_import(lean, plain):
     assert lean(f"torch.export\n{MODULES}\n{PUBLIC}") == plain
 
@@ -228,10 +232,10 @@ def pixels(path: Path) -> bytes:
         return image.tobytes()
 
 
-@pytest.mark.parametrize("value", [None, "0", pytest.param("1", marks=pytest.mark.slow)])  # as where there is none
-def test_the_choice_about_device_backends_is_the_users(value, monkeypatch):
+@pytest.mark.slow  # where there is none, they are: the touch above
+@pytest.mark.parametrize("value", ["0", "1"])
+def test_the_choice_about_device_backends_is_the_users(value):
     """Backends that entry points name are loaded when the rest is, unless the user said no."""
-    monkeypatch.delenv("TORCH_DEVICE_BACKEND_AUTOLOAD", raising=False)
     python(
         f"""
 {LEAN}
@@ -242,7 +246,7 @@ torch._import_device_backends = lambda: loaded.append(1)
 torch.export
 assert loaded == {[] if value == "0" else [1]}
 """,
-        **({"TORCH_DEVICE_BACKEND_AUTOLOAD": value} if value else {}),
+        **{BACKEND_AUTOLOAD: value},
     )
 
 
@@ -252,8 +256,9 @@ assert loaded == {[] if value == "0" else [1]}
         pytest.param("lean_torch.VERIFIED = ('0.1.',)", {}, id="unknown version"),
         # nothing at all is begun then: test_process.py
         pytest.param("", {PLAIN_START: "1"}, id="switched off", marks=pytest.mark.slow),
-        pytest.param("", {"KINETO_USE_DAEMON": "1"}, id="profiling daemon"),
-        pytest.param("import torch", {}, id="imported already"),
+        pytest.param("", {"KINETO_USE_DAEMON": "1"}, id="profiling daemon", marks=pytest.mark.slow),
+        # whoever came first is left alone: test_process.py
+        pytest.param("import torch", {}, id="imported already", marks=pytest.mark.slow),
     ],
 )
 def test_plain_where_lean_is_not_known_to_work(setup, environment):
@@ -278,6 +283,7 @@ os._exit(0)  # the profiler's client waits ten seconds for its daemon when the p
     assert out.count("no gain") == ("VERIFIED" in setup or "KINETO_USE_DAEMON" in environment)
 
 
+@pytest.mark.slow
 def test_other_packages_modules_come_alone(tmp_path: Path):
     """One import of them, or one use of torch's own reference to them, and neither drags torch's parts in."""
     (tmp_path / "pynvml.py").write_text("def nvmlInit(): return 'real'\n", encoding="utf-8")
@@ -312,10 +318,9 @@ assert torch.cuda.pynvml is sys.modules["pynvml"]
     "moment",
     [
         "torch.torch_version",
-        # between the first and the last
         pytest.param("torch.cuda.memory", marks=pytest.mark.slow),
         pytest.param("torch.hub", marks=pytest.mark.slow),
-        "torch._lobpcg",
+        pytest.param("torch._lobpcg", marks=pytest.mark.slow),
     ],
 )
 def test_another_threads_imports_meanwhile_are_real(moment, tmp_path: Path):
@@ -391,6 +396,7 @@ for name in ("unittest.mock", "torch.optim"):
     )
 
 
+@pytest.mark.slow
 def test_a_stand_in_touched_while_torch_is_imported_gives_way():
     """A device backend, or another version of torch, may use anything early."""
     python(
@@ -408,6 +414,7 @@ assert "torch._meta_registrations" not in sys.modules or early not in sys.meta_p
     )
 
 
+@pytest.mark.slow
 def test_the_lists_name_modules(plain):
     """A name that no longer exists would defer or trigger nothing."""
     imported = ast.literal_eval(plain.splitlines()[0])
