@@ -286,8 +286,15 @@ for result in made.run(Batch(items=[item(seed)]) for seed in count()):
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-@pytest.mark.parametrize("busy", [False, True])
+@pytest.mark.parametrize(
+    ("number", "busy"),
+    [
+        (signal.SIGKILL, True),
+        (signal.SIGTERM, False),
+        pytest.param(signal.SIGKILL, False, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, True, marks=pytest.mark.slow),
+    ],
+)
 def test_no_orphan_when_the_parent_is_killed(faults, number, busy):
     faults(*([{"on": 0, "kind": "hang"}] if busy else []))
     parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True, encoding="utf-8")

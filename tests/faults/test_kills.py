@@ -99,14 +99,14 @@ def kill_the_multirun(tmp_path, jobs: int, rounds: int, seed: int) -> None:
 
 
 def test_the_process_a_few_times(tmp_path):
-    kill_the_process(tmp_path, [], 4, 100)
+    kill_the_process(tmp_path, [], 3, 100)
 
 
 def test_the_process_with_its_worker_a_few_times(tmp_path):
     kill_the_process(tmp_path, PROCESS, 2, 100)
 
 
-@pytest.mark.parametrize("layout", ["webdataset", "parquet"])
+@pytest.mark.parametrize("layout", ["webdataset", pytest.param("parquet", marks=pytest.mark.slow)])
 def test_a_run_with_shards_a_few_times(tmp_path, layout):
     kill_the_process(tmp_path, [*SHARDS, f"output.layout={layout}"], 2, 100)
 
@@ -116,7 +116,7 @@ def test_the_multirun_a_few_times(tmp_path):
 
 
 def test_the_worker_a_few_times(tmp_path):
-    kill_the_worker(tmp_path, 3, 100)
+    kill_the_worker(tmp_path, 2, 100)
 
 
 @pytest.mark.slow

@@ -40,9 +40,10 @@ def interrupted(run: Run, number: signal.Signals, **variables: object) -> int | 
     [
         (signal.SIGINT, INLINE),
         (signal.SIGTERM, PROCESS),
-        (signal.SIGHUP, INLINE),
-        (signal.SIGUSR1, INLINE),
-        (signal.SIGXCPU, PROCESS),
+        # that each of them asks to stop: test_handlers_are_there_during_a_run_and_gone_after_it
+        pytest.param(signal.SIGHUP, INLINE, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, INLINE, marks=pytest.mark.slow),
+        pytest.param(signal.SIGXCPU, PROCESS, marks=pytest.mark.slow),
     ],
 )
 def test_the_first_signal_finishes_what_is_in_flight(tmp_path, overrides, number):
@@ -115,16 +116,18 @@ def test_while_the_model_is_loading_one_signal_is_enough(tmp_path, overrides):
     assert not run.run_dir.exists()
 
 
-def test_handlers_are_there_during_a_run_and_gone_after_it():
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU"])
+def test_handlers_are_there_during_a_run_and_gone_after_it(name):
+    number = signal.Signals[name]
+    before = signal.getsignal(number)
     with graceful_stop() as stop:
-        assert signal.getsignal(signal.SIGTERM) != before
+        assert signal.getsignal(number) != before
         assert not stop
         assert not stop.wait(0)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         assert stop.wait(60)
-        assert stop.signal_name == "SIGTERM"
-    assert signal.getsignal(signal.SIGTERM) == before
+        assert stop.signal_name == name
+    assert signal.getsignal(number) == before
 
 
 def test_one_signal_interrupts_a_phase_with_nothing_to_lose():

@@ -167,7 +167,7 @@ def test_jobs_are_composed_from_files_once(cli: Cli, monkeypatch: pytest.MonkeyP
     assert len(counts[0]) == len(counts[1])
 
 
-@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+@pytest.mark.parametrize("launcher", ["joblib", pytest.param("submitit_local", marks=pytest.mark.slow)])
 def test_other_launchers_work(cli: Cli, launcher: str) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher" if launcher == "joblib" else "submitit")
     code, out, err = cli("-m", f"hydra/launcher={launcher}", "prompt=a", "sampling.height=128,100", "seeds=1", *FAST)

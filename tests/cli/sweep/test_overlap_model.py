@@ -370,7 +370,7 @@ MULTIRUNS = {
 }
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(**MULTIRUNS)
 def test_a_few_multiruns(earlier: Path, jobs: list[Swept], keep_going: bool, stop_at: tuple[str, int] | None) -> None:
     check(jobs, keep_going, stop_at, earlier)
