@@ -256,7 +256,7 @@ assert loaded == {[] if value == "0" else [1]}
         pytest.param("lean_torch.VERIFIED = ('0.1.',)", {}, id="unknown version"),
         # nothing at all is begun then: test_process.py
         pytest.param("", {PLAIN_START: "1"}, id="switched off", marks=pytest.mark.slow),
-        pytest.param("", {"KINETO_USE_DAEMON": "1"}, id="profiling daemon", marks=pytest.mark.slow),
+        pytest.param("", {"KINETO_USE_DAEMON": "1"}, id="profiling daemon"),
         # whoever came first is left alone: test_process.py
         pytest.param("import torch", {}, id="imported already", marks=pytest.mark.slow),
     ],
@@ -396,7 +396,6 @@ for name in ("unittest.mock", "torch.optim"):
     )
 
 
-@pytest.mark.slow
 def test_a_stand_in_touched_while_torch_is_imported_gives_way():
     """A device backend, or another version of torch, may use anything early."""
     python(
