@@ -43,7 +43,7 @@ PATIENCE = 60.0
 """Seconds after which a run counts as hanging, on the busiest machine."""
 SECONDS = float(os.environ.get("EVERY_POINT_SECONDS", "3000"))
 """For the long form, which takes the points in an order of chance."""
-SHORT = 5
+SHORT = 8
 """Points of the short form, spread over a run's life."""
 
 

@@ -74,7 +74,7 @@ def check_all(kills: int, folder: Path) -> None:
 
 
 def test_killed_a_few_times(tmp_path: Path) -> None:
-    check_all(2, tmp_path)
+    check_all(4, tmp_path)
 
 
 @pytest.mark.slow
