@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Iterator
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from zimage_runner.executors.base import Batch
 from zimage_runner.runner import progress
 from zimage_runner.runner.progress import FIRST_SECONDS, LONGEST_SECONDS, ProgressLog
+from zimage_runner.runner.run import Run
 
 
 class Clock:
@@ -49,12 +54,26 @@ def test_a_week_is_told_in_a_few_hundred_lines(seconds_each: float) -> None:
 
 
 def test_a_run_without_a_terminal_tells_it(cli, monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(ProgressLog, "line", lambda _, settled: f"{settled} by now")
-    code, _, err = cli("prompts=emoji", "prompts.limit=3", "sampling.num_inference_steps=1")
+    told = threading.Event()
+
+    def line(_: ProgressLog, settled: int) -> str:
+        told.set()
+        return f"{settled} by now"
+
+    def batches(run: Run, own: Callable[[Run], Iterator[Batch]] = Run._batches) -> Iterator[Batch]:
+        *first, last = own(run)
+        yield from first
+        assert told.wait(60), "pictures are drawn, and none of them is told of"
+        yield last
+
+    monkeypatch.setattr(ProgressLog, "line", line)
+    monkeypatch.setattr(Run, "_batches", batches)
+    code, _, err = cli("prompts=emoji", "prompts.limit=6", "sampling.num_inference_steps=1")
     assert code == 0, err
-    assert {"1 by now", "3 by now"} <= set(err.splitlines())
+    lines = [line for line in err.splitlines() if line.endswith("by now")]
+    assert lines, err
     (log,) = tmp_path.glob("outputs/*/*/run.log")
-    assert "3 by now" in log.read_text(encoding="utf-8")
+    assert all(line in log.read_text(encoding="utf-8") for line in lines)
 
 
 def test_a_terminal_that_is_gone_is_free_for_the_next_run(monkeypatch: pytest.MonkeyPatch) -> None:
