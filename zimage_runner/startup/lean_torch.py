@@ -26,13 +26,10 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-VERIFIED = ("2.11.", "2.13.")
+VERIFIED = ("2.11.", "2.13.", "2.14.")
 """Versions of torch whose import was read, line by line. Any other is imported plainly."""
 
 BACKEND_AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
-LATER: Any = object()
-"""What a name of TAKEN_FROM is bound to while torch is imported; not visible afterwards."""
-
 DEFERRED = (
     "torchgen.model",
     "torch.utils.data",
@@ -52,6 +49,8 @@ DEFERRED = (
     "torch.distributed._meta_registrations",
     "torch._meta_registrations",
     "torch.compiler",
+    "torch._subclasses",
+    "torch._subclasses.fake_tensor",
 )
 """Modules that torch imports and nothing here uses, in torch's order."""
 
@@ -59,8 +58,12 @@ ALONE = ("unittest.mock", "pynvml")
 """Modules of other packages, pynvml if it is installed, that torch imports for functions hardly ever called. They are
 deferred too, but each for itself: using one imports it and nothing else."""
 
-TAKEN_FROM = {"torch.func": {"vmap"}, "torch._higher_order_ops": {"cond", "while_loop"}}
-"""Names that torch's own ``__init__`` takes from them."""
+TAKEN_FROM = {
+    "torch.func": {"vmap"},
+    "torch._higher_order_ops": {"cond", "while_loop"},
+    "torch._subclasses.fake_tensor": {"is_fake_tensor"},
+}
+"""Functions that torch's own modules take from them while torch is imported."""
 
 NEEDS_ALL = (
     "functorch",
@@ -121,19 +124,29 @@ class StandIn(ModuleType):
 
     def __getattr__(self, attribute: str) -> Any:
         state = vars(self)
-        if "_ready" not in state:  # the import machinery looks at what it has just made
+        if "_ready" not in state or attribute == "__path__":  # the import machinery: what it made, is it a package
             raise AttributeError(attribute)
         deferral: Deferral = state["_deferral"]
         if deferral.importing and attribute in TAKEN_FROM.get(self.__name__, ()):
-            return LATER
+            return Later(deferral, self.__name__, attribute)
         return getattr(deferral.real(self.__name__), attribute)
 
     def __setattr__(self, attribute: str, value: Any) -> None:
         state = vars(self)
-        if "_ready" not in state:
+        if "_ready" not in state or (isinstance(value, StandIn) and state["_deferral"].importing):
             state[attribute] = value
         else:
             setattr(state["_deferral"].real(self.__name__), attribute, value)
+
+
+class Later:
+    """A function of TAKEN_FROM: makes the real one appear when it is called."""
+
+    def __init__(self, deferral: Deferral, module: str, name: str) -> None:
+        self._deferral, self.module, self.name = deferral, module, name
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return getattr(self._deferral.real(self.module), self.name)(*args, **options)
 
 
 class Deferral(MetaPathFinder):
@@ -179,9 +192,11 @@ class Deferral(MetaPathFinder):
         if self.importing:
             if threading.get_ident() != self._importer:  # nothing that torch imports is meant
                 return None
+            if fullname in self._names:
+                return self._stand_in_spec(fullname, path, target)
             if isinstance(sys.modules.get(fullname.rpartition(".")[0]), StandIn):
                 self.real(fullname.rpartition(".")[0])
-            return self._stand_in_spec(fullname, path, target) if fullname in self._names else None
+            return None
         if fullname in ALONE or (fullname not in self._given and fullname not in NEEDS_ALL):
             return None
         self.complete()
@@ -240,13 +255,12 @@ class Deferral(MetaPathFinder):
     def _hide(self, torch: ModuleType) -> None:
         """Take torch's own attributes away, so that a use of one comes to torch's ``__getattr__``."""
         namespace = vars(torch)
-        taken = {name: module for module, names in TAKEN_FROM.items() for name in names}
         for name, value in list(namespace.items()):
             if isinstance(value, StandIn):
                 self._hidden[name] = value.__name__
                 del namespace[name]
-            elif value is LATER:
-                self._hidden[name] = taken[name]
+            elif isinstance(value, Later):
+                self._hidden[name] = value.module
                 del namespace[name]
         torch_getattr = namespace["__getattr__"]
 
@@ -274,6 +288,8 @@ class Deferral(MetaPathFinder):
             for name, value in list(getattr(module, "__dict__", {}).items()):
                 if type(value) is StandIn:
                     vars(module)[name] = sys.modules[value.__name__]
+                elif type(value) is Later:
+                    vars(module)[name] = getattr(sys.modules[value.module], value.name)
 
 
 def _unbind_from_package(name: str) -> None:
@@ -286,7 +302,10 @@ def _prepare_generators(torch: ModuleType) -> None:
     """The one thing that a deferred module (torch._prims.rng_prims, from 2.12 on) does for everyday use."""
     prepare = getattr(torch._C, "_set_generator_metaclass", None)
     if prepare is not None:
-        prepare(importlib.import_module("torch._opaque_base").OpaqueBaseMeta)
+        try:
+            prepare(importlib.import_module("torch._custom_class_base").CustomClassBaseMeta)
+        except ModuleNotFoundError:  # before 2.14
+            prepare(importlib.import_module("torch._opaque_base").OpaqueBaseMeta)
 
 
 class _StandInLoader(Loader):
