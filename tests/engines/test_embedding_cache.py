@@ -156,6 +156,16 @@ def test_a_damaged_guess_is_none(tmp_path):
     assert all_cached(config, "asked", [("a cat", 512)])
 
 
+def test_what_was_written_last_stays_where_all_is_of_one_moment(tmp_path, monkeypatch):
+    """The clock of a file system ticks every few milliseconds."""
+    limited = cache(tmp_path, max_gb=6e3 / 1e9)
+    entries = limited._entries
+    monkeypatch.setattr(limited, "_entries", lambda: [(0.0, size, name) for _, size, name in entries()])
+    for n in range(9):
+        limited.put((str(n), 8), torch.randn(16, 64))
+        assert limited.get((str(n), 8), "cpu") is not None
+
+
 OWN = "a" * 64 + ".safetensors"
 
 

@@ -121,7 +121,7 @@ class EmbeddingCache:
             return
         self._size += len(data)
         if self._size > self._limit:
-            self._evict()
+            self._evict(newest=name)
 
     def _name(self, caption: Caption) -> str:
         return _name(self._identity, caption)
@@ -142,8 +142,9 @@ class EmbeddingCache:
                 continue
         return found
 
-    def _evict(self) -> None:
-        entries = sorted(self._entries())
+    def _evict(self, newest: str) -> None:
+        """Delete what was used longest ago; ``newest`` last, since files of the same few milliseconds share a time."""
+        entries = sorted(self._entries(), key=lambda entry: (entry[2] == newest, entry))
         self._size = sum(size for _, size, _ in entries)
         for _, size, name in entries:
             if self._size <= FILL_AFTER_EVICTION * self._limit:
