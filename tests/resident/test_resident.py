@@ -43,14 +43,15 @@ def said(text: str, directory: Path) -> list[str]:
 
 
 def left(directory: Path) -> dict[str, Any]:
-    """What a run has left in its directory, name by name."""
+    """What a run has left in its directory, name by name; records in an order of their own: they come as writers do."""
     found: dict[str, Any] = {}
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
         if path.suffix == ".json":
             found[name] = without_times(json.loads(path.read_bytes()))
         elif path.suffix == ".jsonl":
-            found[name] = [without_times(json.loads(line)) for line in path.read_bytes().splitlines()]
+            records = [without_times(json.loads(line)) for line in path.read_bytes().splitlines()]
+            found[name] = sorted(records, key=json.dumps)
         elif path.is_file():
             found[name] = None
     return found

@@ -116,7 +116,7 @@ def test_a_server_that_cuts_every_answer(server: HuggingFaceServer, tmp_path: Pa
     assert "\n" not in error
     partial = max(cache.rglob("*.incomplete"), key=lambda path: path.stat().st_size)
     kept = partial.stat().st_size
-    assert kept >= 3_000_000
+    assert kept >= 3_000_000 - (64 << 10), "one delivery, without the block that the client had not whole"
     server.cut_always, server.dead_after = None, None
     server.requests.clear()
     assert files_of(Path(resolve(server, cache_dir=str(cache))["path"])) == files_of(EMBEDDED)
