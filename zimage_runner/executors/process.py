@@ -115,11 +115,12 @@ class ProcessExecutor(Executor):
             batch = self._again.popleft() if self._again else next(source, None)
             if batch is None:
                 return
+            child = self._supervisor.child  # a new one is waited for: that is no item's time
             if not self._flights:
                 self._heard = time.monotonic()
             self._ticket += 1
             self._flights[self._ticket] = Flight.of(batch)
-            self._supervisor.child.send(Work(self._ticket, batch))
+            child.send(Work(self._ticket, batch))
 
     def _must_wait(self) -> bool:
         return self._blame.must_wait(self._flights.values(), self._again[0] if self._again else None)
