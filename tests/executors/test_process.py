@@ -105,6 +105,15 @@ def test_a_hanging_item_is_cut_off(faults):
         assert made.report()["executor"]["deaths"] == ["gave no sign of life for 2 s and was killed"]
 
 
+def test_the_start_of_the_next_worker_is_no_time_of_its_item(faults):
+    """Where starting took longer than an item may, each new worker was killed as soon as it was ready."""
+    faults({"on": 1, "kind": "exit", "times": 1}, START_SECONDS=1.2)
+    with executor(item_timeout_s=1.0) as made:
+        made.start()
+        assert drawn(run(made, range(3))) == dict.fromkeys(range(3))
+        assert made.report()["executor"]["deaths"][0] == "ended with exit code 3"
+
+
 def test_the_limit_grows_with_the_batch(faults):
     faults(ITEM_SECONDS=0.5)
     with executor(item_timeout_s=1.0) as made:
@@ -209,6 +218,18 @@ def test_what_the_user_can_mend_stays_a_user_error(faults):
     faults({"on": "start", "kind": "refuse"})
     with executor() as made, pytest.raises(UserError, match=r"model\.path=/nowhere"):
         made.start()
+
+
+@pytest.mark.parametrize(
+    ("where", "step"), [(1, lambda made: run(made, range(3))), ("extend", lambda made: made.extend([], []))]
+)
+def test_for_what_no_worker_could_draw_none_is_replaced_and_no_item_given_up(faults, where, step):
+    faults({"on": where, "kind": "refuse"})
+    with executor() as made:
+        made.start()
+        with pytest.raises(UserError, match=r"^model\.path=/nowhere"):
+            step(made)
+        assert made.report()["executor"]["deaths"] == []
 
 
 def test_an_endless_series_of_deaths_stops_the_run(faults):

@@ -122,6 +122,12 @@ def test_where_it_does_not_it_sends_or_the_run_stops(drawer):
     assert draw(drawer, 1).stopped == "/run is not to be seen here"
 
 
+def test_so_does_what_no_worker_could_draw(drawer, faults):
+    faults({"on": 1, "kind": "refuse"}, {"on": "extend", "kind": "refuse"})
+    why = "model.path=/nowhere has no model_index.json"
+    assert (draw(drawer, 1).stopped, drawer.extend([], []).refused) == (why, why)
+
+
 def test_a_full_disk_stops_the_run(drawer):
     drawer.equip(Sink(RunStopped("cannot write (No space left on device)")), must=True)
     drawn = draw(drawer, 1)

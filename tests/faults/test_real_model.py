@@ -15,8 +15,10 @@ import pytest
 from PIL import Image
 
 from tests.support.fault_runs import all_gone, children_of, kill
+from zimage_runner.session import Session
 
 SEEDS = 5
+SKETCHES = Path(__file__).parents[2] / "conf/pictures"
 
 
 @pytest.mark.parametrize("executor", ["inline", "process"])
@@ -33,6 +35,43 @@ def test_truncated_weights_are_found_before_anything_starts(cli, nano, tmp_path,
     assert file.name in err
     assert len(err.splitlines()) == 1
     assert not list((tmp_path / "run").rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("part", "row"),
+    [("text_encoder", {"text": "a cat"}), ("vae", {"text": "a cat", "image": str(SKETCHES / "cat.png")})],
+)
+def test_weights_that_are_damaged_during_a_run_end_it_and_it_is_resumed(cli, nano, tmp_path, monkeypatch, part, row):
+    """Each picture that was left failed for itself, and a resumed run took them for finished."""
+    model = Path(shutil.copytree(nano, tmp_path / "model"))
+    file = next((model / part).glob("*.safetensors"))
+    whole = file.read_bytes()
+    rows = [{"text": "a red apple"}, row, {**row, "text": "a dog"}]
+    Path("rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    generate = Session.generate
+
+    def damaging(*arguments, **named):
+        done = generate(*arguments, **named)
+        os.truncate(file, 1000)
+        return done
+
+    monkeypatch.setattr(Session, "generate", damaging)
+    sizes = ("sampling.height=128", "sampling.width=128", "sampling.num_inference_steps=1")
+    code, _, err = cli(
+        "model=local", f"model.path={model}", "prompts=jsonl", "prompts.path=rows.jsonl", "hydra.run.dir=run",
+        "warmup=none", *sizes,
+    )  # fmt: skip
+    summary = json.loads(Path("run/summary.json").read_bytes())
+    assert (code, summary["status"]) == (130, "stopped")
+    assert {name: summary["items"][name] for name in ("ok", "failed", "remaining")} == {
+        "ok": 1, "failed": 0, "remaining": 2
+    }  # fmt: skip
+    assert str(file) in summary["stopped"]
+    assert len([line for line in err.splitlines() if file.name in line]) == 1
+    assert "Traceback" not in err
+    monkeypatch.undo()
+    file.write_bytes(whole)
+    assert cli(f"resume={tmp_path / 'run'}")[0] == 0
 
 
 def start(folder: Path, executor: str) -> subprocess.Popen:

@@ -73,22 +73,19 @@ class Child:
         """The report of a session that was told to start or to extend. Raises as ``start``."""
         deadline = time.monotonic() + timeout_s
         while True:
-            match self.receive(max(0.0, deadline - time.monotonic()), timeout_s):
-                case Ready(report):
-                    return report
-                case Refused(message):
-                    self.kill()
-                    raise UserError(message)
+            message = self.receive(max(0.0, deadline - time.monotonic()), timeout_s)
+            if isinstance(message, Ready):
+                return message.report
 
     def send(self, message: Any) -> None:
-        """Raises WorkerDied."""
+        """Raises WorkerDied, and UserError if no other worker would do better."""
         try:
             self._connection.send(message)
         except OSError:
             raise self._last_words() or self._died() from None
 
     def receive(self, timeout_s: float, limit_s: float) -> Any:
-        """The next message; Drawn comes with its pixels, as a pair. Raises WorkerDied, or WorkerHung after the timeout.
+        """The next message; Drawn comes with its pixels, as a pair. Raises as ``send``, WorkerHung after the timeout.
 
         ``limit_s`` is the limit to name in the message: the timeout may be what is left of it.
         """
@@ -112,9 +109,8 @@ class Child:
                 raise self._died() from None
             if isinstance(message, LogLine):
                 logging.getLogger(message.logger).log(message.level, "%s", message.text)
-            elif isinstance(message, Broken):
-                self.kill()
-                raise WorkerBroken(f"ended: {message.message}")
+            elif isinstance(message, Broken | Refused):
+                raise self._said(message)
             else:
                 return message
 
@@ -136,14 +132,17 @@ class Child:
             self._pidfd = -1
         return code
 
-    def _last_words(self) -> WorkerBroken | None:
+    def _said(self, why: Broken | Refused) -> WorkerBroken | UserError:
+        self.kill()
+        return UserError(why.message) if isinstance(why, Refused) else WorkerBroken(f"ended: {why.message}")
+
+    def _last_words(self) -> WorkerBroken | UserError | None:
         """Why it ended, if it said so before: what it sent can be read after its death too."""
         with contextlib.suppress(EOFError, OSError):
             while self._connection.poll():
                 message = self._connection.recv()
-                if isinstance(message, Broken):
-                    self.kill()
-                    return WorkerBroken(f"ended: {message.message}")
+                if isinstance(message, Broken | Refused):
+                    return self._said(message)
                 if isinstance(message, Drawn):
                     self._connection.recv_bytes()  # drawn again by the next worker
         return None

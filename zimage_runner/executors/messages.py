@@ -46,7 +46,7 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """The session cannot start because of something the user can mend (a UserError)."""
+    """The session cannot start or go on, and no other one could (a UserError, a RunStopped); the worker ends."""
 
     message: str
 

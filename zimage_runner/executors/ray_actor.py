@@ -55,7 +55,7 @@ class Answer:
 
     report: dict[str, Any]
     refused: str | None = None
-    """A UserError's text."""
+    """The text of a UserError or a RunStopped: no other worker would do better."""
     broken: str | None = None
     """Another error's text: the worker is of no use."""
     lines: Sequence[tuple[int, str, str]] = ()
@@ -151,7 +151,7 @@ class Drawer:
         try:
             self._session = start.make_session()
             self._session.start()
-        except UserError as error:
+        except (UserError, RunStopped) as error:
             return Answer({}, refused=str(error), lines=self._said())
         except Exception as error:
             logging.getLogger(__name__).info("the session could not start", exc_info=True)
@@ -164,6 +164,8 @@ class Drawer:
         assert self._session is not None
         try:
             self._session.extend(shapes, texts)
+        except (UserError, RunStopped) as error:
+            return Answer({}, refused=str(error), lines=self._said())
         except Exception as error:
             return Answer({}, broken=error_text(error), lines=self._said())
         return Answer(self._report(), lines=self._said())
@@ -191,8 +193,10 @@ class Drawer:
         if task.stopped is None:
             try:
                 task.results = list(self._backoff.run(batch))
-            except (DeviceLost, UserError, RunStopped) as error:
+            except DeviceLost as error:
                 task.broken = str(error)
+            except (UserError, RunStopped) as error:
+                task.stopped = str(error)
             except Exception as error:
                 task.broken = error_text(error)
         task.seconds = time.perf_counter() - began

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
 from zimage_runner.engines.faults import DeviceLost
-from zimage_runner.errors import BadPictureError, UserError, error_text
+from zimage_runner.errors import BadPictureError, RunStopped, UserError, error_text
 from zimage_runner.executors.backoff import MemoryBackoff
 from zimage_runner.executors.base import BatchResult, SessionLike
 from zimage_runner.executors.messages import (
@@ -97,6 +97,8 @@ class Worker:
     def _extend(self, session: SessionLike, shapes: Any, texts: Any) -> None:
         try:
             session.extend(shapes, texts)
+        except (UserError, RunStopped) as error:
+            self._end(str(error), refuses=True)
         except Exception as error:  # told to the parent, which decides
             self._end(error_text(error))
 
@@ -105,8 +107,8 @@ class Worker:
         try:
             for result in backoff.run(work.batch):
                 self._results.put((work, result))
-        except (DeviceLost, UserError) as error:
-            self._end(str(error))
+        except (UserError, RunStopped) as error:
+            self._end(str(error), refuses=not isinstance(error, DeviceLost))
         self._results.put((work, {**session.report(), **backoff.report()}))
 
     def send(self, message: Any, pixels: memoryview | None = None) -> None:
@@ -134,17 +136,17 @@ class Worker:
             session = start.make_session()
             session.start()
             return session
-        except UserError as error:
-            self.send(Refused(str(error)))
+        except (UserError, RunStopped) as error:
+            self._end(str(error), refuses=True)
         except Exception as error:  # told to the parent, which decides
             logging.getLogger(__name__).info("the session could not start", exc_info=True)
             self._end(error_text(error))
-        os._exit(2)
 
-    def _end(self, message: str) -> NoReturn:
+    def _end(self, message: str, *, refuses: bool = False) -> NoReturn:
+        """``refuses``: another worker would fare no better."""
         # Not sys.exit: with a lost GPU, Python's and CUDA's teardown may hang.
         try:
-            self.send(Broken(message))
+            self.send(Refused(message) if refuses else Broken(message))
         finally:
             os._exit(1)
 

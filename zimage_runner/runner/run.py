@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from zimage_runner.config.schema import Report
-from zimage_runner.engines.faults import DeviceLost
 from zimage_runner.errors import (
     EXIT_INTERRUPTED,
     EXIT_ITEMS_FAILED,
@@ -101,7 +100,10 @@ class Run:
 
     def _draw(self) -> None:
         self._loop.offer_writing()
-        self._loop.draw(self._batches())
+        try:
+            self._loop.draw(self._batches())
+        except UserError as error:  # what was drawn before is kept, whatever it is
+            raise RunStopped(str(error)) from error
 
     def report(self) -> int:
         """Wait until everything is written, draw once more what came out bad, and report. Return the exit code."""
@@ -134,8 +136,7 @@ class Run:
             step()
         except RunStopped as error:
             self._stopped = self._stopped or str(error)
-            if isinstance(error, DeviceLost):
-                self.lease.end_after_run()
+            self.lease.end_after_run()
         except UserError:
             raise
         except Exception as error:

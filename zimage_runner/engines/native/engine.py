@@ -34,11 +34,12 @@ from zimage_runner.engines.native.text_encoder import TextEncoder
 from zimage_runner.engines.placing import place
 from zimage_runner.engines.precision import Precision, check_device
 from zimage_runner.engines.request import DenoiseRequest, LoadRequest, Posterior
-from zimage_runner.errors import UnsupportedCheckpoint, UserError
+from zimage_runner.errors import RunStopped, UnsupportedCheckpoint, UserError
 from zimage_runner.pictures.placed import GREY
 from zimage_runner.sampling import Lora
 from zimage_runner.weights.find.controlnet import ControlNetFile
 from zimage_runner.weights.preload.source import WeightsSource
+from zimage_runner.weights.safetensors_file import BadWeightsFile
 
 HIDDEN = 1.1
 """With memory=streamed: computing should take this many times as long as the copying that it hides."""
@@ -131,11 +132,13 @@ class NativeEngineAdapter(Engine):
         return engine
 
     def adapt(self, loras: Sequence[Lora]) -> bool:
-        return self._adapters.want(loras)
+        with self._reading():
+            return self._adapters.want(loras)
 
     def encode(self, texts: Sequence[str], max_sequence_length: int) -> list[torch.Tensor]:
         self._load_encoder()
-        return self.model.encode(texts, max_sequence_length)
+        with self._reading():  # the vectors of tokens, and what is streamed
+            return self.model.encode(texts, max_sequence_length)
 
     def encode_picture(self, pixels: np.ndarray) -> Posterior:
         self._load_denoiser()
@@ -278,11 +281,20 @@ class NativeEngineAdapter(Engine):
         release(self.model.device.type, size)
 
     @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Weights that cannot be read end the run: each further item would fail for the same reason."""
+        try:
+            yield
+        except (OSError, BadWeightsFile) as error:
+            raise RunStopped(f"weights cannot be read: {error}: restore that file") from error
+
+    @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
         """A part of loading, whenever it comes; its seconds. A checkpoint that does not fit is refused in one line."""
         started = time.perf_counter()
         try:
-            yield
+            with self._reading():
+                yield
         except (ValueError, KeyError) as error:
             kind = UnsupportedCheckpoint if name == "open" else UserError
             raise kind(f"engine=native cannot run {self.path}: {error}; use engine=diffusers") from error

@@ -22,6 +22,7 @@ from zimage_runner.weights.formats.checkpoint_file import ComponentTensors
 from zimage_runner.weights.formats.source import source_component
 from zimage_runner.weights.packed.format import TENSOR as PACKED
 from zimage_runner.weights.parts import packed_parts
+from zimage_runner.weights.safetensors_file import BadWeightsFile
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -89,9 +90,8 @@ class TensorFiles(Mapping[str, torch.Tensor]):
     """The tensors of one component's files, each read when it is asked for."""
 
     def __init__(self, files: Sequence[Path], device: str = "cpu") -> None:
-        from safetensors import safe_open
-
-        handles = [safe_open(path, framework="pt", device=device) for path in files]
+        """Raises OSError, and BadWeightsFile for a file that is not whole."""
+        handles = [_opened(path, device) for path in files]
         # A causal language model's checkpoint puts everything but its head below "model.".
         self._where = {
             name.removeprefix("model."): (handle, name)
@@ -108,6 +108,15 @@ class TensorFiles(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._where)
+
+
+def _opened(path: Path, device: str) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt", device=device)
+    except SafetensorError as error:
+        raise BadWeightsFile(f"{path}: {error}") from error
 
 
 def tensor_files(folder: Path) -> list[Path]:
@@ -158,8 +167,9 @@ def open_parts(folder: Path, device: str) -> Mapping[str, torch.Tensor]:
     if component is not None:
         return ComponentTensors(component, device)
     files = tensor_files(folder)
+    tensors = TensorFiles(files, device)
     parts = packed_parts(files[0], device) if len(files) == 1 else None
-    return TensorFiles(tensor_files(folder), device) if parts is None else parts
+    return tensors if parts is None else parts
 
 
 def assign(

@@ -14,10 +14,10 @@ import torch
 from zimage_runner.engines.native.loading import tensor_files
 from zimage_runner.errors import UserError
 from zimage_runner.weights.formats.decode import TORCH_DTYPES, PublishedTensor, StoredTensor
+from zimage_runner.weights.formats.files import open_stored
 from zimage_runner.weights.formats.source import source_component
 from zimage_runner.weights.io import read_exactly
 from zimage_runner.weights.prepared.names import canonical
-from zimage_runner.weights.safetensors_file import read_header
 
 NAME = "embed_tokens.weight"
 
@@ -61,7 +61,7 @@ def published_table(folder: Path) -> PublishedTensor:
     if component is not None:
         return component.tensors[NAME]
     for path in tensor_files(folder):
-        for name, info in read_header(path).tensors.items():
+        for name, info in open_stored(path).tensors.items():
             if canonical("text_encoder", name) == NAME:
                 stored = StoredTensor(path, name, info, info.shape)
                 return PublishedTensor(NAME, info.shape, stored, 0, stored.rows)
