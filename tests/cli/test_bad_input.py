@@ -82,7 +82,10 @@ TABLE: list[tuple[list[str], str]] = [
     (["prompts.texts=一只猫"], r"""prompts.texts=一只猫: a list is needed: write prompts.texts='\["a"""),
     (["sampling.heigth=128"], "sampling.heigth: no such field; did you mean height?"),
     (["+sampling.heigth=128"], "heigth: no such field of Sampling, and [+] cannot add one; did you mean height?"),
-    (["+warmup.passes=2"], "passes: no such field of NoWarmup, and [+] cannot add one"),
+    (["+warmup.passes=2"], "warmup.passes: not a field of warmup=none, only of warmup=generate, warmup=article"),
+    (["prompts.columns.text=x"], "prompts.columns: not a field of prompts=inline, only of prompts=jsonl, prompts=csv"),
+    (["executor.resources={tpu: 1}"], "executor.resources: not a field of executor=inline, only of executor=ray: "),
+    (["executor=ray", "executor.resources={tpu: 1, b: x}"], "executor.resources.b=x: not a number"),
     (["memory.fraction=1"], "memory.fraction: no such field"),
     (
         ["warmup.passes=0"],

@@ -86,6 +86,7 @@ def test_lists_of_prompts_as_a_person_types_them(given: str, texts: list[str]) -
         ("prompts.columns.text=标题", "标题"),
         ("prompts.template.fill={x: [狗 (1), b, 3], y: f.txt}", {"x": ["狗 (1)", "b", 3], "y": "f.txt"}),
         ("prompts.template.fill.x=[红色, 蓝色]", ["红色", "蓝色"]),
+        ("executor.resources={tpu: 1, big-disk: 0.5}", {"tpu": 1, "big-disk": "0.5"}),
     ],
 )
 def test_other_fields_of_free_text_entries(arg: str, value: object) -> None:

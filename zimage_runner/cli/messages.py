@@ -103,8 +103,11 @@ def _unknown_attribute(error: AttributeError) -> str:
     match = re.search(r"'(?P<type>\w+)' object has no attribute '(?P<field>\w+)'", str(error))
     if match is None:
         raise error  # a mistake of ours
-    options = {option.__name__: option for group in SCHEMAS.values() for option in group.values()}
-    fields = field_names(options[match["type"]]) if match["type"] in options else []
+    options = {option.__name__: (group, option) for group, several in SCHEMAS.items() for option in several.values()}
+    group, option = options.get(match["type"], ("", None))
+    if elsewhere := _of_other_option(group, match["field"], match["type"]):
+        return elsewhere
+    fields = field_names(option) if option else []
     if match["type"] == "RunConfig":
         close = closest(match["field"], "")
         hint = f"; did you mean {'+' if close == 'experiment' else ''}{close}?" if close else "; see --help"
@@ -112,6 +115,13 @@ def _unknown_attribute(error: AttributeError) -> str:
     close = difflib.get_close_matches(match["field"], fields, 1)
     hint = f"; did you mean {close[0]}?" if close else (f"; fields there: {', '.join(fields)}" if fields else "")
     return f"{match['field']}: no such field of {match['type']}, and + cannot add one{hint}"
+
+
+def _of_other_option(group: str, field: str, chosen: str | None) -> str | None:
+    """That other options of a group have this field, but not the dataclass ``chosen``."""
+    options = ", ".join(options_with(group, field))
+    told = f"{group}.{field}: not a field of {option_of(group, chosen)}, only of {options}: choose that or leave it out"
+    return told if options else None
 
 
 def _experiment_file(chain: list[BaseException]) -> str | None:
@@ -225,10 +235,8 @@ def _unknown_field(text: str) -> str | None:
     parent = full.rpartition(".")[0]
     if full == "server":
         return f"{where}server: its fields are of the command serve: {called(PROGRAM)} serve ..."
-    options = options_with(parent, match["key"])
-    if options:
-        chosen = option_of(parent, match["type"])
-        return f"{where}{full}: not a field of {chosen}, only of {', '.join(options)}: choose that or leave it out"
+    if elsewhere := _of_other_option(parent, match["key"], match["type"]):
+        return f"{where}{elsewhere}"
     if full == "experiment" and where:
         return missing_package(text)
     if match["type"] == "LoraFile":

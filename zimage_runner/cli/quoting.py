@@ -21,7 +21,7 @@ from zimage_runner.errors import UserError, one_line
 from zimage_runner.prompts.loras import parse_lora
 from zimage_runner.prompts.text import unquoted
 
-OPEN_MAPPINGS = ("prompts.columns", "prompts.template.fill")
+OPEN_MAPPINGS = ("prompts.columns", "prompts.template.fill", "executor.resources")
 """Mappings whose keys are the user's own. Hydra wants ``++`` before a new key, which nobody should have to know."""
 EXAMPLES = {
     "prompts.texts": """'["a cat, neon","一只猫"]'""",
@@ -29,6 +29,7 @@ EXAMPLES = {
     "prompts.columns": """'{text: "标题"}'""",
     "prompts.template.fill": """'{subject: ["a cat","狗"]}'""",
     "lora_dirs": """'["/data/loras"]'""",
+    "executor.resources": "'{tpu: 1}'",
 }
 """Fields whose entries are free text, each with a form that works in any shell."""
 LORAS_EXAMPLE = "'loras=[style.safetensors:0.8,grain.safetensors:-0.3]'"
