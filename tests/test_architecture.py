@@ -45,6 +45,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "resident": {"__main__", "cli", "config", "executors", "memory", "outputs", "runner", "startup", "weights"},
     "startup": {"cli", "config", "engines", "executors", "runner", "weights"},
+    "executors.handing": {"resident"},  # the door to it
     "executors.ray_actor": {"engines", "plan", "startup"},  # the entry of a worker's process
     "prompts.images": {"model", "outputs", "pictures", "sampling"},  # a picture's metadata
     "prompts.folder": {"model", "outputs", "sampling"},

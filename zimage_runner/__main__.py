@@ -145,21 +145,9 @@ def _draw(argv: list[str]) -> int:
     from zimage_runner.startup.process import begin
 
     begins = begin()
-    from zimage_runner.executors.handing import HandOver, is_asked_for
+    from zimage_runner.executors.handing import draw
 
-    if is_asked_for(argv):
-        from zimage_runner.resident.client import hand_over
-
-        return hand_over(argv)
-    environment = dict(os.environ)
-    try:
-        return _compose_and_draw(argv, begins)
-    except HandOver:  # a config file, or the run that is resumed, says so
-        os.environ.clear()  # composing and importing may have set something for this process
-        os.environ.update(environment)
-        from zimage_runner.resident.client import hand_over
-
-        return hand_over(argv, repeats=True)
+    return draw(argv, lambda: _compose_and_draw(argv, begins))
 
 
 def _compose_and_draw(argv: list[str], begins: bool) -> int:

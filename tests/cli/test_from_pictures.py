@@ -53,6 +53,26 @@ def test_vary_starts_a_run(cat: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "2 pictures of 1 prompt" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("words", [["executor=resident"], ["--config-dir=conf", "+experiment=warm"]])
+def test_the_run_may_be_the_resident_process_s(cat: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    (cat.parent / "conf/experiment").mkdir(parents=True)
+    (cat.parent / "conf/experiment/warm.yaml").write_text(
+        "# @package _global_\ndefaults:\n- override /executor: resident\n", encoding="utf-8"
+    )
+    handed = []
+
+    def hand_over(words: list[str], repeats: bool = False) -> int:
+        handed.append((words, Path(words[1].partition("=")[2]).read_text(encoding="utf-8"), repeats))
+        return 5
+
+    monkeypatch.setattr("zimage_runner.resident.client.hand_over", hand_over)
+    assert vary.main([str(cat), "n=1", *words]) == 5
+    ((given, table, repeats),) = handed
+    assert given[-len(words) :] == words
+    assert '"varied_from"' in table
+    assert repeats == (words[0] != "executor=resident")
+
+
 @pytest.mark.parametrize(
     ("command", "words", "told"),
     [

@@ -12,6 +12,7 @@ from zimage_runner.cli.resume.command_line import LATEST, find_latest
 from zimage_runner.collect.pictures import find_runs, marked, pictures_of
 from zimage_runner.config.paths import CONFIG_DIR
 from zimage_runner.errors import EXIT_BAD_INPUT, EXIT_OK, PROGRAM, UserError, called
+from zimage_runner.executors.handing import draw
 from zimage_runner.logs import log_to_terminal, refuse
 from zimage_runner.prompts.images import controlnet_of_picture, recipe_of_picture
 from zimage_runner.prompts.prompt import Prompt
@@ -45,7 +46,8 @@ def run_from(
     with tempfile.TemporaryDirectory(prefix="zimage_runner_") as folder:
         table = Path(folder) / "prompts.jsonl"
         table.write_bytes(snapshot(prompts))  # the run keeps its own copy, with which it is resumed
-        return main(["prompts=jsonl", f"prompts.path={table}", "prompts.wins=command_line", f"name={name}", *words])
+        words = ["prompts=jsonl", f"prompts.path={table}", "prompts.wins=command_line", f"name={name}", *words]
+        return draw(words, lambda: main(words))
 
 
 def number(fields: Fields, name: str, default: float, low: float, high: float) -> float:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # importing typing takes time before anything else begins
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 ENDS_BEFORE = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--version", "--help", "-h")
 """Words with which no run is drawn."""
@@ -31,6 +33,23 @@ def become_resident() -> None:
 def belongs_elsewhere(executor: object, *, dry_run: bool) -> bool:
     """Return whether the resident process has to draw with this executor. A plan is printed anywhere."""
     return type(executor).__name__ == "ResidentExecutorConfig" and not dry_run and not is_resident()
+
+
+def draw(words: Sequence[str], here: Callable[[], int]) -> int:
+    """Do the run of a command line where its executor says: ``here`` does it in this process. Return the exit code."""
+    if is_asked_for(words):
+        from zimage_runner.resident.client import hand_over
+
+        return hand_over(words)
+    environment = dict(os.environ)
+    try:
+        return here()
+    except HandOver:  # a config file, or the run that is resumed, says so
+        os.environ.clear()  # composing and importing may have set something for this process
+        os.environ.update(environment)
+        from zimage_runner.resident.client import hand_over
+
+        return hand_over(words, repeats=True)
 
 
 def is_asked_for(words: Sequence[str]) -> bool:
