@@ -206,6 +206,14 @@ def test_its_own_size_is_drawn_where_none_is_set(folder: Path) -> None:
             ["sampling.image=table/red.png", "sampling.outpaint='1,2'"],
             "sampling: outpaint='1,2': write \"left,top,right",
         ),
+        (
+            ["sampling.image=table/red.png", "sampling.scale=2", "sampling.width=128"],
+            "sampling.scale=2 says nothing beside width: keep one of the two",
+        ),
+        (
+            ["sampling.image=table/red.png", "sampling.tile=64", "model.native_sizes=[128]"],
+            "prompts.texts[0]: sampling.tile=64 is no size that zimage_nano draws: leave it out",
+        ),
         (["sampling.image=table/red.png", "engine=diffusers"], "engine=diffusers does not draw from pictures: use"),
         (
             ["sampling.control_image=table/red.png"],
@@ -234,6 +242,11 @@ def test_what_is_refused(folder: Path, words: list[str], told: str) -> None:
         ({"image": {"bytes": "x"}}, "rows.jsonl:2: image={{'bytes': 'x'}} holds pictures, not names of files"),
         ({"image": "red.png", "scale": 1e308}, "rows.jsonl:2: sampling.scale=1e+308 is out of range"),
         ({"image": "red.png", "scale": -2}, "rows.jsonl:2: sampling.scale=-2.0 is out of range"),
+        ({"image": "red.png", "scale": 2, "height": 64}, "rows.jsonl:2: scale=2 says nothing beside height: keep one"),
+        (
+            {"image": "red.png", "mask": "red.png", "mask_crop": 8, "scale": 2},
+            "rows.jsonl:2: scale=2 says nothing beside mask_crop: keep one of the two",
+        ),
         ({"image": "red.png", "tile": -16}, "rows.jsonl:2: sampling.tile=-16 is out of range"),
         ({"image": "red.png", "fit": "cover"}, "rows.jsonl:2: fit='cover': write crop, pad, stretch"),
         (

@@ -206,6 +206,7 @@ REFUSED: list[tuple[dict[str, Any], Any, int, str, str | None]] = [
     ({**FINE, "outpaint": "1,2"}, image(), 400, "outpaint='1,2': write", "outpaint"),
     ({**FINE, "outpaint": "4096"}, image(), 413, "outpaint makes the picture 8240x8224 pixels", "outpaint"),
     ({**FINE, "outpaint": "1200", "mask_crop": "8"}, image(), 413, "size=2448x2432: ask for at most 4.2", "size"),
+    ({**FINE, "scale": "2", "size": "64x64"}, image(), 400, "scale=2 says nothing beside width: keep one", "scale"),
     ({**FINE, "scale": "1e9"}, image(), 400, "scale=1000000000.0 is out of range", "scale"),
     ({**FINE, "tile": "16"}, image(), 400, "tile: no such field", "tile"),
     ({}, image(), 400, "prompt: Field required", "prompt"),

@@ -77,6 +77,7 @@ class InputFinder:
             for name in PICTURE_FILES:
                 if values.get(name):
                     self._begin(name, values[name], where)
+        _check_scale(self._of_run, {**self._of_run, **self._set_sides}, "sampling.")
         if self._of_run.get("image") or self._of_run.get("control_image"):
             self._inputs(self._of_run)  # what is wrong with the run's own is no prompt's fault
 
@@ -88,6 +89,7 @@ class InputFinder:
         own = {name: value for name, value in prompt.overrides.items() if name in PICTURE_FIELDS}
         values = {**self._of_run, **own}
         _check_wanted(own, values, "")
+        _check_scale(own, {**values, **self._set_sides, **prompt.overrides}, "")
         if not (values.get("image") or values.get("control_image")):
             varied = _varied(values)
             return {"inputs": Inputs(**varied)} if varied else {}
@@ -181,6 +183,8 @@ class InputFinder:
         if tile:
             if tile % PIXEL_MULTIPLE:
                 raise UserError(f"sampling.tile={tile} is not a multiple of {PIXEL_MULTIPLE}: use {nearest_side(tile)}")
+            if self._model.native_sizes and tile not in self._model.native_sizes:
+                raise UserError(f"sampling.tile={tile} is no size that {self._model.name} draws: leave it out")
             return tile if max(width, height) > tile else 0
         if tile == 0:
             return 0
@@ -239,6 +243,13 @@ def _varied(values: Mapping[str, Any]) -> dict[str, Any]:
     if not 0 <= seed < 2**63:
         raise UserError(f"variation_seed={seed} is out of range: use 0 to 9223372036854775807")
     return {"variation_seed": seed, "variation": VARIATION if variation is None else variation}
+
+
+def _check_scale(given: Mapping[str, Any], values: Mapping[str, Any], prefix: str) -> None:
+    """Raise UserError for a scale beside something else that says what size is drawn."""
+    other = next((name for name in ("width", "height", "mask_crop") if values.get(name) is not None), None)
+    if other is not None and given.get("scale") is not None:
+        raise UserError(f"{prefix}scale={given['scale']:g} says nothing beside {other}: keep one of the two")
 
 
 def _of_run(config: RunConfig) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from zimage_runner.prompts.base import Prompt
 from zimage_runner.prompts.inline import Inline
 from zimage_runner.prompts.picture_values import as_chosen
 from zimage_runner.prompts.rows import RowReader, TableSource, convert
-from zimage_runner.prompts.seeds import parse_seeds
+from zimage_runner.prompts.seeds import MAX_SEED, parse_seeds
 from zimage_runner.runner.spec import RunSpec
 from zimage_runner.sampling import PICTURE_FIELDS, PICTURE_FILES, SAMPLING_FIELDS, Sampling
 from zimage_runner.serve.config import Server, parse_size
@@ -158,13 +158,13 @@ def plan_generation(asked: Generation, settings: Settings, **pictures: Any) -> P
     if not 1 <= n <= server.max_images:
         raise ApiError(400 if n < 1 else 413, f"n={n}: ask for 1 to {server.max_images} pictures", param="n")
     _check_length("prompt", asked.prompt, server)
-    changes: dict[str, Any] = {}
-    if asked.size not in (None, "auto"):
-        changes["width"], changes["height"] = parse_size(asked.size, "size")
-    for name in ("num_inference_steps", "guidance_scale", "negative_prompt"):
-        changes[name] = getattr(asked, name)
+    changes = {name: getattr(asked, name) for name in ("num_inference_steps", "guidance_scale", "negative_prompt")}
     seed = secrets.randbits(DRAWN_SEED_BITS) if asked.seed is None else asked.seed
+    if not 0 <= seed <= MAX_SEED - n + 1:
+        raise ApiError(400, f"seed={seed} is out of range: use 0 to {MAX_SEED - n + 1}", param="seed")
     try:
+        if asked.size not in (None, "auto"):
+            changes["width"], changes["height"] = parse_size(asked.size, "size")
         sampling = replace(sampling_of(changes, settings.config.sampling), **pictures)
         output = _output(asked, settings.config.output)
         _check_size(sampling, server)
