@@ -10,7 +10,7 @@ from zimage_runner.compile import NoCompile
 from zimage_runner.engines.base import Engine
 from zimage_runner.engines.diffusers.engine import DiffusersEngine
 from zimage_runner.engines.native.config import NativeEngine
-from zimage_runner.engines.request import DenoiseRequest, LoadRequest, draw_noise
+from zimage_runner.engines.request import DenoiseRequest, LoadRequest, draw_noises
 from zimage_runner.memory.policies import Resident
 from zimage_runner.model import Model, Source
 from zimage_runner.sampling import SamplingParams
@@ -41,7 +41,7 @@ def request(engine: Engine, rows: slice, guidance: float, steps: int = 3) -> Den
     return DenoiseRequest(
         prompt_embeds=engine.encode(captions, 512),
         negative_prompt_embeds=engine.encode([""] * len(captions), 512) if guidance else None,
-        noise=draw_noise(SEEDS[rows], engine.latent_channels, 8, 8),
+        noise=draw_noises(1, SEEDS[rows], engine.latent_channels, 8, 8)[0],
         params=params,
     )
 

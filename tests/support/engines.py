@@ -10,7 +10,7 @@ import numpy as np
 from tests.support import NANO
 from zimage_runner.compile import Compile
 from zimage_runner.engines.base import Engine, EngineConfig
-from zimage_runner.engines.request import DenoiseRequest, LoadRequest, draw_noise
+from zimage_runner.engines.request import DenoiseRequest, LoadRequest, draw_noises
 from zimage_runner.memory.policies import Memory, Resident
 from zimage_runner.model import Model, Source
 from zimage_runner.sampling import SamplingParams
@@ -37,7 +37,7 @@ def picture(engine: Engine, params: SamplingParams = PARAMS) -> np.ndarray:
     request = DenoiseRequest(
         prompt_embeds=embeds[:1],
         negative_prompt_embeds=embeds[1:] or None,
-        noise=draw_noise([7], engine.latent_channels, *sides),
+        noise=draw_noises(1, [7], engine.latent_channels, *sides)[0],
         params=params,
     )
     return engine.decode(engine.denoise(request)).wait()

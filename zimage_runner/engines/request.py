@@ -261,19 +261,15 @@ def mixed_noise(first: torch.Tensor, second: torch.Tensor, shares: Sequence[floa
     return torch.where(whole, second, mixed)
 
 
-def draw_noise(seeds: Sequence[int], channels: int, height: int, width: int, device: str = "cpu") -> torch.Tensor:
-    """Return standard normal noise [len(seeds), channels, height, width], float32 on the CPU, a generator per seed.
-
-    So a picture does not depend on its batch. height and width are latent sizes. ``device`` is where the numbers are
-    drawn: the CPU's sequence is the same on every machine, a GPU's (Philox) is the same among CUDA devices alone.
-    """
-    return draw_noises(1, seeds, channels, height, width, device)[0]
-
-
 def draw_noises(
     count: int, seeds: Sequence[int], channels: int, height: int, width: int, device: str = "cpu"
 ) -> torch.Tensor:
-    """As draw_noise, ``count`` times one after the other from each seed's generator: [count, len(seeds), ...]."""
+    """Return standard normal noise [count, len(seeds), channels, height, width], float32 on the CPU.
+
+    Each seed has a generator, so a picture does not depend on its batch; its ``count`` draws follow one another.
+    height and width are latent sizes. ``device`` is where the numbers are drawn: the CPU's sequence is the same on
+    every machine, a GPU's (Philox) is the same among CUDA devices alone.
+    """
     import torch
 
     shape, rows = (channels, height, width), []

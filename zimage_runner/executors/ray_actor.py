@@ -135,7 +135,6 @@ class Drawer:
         self._steps: list[str] = []
         self._tasks: dict[int, _Task] = {}
         self._arrival = threading.Condition()
-        self._busy_until = 0.0
 
     def hello(self) -> Identity:
         """Say where this is and what runs here, before anything is loaded."""

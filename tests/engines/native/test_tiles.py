@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zimage_runner.engines.native.tiles import OVERLAP, in_tiles, starts
-from zimage_runner.engines.request import draw_noise, mixed_noise
+from zimage_runner.engines.request import draw_noises, mixed_noise
 
 
 @given(tile=st.integers(4, 32).map(lambda n: 2 * n), length=st.integers(2, 200).map(lambda n: 2 * n))
@@ -41,7 +41,7 @@ def test_what_each_tile_agrees_on_is_the_whole(height: int, width: int) -> None:
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.7, 1.0])
 def test_mixed_noise_stays_standard_normal(share: float) -> None:
-    first, second = draw_noise([1], 16, 64, 64), draw_noise([2], 16, 64, 64)
+    first, second = draw_noises(1, [1], 16, 64, 64)[0], draw_noises(1, [2], 16, 64, 64)[0]
     mixed = mixed_noise(first, second, [share])
     assert abs(mixed.std().item() - 1) < 0.02
     distances = [(mixed - one).norm().item() for one in (first, second)]

@@ -13,7 +13,7 @@ from tests.support import adapter_layouts as known_layouts
 from tests.support import weight_formats as support
 from tests.support.adapter_layouts import ADALN, ATTENTION, FEED_FORWARD, Known, known, layouts
 from zimage_runner.errors import UserError
-from zimage_runner.weights.adapters.adapter import Adapter, auto_v2, lora_hash, merged, rows_in, tensors_sha256
+from zimage_runner.weights.adapters.adapter import Adapter, lora_hash, merged, tensors_sha256
 from zimage_runner.weights.adapters.reader import describe_adapter, read_adapter
 
 Weights = support.Weights
@@ -190,17 +190,6 @@ def test_strength_zero_changes_nothing_and_several_add_up() -> None:
     torch.testing.assert_close(both, weight.float() + 0.7 * one - 0.2 * two)
 
 
-def test_rows_of_a_fused_matrix_are_addressed() -> None:
-    block = "layers.0.attention"
-    fused = [f"{block}.to_{part}.weight" for part in "qkv"]
-    shapes = {fused[0]: (4096, 8), fused[1]: (1024, 8), fused[2]: (1024, 8)}
-    assert rows_in(fused, fused, shapes) == (0, 6144)
-    assert rows_in(fused, fused[1:2], shapes) == (4096, 5120)
-    assert rows_in(fused, fused[1:], shapes) == (4096, 6144)
-    with pytest.raises(ValueError, match="not neighbours"):
-        rows_in(fused, [fused[0], fused[2]], shapes)
-
-
 Q = "diffusion_model.layers.0.attention.to_q"
 GOOD = {f"{Q}.lora_A.weight": torch.ones(2, 96), f"{Q}.lora_B.weight": torch.ones(96, 2)}
 BAD = {
@@ -283,7 +272,6 @@ def test_hashes_are_those_that_civitai_reads(tmp_path: Path) -> None:
     rest = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
     assert tensors_sha256(path) == tensors_sha256(other) == rest
     assert lora_hash(rest) == rest[:12]
-    assert auto_v2(hashlib.sha256(data).hexdigest()) == hashlib.sha256(data).hexdigest()[:10]
 
 
 def test_all_modules_of_the_layouts_are_tried() -> None:

@@ -85,18 +85,6 @@ def stacked_shape(shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
     return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
-def rows_in(fused: Sequence[str], tensors: Sequence[str], shapes: Mapping[str, Sequence[int]]) -> tuple[int, int]:
-    """First and last row that ``tensors`` (of a Delta) take in a matrix made by stacking ``fused``.
-
-    Raises ValueError where they are not neighbours in it, in its order.
-    """
-    first = fused.index(tensors[0])
-    if list(fused[first : first + len(tensors)]) != list(tensors):
-        raise ValueError(f"{list(tensors)} are not neighbours in {list(fused)}")
-    begin = sum(shapes[name][0] for name in fused[:first])
-    return begin, begin + sum(shapes[name][0] for name in tensors)
-
-
 def tensors_sha256(path: Path) -> str:
     """sha256 hex of a safetensors file's bytes after the header: A1111's and Civitai's "Lora hashes" show its first 12.
 
@@ -108,11 +96,6 @@ def tensors_sha256(path: Path) -> str:
             total.update(piece)
             place += len(piece)
     return total.hexdigest()
-
-
-def auto_v2(sha256: str) -> str:
-    """Civitai's AutoV2 of a file, its "Model hash": the first 10 digits of its sha256."""
-    return sha256[:10]
 
 
 def lora_hash(tensors: str) -> str:

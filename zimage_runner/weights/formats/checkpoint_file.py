@@ -69,20 +69,12 @@ class Component:
         ordered = [kind for kind, _ in weight.most_common()]
         return ordered[0] if len(ordered) == 1 else ", ".join(f"{kind} ({count[kind]} tensors)" for kind in ordered)
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether every tensor is bytes of the file that can be read as they are."""
-        return all(tensor.info is not None for tensor in self.tensors.values())
-
-    def weights_file(self) -> WeightsFile | None:
-        """The file as if it held this component alone, under published names; None where a tensor must be decoded.
-
-        What streams published safetensors files (pieces.py) streams this: a third of a fused matrix is a stretch of it.
-        """
-        return self.file() if self.is_plain else None
-
     def file(self) -> WeightsFile:
-        """The same, tensors that must be decoded told as what they become: float32 that lies nowhere."""
+        """The file as if it held this component alone, under published names.
+
+        A third of a fused matrix is a stretch of it; what must be decoded is told as what it becomes: float32 that lies
+        nowhere.
+        """
         tensors = {name: tensor.info or _decoded(tensor) for name, tensor in self.tensors.items()}
         path = next(iter(self.tensors.values())).stored.path
         return WeightsFile(path=path, size=path.stat().st_size, data_start=self.data_start, tensors=tensors)
