@@ -33,9 +33,8 @@ from zimage_runner.collect.likeness import Likeness, likeness
 from zimage_runner.collect.pictures import Picture, find_runs, pictures_of
 from zimage_runner.collect.sheet import Page, draw
 from zimage_runner.engines.precision import likeness_key, likeness_numerics
-from zimage_runner.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, UserError, called, counted
-from zimage_runner.logs import refuse
-from zimage_runner.outputs.beneath import NotPlain
+from zimage_runner.errors import EXIT_OK, UserError, counted
+from zimage_runner.logs import command
 from zimage_runner.weights.prepared import figures
 
 FIELDS = ("floor", "worst", "into")
@@ -55,19 +54,7 @@ class Pair:
 
 def main(argv: Sequence[str]) -> int:
     """Run one command line and return its exit code."""
-    if not argv or {"-h", "--help"} & set(argv):
-        print(called(__doc__ or ""))
-        return EXIT_OK if argv else EXIT_BAD_INPUT
-    try:
-        return _compare(*_parse(argv))
-    except UserError as error:
-        return refuse(str(error))
-    except NotPlain as error:
-        return refuse(f"{error.strerror}")
-    except OSError as error:
-        return refuse(f"{error.filename or 'a file'}: {error.strerror}")
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+    return command(argv, __doc__, lambda words: _compare(*_parse(words)))
 
 
 def _parse(argv: Sequence[str]) -> tuple[list[str], dict[str, str], list[str]]:

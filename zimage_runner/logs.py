@@ -15,14 +15,24 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
-from zimage_runner.errors import EXIT_BAD_INPUT, one_line, visible, visible_json
+from zimage_runner.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    RunStopped,
+    UserError,
+    called,
+    one_line,
+    visible,
+    visible_json,
+)
 from zimage_runner.outputs.beneath import open_file
 
 NOBODY_READS = (errno.EIO, errno.EPIPE)
@@ -175,6 +185,26 @@ def refuse(message: str) -> int:
         wanted.append(line)
     say(line if writes_json() else f"zimage_runner: {line}", level="error")
     return EXIT_BAD_INPUT
+
+
+def command(argv: Sequence[str], doc: str | None, do: Callable[[Sequence[str]], int], *, bare: bool = False) -> int:
+    """Do what a command's words say, and tell in one line what is wrong with them. Return the exit code.
+
+    ``doc`` is printed where help is asked for, and where nothing is said, unless the command is one that means
+    something ``bare``.
+    """
+    if {"-h", "--help"} & set(argv) or not (argv or bare):
+        told = say(called(doc or ""), sys.stdout)
+        return EXIT_OK if argv and told else EXIT_BAD_INPUT
+    log_to_terminal()
+    try:
+        return do(argv)
+    except (UserError, RunStopped) as error:
+        return refuse(str(error))
+    except OSError as error:
+        return refuse(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error))
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
 
 
 def duration(seconds: float) -> str:

@@ -32,8 +32,8 @@ from zimage_runner.config.registry import register
 from zimage_runner.engines.base import EngineConfig
 from zimage_runner.engines.precision import likeness_text
 from zimage_runner.engines.request import Needs
-from zimage_runner.errors import EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK, UserError, called
-from zimage_runner.logs import log_to_terminal, refuse
+from zimage_runner.errors import EXIT_ITEMS_FAILED, EXIT_OK, UserError, called
+from zimage_runner.logs import command, refuse
 from zimage_runner.model import Model
 from zimage_runner.signals import PATIENCE, StopRequest, graceful_stop
 from zimage_runner.weights.find.checkpoint import Checkpoint
@@ -50,12 +50,12 @@ EXIT_DIFFERENT = EXIT_ITEMS_FAILED
 
 def main(argv: Sequence[str]) -> int:
     """Run one command line and return its exit code."""
+    return command(argv, __doc__, _act, bare=True)
+
+
+def _act(argv: Sequence[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     words = [arg for arg in argv if "=" not in arg]
-    if {"-h", "--help"} & set(words):
-        print(called(__doc__ or ""))
-        return EXIT_OK
-    log_to_terminal()
     try:
         if words[:1] == ["info"] and len(words) == 2:
             return _describe_file(Path(words[1]).expanduser())
@@ -65,12 +65,8 @@ def main(argv: Sequence[str]) -> int:
             )
         with graceful_stop() as stop:
             return ACTIONS[words[0] if words else "build"](compose_wanted([arg for arg in argv if "=" in arg]), stop)
-    except UserError as error:
-        return refuse(str(error))
     except CONFIG_ERRORS as error:
         return refuse(explain(error))
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
 
 
 def _describe_file(path: Path) -> int:

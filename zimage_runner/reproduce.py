@@ -26,17 +26,9 @@ from zimage_runner.cli.resume.saved import override_key
 from zimage_runner.config.paths import CONFIG_DIR
 from zimage_runner.config.registry import register
 from zimage_runner.config.schema import RunConfig
-from zimage_runner.errors import (
-    EXIT_BAD_INPUT,
-    EXIT_INTERRUPTED,
-    EXIT_ITEMS_FAILED,
-    EXIT_OK,
-    UserError,
-    called,
-    one_line,
-)
+from zimage_runner.errors import EXIT_ITEMS_FAILED, EXIT_OK, UserError, one_line
 from zimage_runner.executors.base import Batch
-from zimage_runner.logs import log_to_terminal, refuse, say
+from zimage_runner.logs import command, refuse, say
 from zimage_runner.outputs import atomic
 from zimage_runner.outputs.config import IMAGE_STEM, Format
 from zimage_runner.outputs.encoders import encode
@@ -61,25 +53,17 @@ EXIT_SAME, EXIT_DIFFERENT = EXIT_OK, EXIT_ITEMS_FAILED
 
 def main(argv: Sequence[str]) -> int:
     """Run one command line and return its exit code."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    if not argv or {"-h", "--help"} & set(argv):
-        print(called(__doc__ or ""))
-        return EXIT_SAME if argv else EXIT_BAD_INPUT
-    log_to_terminal()
-    try:
-        return reproduce(Path(argv[0]), argv[1:])
-    except UserError as error:
-        return refuse(str(error))
-    except CONFIG_ERRORS as error:
-        return refuse(explain(error))
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+    return command(argv, __doc__, lambda words: reproduce(Path(words[0]), words[1:]))
 
 
 def reproduce(path: Path, overrides: Sequence[str]) -> int:
     """Draw the picture again, say how it compares, and return the exit code."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     recipe = read_recipe(path)
-    config = recipe_config(recipe, overrides, str(path))
+    try:
+        config = recipe_config(recipe, overrides, str(path))
+    except CONFIG_ERRORS as error:
+        return refuse(explain(error))
     spec = plan_run(config)
     pixels, report = _draw(spec)
     if config.output_file is not None:

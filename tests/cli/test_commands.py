@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from hypothesis import strategies as st
 
 from zimage_runner import __main__ as program
 from zimage_runner.cli.commands import COMMANDS, DRAWING, MODULES, RUN, command_of
-from zimage_runner.errors import called
+from zimage_runner.errors import RunStopped, UserError, called
+from zimage_runner.logs import command
+from zimage_runner.outputs.beneath import NotPlain
 
 
 @pytest.mark.parametrize("command", MODULES)
@@ -130,3 +133,27 @@ def test_a_command_imports_neither_hydra_nor_torch_to_be_found():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8")
     assert (done.returncode, done.stderr.count("\n")) == (0, 1), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (UserError("no such run"), 2, "zimage_runner: no such run\n"),
+        (RunStopped("a.safetensors has changed"), 2, "zimage_runner: a.safetensors has changed\n"),
+        (PermissionError(13, "Permission denied", "a.png"), 2, "zimage_runner: a.png: Permission denied\n"),
+        (NotPlain("a.png", "a link"), 2, "zimage_runner: a.png is a link: put a plain file or folder there, "),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_what_ends_a_command_is_told_in_one_line(capsys, error: BaseException, code: int, told: str) -> None:
+    def do(words: Sequence[str]) -> int:
+        raise error
+
+    assert command(["word"], "doc", do) == code
+    assert (err := capsys.readouterr().err).startswith(told)
+    assert len(err.splitlines()) == (1 if told else 0)
+
+
+def test_a_command_without_words_says_how_it_is_used_unless_they_are_left_out_often(capsys) -> None:
+    assert (command([], "how", len), command(["-h"], "how", len), command([], "how", len, bare=True)) == (2, 0, 0)
+    assert capsys.readouterr().out == "how\nhow\n"

@@ -31,9 +31,8 @@ from zimage_runner.collect.contact_sheet import Layout, draw_sheets
 from zimage_runner.collect.folder import NAME, collect_into
 from zimage_runner.collect.pictures import find_runs, marked, pictures_of
 from zimage_runner.collect.shards import Bounds, collect_shards
-from zimage_runner.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, PROGRAM, UserError, called, counted
-from zimage_runner.logs import log_to_terminal, refuse
-from zimage_runner.outputs.beneath import NotPlain
+from zimage_runner.errors import EXIT_OK, PROGRAM, UserError, called, counted
+from zimage_runner.logs import command
 from zimage_runner.outputs.config import MOST_IN_A_SHARD, Format, Output, check_quality
 
 FIELDS = (
@@ -59,20 +58,7 @@ OF_SHEET = ("tile", "columns", "rows")
 
 def main(argv: Sequence[str]) -> int:
     """Run one command line and return its exit code."""
-    if not argv or {"-h", "--help"} & set(argv):
-        print(called(__doc__ or ""))
-        return EXIT_OK if argv else EXIT_BAD_INPUT
-    log_to_terminal()
-    try:
-        return _collect(*_parse(argv))
-    except UserError as error:
-        return refuse(str(error))
-    except NotPlain as error:
-        return refuse(f"{error.strerror}")
-    except OSError as error:
-        return refuse(f"{error.filename or 'a file'}: {error.strerror}")
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+    return command(argv, __doc__, lambda words: _collect(*_parse(words)))
 
 
 def _parse(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:

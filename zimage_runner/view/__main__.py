@@ -23,8 +23,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from zimage_runner.errors import EXIT_OK, UserError, called
-from zimage_runner.logs import refuse
+from zimage_runner.errors import EXIT_OK, UserError
+from zimage_runner.logs import command
 from zimage_runner.view.address import check_installed, is_loopback, listen, shown
 
 PORT = 8188
@@ -52,15 +52,7 @@ class Options:
 
 def main(argv: Sequence[str]) -> int:
     """Run one command line and return its exit code."""
-    if {"-h", "--help"} & set(argv):
-        print(called(__doc__ or ""))
-        return EXIT_OK
-    try:
-        return _serve(parse(argv))
-    except UserError as error:
-        return refuse(str(error))
-    except KeyboardInterrupt:
-        return EXIT_OK
+    return command(argv, __doc__, lambda words: _serve(parse(words)), bare=True)
 
 
 def parse(argv: Sequence[str]) -> Options:
@@ -150,6 +142,8 @@ def _serve(options: Options) -> int:
         webbrowser.open(address)
     try:
         Server(config).run(sockets=[listener])
+    except KeyboardInterrupt:  # the usual end: uvicorn raises it again once it has closed
+        pass
     finally:
         gallery.close()
     return EXIT_OK

@@ -19,8 +19,8 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from zimage_runner.errors import EXIT_INTERRUPTED, EXIT_OK, PROGRAM, UserError, called, one_line
-from zimage_runner.logs import duration, refuse, say
+from zimage_runner.errors import EXIT_OK, PROGRAM, UserError, called, one_line
+from zimage_runner.logs import command, duration, say
 from zimage_runner.outputs.json_text import compact_json
 from zimage_runner.outputs.ledger import RECORDS
 from zimage_runner.outputs.lock import LOCK_NAME
@@ -40,23 +40,17 @@ LONGEST_ERROR = 200
 
 def main(argv: Sequence[str]) -> int:
     """Run one command line and return its exit code."""
-    if {"-h", "--help"} & set(argv):
-        print(called(__doc__ or ""))
-        return EXIT_OK
-    try:
-        folders, as_json = _parse(argv)
-        found = status_of(folders or [newest(OUTPUTS)])
-        if as_json:
-            say(compact_json(found).replace("\x7f", "\\u007f"), sys.stdout)
-        else:
-            say("\n".join(_lines(**found)), sys.stdout)
-        return EXIT_OK
-    except UserError as error:
-        return refuse(str(error))
-    except OSError as error:
-        return refuse(f"{error.filename or 'a file'}: {error.strerror}")
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+    return command(argv, __doc__, _tell, bare=True)
+
+
+def _tell(argv: Sequence[str]) -> int:
+    folders, as_json = _parse(argv)
+    found = status_of(folders or [newest(OUTPUTS)])
+    if as_json:
+        say(compact_json(found).replace("\x7f", "\\u007f"), sys.stdout)
+    else:
+        say("\n".join(_lines(**found)), sys.stdout)
+    return EXIT_OK
 
 
 def _parse(argv: Sequence[str]) -> tuple[list[str], bool]:
