@@ -79,14 +79,10 @@ def _lost_quotes(argv: Sequence[str]) -> list[str]:
     pairs = [(name.lstrip("+"), value) for name, _, value in (word.partition("=") for word in argv)]
     return [
         f"{name}={one_line(value, 60)} is one value, because the shell removes the outer quotation marks; for a job of "
-        f"each write {name}='{','.join(_double_quoted(part) for part in value.split(','))}'"
+        f"each write {name}='{','.join(hydra_quote(part.strip()) for part in value.split(','))}'"
         for name, value in pairs
         if name in free_texts() and _LOST_QUOTES.match(value) and not set("\"'()[]{}") & set(value)
     ]
-
-
-def _double_quoted(text: str) -> str:
-    return f'"{text.strip()}"'
 
 
 def is_multirun(argv: Sequence[str]) -> bool:
@@ -111,7 +107,7 @@ def _quote(arg: str, multirun: bool) -> str:
     if name in free_texts():
         if multirun and (choice := _QUOTED_CHOICE.fullmatch(value)):
             return f"{key}={choice[1]}"  # the same, and Hydra keeps the quotation marks of these
-        keep = value == "null" or _is_quoted(value) or (multirun and _is_sweep(value))
+        keep = value == "null" or _QUOTED.fullmatch(value) or (multirun and _is_sweep(value))
         return arg if keep else f"{key}={hydra_quote(value)}"
     if texts().get(name) == "text" and _WITH_BRACKETS.fullmatch(value) and not _PLAIN_WORDS.fullmatch(value):
         return f"{key}={hydra_quote(value)}"
@@ -154,11 +150,6 @@ def hydra_quote(text: str) -> str:
     escaped = re.sub(r"(\\+)$", lambda m: m[1] * 2, escaped)
     escaped = re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", escaped)
     return f'"{escaped}"'
-
-
-def _is_quoted(value: str) -> bool:
-    """True for one complete quoted string, such as "a cat" - not for "a" and "b"."""
-    return _QUOTED.fullmatch(value) is not None
 
 
 def _is_sweep(value: str) -> bool:

@@ -180,7 +180,7 @@ def _open_own_folder(folder: Path) -> int:
         beneath.make_dirs(parent, folder.name)
         fd = beneath.open_dir(parent, folder.name)
     try:
-        if _is_marked(fd):
+        if _read(fd, MARKER).startswith(SIGNATURE):
             return fd
         if any(not name.startswith(MARKER) for name in os.listdir(fd)):
             raise OSError(errno.EEXIST, f"{folder} holds other things and no {MARKER}: name another directory")
@@ -189,10 +189,6 @@ def _open_own_folder(folder: Path) -> int:
     except BaseException:
         os.close(fd)
         raise
-
-
-def _is_marked(fd: int) -> bool:
-    return _read(fd, MARKER).startswith(SIGNATURE)
 
 
 def _read(fd: int, name: str) -> bytes:

@@ -111,7 +111,9 @@ class ProcessExecutor(Executor):
             if self._flights:
                 return
             self._supervisor.recycle()
-        while len(self._flights) < self.batches_ahead and not self._must_wait():
+        while len(self._flights) < self.batches_ahead:
+            if self._blame.must_wait(self._flights.values(), self._again[0] if self._again else None):
+                return
             batch = self._again.popleft() if self._again else next(source, None)
             if batch is None:
                 return
@@ -121,9 +123,6 @@ class ProcessExecutor(Executor):
             self._ticket += 1
             self._flights[self._ticket] = Flight.of(batch)
             child.send(Work(self._ticket, batch))
-
-    def _must_wait(self) -> bool:
-        return self._blame.must_wait(self._flights.values(), self._again[0] if self._again else None)
 
     def _next_result(self) -> BatchResult | None:
         """Handle one message of the worker. Raises WorkerDied."""

@@ -65,7 +65,7 @@ class RunLock:
         return os.path.samestat(os.fstat(fd), named)
 
     def _lock(self, fd: int) -> None:
-        owner = _read_owner(fd)
+        owner = _parse_owner(os.pread(fd, 4096, 0))
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -79,7 +79,7 @@ class RunLock:
     def _refused(self, owner: dict[str, Any]) -> UserError:
         who = f"process {owner['pid']} on {owner['host']}" if owner else "another process"
         return UserError(
-            f"{self.path.parent} is in use by {who}: wait for it to end, or start a run of its own "
+            f"{self.path.parent} is in use by {who}: wait for it to end, or work in another directory "
             f"(if that process is dead, remove {self.path})"
         )
 
@@ -91,10 +91,6 @@ def living_owner(data: bytes) -> dict[str, Any] | None:
     """
     owner = _parse_owner(data)
     return owner if owner and _may_be_alive(owner) else None
-
-
-def _read_owner(fd: int) -> dict[str, Any]:
-    return _parse_owner(os.pread(fd, 4096, 0))
 
 
 def _parse_owner(data: bytes) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import io
 from collections.abc import Iterator, Mapping
-from dataclasses import Field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,8 @@ def harmless_fields() -> frozenset[str]:
     from zimage_runner.config.schema import RunConfig
 
     nodes = [("", RunConfig), *((f"{group}.", option) for group in SCHEMAS for option in SCHEMAS[group].values())]
-    return frozenset(f"{prefix}{field.name}" for prefix, node in nodes for field in fields(node) if _is_harmless(field))
-
-
-def _is_harmless(field: Field[Any]) -> bool:
-    return field.metadata.get("harmless", False)
+    of_all = ((f"{prefix}{field.name}", field.metadata) for prefix, node in nodes for field in fields(node))
+    return frozenset(name for name, metadata in of_all if metadata.get("harmless", False))
 
 
 def restore(config: DictConfig, directory: Path, overrides: list[str]) -> DictConfig:
