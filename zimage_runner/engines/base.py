@@ -56,6 +56,14 @@ class EngineConfig(abc.ABC):
         """``batch_size``, or the bound that auto works under."""
         return MOST_AUTO_BATCH if self.auto_batch else self.batch_size
 
+    def check_noise(self, device: Device) -> None:
+        """Raise UserError for noise that a machine which computes on ``device`` cannot draw."""
+        if self.noise_device is Device.auto or (self.noise_device is Device.cuda and device is Device.cpu):
+            raise UserError(
+                f"engine.noise_device={self.noise_device.value}: use cpu, which is the same on every machine, or cuda "
+                "where engine.device is a CUDA GPU"
+            )
+
     @abc.abstractmethod
     def check(self, needs: Needs) -> None:
         """Raise UserError for what this engine cannot run. Imports no torch."""

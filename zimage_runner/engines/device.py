@@ -20,17 +20,19 @@ WORTH_COLLECTING = 1 << 28
 """Bytes of host memory."""
 
 
-def choose_device(device: Device) -> str:
+def choose_device(config: EngineConfig) -> str:
     """cuda or cpu. Raises UserError when CUDA is asked for and absent."""
     import torch
 
     available = torch.cuda.is_available()
-    if device is Device.cuda and not available:
+    if config.device is Device.cuda and not available:
         build = "this torch build has no CUDA" if torch.version.cuda is None else "no CUDA GPU is visible"
         raise UserError(
             f"engine.device=cuda but {build}: use engine.device=cpu or auto, or install a CUDA build of torch"
         )
-    return "cuda" if available and device is not Device.cpu else "cpu"
+    device = Device.cuda if available and config.device is not Device.cpu else Device.cpu
+    config.check_noise(device)
+    return device.value
 
 
 def choose_dtype(dtype: Dtype, device: str) -> str:

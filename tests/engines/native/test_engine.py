@@ -15,6 +15,7 @@ from tests.support import NANO
 from tests.support.engines import MODEL, PARAMS, create, picture
 from zimage_runner.compile import Compile
 from zimage_runner.engines.base import Engine
+from zimage_runner.engines.device import choose_device
 from zimage_runner.engines.diffusers.engine import DiffusersEngine
 from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.engines.native.engine import NativeEngineAdapter
@@ -96,10 +97,19 @@ def test_combinations_that_are_refused() -> None:
         check(Needs(model=MODEL, memory=Resident(), compile=Regional()))
     with pytest.raises(UserError, match=r"memory=model_offload is not for engine=native"):
         check(Needs(model=MODEL, memory=ModelOffload(), compile=Compile()))
-    with pytest.raises(UserError, match=r"noise_device=cuda needs engine\.device=cuda"):
-        NativeEngine(device=Device.cpu, noise_device=Device.cuda).check(
-            Needs(model=MODEL, memory=Resident(), compile=Compile())
-        )
+    for device, noise in ((Device.cpu, Device.cuda), (Device.auto, Device.auto)):
+        with pytest.raises(UserError, match=rf"^engine\.noise_device={noise.value}: use cpu, which is the same"):
+            NativeEngine(device=device, noise_device=noise).check(
+                Needs(model=MODEL, memory=Resident(), compile=Compile())
+            )
+    NativeEngine(noise_device=Device.cuda).check(Needs(model=MODEL, memory=Resident(), compile=Compile()))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_noise_of_a_gpu_that_is_not_there_is_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(UserError, match=r"^engine\.noise_device=cuda: use cpu"):
+        choose_device(NativeEngine(noise_device=Device.cuda))
+    assert choose_device(NativeEngine()) == "cpu"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

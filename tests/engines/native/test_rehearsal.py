@@ -140,7 +140,7 @@ def test_which_engines_rehearse(monkeypatch, device, staged, wanted):
         def __init__(self, weights: Any, options: Options, *rest: Any) -> None:
             self.options = options
 
-    monkeypatch.setattr(engine_module, "choose_device", lambda device: device)
+    monkeypatch.setattr(engine_module, "choose_device", lambda config: config.device)
     weights: Any = SimpleNamespace(settle=lambda *args: None, free_bytes=None)
     memory = Staged() if staged else Resident()
     model = SimpleNamespace(dtype="bfloat16", controlnet_convention=None)

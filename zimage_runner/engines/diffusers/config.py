@@ -11,7 +11,6 @@ from zimage_runner.engines.footprint import diffusers_peaks
 from zimage_runner.engines.precision import Precision
 from zimage_runner.engines.request import LoadRequest
 from zimage_runner.errors import UserError
-from zimage_runner.model import Device
 
 if TYPE_CHECKING:
     from zimage_runner.compile import Compile
@@ -27,8 +26,7 @@ class DiffusersEngine(EngineConfig):
     """Decode in NHWC memory layout: faster convolutions on GPUs, other rounding."""
 
     def check(self, needs: Needs) -> None:
-        if self.device is Device.cpu and self.noise_device is Device.cuda:
-            raise UserError("engine.noise_device=cuda needs engine.device=cuda: use engine.noise_device=cpu")
+        self.check_noise(self.device)
         if self.precision is not Precision.bf16:
             raise UserError(
                 f"engine.precision={self.precision.value} is not for engine=diffusers, which computes in model.dtype: "

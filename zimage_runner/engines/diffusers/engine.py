@@ -37,7 +37,7 @@ class DiffusersPipelineEngine(Engine):
         with phase(self.load_phases, "import"):
             import torch  # noqa: F401
         # What this machine cannot do is refused before diffusers is imported, which takes many seconds.
-        self.device = choose_device(config.device)
+        self.device = choose_device(config)
         self.dtype = choose_dtype(request.model.dtype, self.device)
         self.attention = choose_backend(config.attention, this_machine(self.device, self.dtype))
         request.memory.apply_limits(self.device)

@@ -13,7 +13,6 @@ from zimage_runner.engines.precision import Precision, check_precision
 from zimage_runner.engines.request import LoadRequest
 from zimage_runner.errors import UserError
 from zimage_runner.memory.policies import Auto
-from zimage_runner.model import Device
 
 if TYPE_CHECKING:
     from zimage_runner.engines.request import Needs
@@ -49,8 +48,7 @@ class NativeEngine(EngineConfig):
     def check(self, needs: Needs) -> None:
         memory, compile = needs.memory, needs.compile
         check_precision(self.precision, self.device, needs.model)
-        if self.device is Device.cpu and self.noise_device is Device.cuda:
-            raise UserError("engine.noise_device=cuda needs engine.device=cuda: use engine.noise_device=cpu")
+        self.check_noise(self.device)
         if "native" not in memory.engines:
             raise UserError(
                 f"memory={memory.placement} is not for engine=native, which keeps what it computes with on the GPU: "

@@ -106,7 +106,7 @@ class NativeEngineAdapter(Engine):
     @classmethod
     def load(cls, config: NativeEngine, weights: WeightsSource, request: LoadRequest) -> NativeEngineAdapter:
         """The engine that the configuration asks for."""
-        device = choose_device(config.device)
+        device = choose_device(config)
         dtype = choose_dtype(request.model.dtype, device)
         check_device(config.precision, device, dtype)
         request.memory.apply_limits(device)
