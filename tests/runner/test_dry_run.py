@@ -16,6 +16,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.support.slowness import quiet_seconds
+from zimage_runner.weights.find import hubs
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -60,6 +61,34 @@ def test_disk_shapes_and_what_is_not_known(cli: Cli, tmp_path: Path) -> None:
     assert "truncated" not in table(out)
     assert re.fullmatch(r"about [\d.]+ MB in outputs, [\d.]+ [GT]B free", table(out)["disk"])
     assert "NOT ENOUGH" in table(cli(*argv, "output.min_free_gb=1e6")[1])["disk"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sampling.image=no.png"], "sampling.image=.*no.png does not exist"),
+        (["loras=[no.safetensors]"], "loras.0.path: no.safetensors is no file here"),
+        (["seeds=1-2", "output_file=cat.png"], "takes one picture, but this run draws 2"),
+        ([], "cannot download Tongyi-MAI/Z-Image-Turbo"),
+    ],
+)
+def test_mistakes_are_found_before_a_download(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    asked = []
+
+    def fetch(*_: object) -> str:
+        asked.append("the hub")
+        raise OSError("no network")
+
+    monkeypatch.setattr(hubs, "_from_modelscope", fetch)
+    code, _, err = cli(
+        "model=zimage_turbo", f"model.cache_dir={tmp_path / 'hub'}", "engine.device=cpu", "prompt=a", *words
+    )
+    assert code == 2
+    (line,) = err.splitlines()
+    assert re.search(message, line)
+    assert bool(asked) == (words == [])
 
 
 def test_time_goes_by_the_last_comparable_run(cli: Cli) -> None:

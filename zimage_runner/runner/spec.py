@@ -15,6 +15,7 @@ from zimage_runner.engines.device import warn_without_gpu
 from zimage_runner.engines.native.tokenizer import CaptionTokenizer
 from zimage_runner.engines.request import Needs
 from zimage_runner.errors import UserError
+from zimage_runner.logs import quiet
 from zimage_runner.memory.policies import Auto
 from zimage_runner.model import Device
 from zimage_runner.plan import CountTokens, Encoding, FindLoras, Plan, WorkItem, build_plan
@@ -29,7 +30,7 @@ from zimage_runner.session import SessionConfig
 from zimage_runner.warmup import WarmupShape
 from zimage_runner.weights.find.checkpoint import Checkpoint
 from zimage_runner.weights.find.controlnet import find_controlnet
-from zimage_runner.weights.find.resolve import resolve, resolve_without_network
+from zimage_runner.weights.find.resolve import needs_hub, resolve, resolve_without_network
 from zimage_runner.weights.formats.controlnet import PUBLISHED
 
 UNTRUNCATED = 1 << 24
@@ -167,20 +168,25 @@ def plan_run(config: RunConfig, memo: dict[str, Any] | None = None) -> RunSpec:
         f"no GPU {config.model.name} {config.engine.device}",
         lambda: warn_without_gpu(config.model, config.engine),
     )
-    checkpoint = _once(memo, f"checkpoint {config.model} {config.dry_run}", lambda: _checkpoint(config))
-    count_tokens = _once(memo, f"tokens {checkpoint.path}", lambda: token_counter(checkpoint.path))
-    finder = _lora_finder(config, prompts, checkpoint)
-    plan = _plan(config, prompts, seeds, params, count_tokens, finder, checkpoint.controlnet)
-    config.engine.check(Needs.of(config.model, config.memory, config.compile, plan.params()))
-    if config.output_file is not None and len(plan) > 1:
-        raise UserError(
-            f"output_file={config.output_file!r} takes one picture, but this run draws {len(plan)}: "
-            "give one prompt and one seed, or leave output_file out"
-        )
-    return RunSpec(config=config, plan=plan, checkpoint=checkpoint, session=session_config(config, checkpoint))
+
+    def planned(checkpoint: Checkpoint) -> Plan:
+        count_tokens = _once(memo, f"tokens {checkpoint.path}", lambda: token_counter(checkpoint.path))
+        finder = _lora_finder(config, prompts, checkpoint)
+        plan = _expand(config, prompts, seeds, params, count_tokens, finder, checkpoint.controlnet)
+        config.engine.check(Needs.of(config.model, config.memory, config.compile, plan.params()))
+        if config.output_file is not None and len(plan) > 1:
+            raise UserError(
+                f"output_file={config.output_file!r} takes one picture, but this run draws {len(plan)}: "
+                "give one prompt and one seed, or leave output_file out"
+            )
+        return plan
+
+    checkpoint = _once(memo, f"checkpoint {config.model} {config.dry_run}", lambda: _checkpoint(config, planned))
+    session = session_config(config, checkpoint)
+    return RunSpec(config=config, plan=planned(checkpoint), checkpoint=checkpoint, session=session)
 
 
-def _plan(config: RunConfig, prompts: Sequence[Prompt], seeds: Seeds, params: SamplingParams, *tools: Any) -> Plan:
+def _expand(config: RunConfig, prompts: Sequence[Prompt], seeds: Seeds, params: SamplingParams, *tools: Any) -> Plan:
     """Expand the prompts; their pictures, if they have any, are checked.
 
     ``tools`` count tokens and find adapters; the last is the ControlNet.
@@ -244,11 +250,21 @@ def executor_key(config: RunConfig, checkpoint: Checkpoint | None = None) -> str
     return repr((config.executor, session_config(config, checkpoint or NOT_DOWNLOADED).key()))
 
 
-def _checkpoint(config: RunConfig) -> Checkpoint:
-    if not config.dry_run:
-        return resolve(config.model)
-    found = resolve_without_network(config.model)
-    return found or replace(NOT_DOWNLOADED, controlnet=find_controlnet(config.model, PUBLISHED))
+def _checkpoint(config: RunConfig, planned: Callable[[Checkpoint], Plan]) -> Checkpoint:
+    """Find the weights. Before gigabytes are fetched, ``planned`` finds what is wrong with all the rest."""
+    if config.dry_run:
+        return resolve_without_network(config.model) or _not_downloaded(config)
+    if needs_hub(config.model):
+        heard = quiet.set(True)  # the plan with the weights tells what there is to tell
+        try:
+            planned(_not_downloaded(config))
+        finally:
+            quiet.reset(heard)
+    return resolve(config.model)
+
+
+def _not_downloaded(config: RunConfig) -> Checkpoint:
+    return replace(NOT_DOWNLOADED, controlnet=find_controlnet(config.model, PUBLISHED))
 
 
 def _once(memo: dict[str, Any], key: str, make: Callable[[], Any]) -> Any:

@@ -73,6 +73,18 @@ def resolve_without_network(model: Model) -> Checkpoint | None:
     return resolve(model)
 
 
+def needs_hub(model: Model) -> bool:
+    """Whether ``resolve`` will ask a hub: no earlier run has found there what this model needs of it."""
+    parts_missing = True
+    base = model
+    if model.is_assembled:
+        from zimage_runner.weights.find.parts import base_of, given_parts, missing_parts
+
+        base, parts_missing = base_of(model), bool(missing_parts(model, given_parts(model)))
+    hub = base.path is None and base.source in hubs.HUB_NAMES
+    return hub and parts_missing and read_entry("snapshots", _snapshot_key(base)) is None
+
+
 def locate(model: Model) -> Layout:
     """The checkpoint's directory and files, sizes and headers checked; downloads what is missing unless offline."""
     if not model.is_assembled:
