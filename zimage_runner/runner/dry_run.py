@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import statistics
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def describe(spec: RunSpec, progress: Progress | None = None, linked: Collection
     rows += _listed("pictures", pictures) if (pictures := _pictures(spec)) else []
     if (net := spec.checkpoint.controlnet) is not None:
         rows.append(("ControlNet", f"{net.path} ({net.layout.name})"))
-    rows.append(("prompts to encode", f"{sum(1 for _ in spec.plan.encodings()):,}"))
+    rows.append(("prompts to encode", f"{sum(1 for _ in replace(spec.plan, items=items).encodings()):,}"))
     rows.append(("caption tokens", _tokens(spec)))
     if spec.plan.caption_tokens:
         rows += _listed("truncated", [str(t) for t in spec.plan.truncations])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -222,6 +223,7 @@ def test_dry_run_of_a_resume_tells_what_is_left(cli: Cli, run: Path) -> None:
     code, out, err = cli(f"resume={run}", "dry_run=true")
     assert code == 0, err
     assert "4 pictures of 2 prompts; 3 are done, 1 remains" in out
+    assert re.search(r"prompts to encode +1\n", out)
     assert sorted(p for p in run.rglob("*")) == before
 
 
@@ -275,6 +277,17 @@ class TestWholeMultirun:
         assert (sweep / "summary.csv").read_text(encoding="utf-8").count(",complete,2,0,") == 4
         code, _, err = cli(f"resume={sweep}")  # the sweep's file was written anew meanwhile
         assert (code, err.count("nothing to draw: 2 pictures are done")) == (0, 4)
+
+    def test_a_dry_run_changes_nothing(self, cli: Cli, sweep: Path) -> None:
+        self.damage(sweep)
+        before = state(sweep)
+        code, out, err = cli(f"resume={sweep}", "dry_run=true")
+        assert code == 0, err
+        assert "2 pictures of 1 prompt; 1 is done, 1 remains" in out
+        assert out.endswith("4 jobs, 5 pictures to draw in all\n")
+        assert [line for line in err.splitlines() if not line.startswith("resume=")] == []
+        changed = {path for path, _ in set(state(sweep).items()) ^ set(before.items())}
+        assert changed <= {str(sweep / "multirun.yaml")}  # Hydra's own
 
     def test_failed_items_alone(self, cli: Cli, sweep: Path) -> None:
         self.damage(sweep)

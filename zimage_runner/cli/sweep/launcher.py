@@ -124,7 +124,8 @@ class WarmLauncher(Launcher):
             retry_failed = config.resume is None and config.retry is Retry.failed
             what = "is continued" if config.resume else "was never begun"
             what += " and left alone (retry=failed)" if retry_failed else "" if config.resume else ": it starts now"
-            say(f"job {config.hydra.job.num} {what} ({_directory(config)})")
+            if retry_failed or not config.dry_run:
+                say(f"job {config.hydra.job.num} {what} ({_directory(config)})")
             if retry_failed:
                 return _not_run(EXIT_ITEMS_FAILED)
         try:

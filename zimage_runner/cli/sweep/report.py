@@ -117,7 +117,7 @@ class SweepReport(Callback):
         root = Path(str(config.hydra.sweep.dir))
         jobs = self._jobs(root, expected_jobs(config))
         exit_codes.extend(job.code for job in jobs)
-        if not jobs or all(job.summary == {} for job in jobs):
+        if config.dry_run or all(job.summary == {} for job in jobs):
             return
         fields = varying_fields(job.overrides for job in jobs)
         with directory(root) as folder:
