@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,31 @@ def test_a_store_that_cannot_be_reached_stops_no_drawing(
     with process(run, output):
         pass
     assert len(memory.find("/box")) == 6
+
+
+def test_a_run_whose_upload_failed_says_so_and_can_be_resumed(
+    memory: Any, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ConnectionError("no route to host")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(memory), "put_file", broken)
+        words = ["output=shards", "output.upload=memory://box", "prompt=a", "sampling.num_inference_steps=1"]
+        code, out, err = cli(*words)
+        run = Path(out.strip())
+        assert code == 130
+        assert re.search(r"stopped: memory://box/.*/00000.tar cannot be reached", err)
+        assert f"resume={run}" in err
+        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+        assert (summary["status"], summary["items"]["ok"]) == ("stopped", 1)
+        code, _, err = cli(f"resume={run}")
+        assert code == 130
+        assert "cannot be reached" in err
+    code, _, err = cli(f"resume={run}")
+    assert code == 0, err
+    assert len(memory.find("/box")) == 2
+    assert json.loads((run / "summary.json").read_text(encoding="utf-8"))["status"] == "complete"
 
 
 def test_a_picture_that_was_damaged_here_is_there_once(memory: Any, tmp_path: Path) -> None:

@@ -97,11 +97,15 @@ class Summary:
             elif outcome.status == "failed":
                 self.failed.append({"item": outcome.request.item_dir, "error": outcome.error or ""})
 
-    def to_dict(self, report: dict[str, Any], *, stopped: str | None = None) -> dict[str, Any]:
-        """summary.json. ``report`` is the executor's; ``stopped`` is why the run ended early."""
+    def to_dict(self, report: dict[str, Any], *, stopped: str | None = None, is_settled: bool = True) -> dict[str, Any]:
+        """summary.json. ``report`` is the executor's; ``stopped`` is why the run ended early.
+
+        ``is_settled``: whether files of many pictures are finished, and uploaded where that is asked for.
+        """
         remaining = self.planned - self.settled
-        unfinished = bool(remaining or self.failed)
-        stopped = (stopped or "some items were not reached") if remaining else None
+        ended_early = bool(remaining) or not is_settled
+        unfinished = bool(ended_early or self.failed)
+        stopped = (stopped or "some items were not reached") if ended_early else None
         return {
             "run_dir": str(self.run_dir),
             "status": "stopped" if stopped else "failures" if self.failed else "complete",

@@ -121,6 +121,11 @@ def _nothing_to_draw(spec: RunSpec, run_dir: RunDirectory, ledger: Ledger, progr
 
     A process that was killed before its run's end has left no summary, or the one of an earlier end.
     """
+    try:
+        _finish_shards(spec, run_dir, ledger, complete=not progress.skipped)
+    except RunStopped as error:
+        refuse(str(error))
+        return EXIT_INTERRUPTED
     summary = Summary(run_dir.path, planned=len(spec.plan), already_done=len(progress.done)).to_dict({})
     if not progress.skipped and _status(Inside(run_dir.path, run_dir.summary_path.name)) != summary["status"]:
         run_dir.write_file(run_dir.summary_path.name, readable_json(summary))
@@ -129,7 +134,6 @@ def _nothing_to_draw(spec: RunSpec, run_dir: RunDirectory, ledger: Ledger, progr
         entry = ledger.entries[item_dir]
         picture = picture_at(run_dir.path, item_dir, entry.image, entry.size, entry.place)
         _put_again(picture, target, sync=spec.config.output.fsync is Fsync.item)
-    _finish_shards(spec, run_dir, ledger, complete=not progress.skipped)
     say(f"nothing to draw: {progress}")
     say(str(run_dir.path), sys.stdout)
     return EXIT_INTERRUPTED if progress.skipped else EXIT_OK

@@ -238,7 +238,8 @@ class Run:
         """Write and print the summary, with the session's ``report``. Return the exit code."""
         own = {name: self.session_report[name] for name in OF_ONE_RUN if name in self.session_report}
         report = {**report, **own}  # the session may be getting the next run's pictures ready
-        summary = self.summary.to_dict(report, stopped=self._stopped or self.lease.stop.signal_name)
+        stopped = self._stopped or self.lease.stop.signal_name
+        summary = self.summary.to_dict(report, stopped=stopped, is_settled=self._is_settled)
         summary["comparable"] = comparable(self.spec)
         try:
             self.run_dir.write_file("summary.json", readable_json(summary))
