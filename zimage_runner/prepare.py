@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -32,14 +32,15 @@ from zimage_runner.config.registry import register
 from zimage_runner.engines.base import EngineConfig
 from zimage_runner.engines.precision import likeness_text
 from zimage_runner.engines.request import Needs
-from zimage_runner.errors import EXIT_ITEMS_FAILED, EXIT_OK, UserError, called
+from zimage_runner.errors import EXIT_ITEMS_FAILED, EXIT_OK, PROGRAM, UserError, called
 from zimage_runner.logs import command, refuse
 from zimage_runner.model import Model
 from zimage_runner.signals import PATIENCE, StopRequest, graceful_stop
 from zimage_runner.weights.find.checkpoint import Checkpoint
 from zimage_runner.weights.find.controlnet import controlnet_files, describe_controlnet
 from zimage_runner.weights.find.digest import weights_digest
-from zimage_runner.weights.find.resolve import download, locate, resolve
+from zimage_runner.weights.find.layout import Layout
+from zimage_runner.weights.find.resolve import download, locate, needs_hub, resolve
 from zimage_runner.weights.find.verify import file_digests, forget
 from zimage_runner.weights.prepared import figures, prepared
 from zimage_runner.weights.prepared.prepared import Prepared
@@ -137,7 +138,7 @@ def _verify(wanted: Wanted) -> int:
     from zimage_runner.weights.prepared.compare import compare
 
     model = wanted.model
-    layout = locate(model)
+    layout = _here(model)
     digests = file_digests(layout.weight_paths, force=True)
     for digest in digests:
         name = layout.name_of(digest.path)
@@ -176,7 +177,7 @@ def _download(wanted: Wanted) -> int:
 
 def _accept(wanted: Wanted) -> int:
     model = wanted.model
-    layout = locate(model)
+    layout = _here(model)
     files, others = [*layout.weight_paths, *layout.config_files], controlnet_files(model)
     forget([*files, *others])
     for digest in file_digests([*files, *others], force=True):
@@ -188,7 +189,7 @@ def _accept(wanted: Wanted) -> int:
 def _info(wanted: Wanted) -> int:
     model = wanted.model
     checkpoint = _checkpoint(model)
-    layout = locate(model)
+    layout = _here(model)
     found = prepared.find(checkpoint, model, precision=wanted.precision)
     print(f"checkpoint: {layout.path} ({layout.weight_bytes / 1e9:.2f} GB of weights)")
     print(f"digest: {checkpoint.digest}")
@@ -198,9 +199,19 @@ def _info(wanted: Wanted) -> int:
     return EXIT_OK
 
 
+def _here(model: Model) -> Layout:
+    """The model's files as they are here: looking at them fetches nothing. Raises UserError where some are missing."""
+    try:
+        return locate(replace(model, offline=True))
+    except UserError as error:
+        if model.offline or not needs_hub(model):
+            raise
+        raise UserError(f"{model.repo} is not downloaded: a run, or `{called(PROGRAM)} prepare`, fetches it") from error
+
+
 def _checkpoint(model: Model) -> Checkpoint:
     """As resolve gives it, but without refusing altered files: they are what is looked at."""
-    layout = locate(model)
+    layout = _here(model)
     digest = weights_digest(layout)
     return Checkpoint(path=layout.path, revision=digest[:12], digest=digest)
 

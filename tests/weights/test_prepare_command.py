@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from zimage_runner.prepare import main
+from zimage_runner.weights.find import hubs
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
@@ -53,6 +54,20 @@ def test_info_of_the_default_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0
     assert "assets/zimage_nano" in out
     assert "prepared: none; would be in" in out
+
+
+@pytest.mark.parametrize("action", ["info", "verify", "accept"])
+def test_looking_downloads_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action: str
+) -> None:
+    def fetch(_: object, local_files_only: bool, __: object) -> str:
+        assert local_files_only
+        raise OSError("nothing is there")
+
+    monkeypatch.setattr(hubs, "_from_modelscope", fetch)
+    code, _, err = run(capsys, action, "model=zimage_turbo", f"model.cache_dir={tmp_path}")
+    assert code == 2
+    assert err.startswith("zimage_runner: Tongyi-MAI/Z-Image-Turbo is not downloaded: a run, or `")
 
 
 def test_help_names_every_action(capsys: pytest.CaptureFixture[str]) -> None:
