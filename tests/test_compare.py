@@ -148,6 +148,17 @@ def test_options_are_drawn(first: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert report["likeness"]["flip"]["worst"] == 0
 
 
+def test_nothing_is_drawn_where_one_way_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert compare.main(["seeds=1", "seeds=nonsense", "--", *OPTIONS[::2]]) == 2
+    err = capfd.readouterr().err
+    assert "'nonsense' is neither a seed nor a range" in err
+    assert "zimage_runner: seeds=nonsense cannot be drawn (exit code 2), and so nothing was: see above" in err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 def test_figures_of_bf16_are_not_kept(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZIMAGE_RUNNER_CACHE", str(tmp_path / "cache"))
     second = altered(first, tmp_path / "second", 2)

@@ -89,14 +89,18 @@ def _compare(ways: list[str], given: dict[str, str], options: list[str]) -> int:
         raise UserError(f"worst={worst}: give a number of pairs")
     names = [re.sub(r"[^\w.=-]+", "_", Path(way).name) for way in ways]
     into = Path(given.get("into", f"outputs/compare/{'--'.join(names)}")).expanduser()
+    third = given.get("floor")
+    finished = {way: _finished(way) for way in [*ways, third] if way is not None and Path(way).expanduser().is_dir()}
+    for way in [way for way in [*ways, third] if way is not None and way not in finished][1:]:
+        _check(_command(way, into, options), way)  # before hours of drawing: the first one is checked as it begins
     into.mkdir(parents=True, exist_ok=True)
-    runs = [_run(way, into, options) for way in ways]
+    runs = [finished.get(way) or _drawn(way, into, options) for way in ways]
     pairs = compare_runs(*runs)
     report: dict[str, Any] = {"runs": list(map(str, runs)), "pictures": len(pairs), "likeness": summarised(pairs)}
-    if "floor" in given:
-        third = _run(given["floor"], into, options)
-        floor = compare_runs(runs[0], third)
-        report |= {"floor_run": str(third), "floor": summarised(floor)}
+    if third is not None:
+        floor_run = finished.get(third) or _drawn(third, into, options)
+        floor = compare_runs(runs[0], floor_run)
+        report |= {"floor_run": str(floor_run), "floor": summarised(floor)}
     report["pairs"] = [{"item": pair.first.item, **asdict(pair.likeness)} for pair in pairs]
     (into / "comparison.json").write_text(json.dumps(report, indent=1, default=str) + "\n", encoding="utf-8")
     _sheet(pairs[: int(worst)], names).save(into / "worst.png")
@@ -107,15 +111,29 @@ def _compare(ways: list[str], given: dict[str, str], options: list[str]) -> int:
     return EXIT_OK
 
 
-def _run(way: str, into: Path, options: list[str]) -> Path:
-    """The run that a word means, drawn now if it is options."""
-    if Path(way).expanduser().is_dir():
-        runs = find_runs([Path(way).expanduser()])
-        if len(runs) > 1:
-            raise UserError(f"{way} holds {len(runs)} runs: name one of them")
-        return runs[0]
-    command = [sys.executable, "-m", "zimage_runner", *options, *shlex.split(way), f"output.root={into}"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+def _finished(folder: str) -> Path:
+    """The run in a folder."""
+    runs = find_runs([Path(folder).expanduser()])
+    if len(runs) > 1:
+        raise UserError(f"{folder} holds {len(runs)} runs: name one of them")
+    return runs[0]
+
+
+def _command(way: str, into: Path, options: list[str]) -> list[str]:
+    return [sys.executable, "-m", "zimage_runner", *options, *shlex.split(way), f"output.root={into}"]
+
+
+def _check(command: list[str], way: str) -> None:
+    """Raise UserError for options that cannot be drawn."""
+    done = subprocess.run([*command, "dry_run=true"], capture_output=True, text=True, encoding="utf-8")
+    if done.returncode != 0:
+        print(done.stderr, end="", file=sys.stderr)
+        raise UserError(f"{way} cannot be drawn (exit code {done.returncode}), and so nothing was: see above")
+
+
+def _drawn(way: str, into: Path, options: list[str]) -> Path:
+    """The run that options mean, drawn now."""
+    done = subprocess.run(_command(way, into, options), stdout=subprocess.PIPE, text=True, encoding="utf-8")
     lines = done.stdout.split("\n") if done.stdout else []
     found = [line for line in lines if line.strip() and Path(line.strip()).is_dir()]
     if done.returncode != 0 or not found:
