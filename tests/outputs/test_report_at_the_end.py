@@ -88,7 +88,7 @@ def test_time_for_pictures_that_were_drawn_elsewhere_is_bounded(
 
 
 def test_starred_pictures_are_prompts_again(cli: Cli, tmp_path: Path) -> None:
-    """collect starred=true into=FOLDER, then prompts=jsonl prompts.path=FOLDER/metadata.jsonl, as docs/gallery.md."""
+    """collect starred=true into=FOLDER, then prompts=jsonl prompts.path=FOLDER/metadata.jsonl."""
     from zimage_runner.collect.__main__ import main
     from zimage_runner.outputs.stars import Stars
 

@@ -151,6 +151,8 @@ def _pictures(job: JobResult) -> dict[Item, Picture]:
     """Finished pictures of a job."""
     try:
         return {(p.index, p.seed): p for p in pictures_of([job.directory])}
+    except FileNotFoundError:  # it was refused, or not begun: that is told elsewhere
+        return {}
     except (OSError, UserError) as error:
         log.warning("job %s has no pictures in the grid: %s", job.number, error)
         return {}

@@ -74,7 +74,7 @@ class RunConfig:
     output_file: str | None = field(default=None, metadata=HARMLESS | FREE_TEXT)
     """Also put the (single) picture here."""
     seeds: Any = 42  # not a list: YAML could not put a mapping in its place
-    """List, "0-9,42", or a mapping {count, base} or {count, derive: prompt}."""
+    """List such as [1,2] or [0-9,42], range such as 0-9, or a mapping {count, base} or {count, derive: prompt}."""
     dry_run: bool = field(default=False, metadata=HARMLESS)
     """Print the plan and generate nothing."""
     report: Report = Report.standard

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,14 @@ def test_missing_pictures_leave_holes(tmp_path):
     (path,) = write_grids(tmp_path, jobs, ["s", "g"], tile=64)
     with Image.open(path) as grid:
         grid.load()
+
+
+def test_a_job_that_was_refused_leaves_a_column_without_a_word(tmp_path, caplog):
+    jobs = [job(tmp_path, n, {"g": str(n)}) for n in range(2)]
+    shutil.rmtree(jobs[1].directory)
+    (page,) = layout(jobs, ["g"])
+    assert (page.columns, {column for _, column in page.pictures}) == (["g=0", "g=1"], {0})
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("size", [(2000, 1000), (16, 16), (64, 4000)])
