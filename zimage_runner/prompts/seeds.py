@@ -16,7 +16,7 @@ MAX_SEEDS = 1_000_000
 DERIVED_BITS = 32
 """Derived seeds stay this short so that file names stay readable and other tools accept them."""
 RANDOM = "seeds=$RANDOM (the shell draws it)"
-_FORMS = 'write a list [1,2,3] or [0-9,42], a range 0-9, {count: 4, base: 0} or {count: 4, derive: prompt}'
+_FORMS = "write a list [1,2,3] or [0-9,42], a range 0-9, {count: 4, base: 0} or {count: 4, derive: prompt}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
