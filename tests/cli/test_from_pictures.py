@@ -91,7 +91,7 @@ def test_the_run_may_be_the_resident_process_s(cat: Path, monkeypatch: pytest.Mo
             ["photo.jpg", "strength=0.5"],
             "photo.jpg does not say what it shows, and there is no photo.txt beside it",
         ),
-        (enlarge, ["nowhere.png"], "nowhere.png is no directory: give a run directory"),
+        (enlarge, ["nowhere.png"], "nowhere.png does not exist: name a picture, a run directory"),
         (enlarge, ["cat.png", "scale=x"], "scale=x: write a number from 1 to 16"),
         (enlarge, ["cat.png", "starred=maybe"], "starred=maybe: write true or false"),
         (enlarge, ["cat.png", "sampling.colour=red"], "sampling.colour"),

@@ -86,6 +86,8 @@ def _pictures(places: Sequence[str], fields: Fields) -> list[Path]:
         if path.is_file():
             found.append(path)
             continue
+        if not path.exists():
+            raise UserError(f"{place} does not exist: name a picture, a run directory or a folder of runs")
         chosen = list(marked(pictures_of(find_runs([path])), starred=starred == "true", rejected=True))
         if any(one.place is not None for one in chosen):
             raise UserError(
