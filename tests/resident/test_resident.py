@@ -133,7 +133,7 @@ def begin(place: Place, directory: Path, seeds: str = "0-1999") -> Any:
 
 
 def test_the_first_signal_finishes_what_is_in_flight_and_the_model_stays(place: Place) -> None:
-    before = place.pid()
+    before = place.warm()
     directory = place.folder / "stopped"
     process = begin(place, directory)
     process.send_signal(signal.SIGINT)
@@ -146,7 +146,7 @@ def test_the_first_signal_finishes_what_is_in_flight_and_the_model_stays(place: 
 
 
 def test_a_command_that_is_killed_leaves_a_run_to_be_resumed(place: Place) -> None:
-    before = place.pid()
+    before = place.warm()
     directory = place.folder / "killed"
     process = begin(place, directory)
     process.kill()
@@ -186,7 +186,7 @@ def test_a_second_command_waits_and_says_so(place: Place) -> None:
 
 
 def test_a_controlnet_swaps_the_session_and_pictures_are_inline_s(place: Place) -> None:
-    before = place.pid()
+    before = place.warm()
     write_controlnet(place.folder / "net.safetensors", "2.1")
     picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(picture).save(place.folder / "picture.png")
@@ -205,8 +205,7 @@ def test_a_controlnet_swaps_the_session_and_pictures_are_inline_s(place: Place) 
 
 
 def test_another_process_goes_on_with_the_run_of_one_that_was_killed(place: Place) -> None:
-    before = place.pid()
-    assert before is not None
+    before = place.warm()
     directory = place.folder / "lost"
     process = begin(place, directory, "0-59")
     os.kill(before, signal.SIGKILL)
@@ -218,7 +217,7 @@ def test_another_process_goes_on_with_the_run_of_one_that_was_killed(place: Plac
 
 
 def test_it_takes_over_the_folder_and_leaves_for_another_environment(place: Place, tmp_path: Path) -> None:
-    before = place.pid()
+    before = place.warm()
     code, out, err = place.draw("prompt=a cat", "name=elsewhere", cwd=tmp_path, environment={"COLUMNS": "77"})
     assert code == 0, err
     assert Path(out.strip()).is_relative_to(tmp_path)
@@ -233,8 +232,7 @@ def test_it_takes_over_the_folder_and_leaves_for_another_environment(place: Plac
 
 def test_it_ends_when_it_is_told_to_or_is_idle(place: Place) -> None:
     place.draw("model=nano")
-    pid = place.pid()
-    assert pid is not None
+    pid = place.warm()
     code, out, _ = place.run("resident", "stop")
     assert (code, out) == (0, f"process {pid} has ended\n")
     assert place.run("resident", "status")[1] == "no resident process\n"

@@ -54,6 +54,15 @@ class Place:
         line = self.run("resident", "status")[1]
         return int(line.split()[1].rstrip(",")) if line.startswith("process ") else None
 
+    def warm(self) -> int:
+        """The resident process, with a model loaded, whether or not another test left one behind."""
+        if self.pid() is None:
+            code, _, err = self.draw("prompt=a cat", "name=warm")
+            assert code == 0, err
+        pid = self.pid()
+        assert pid is not None
+        return pid
+
     def wait_for(self, what: Callable[[], Any], process: subprocess.Popen[str] | None = None) -> Any:
         """Wait until something is there, as long as ``process`` lives."""
         end = time.monotonic() + PATIENCE

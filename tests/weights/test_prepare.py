@@ -39,6 +39,12 @@ def nano(small_checkpoint: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(small_checkpoint, tmp_path / "nano"))
 
 
+@pytest.fixture(autouse=True)
+def _copies_are_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where torch is a build with CUDA, with which copies are packed: test_packed_prepared.py."""
+    monkeypatch.setattr(prepared, "reads_packed", lambda: False)
+
+
 def local(path: Path, **options: object) -> Model:
     return Model(name="my model", source=Source.local, path=str(path), **options)  # pyright: ignore[reportArgumentType]
 
@@ -310,7 +316,8 @@ def test_auto_prepares_large_ones(sharded: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_killed_preparation_leaves_nothing_that_is_used(sharded: Path, runner_cache: Path) -> None:
     code = (
-        "import os, signal; from zimage_runner.weights.prepared import prepare\n"
+        "import os, signal; from zimage_runner.weights.prepared import prepare, prepared\n"
+        "prepared.reads_packed = lambda: False\n"
         "from zimage_runner.weights.find.resolve import resolve\n"
         "from zimage_runner.model import *; write = os.pwrite; count = 0\n"
         "def pwrite(*args):\n"

@@ -37,13 +37,33 @@ def check_yaml(data: str | bytes) -> None:
     """Raise ValueError for YAML that nests too deep or unfolds to far more than was written, YAMLError for none."""
     import yaml
 
+    try:
+        _check_events(data)
+    except yaml.YAMLError as error:
+        if is_too_deep(error):
+            raise _too_deep() from None
+        raise
+
+
+def is_too_deep(error: Exception) -> bool:
+    """Whether this is what libyaml, from 0.2.6 on, says of a text that nests more than 1,000 deep, wherever it is."""
+    return "maximum nesting depth" in str(error)
+
+
+def _too_deep() -> ValueError:
+    return ValueError(f"it is nested more than {DEEPEST} deep: put what it holds nearer to the top")
+
+
+def _check_events(data: str | bytes) -> None:
+    import yaml
+
     anchored: list[bool] = []  # for each open collection, whether it or one around it has a name
     aliases = 0
     for event in yaml.parse(data, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         if isinstance(event, yaml.CollectionStartEvent):
             anchored.append(event.anchor is not None or (bool(anchored) and anchored[-1]))
             if len(anchored) > DEEPEST:
-                raise ValueError(f"it is nested more than {DEEPEST} deep: put what it holds nearer to the top")
+                raise _too_deep()
         elif isinstance(event, yaml.CollectionEndEvent):
             anchored.pop()
         elif isinstance(event, yaml.AliasEvent):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from zimage_runner.errors import UserError
+from zimage_runner.outputs.parsed import is_too_deep
 from zimage_runner.prompts.notes import warn_once
 from zimage_runner.prompts.text import bare, open_input, read_lines, shown
 
@@ -105,6 +106,8 @@ def _parsed(file: Path, text: str) -> Any:
     except json.JSONDecodeError as error:
         raise UserError(f"{shown(file)}:{error.lineno}: not readable as JSON: {error.msg}") from None
     except yaml.MarkedYAMLError as error:
+        if is_too_deep(error):
+            raise _too_deep(file) from None
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{shown(file)}:{line}: not readable as YAML: {error.problem or error.context}") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
@@ -113,7 +116,11 @@ def _parsed(file: Path, text: str) -> Any:
 
 def _check_depth(file: Path, depth: int) -> None:
     if depth > MAX_DEPTH:
-        raise UserError(f"{shown(file)}: nested more than {MAX_DEPTH} deep: put lists nearer to the top")
+        raise _too_deep(file)
+
+
+def _too_deep(file: Path) -> UserError:
+    return UserError(f"{shown(file)}: nested more than {MAX_DEPTH} deep: put lists nearer to the top")
 
 
 class _Budget:
