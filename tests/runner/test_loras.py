@@ -213,8 +213,8 @@ def test_files_are_checked_before_anything_is_loaded(tmp_path: Path) -> None:
         (["prompt=a cat", "loras.0.weight=1"], "loras has no entry of that number: name the files first"),
         (["prompt=a cat", "loras=[loras]"], "loras.0.path: loras is a folder, and lora_dirs names no folder"),
         (["prompts=text_file", "prompts.path=two.txt", "loras=[style]"],
-         "two.txt:1: 2 LoRA weights, and the run has 1 loras: loras=[FILE,...] names them"),
-        (["prompts=text_file", "prompts.path=two.txt"], "two.txt:1: 2 LoRA weights, and the run has 0 loras"),
+         "two.txt:1: 2 LoRA weights, and the run has 1 LoRA: loras=[FILE,...] names them"),
+        (["prompts=text_file", "prompts.path=two.txt"], "two.txt:1: 2 LoRA weights, and the run has 0 LoRAs"),
     ],
 )  # fmt: skip
 def test_mistakes_are_told_in_one_line(words: list[str], message: str, folder: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from zimage_runner.config.schema import LoraFile, RunConfig
-from zimage_runner.errors import UserError, one_line
+from zimage_runner.errors import UserError, counted, one_line
 from zimage_runner.prompts.base import Prompt
 from zimage_runner.sampling import MAX_LORA_WEIGHT, Lora
 from zimage_runner.weights.adapters.adapter import lora_hash
@@ -54,7 +54,7 @@ class LoraFinder:
             return self._of_run
         if len(weights) > len(self._of_run):
             raise UserError(
-                f"{prompt.source}: {len(weights)} LoRA weights, and the run has {len(self._of_run)} loras: "
+                f"{prompt.source}: {len(weights)} LoRA weights, and the run has {counted(len(self._of_run), 'LoRA')}: "
                 "loras=[FILE,...] names them"
             )
         # As sd-scripts does: the last weight goes on.
