@@ -110,3 +110,15 @@ def test_no_code_deletes_inside_a_hubs_cache() -> None:
     for module in hub_modules:
         text = module.read_text(encoding="utf-8")
         assert not any(call in text for call in ("rmtree", ".unlink(", "os.remove", "rmdir")), module.name
+
+
+def test_what_is_about_a_gpu_is_not_ignored_in_silence(cli):
+    words = [
+        "memory.per_process_fraction=0.5",
+        "memory.alloc.expandable_segments=true",
+        "memory.health.interval_seconds=1",
+    ]
+    code, _, err = cli("prompt=a cat", "sampling.num_inference_steps=1", *words)
+    assert code == 0, err
+    said = "memory.alloc, memory.per_process_fraction, memory.health: about a GPU's memory, without effect on a CPU"
+    assert err.count(said) == 1

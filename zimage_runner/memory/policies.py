@@ -22,6 +22,9 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
+OF_A_GPU = ("alloc_conf", "alloc", "per_process_fraction", "health")
+"""Settings of Memory that say nothing of a CPU."""
+
 
 class Loading(enum.Enum):
     """How the weights reach the GPU."""
@@ -89,8 +92,12 @@ class Memory:
             export(value)
 
     def apply_limits(self, device: str) -> None:
-        """Apply limits that need torch, before the model is loaded."""
-        if self.per_process_fraction is not None and device == "cuda":
+        """Apply limits that need torch, before the model is loaded; on a CPU say what has no effect there."""
+        if device != "cuda":
+            given = [name for name in OF_A_GPU if getattr(self, name) != getattr(Memory(), name)]
+            if given:
+                log.warning("memory.%s: about a GPU's memory, without effect on a CPU", ", memory.".join(given))
+        elif self.per_process_fraction is not None:
             import torch
 
             torch.cuda.set_per_process_memory_fraction(self.per_process_fraction)
