@@ -6,11 +6,18 @@ docs/architecture.md explains the rooms. Imports inside functions and for typing
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
+import itertools
 import re
+import sys
+import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "zimage_runner"
@@ -184,6 +191,29 @@ PRIVATE_TO_HYDRA = re.compile(
     r"\b(?!self|cls)\w+\._(get_node|get_parent|get_root|get_flag|set_flag|value|val|content|metadata|parent|is_none|is_missing|"
     r"is_interpolation|load_single_config|apply_overrides_to_config|process_config_searchpath)\b"
 )
+
+
+def test_every_library_comes_with_the_package() -> None:
+    """Declared, or needed by what is: what only the tests' own packages bring is missing elsewhere."""
+    declared = tomllib.loads((TESTS.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = [group for name, group in declared["optional-dependencies"].items() if name != "dev"]
+    coming = [Requirement(text) for text in (*declared["dependencies"], *itertools.chain(*extras))]
+    come: set[str] = set()
+    while coming:
+        name = canonicalize_name(coming.pop().name)
+        if name not in come:
+            come.add(name)
+            with contextlib.suppress(metadata.PackageNotFoundError):  # of another platform, or of a GPU
+                needs = map(Requirement, metadata.requires(name) or ())
+                coming += (need for need in needs if need.marker is None or need.marker.evaluate({"extra": ""}))
+    homes = metadata.packages_distributions()
+    libraries = {
+        name.partition(".")[0] for path in MODULES.values() for name in imports(path)
+    } - sys.stdlib_module_names
+    strangers = {
+        library for library in libraries if not come & {canonicalize_name(home) for home in homes.get(library, ())}
+    }
+    assert strangers <= {"zimage_runner", "triton"}  # torch brings Triton where there may be a GPU
 
 
 def test_private_parts_of_hydra_are_touched_in_one_file() -> None:

@@ -228,10 +228,10 @@ def test_it_takes_over_the_folder_and_leaves_for_another_environment(place: Plac
         "zimage_runner: executor=resident: the process at hand leaves (it differs in $HF_HOME); another one is started"
     )
     assert place.pid() not in (None, before)
+    place.run("resident", "stop")  # it is of no use to the next test
 
 
 def test_it_ends_when_it_is_told_to_or_is_idle(place: Place) -> None:
-    place.draw("model=nano")
     pid = place.warm()
     code, out, _ = place.run("resident", "stop")
     assert (code, out) == (0, f"process {pid} has ended\n")

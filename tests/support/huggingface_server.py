@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import threading
+from collections import Counter
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
@@ -24,7 +25,8 @@ class HuggingFaceServer:
     cut_always: int | None = None
     """Bytes after which every connection that delivers a file is closed."""
     dead_after: int | None = None
-    """Cut deliveries after which no more byte of a file is sent."""
+    """Cut deliveries of a file after which no more byte of it is sent."""
+    cuts: Counter[str] = field(default_factory=Counter)
     silent: bool = False
     """Connections are taken, and nothing is ever said on them."""
     garbled: set[str] = field(default_factory=set)
@@ -106,8 +108,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         limit = state.cut_after.pop(file, state.cut_always)
         if limit is not None and limit < len(content) - start and state.dead_after is not None:
-            state.dead_after -= 1
-            limit = limit if state.dead_after >= 0 else 0
+            state.cuts[file] += 1
+            limit = limit if state.cuts[file] <= state.dead_after else 0
         self.wfile.write(content[start:] if limit is None else content[start : start + limit])
         if limit is not None:
             self.close_connection = True

@@ -24,6 +24,7 @@ class Place:
         self.folder = folder
         self.environment = {**os.environ, "ZIMAGE_RUNNER_CACHE": str(cache)}
         self.environment.pop("PYTEST_ADDOPTS", None)
+        self._warmed = 0
 
     def start(self, *words: str, **options: Any) -> subprocess.Popen[str]:
         """Begin a command."""
@@ -55,10 +56,10 @@ class Place:
         return int(line.split()[1].rstrip(",")) if line.startswith("process ") else None
 
     def warm(self) -> int:
-        """The resident process, with a model loaded, whether or not another test left one behind."""
-        if self.pid() is None:
-            code, _, err = self.draw("prompt=a cat", "name=warm")
-            assert code == 0, err
+        """The resident process, its model loaded and ready for these commands, whatever another test left behind."""
+        self._warmed += 1
+        code, _, err = self.draw("prompt=a cat", f"hydra.run.dir=warm{self._warmed}")
+        assert code == 0, err
         pid = self.pid()
         assert pid is not None
         return pid

@@ -69,7 +69,7 @@ def snapshot(model: Model, *, local_files_only: bool, components: Collection[str
         return Path(fetch(model, local_files_only, hub_patterns(components))).absolute()
     except (UserError, MemoryError):
         raise
-    except Exception as error:  # their transport libraries raise whatever they like: httpx, requests, urllib3, ssl
+    except Exception as error:  # their transport libraries raise whatever they like: httpx2, requests, urllib3, ssl
         raise _failed(model, error, local_files_only) from error
 
 

@@ -44,11 +44,13 @@ def keep_partial_files() -> None:
 
 
 def check_answers(repo: str) -> None:
-    """Raise what httpx raises where the hub says nothing within the time limit: the client tries for minutes."""
-    import httpx
-    from huggingface_hub import constants
+    """Raise what the client's own connection raises where the hub says nothing within the time limit.
 
-    httpx.head(f"{constants.ENDPOINT}/api/models/{repo}", timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    The client tries for minutes.
+    """
+    from huggingface_hub import constants, get_session
+
+    get_session().head(f"{constants.ENDPOINT}/api/models/{repo}", timeout=constants.HF_HUB_ETAG_TIMEOUT)
 
 
 def _resume(**given: Any) -> None:
