@@ -303,7 +303,8 @@ def section(path: Path, beside: Path) -> str:
     ]
     lines += [f"Note: {data['note']}.", ""] if data.get("note") else []
     lines += missing(rows) + job_lines(data["runs"])
-    plot = draw(path.stem, rows, beside / "plots")
+    draws = draw_memory if data["scenario"] == "offload" else draw
+    plot = draws(path.stem, rows, beside / "plots")
     if plot:
         lines += [f"![{data['title']}](plots/{plot.name})", ""]
     if data["scenario"] == "ablation":
@@ -493,9 +494,47 @@ def draw(name: str, rows: Sequence[Row], folder: Path) -> Path | None:
         values = [spread.median if spread else 0.0 for spread in each]
         axes[0][1].barh(labels, values, color=["tab:green" if row.ours else "tab:gray" for row in shown])
         axes[0][1].set_xlabel("seconds a picture after the first")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.svg"
-    plt.rcParams["svg.hashsalt"] = name  # the same figures give the same file
+    return _save(figure, folder / f"{name}.svg")
+
+
+def draw_memory(name: str, rows: Sequence[Row], folder: Path) -> Path | None:
+    """Peak memory and seconds a picture, a dot for each contestant; None without matplotlib or rows."""
+    found = [(row, row.figures["peak_allocated"], row.figures["seconds_per_image"]) for row in rows]
+    shown = [(row, memory.median, seconds.median) for row, memory, seconds in found if memory and seconds]
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    if not shown:
+        return None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(9, 6))
+    colours = plt.get_cmap("tab10")
+    kinds = list(dict.fromkeys(row.variant.split()[0] for row, _, _ in shown))
+    for number, kind in enumerate(kinds):
+        own = [(memory, seconds) for row, memory, seconds in shown if row.variant.split()[0] == kind]
+        axis.scatter(*zip(*own), label=kind, color=colours(number))
+    for row, memory, seconds in shown:
+        kind, placement = row.variant.replace(",", "").split()[:2]
+        place = (6, -11 if kinds.index(kind) else 4)  # names of neighbours do not meet
+        axis.annotate(placement, (memory, seconds), textcoords="offset points", xytext=place, fontsize=8)
+    axis.set_yscale("log")
+    for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        ticks("{x:g}")
+    axis.set_xlim(left=0)
+    axis.set_xlabel("peak memory that torch allocated on the GPU, GB")
+    axis.set_ylabel("seconds a picture after the first (logarithmic)")
+    axis.legend()
+    return _save(figure, folder / f"{name}.svg")
+
+
+def _save(figure: Any, path: Path) -> Path:
+    import matplotlib.pyplot as plt
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plt.rcParams["svg.hashsalt"] = path.stem  # the same figures give the same file
     figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
     plt.close(figure)
     return path

@@ -170,7 +170,8 @@ def test_our_command_lines_plan(variant: Variant, tmp_path: Path, monkeypatch: p
     """Every override exists and is accepted together with the others; nothing is drawn."""
     from zimage_runner.cli.main import main
 
-    work = WORK if "engine.precision=fp8" not in (variant.overrides or ()) else dataclasses.replace(WORK, device="cuda")
+    eight_bits = any(override.startswith("engine.precision=") for override in variant.overrides or ())
+    work = dataclasses.replace(WORK, device="cuda") if eight_bits else WORK
     if any("{beside}" in override for override in variant.overrides or ()):
         (tmp_path / "nano").symlink_to(work.model)
         work = dataclasses.replace(work, model=tmp_path / "nano")
