@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +68,16 @@ def test_what_is_refused(folder: Path) -> None:
         read_prompts(Folder())
     with pytest.raises(UserError, match="does not exist"):
         read_prompts(Folder(path=str(folder / "no")))
+    (folder / "pipes").mkdir()
+    os.mkfifo(folder / "pipes/p.png")
+    with pytest.raises(UserError, match=r"p.png is no plain file: name a picture file"):
+        read_prompts(Folder(path=str(folder / "pipes")))
+
+
+def test_metadata_that_is_not_read_hides_no_text(tmp_path: Path) -> None:
+    """SwarmUI writes JSON where AUTOMATIC1111 writes its text."""
+    info = PngInfo()
+    info.add_text("parameters", '{"sui_image_params": {"prompt": "a cat"}}')
+    Image.new("RGB", (64, 32)).save(tmp_path / "a.png", pnginfo=info)
+    (tmp_path / "a.txt").write_text("a dog", encoding="utf-8")
+    assert [prompt.text for prompt in read_prompts(Folder(path=str(tmp_path)))] == ["a dog"]

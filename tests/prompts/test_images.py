@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -213,6 +214,9 @@ def test_graphs_that_cannot_be_read(tmp_path, graph, expected):
     assert expected in message(Images(path=str(png(tmp_path / "x.png", prompt=graph))))
 
 
+SWARMUI = '{"sui_image_params": {"prompt": "a cat", "seed": 5, "steps": 8, "cfgscale": 1.0}}'
+
+
 def recipe(**change: object) -> str:
     return json.dumps({"prompt": "a", "seed": 1, "params": {}} | change)
 
@@ -220,8 +224,10 @@ def recipe(**change: object) -> str:
 @pytest.mark.parametrize(
     ("texts", "expected"),
     [
-        ({}, "x.png does not say how it was drawn: it was made without metadata, or stripped of it: leave it out, or "
-         "write its prompt into a text file"),
+        ({}, "x.png does not say how it was drawn as this program, AUTOMATIC1111 and ComfyUI write it: leave it out, "
+         "or write its prompt into a text file"),
+        ({"parameters": SWARMUI}, "x.png does not say how it was drawn as this program, AUTOMATIC1111 and ComfyUI"),
+        ({"invokeai_metadata": "{}"}, "x.png does not say how it was drawn as this program"),
         ({"zimage_runner": recipe(prompt=1)}, "x.png: its metadata has no prompt: it cannot be reproduced"),
         ({"zimage_runner": recipe(params={"width": "a; rm"})}, "x.png: width='a; rm' is not an integer"),
         ({"zimage_runner": recipe(seed=-1)}, "x.png: seed: -1 is out of range"),
@@ -238,6 +244,8 @@ def test_files_and_folders_that_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     Path("t.png").write_text("no picture", encoding="utf-8")
+    Path("pipes").mkdir()
+    os.mkfifo("pipes/p.png")
     for source, expected in (
         (Images(), "prompts.path is not set: prompts=images needs prompts.path=PICTURE_OR_FOLDER"),
         (Images(path="a", glob="b"), "prompts.path and prompts.glob are both set"),
@@ -246,6 +254,8 @@ def test_files_and_folders_that_are_refused(tmp_path, monkeypatch):
         (Images(glob="*.jpg"), "prompts.glob=*.jpg matches no picture"),
         (Images(glob="empty"), "for a folder use prompts.path=empty"),
         (Images(path="t.png"), "t.png cannot be read as a PNG, JPEG or WebP picture"),
+        (Images(path="pipes"), "pipes/p.png is no plain file: name a picture file"),
+        (Images(path="pipes/p.png"), "pipes/p.png is no plain file: name a picture file"),
     ):
         assert expected in message(source)
 

@@ -123,6 +123,8 @@ def read_metadata(path: str | os.PathLike[str] | BinaryIO, *, pixels: bool = Tru
 
     pixels: read them too, which shows a file that was cut off; without, only where text may follow them.
     """
+    if isinstance(path, str | os.PathLike) and os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path} is no plain file: name a picture file")  # a named pipe would be waited for
     try:
         with Image.open(path, formats=READABLE) as image:
             text = _texts(image, pixels)

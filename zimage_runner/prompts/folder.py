@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -50,7 +51,7 @@ class Folder(RowSource):
 
     def _pictures(self, place: Path) -> list[Path]:
         if not place.is_dir():
-            if not place.is_file():
+            if not os.path.lexists(place):
                 raise UserError(f"prompts.path={shown(place)} does not exist (looked for {shown(place.absolute())})")
             return [place]
         masks = None if self.masks is None else Path(self.masks).expanduser().absolute()

@@ -38,6 +38,14 @@ class GenerationData:
     """What it says of a picture that was started from or followed, which it does not name."""
 
 
+def has_infotext(parameters: str | None) -> bool:
+    """Whether ``parameters`` is AUTOMATIC1111's text; SwarmUI and Fooocus write a JSON object there."""
+    try:
+        return bool(parameters) and not isinstance(json.loads(parameters), dict)
+    except (ValueError, RecursionError):
+        return True
+
+
 def of_parameters(text: str) -> GenerationData:
     """AUTOMATIC1111's text: the prompt, ``Negative prompt: ...``, then ``Steps: 8, Sampler: ..., Seed: ...``."""
     lines = text.split("\n")

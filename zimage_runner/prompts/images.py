@@ -20,7 +20,13 @@ from zimage_runner.outputs.place import ITEMS, RECORD, SHARDS
 from zimage_runner.pictures.recorded import recorded_controlnet, recorded_values
 from zimage_runner.prompts.base import INPUT, NOTHING, Prompt, RowSource, Wins
 from zimage_runner.prompts.carried import carry
-from zimage_runner.prompts.generation_data import OWN_PROGRAM, GenerationData, of_comfyui, of_parameters
+from zimage_runner.prompts.generation_data import (
+    OWN_PROGRAM,
+    GenerationData,
+    has_infotext,
+    of_comfyui,
+    of_parameters,
+)
 from zimage_runner.prompts.loras import parse_loras
 from zimage_runner.prompts.notes import warn_once
 from zimage_runner.prompts.prompt import LoraWord
@@ -123,7 +129,7 @@ def says_how_it_was_drawn(file: Path) -> bool:
     from zimage_runner.outputs.metadata import read_metadata
 
     said = read_metadata(file, pixels=False)
-    return bool(said.recipe or said.parameters or said.comfyui or _record_beside(file))
+    return bool(said.recipe or has_infotext(said.parameters) or said.comfyui or _record_beside(file))
 
 
 def recipe_of_picture(file: Path) -> dict[str, Any] | None:
@@ -150,7 +156,7 @@ def prompt_of_picture(file: Path | Finished, *, inputs: bool = True) -> Prompt:
     where = shown(_path(file))
     if isinstance(file, Finished):
         said, recipe = Metadata(None, None), _record(file.record)
-    elif file.is_file():
+    elif os.path.lexists(file):
         said = read_metadata(file, pixels=False)
         recipe = said.recipe or _record_beside(file)
     else:
@@ -163,12 +169,12 @@ def prompt_of_picture(file: Path | Finished, *, inputs: bool = True) -> Prompt:
             where,
             recipe if inputs else {**recipe, "inputs": {}},
         )
-    if said.parameters:
+    if said.parameters and has_infotext(said.parameters):
         return _prompt(of_parameters(said.parameters), where)
     if said.comfyui:
         return _prompt(of_comfyui(said.comfyui, where), where)
     raise UserError(
-        f"{where} does not say how it was drawn: it was made without metadata, or stripped of it: leave it out, or "
+        f"{where} does not say how it was drawn as this program, AUTOMATIC1111 and ComfyUI write it: leave it out, or "
         "write its prompt into a text file"
     )
 
