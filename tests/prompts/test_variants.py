@@ -127,6 +127,14 @@ def test_links_in_circles_are_followed_once(folder):
     assert "prompts.template.wildcards=" in refusal("__pipe__", dynamic=True, wildcards=str(folder))
 
 
+def test_a_name_in_two_files_is_told(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text("red\n", encoding="utf-8")
+    (tmp_path / "a.yaml").write_text("a: [blue]\n", encoding="utf-8")
+    assert texts("__a__", dynamic=True, wildcards=str(tmp_path)) == ["blue"]
+    told = "a.yaml: a.txt has values of __a__, too: those of a.yaml are taken"
+    assert [record.getMessage() for record in caplog.records] == [f"{tmp_path}/{told}"]
+
+
 LAUGHS = "a0: &a0 [x, y, z]\n" + "".join(
     f"a{n}: &a{n} {{b: *a{n - 1}, c: *a{n - 1}, d: *a{n - 1}}}\n" for n in range(1, 30)
 )

@@ -53,15 +53,25 @@ def find_lists(directory: Path) -> dict[str, ValueList]:
     The keys of a YAML or JSON file are names in its folder. A file that cannot be read is left out, with a warning.
     """
     found: dict[str, ValueList] = {}
+
+    def add(name: str, values: ValueList) -> None:
+        if name in found:
+            first, last = shown(found[name].file.name), shown(values.file.name)
+            warn_once(
+                "wildcards twice",
+                f"{shown(values.file)}: {first} has values of __{name}__, too: those of {last} are taken",
+            )
+        found[name] = values
+
     for file in _files(directory):
         folder = file.parent.relative_to(directory).as_posix()
         prefix = "" if folder == "." else f"{folder}/"
         if file.suffix == ".txt":
-            found[f"{prefix}{file.stem}"] = ValueList(file)
+            add(f"{prefix}{file.stem}", ValueList(file))
             continue
         try:
             for name, values in _structured(file):
-                found[f"{prefix}{name}"] = ValueList(file, tuple(values))
+                add(f"{prefix}{name}", ValueList(file, tuple(values)))
         except UserError as error:
             warn_once(f"wildcards {file}", f"{error} (the file is left out)")
     return found
