@@ -114,6 +114,10 @@ def _tensor(entry: dict, data_start: int) -> TensorInfo:
         raise ValueError("a negative or fractional size")
     if len(shape) > MOST_DIMENSIONS or max(begin, end, *shape, 0) > LARGEST_NUMBER:
         raise ValueError("an absurd size")
+    if dtype not in ITEM_BITS:
+        raise BadWeightsFile(
+            f"not readable: its header has the dtype {dtype!r:.40}, which weights of Z-Image do not have"
+        )
     if (end - begin) * 8 != math.prod(shape) * ITEM_BITS[dtype]:
         raise ValueError(f"{dtype} of shape {list(shape)} does not take {end - begin} bytes")
     return TensorInfo(dtype, shape, data_start + begin, end - begin)

@@ -198,6 +198,10 @@ BAD = {
     "alpha alone": ({f"{Q}.alpha": torch.ones(())}, "only an alpha: a factor is missing"),
     "nan": ({**GOOD, f"{Q}.lora_B.weight": torch.full((96, 2), torch.nan)}, f"{Q}.lora_B.weight holds NaN or Inf"),
     "inf": ({**GOOD, f"{Q}.alpha": torch.tensor(torch.inf)}, f"{Q}.alpha holds NaN or Inf"),
+    "integers": (
+        {**GOOD, f"{Q}.lora_B.weight": torch.ones((96, 2), dtype=torch.int8)},
+        f"{Q}.lora_B.weight is I8: quantised adapters are not read",
+    ),
     "no block": ({f"{Q}.lora_A.weight": torch.ones(96), f"{Q}.lora_B.weight": torch.ones(96, 2)}, "need a matrix"),
     "leftover": (
         {**GOOD, "diffusion_model.layers.0.attention.rotary.lora_A.weight": torch.ones(2, 2)},

@@ -76,6 +76,10 @@ FILES = {
     "no json": (struct.pack("<Q", 8) + b"{nonsens", "its header cannot be read"),
     "deep json": (struct.pack("<Q", 90_000) + b'{"a":' * 18_000, "its header cannot be read"),
     "cut": (header({"w": entry("F32", [4], 0, 16)}) + bytes(8), "truncated: its header promises"),
+    "other numbers": (
+        header({"w": entry("C64", [2], 0, 16)}) + bytes(16),
+        "is not readable: its header has the dtype 'C64', which weights of Z-Image do not have",
+    ),
     "negative": (header({"w": entry("F32", [-4], 0, 16)}) + bytes(16), "a negative or fractional size"),
     "overlap": (
         header({"a": entry("F32", [2], 0, 8), "b": entry("F32", [2], 4, 12)}) + bytes(12), "overlaps its neighbour"

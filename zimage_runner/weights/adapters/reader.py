@@ -113,6 +113,10 @@ def _read(path: Path, key: str, info: Any) -> torch.Tensor:
     import torch
 
     tensor = read_tensor(path, info)
+    if tensor.ndim and not tensor.is_floating_point():
+        raise UserError(
+            f"{path}: {one_line(key, 160)} is {info.dtype}: quantised adapters are not read, get one in bf16"
+        )
     if tensor.dtype.itemsize == 1:  # fp8 has few operations; its values fit bfloat16
         tensor = tensor.to(torch.bfloat16)
     if not bool(torch.isfinite(tensor).all()):
