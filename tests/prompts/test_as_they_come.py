@@ -333,13 +333,21 @@ def test_words_that_are_not_utf_8_are_refused_first(cli, word, dry_run):
     assert err.count("\n") == 1
 
 
+def test_the_home_of_nobody(cli):
+    code, out, err = cli("prompts=text_file", "prompts.path=~no_such_user/p.txt", "dry_run=true")
+    assert (code, out) == (2, "")
+    assert "a path begins with ~, which stands for a home directory, and there is none: write the whole path" in err
+
+
 @pytest.mark.parametrize("source", [TextFile, Csv, Jsonl, Parquet])
 def test_named_pipes_are_not_waited_for(tmp_path, source):
     os.mkfifo(tmp_path / "p.txt")
     assert message(source(path=str(tmp_path / "p.txt"))) == (
         f"prompts.path={tmp_path}/p.txt is a named pipe: read it with prompts=stdin < {tmp_path}/p.txt"
     )
-    assert "prompts.template.fill.x=" in message(fill_from(str(tmp_path / "p.txt")))
+    fill = "prompts.template.fill.x="
+    assert message(fill_from(f"{tmp_path}/p.txt")) == f"{fill}{tmp_path}/p.txt is a named pipe: name a file"
+    assert message(fill_from(str(tmp_path))) == f"{fill}{tmp_path} is a directory: name a file in it"
     assert "is no file, but a device or socket: name a file" in message(source(path="/dev/zero"))
 
 

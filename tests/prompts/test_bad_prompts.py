@@ -101,6 +101,10 @@ def test_text_files(tmp_path, content, expected):
         ('{"text": "a", "seeds": []}', "{f}:2: seeds=[] is empty"),
         ('{"text": "a", "seeds": [1, 1]}', "{f}:2: seeds: 1 is given twice"),
         ('{"text": "a", "seed": -4}', "{f}:2: seeds: -4 is out of range"),
+        (
+            '{"text": "a", "seeds": {"count": 4}}',
+            "is not a seed list: write a list [1,2,3] or [0-9,42], or a range 0-9",
+        ),
         ('{"text": "a", "metadata": 3}', "{f}:2: metadata=3 is not an object"),
         ('{"text": "a", "id": "first"}', "{f}:2: id='first' is already used at {f}:1"),
         ('{"text": "a", "id": {}}', "{f}:2: id={{}} is neither a string nor an integer"),
@@ -149,7 +153,13 @@ def test_csv_files(tmp_path, content, options, expected):
 
 
 def test_tables_are_not_read_as_text(tmp_path):
-    for name, option in (("p.csv", "csv"), ("p.TSV", "csv"), ("p.jsonl", "jsonl"), ("p.parquet", "parquet")):
+    for name, option in (
+        ("p.csv", "csv"),
+        ("p.TSV", "csv"),
+        ("p.tab", "csv"),
+        ("p.jsonl", "jsonl"),
+        ("p.parquet", "parquet"),
+    ):
         (tmp_path / name).write_text("text\na cat\n", encoding="utf-8")
         assert f"takes every line as a prompt: use prompts={option} (or" in message(TextFile(path=str(tmp_path / name)))
 

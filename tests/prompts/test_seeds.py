@@ -25,6 +25,7 @@ seed = st.integers(0, MAX_SEED)
         (MAX_SEED, (MAX_SEED,)),
         ("{count: 2, base: 7}", (7, 8)),
         ("{count:2}", (0, 1)),
+        ("[0-1, 42]", (0, 1, 42)),
     ],
 )
 def test_forms(value, expected):

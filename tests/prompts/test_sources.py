@@ -132,8 +132,10 @@ def test_files_by_extension(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "b.txt").write_text("b1\nb2\n", encoding="utf-8")
     (tmp_path / "a.jsonl").write_text('{"text": "a1"}\n', encoding="utf-8")
+    (tmp_path / "c.tab").write_text("text\twidth\nc\t128\n", encoding="utf-8")
+    (tmp_path / "d.json").write_text('{"text": "d"}\n', encoding="utf-8")
     (tmp_path / "sub" / "c.csv").write_text("text\nc1\n", encoding="utf-8")
-    assert texts(FileGlob(glob=f"{tmp_path}/**/*.*")) == ["a1", "b1", "b2", "c1"]
+    assert texts(FileGlob(glob=f"{tmp_path}/**/*.*")) == ["a1", "b1", "b2", "c", "d", "c1"]
 
 
 def test_whole_files_are_prompts_with_ids(tmp_path):

@@ -17,7 +17,7 @@ from zimage_runner.prompts.rows import TableSource
 from zimage_runner.prompts.text import check_text, decode_whole, shown
 from zimage_runner.prompts.text_file import TextFile
 
-_TABLES = {".jsonl": Jsonl, ".csv": Csv, ".tsv": Csv, ".parquet": Parquet}
+_TABLES = {".jsonl": Jsonl, ".json": Jsonl, ".csv": Csv, ".tsv": Csv, ".tab": Csv, ".parquet": Parquet}
 
 
 @dataclass(kw_only=True, slots=True)

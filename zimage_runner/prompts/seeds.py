@@ -16,6 +16,7 @@ MAX_SEEDS = 1_000_000
 DERIVED_BITS = 32
 """Derived seeds stay this short so that file names stay readable and other tools accept them."""
 RANDOM = "seeds=$RANDOM (the shell draws it)"
+_LISTS = "write a list [1,2,3] or [0-9,42], or a range 0-9"
 _FORMS = "write a list [1,2,3] or [0-9,42], a range 0-9, {count: 4, base: 0} or {count: 4, derive: prompt}"
 
 
@@ -44,7 +45,7 @@ def parse_seeds(value: Any, field: str = "seeds") -> Seeds:
         value = _mapping_of(value, field)
     if isinstance(value, Mapping):
         return _parse_mapping(value, field)
-    return Seeds(values=parse_seed_list(value, field))
+    return Seeds(values=parse_seed_list(value, field, _FORMS))
 
 
 def _mapping_of(text: str, field: str) -> Any:
@@ -56,15 +57,18 @@ def _mapping_of(text: str, field: str) -> Any:
     return {key: int(value) if re.fullmatch(r"-?[0-9]{1,30}", value) else value for key, value in values.items()}
 
 
-def parse_seed_list(value: Any, field: str = "seeds") -> tuple[int, ...]:
-    """Explicit seeds: an integer, "0-9,42", or a list of those. Unique, 0 to 2**63-1, in the order given."""
+def parse_seed_list(value: Any, field: str = "seeds", forms: str = _LISTS) -> tuple[int, ...]:
+    """Explicit seeds: an integer, "0-9,42", or a list of those. Unique, 0 to 2**63-1, in the order given.
+
+    ``forms``: what may be written there, for messages.
+    """
     if isinstance(value, int | str):
         value = [value]
     if not isinstance(value, list | tuple):
-        raise UserError(f"{field}={_short(value)} is not a seed list: {_FORMS}")
-    ranges = [r for entry in value for r in _parse_entry(entry, field)]
+        raise UserError(f"{field}={_short(value)} is not a seed list: {forms}")
+    ranges = [r for entry in value for r in _parse_entry(entry, field, forms)]
     if not ranges:
-        raise UserError(f"{field}={_short(value)} is empty: {_FORMS}")
+        raise UserError(f"{field}={_short(value)} is empty: {forms}")
     count = sum(r.stop - r.start for r in ranges)
     if count > MAX_SEEDS:
         raise UserError(f"{field} names {count:,} seeds: use at most {MAX_SEEDS:,}")
@@ -73,20 +77,22 @@ def parse_seed_list(value: Any, field: str = "seeds") -> tuple[int, ...]:
     return seeds
 
 
-def _parse_entry(entry: Any, field: str) -> Iterable[range]:
+def _parse_entry(entry: Any, field: str, forms: str) -> Iterable[range]:
     if isinstance(entry, int) and not isinstance(entry, bool):
         return [_range(entry, entry, field)]
     if isinstance(entry, str):
-        return [_parse_range(part.strip(), entry, field) for part in entry.split(",")]
-    raise UserError(f"{field}: {_short(entry)} is not an integer: {_FORMS}")
+        listed = re.fullmatch(r"\s*\[(.*)\]\s*", entry)  # how pandas writes a list into a CSV file
+        parts = (listed[1] if listed else entry).split(",")
+        return [_parse_range(part.strip(), entry, field, forms) for part in parts]
+    raise UserError(f"{field}: {_short(entry)} is not an integer: {forms}")
 
 
-def _parse_range(part: str, whole: str, field: str) -> range:
+def _parse_range(part: str, whole: str, field: str, forms: str) -> range:
     match = re.fullmatch(r"(-?[0-9]{1,30})(?:\s*-\s*([0-9]{1,30}))?", part)
     if not match and part.lower() == "random":
         raise UserError(f"{field}={_short(whole)}: a run's seeds are known before it starts: write {RANDOM}")
     if not match:
-        raise UserError(f"{field}={_short(whole)}: {_short(part)} is neither a seed nor a range: {_FORMS}")
+        raise UserError(f"{field}={_short(whole)}: {_short(part)} is neither a seed nor a range: {forms}")
     first = int(match[1])
     return _range(first, first if match[2] is None else int(match[2]), field)
 

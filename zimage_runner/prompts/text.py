@@ -113,8 +113,10 @@ def _check_is_file(file: Path, field: str) -> None:
     if stat.S_ISREG(mode) or (stat.S_ISFIFO(mode) and not os.path.exists(os.path.realpath(file))):
         return
     if stat.S_ISFIFO(mode):
-        raise UserError(f"{field}={shown(file)} is a named pipe: read it with prompts=stdin < {shown(file)}")
-    raise UserError(f"{field}={shown(file)} is no file, but a device or socket: name a file")
+        remedy = f"read it with prompts=stdin < {shown(file)}" if field == "prompts.path" else "name a file"
+        raise UserError(f"{field}={shown(file)} is a named pipe: {remedy}")
+    what = "a directory: name a file in it" if stat.S_ISDIR(mode) else "no file, but a device or socket: name a file"
+    raise UserError(f"{field}={shown(file)} is {what}")
 
 
 def read_lines(stream: BinaryIO, name: str, limit: int = MAX_LINE_BYTES) -> Iterator[tuple[int, str]]:

@@ -13,7 +13,7 @@ from zimage_runner.prompts.base import INPUT, NOTHING, Prompt, RowSource
 from zimage_runner.prompts.flags import ALMOST, parse_flags
 from zimage_runner.prompts.text import MARK, bare, check_text, file_lines, input_path, shown
 
-TABLES = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+TABLES = {".csv": "csv", ".tsv": "csv", ".tab": "csv", ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 """Which option of ``prompts`` reads files of this name."""
 
 

@@ -74,7 +74,10 @@ def execute(composed: Composed) -> int | Future[int]:
         return refuse(str(error))
     except (MemoryError, RuntimeError) as error:
         if "home directory" in str(error):
-            return refuse("~ stands for the home directory, and this user has none: write whole paths, or set HOME")
+            return refuse(
+                "a path begins with ~, which stands for a home directory, and there is none: write the whole path "
+                "(./~name for a file of that name)"
+            )
         if not is_refused(error):
             raise
         return refuse(f"{error_text(error)}: nothing was started: raise the limit (ulimit -u, ulimit -v) and try again")
