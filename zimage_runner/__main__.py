@@ -31,6 +31,13 @@ def whatever_happens(argv: list[str]) -> int:
     """Do what the words say. Where the system refused memory so that nothing could be said of it, say it here."""
     try:
         return _run(argv)
+    except RuntimeError as error:
+        from zimage_runner.errors import NO_HOME, is_homeless
+        from zimage_runner.logs import refuse
+
+        if not is_homeless(error):
+            raise
+        return refuse(f"a path begins with ~, and {NO_HOME}")
     except MemoryError:
         os.write(2, b"zimage_runner: out of memory: what is finished is kept; end other programs, then resume\n")
         return EXIT_INTERRUPTED

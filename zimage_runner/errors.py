@@ -76,6 +76,14 @@ def is_refused(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(text in str(error) for text in refused)
 
 
+NO_HOME = "there is no such home directory: write the whole path (./~name for a file of that name)"
+
+
+def is_homeless(error: BaseException) -> bool:
+    """Whether pathlib knows no home directory for a path that begins with ~."""
+    return isinstance(error, RuntimeError) and "home directory" in str(error)
+
+
 def counted(number: int, one: str, many: str = "") -> str:
     """``1 picture``, ``2,000 pictures``; with ``many`` where the plural is not made with an s: "picture is", "are"."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"

@@ -154,6 +154,24 @@ def test_what_ends_a_command_is_told_in_one_line(capsys, error: BaseException, c
     assert len(err.splitlines()) == (1 if told else 0)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["collect", "~no_such_user/a", "into=b"],
+        ["compare", "~no_such_user/a", "b"],
+        ["vary", "~no_such_user/a.png"],
+        ["prepare", "info", "~no_such_user/a"],
+        ["resume=~no_such_user/a"],
+    ],
+)
+def test_the_home_of_nobody_is_told_in_one_line(words: list[str], capsys, monkeypatch) -> None:
+    monkeypatch.setattr("zimage_runner.startup.process.begin", lambda: False)
+    assert program.whatever_happens(words) == 2
+    told = "zimage_runner: a path begins with ~, and there is no such home directory: write the whole path"
+    assert (err := capsys.readouterr().err).startswith(told)
+    assert len(err.splitlines()) == 1
+
+
 def test_a_command_without_words_says_how_it_is_used_unless_they_are_left_out_often(capsys) -> None:
     assert (command([], "how", len), command(["-h"], "how", len), command([], "how", len, bare=True)) == (2, 0, 0)
     assert capsys.readouterr().out == "how\nhow\n"

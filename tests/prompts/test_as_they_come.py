@@ -336,7 +336,7 @@ def test_words_that_are_not_utf_8_are_refused_first(cli, word, dry_run):
 def test_the_home_of_nobody(cli):
     code, out, err = cli("prompts=text_file", "prompts.path=~no_such_user/p.txt", "dry_run=true")
     assert (code, out) == (2, "")
-    assert "a path begins with ~, which stands for a home directory, and there is none: write the whole path" in err
+    assert "prompts.path=~no_such_user/p.txt: there is no such home directory: write the whole path" in err
 
 
 @pytest.mark.parametrize("source", [TextFile, Csv, Jsonl, Parquet])

@@ -12,7 +12,7 @@ from zimage_runner.compile import Compile
 from zimage_runner.engines.base import AUTO, EngineConfig
 from zimage_runner.engines.embedding_cache import EmbeddingCacheConfig
 from zimage_runner.engines.threads import MOST as MOST_THREADS
-from zimage_runner.errors import UserError, check_range
+from zimage_runner.errors import NO_HOME, UserError, check_range
 from zimage_runner.executors.base import ExecutorConfig
 from zimage_runner.logs import Log
 from zimage_runner.memory.policies import Memory
@@ -161,7 +161,7 @@ PATHS = (
 
 
 def check_home(config: RunConfig) -> None:
-    """Raise UserError for a path that begins with ``~`` where nobody knows what the home directory is."""
+    """Raise UserError for a path that begins with ``~`` or ``~name`` where nobody knows that home directory."""
     for name in PATHS:
         value: Any = config
         for step in name.split("."):
@@ -187,6 +187,8 @@ def at_home(path: str, field: str) -> str:
     expanded = os.path.expanduser(path)
     if expanded == path and (path == "~" or path.startswith("~/")):
         raise UserError(f"{field}={path}: ~ has no meaning here, because HOME is not set: write the whole path")
+    if expanded == path and path.startswith("~"):
+        raise UserError(f"{field}={path}: {NO_HOME}")
     return expanded
 
 

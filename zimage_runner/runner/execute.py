@@ -20,9 +20,11 @@ from zimage_runner.errors import (
     EXIT_INTERRUPTED,
     EXIT_ITEMS_FAILED,
     EXIT_OK,
+    NO_HOME,
     RunStopped,
     UserError,
     error_text,
+    is_homeless,
     is_refused,
 )
 from zimage_runner.logs import refuse, run_log, say, use_format
@@ -73,11 +75,8 @@ def execute(composed: Composed) -> int | Future[int]:
     except (UserError, RunStopped) as error:  # here and not in main: Hydra would print a line of its own
         return refuse(str(error))
     except (MemoryError, RuntimeError) as error:
-        if "home directory" in str(error):
-            return refuse(
-                "a path begins with ~, which stands for a home directory, and there is none: write the whole path "
-                "(./~name for a file of that name)"
-            )
+        if is_homeless(error):
+            return refuse(f"a path begins with ~, and {NO_HOME}")
         if not is_refused(error):
             raise
         return refuse(f"{error_text(error)}: nothing was started: raise the limit (ulimit -u, ulimit -v) and try again")
