@@ -23,7 +23,7 @@ DELIMITERS = (",", ";", "|", "\t")
 class Csv(TableSource):
     """``prompts=csv prompts.path=FILE``: the first line names the columns; empty cells mean "not set"."""
 
-    suffixes: ClassVar[tuple[str, ...]] = (".csv", ".tsv")
+    suffixes: ClassVar[tuple[str, ...]] = (".csv", ".tsv", ".tab")
 
     path: str | None = field(default=None, metadata=INPUT | FREE_TEXT)
     """The file; relative to where the program is started."""
