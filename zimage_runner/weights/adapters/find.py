@@ -24,7 +24,7 @@ from zimage_runner.weights.safetensors_file import BadWeightsFile, read_header
 SUFFIX = ".safetensors"
 SUFFIXES = (SUFFIX, ".gguf", ".pt", ".ckpt", ".bin", ".pth", ".zip")
 """A name that ends in one of these is a file's whole name. What is no safetensors file is refused when it is opened."""
-READING = 1
+READING = 2
 """Raised whenever the reader understands other files, or the same ones otherwise: what the cache has is read anew."""
 MOST_LISTED = 3
 
