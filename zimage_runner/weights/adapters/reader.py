@@ -113,7 +113,7 @@ def _read(path: Path, key: str, info: Any) -> torch.Tensor:
     import torch
 
     tensor = read_tensor(path, info)
-    if tensor.ndim and not tensor.is_floating_point():
+    if tensor.numel() > 1 and not tensor.is_floating_point():
         raise UserError(
             f"{path}: {one_line(key, 160)} is {info.dtype}: quantised adapters are not read, get one in bf16"
         )
