@@ -175,6 +175,9 @@ def test_figures_of_bf16_are_not_kept(first: Path, tmp_path: Path, monkeypatch: 
         (["A", "A", "worst=0"], "worst=0: give a number of pairs"),
         (["A", "B"], "items/00000_a_red_fox/seed_0: its prompt is 'a red fox' in "),
         (["A", "empty"], "empty holds no run"),
+        (["A", "A", "into="], "into= is empty: write what is meant, or leave it out"),
+        (["A", "A", "floor="], "floor= is empty: write what is meant, or leave it out"),
+        (["A", ""], "a word is empty: write what is meant, or leave it out"),
     ],
 )
 def test_bad_input(

@@ -138,13 +138,16 @@ def test_other_files(tmp_path: Path) -> None:
         (["+model.foo=1"], "foo: no such field of Model, and + cannot add one"),
         (["+prompts.limit=1"], "prompts.limit has no effect on a picture that is drawn again"),
         (["seeds=1-3"], "seeds gives 3 pictures, and one is drawn again"),
+        (["seeds=3", "output_file={picture}"], " is the picture itself, which stays: name another file"),
     ],
 )
 def test_what_cannot_be_asked_for(
     picture: Path, capfd: pytest.CaptureFixture[str], words: list[str], expected: str
 ) -> None:
-    assert main([str(picture), *words]) == 2
+    before = picture.read_bytes()
+    assert main([str(picture), *(word.format(picture=picture) for word in words)]) == 2
     assert expected in capfd.readouterr().err
+    assert picture.read_bytes() == before
 
 
 def test_where_there_is_no_picture(picture: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -152,6 +155,7 @@ def test_where_there_is_no_picture(picture: Path, capfd: pytest.CaptureFixture[s
         (picture.parent, f"{picture.parent} is a folder: give the picture in it, {picture}"),
         (picture.parents[1], f"{picture.parents[1]} is a folder: give a picture"),
         (Path("nowhere.png"), "nowhere.png does not exist: give a picture"),
+        (Path("/dev/null"), "/dev/null is no plain file: give a picture"),
     ):
         assert main([str(path)]) == 2
         assert expected in capfd.readouterr().err

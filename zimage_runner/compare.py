@@ -17,6 +17,7 @@ Exit codes: 0 done, 2 bad input.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -34,7 +35,8 @@ from zimage_runner.collect.pictures import Picture, find_runs, pictures_of
 from zimage_runner.collect.sheet import Page, draw
 from zimage_runner.engines.precision import likeness_key, likeness_numerics
 from zimage_runner.errors import EXIT_OK, UserError, counted
-from zimage_runner.logs import command
+from zimage_runner.logs import check_words, command
+from zimage_runner.outputs import atomic
 from zimage_runner.weights.prepared import figures
 
 FIELDS = ("floor", "worst", "into")
@@ -60,6 +62,7 @@ def main(argv: Sequence[str]) -> int:
 def _parse(argv: Sequence[str]) -> tuple[list[str], dict[str, str], list[str]]:
     """The two ways, fields by name, and the options of what is drawn."""
     cut = list(argv).index("--") if "--" in argv else len(argv)
+    check_words(argv[:cut], FIELDS)
     ways, given = [], {}
     for word in argv[:cut]:
         match = re.fullmatch(r"(?s)(\w+)=(.*)", word)
@@ -102,8 +105,10 @@ def _compare(ways: list[str], given: dict[str, str], options: list[str]) -> int:
         floor = compare_runs(runs[0], floor_run)
         report |= {"floor_run": str(floor_run), "floor": summarised(floor)}
     report["pairs"] = [{"item": pair.first.item, **asdict(pair.likeness)} for pair in pairs]
-    (into / "comparison.json").write_text(json.dumps(report, indent=1, default=str) + "\n", encoding="utf-8")
-    _sheet(pairs[: int(worst)], names).save(into / "worst.png")
+    atomic.replace_file(into / "comparison.json", (json.dumps(report, indent=1, default=str) + "\n").encode())
+    sheet = io.BytesIO()
+    _sheet(pairs[: int(worst)], names).save(sheet, "PNG")
+    atomic.replace_file(into / "worst.png", sheet.getvalue())
     print(table(report))
     print(into)
     if (kept := _keep(runs[1], pairs[0], report)) is not None:
@@ -208,6 +213,8 @@ def _sheet(pairs: Sequence[Pair], names: Sequence[str]) -> Any:
 def _keep(run: Path, pair: Pair, report: Mapping[str, Any]) -> Path | None:
     """Keep the figures of a precision, for the summaries of runs in it. Return where they are, if they are."""
     mine, theirs = pair.first.record(), pair.second.record()
+    if not {"model", "numerics"} <= mine.keys() & theirs.keys():
+        return None
     key = likeness_key(theirs["model"].get("digest"), theirs["numerics"])
     if key is None or likeness_key(mine["model"].get("digest"), mine["numerics"]) is not None:
         return None

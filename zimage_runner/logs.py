@@ -198,13 +198,27 @@ def command(argv: Sequence[str], doc: str | None, do: Callable[[Sequence[str]], 
         return EXIT_OK if argv and told else EXIT_BAD_INPUT
     log_to_terminal()
     try:
+        check_words(argv)
         return do(argv)
     except (UserError, RunStopped) as error:
         return refuse(str(error))
+    except (FileExistsError, NotADirectoryError) as error:  # where a folder was to be made
+        return refuse(f"{error.filename} is no folder: name another" if error.filename else str(error.strerror))
     except OSError as error:
         return refuse(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error))
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+
+
+def check_words(argv: Sequence[str], fields: Sequence[str] = ()) -> None:
+    """Refuse what a shell makes of a variable that is not set: as a path, nothing is the current folder.
+
+    ``fields``: those that may not be empty either. Raises UserError.
+    """
+    for word in argv:
+        if word in ("", *(f"{field}=" for field in fields)):
+            what = f"{word} is empty" if word else "a word is empty"
+            raise UserError(f"{what}: write what is meant, or leave it out (is a variable of the shell not set?)")
 
 
 def duration(seconds: float) -> str:

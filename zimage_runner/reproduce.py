@@ -64,6 +64,8 @@ def reproduce(path: Path, overrides: Sequence[str]) -> int:
         config = recipe_config(recipe, overrides, str(path))
     except CONFIG_ERRORS as error:
         return refuse(explain(error))
+    if config.output_file is not None and _is_one_file(config.output_file, path):
+        raise UserError(f"output_file={config.output_file} is the picture itself, which stays: name another file")
     spec = plan_run(config)
     pixels, report = _draw(spec)
     if config.output_file is not None:
@@ -75,12 +77,18 @@ def reproduce(path: Path, overrides: Sequence[str]) -> int:
     return EXIT_SAME if comparison.is_same else EXIT_DIFFERENT
 
 
+def _is_one_file(first: str, second: Path) -> bool:
+    """Whether two names are of one file; of two files with one content (hard links) they are not."""
+    return os.path.realpath(first) == os.path.realpath(second)
+
+
 def read_recipe(path: Path) -> dict[str, Any]:
     """The picture's own recipe. Raises UserError if it has none, or one that is not a recipe."""
     if not path.is_file() and shared_picture(path) is None:
         names = [path / f"{IMAGE_STEM}{format.suffix}" for format in Format]
         there = next((f"the picture in it, {name}" for name in names if name.is_file()), "a picture")
-        what = f"is a folder: give {there}" if path.is_dir() else "does not exist: give a picture"
+        what = "is no plain file" if path.exists() else "does not exist"
+        what = f"is a folder: give {there}" if path.is_dir() else f"{what}: give a picture"
         raise UserError(f"{path} {what}")
     with open_picture(path) as file:
         recipe = read_metadata(file).recipe

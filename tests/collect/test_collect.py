@@ -166,6 +166,11 @@ def test_pictures_that_were_cut_off_are_left_out(run: Path, capsys: pytest.Captu
         (["outputs", "into=x", "name=same"], "gives same.png to both"),
         (["outputs", "into=x", "name=a/{index}"], "which is no plain file name"),
         (["outputs", "into=f"], "into=f is a file: name a folder"),
+        (["outputs", "into="], "into= is empty: write what is meant, or leave it out"),
+        (["outputs", "into=x", "sheet="], "sheet= is empty: write what is meant"),
+        (["", "into=x"], "a word is empty: write what is meant, or leave it out (is a variable of the shell not set?)"),
+        (["outputs", "into=x", "name={index:999999999999999d}"], "name={index:999999999999999d}: .*write blanks as"),
+        (["outputs", "sheet=f/x.png"], "f is no folder: name another"),
         (["outputs", "into=x.zip"], "into=x.zip: pictures are collected in a folder, not an archive: use into=x, then"),
     ],
 )
@@ -188,6 +193,17 @@ def test_a_damaged_record_and_a_foreign_ledger(run: Path, capsys: pytest.Capture
     (run / "items/00001_a_dog/seed_3/record.json").write_text("{", encoding="utf-8")
     assert main([str(run), "into=all"]) == 2
     assert "record.json cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", [{"params": 5}, {"model": "x"}, {"prompt": ["a cat"]}, {"seed": "3"}])
+@pytest.mark.parametrize("layout", ["imagefolder", "webdataset"])
+def test_a_record_with_a_part_of_another_shape(
+    run: Path, capsys: pytest.CaptureFixture[str], part: dict[str, Any], layout: str
+) -> None:
+    file = run / "items/00001_a_dog/seed_3/record.json"
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | part), encoding="utf-8")
+    assert main([str(run), "into=all", f"layout={layout}"]) == 2
+    assert f"{file} is no record: draw it again with resume={run} verify=true" in capsys.readouterr().err
 
 
 @given(st.text(), st.text(min_size=1), st.integers(0, 2**63 - 1))

@@ -207,7 +207,9 @@ def test_a_picture_and_what_made_it(root: Path, gallery: Any) -> None:
     Path(found["path"]).unlink()
     assert "missing" in asked(client, "/api/picture/1")["damage"]
     assert client.get("/picture/1").status_code == 404
-    assert client.get("/picture/99").status_code == 404
+    for number in (99, 1 << 63, -(1 << 63) - 1, 10**30):
+        for path in ("picture", "thumb", "api/picture"):
+            assert client.get(f"/{path}/{number}").status_code == 404
 
 
 def test_the_command_draws_the_same_picture(tmp_path: Path, root: Path, gallery: Any, cli: Any) -> None:

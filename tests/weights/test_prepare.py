@@ -157,16 +157,21 @@ def test_damaged_one_is_not_used_and_remade(nano: Path, damage: str) -> None:
 def test_one_that_holds_the_table_of_tokens_too_is_used(nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Copies of version 2 did, and nobody prepares again what is there."""
     checkpoint = resolve(local(nano))
-    monkeypatch.setattr(
-        names, "_is_used", lambda component, name, layers: component != "text_encoder" or "layers.3." not in name
-    )
-    older = prepare.build(checkpoint, local(nano))
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            names, "_is_used", lambda component, name, layers: component != "text_encoder" or "layers.3." not in name
+        )
+        older = prepare.build(checkpoint, local(nano))
     manifest = json.dumps(older.manifest | {"version": 2})
     (older.path / "manifest.json").write_text(manifest, encoding="utf-8")
     found = prepared.find(checkpoint, local(nano))
     assert found is not None
     assert found.path == older.path
     assert "embed_tokens.weight" in found.weights["text_encoder"].tensors
+    assert compare(inspect(nano), found).differences == []
+    found.weights["vae"].tensors["strange"] = next(iter(found.weights["vae"].tensors.values()))
+    assert compare(inspect(nano), found).differences == ["vae: strange is not in the source"]
+    del found.weights["vae"].tensors["strange"]
     load_model(found.path, Options(), published=nano)
 
 

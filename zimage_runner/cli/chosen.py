@@ -13,7 +13,7 @@ from zimage_runner.collect.pictures import find_runs, marked, pictures_of
 from zimage_runner.config.paths import CONFIG_DIR
 from zimage_runner.errors import EXIT_BAD_INPUT, EXIT_OK, PROGRAM, UserError, called
 from zimage_runner.executors.handing import draw
-from zimage_runner.logs import log_to_terminal, refuse
+from zimage_runner.logs import check_words, log_to_terminal, refuse
 from zimage_runner.prompts.images import controlnet_of_picture, recipe_of_picture
 from zimage_runner.prompts.prompt import Prompt
 from zimage_runner.prompts.snapshot import snapshot
@@ -35,6 +35,7 @@ def run_from(
         return EXIT_OK if argv else EXIT_BAD_INPUT
     log_to_terminal()
     try:
+        check_words(argv, (*fields, "starred"))
         places, own, words = _parse(argv, (*fields, "starred"))
         pictures = _pictures(places, own)
         prompts = [prompt_of(picture, own) for picture in pictures]

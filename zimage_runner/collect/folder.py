@@ -110,8 +110,8 @@ def _filled(name: str, values: dict[str, Any]) -> str:
         if missing := [field for field in used if texts[field] is None]:
             raise UserError(f"name={name}: a picture has no {missing[0]}: use {{index}} or {{slug}}")
         filled = name.format(**texts)
-    except (ValueError, TypeError, AttributeError, IndexError) as error:
-        raise UserError(f"name={name}: {error}: write blanks as {NAME}") from None
+    except (ValueError, TypeError, AttributeError, IndexError, OverflowError, MemoryError) as error:
+        raise UserError(f"name={name}: {error or 'too long'}: write blanks as {NAME}") from None
     if (
         not filled.isprintable()
         or not filled.strip(". ")

@@ -16,6 +16,7 @@ from zimage_runner.outputs import atomic
 from zimage_runner.outputs.beneath import Inside, NotPlain, Statuses
 from zimage_runner.outputs.config import Format
 from zimage_runner.outputs.ledger import RECORDS, Ledger
+from zimage_runner.outputs.metadata import SHAPES
 from zimage_runner.outputs.parsed import from_json
 from zimage_runner.outputs.place import RECORD, Place, picture_at, record_at
 from zimage_runner.outputs.stars import load_stars
@@ -87,7 +88,9 @@ class Picture:
             raise UserError(
                 f"{file} cannot be read ({error}): draw it again with resume={self.run} verify=true"
             ) from None
-        if not isinstance(record, dict):
+        if not isinstance(record, dict) or any(
+            name in record and not isinstance(record[name], kind) for name, kind in SHAPES.items()
+        ):
             raise UserError(f"{file} is no record: draw it again with resume={self.run} verify=true")
         return record
 

@@ -11,7 +11,7 @@ from fastapi import HTTPException
 from zimage_runner.view.folder import Folder
 from zimage_runner.view.index import Index
 from zimage_runner.view.index_file import index_path
-from zimage_runner.view.query import Question, Views
+from zimage_runner.view.query import MAX_SEED, Question, Views
 from zimage_runner.view.stored import COLUMNS, Stored
 from zimage_runner.view.thumbs import Thumbnails
 from zimage_runner.view.watch import Watcher, runs_of
@@ -35,6 +35,8 @@ class Gallery:
 
     def picture(self, number: int) -> tuple[Stored, int]:
         """Where a picture is, and its status. Raises HTTPException."""
+        if abs(number) > MAX_SEED:  # SQLite counts no further
+            raise HTTPException(404, "there is no such picture")
         with self.index.reading() as db:
             row = db.execute(
                 f"SELECT r.path, p.item, p.status, {COLUMNS} FROM pictures p JOIN runs r ON r.id = p.prompt >> 32 "
