@@ -102,6 +102,12 @@ def _run(argv: list[str]) -> int:
     from zimage_runner.cli.commands import MODULES, command_of
 
     command, words = command_of(argv)
+    try:
+        os.getcwd()
+    except FileNotFoundError:  # neither paths nor torch's libraries would be found
+        from zimage_runner.logs import refuse
+
+        return refuse("the current folder has been deleted: cd to another one, or make it again and cd to it")
     return _other(command, words) if command in MODULES else _draw(words)
 
 

@@ -35,7 +35,7 @@ from zimage_runner.collect.pictures import Picture, find_runs, pictures_of
 from zimage_runner.collect.sheet import Page, draw
 from zimage_runner.engines.precision import likeness_key, likeness_numerics
 from zimage_runner.errors import EXIT_OK, UserError, counted
-from zimage_runner.logs import check_words, command
+from zimage_runner.logs import check_words, command, say
 from zimage_runner.outputs import atomic
 from zimage_runner.weights.prepared import figures
 
@@ -96,7 +96,8 @@ def _compare(ways: list[str], given: dict[str, str], options: list[str]) -> int:
     finished = {way: _finished(way) for way in [*ways, third] if way is not None and Path(way).expanduser().is_dir()}
     for way in [way for way in [*ways, third] if way is not None and way not in finished][1:]:
         _check(_command(way, into, options), way)  # before hours of drawing: the first one is checked as it begins
-    into.mkdir(parents=True, exist_ok=True)
+    if into.exists() and not into.is_dir():
+        raise UserError(f"into={into} is a file: name a folder")
     runs = [finished.get(way) or _drawn(way, into, options) for way in ways]
     pairs = compare_runs(*runs)
     report: dict[str, Any] = {"runs": list(map(str, runs)), "pictures": len(pairs), "likeness": summarised(pairs)}
@@ -105,14 +106,15 @@ def _compare(ways: list[str], given: dict[str, str], options: list[str]) -> int:
         floor = compare_runs(runs[0], floor_run)
         report |= {"floor_run": str(floor_run), "floor": summarised(floor)}
     report["pairs"] = [{"item": pair.first.item, **asdict(pair.likeness)} for pair in pairs]
+    into.mkdir(parents=True, exist_ok=True)
     atomic.replace_file(into / "comparison.json", (json.dumps(report, indent=1, default=str) + "\n").encode())
     sheet = io.BytesIO()
     _sheet(pairs[: int(worst)], names).save(sheet, "PNG")
     atomic.replace_file(into / "worst.png", sheet.getvalue())
-    print(table(report))
-    print(into)
+    say(table(report), sys.stdout)
+    say(str(into), sys.stdout)
     if (kept := _keep(runs[1], pairs[0], report)) is not None:
-        print(f"kept for the summaries of later runs: {kept}")
+        say(f"kept for the summaries of later runs: {kept}", sys.stdout)
     return EXIT_OK
 
 

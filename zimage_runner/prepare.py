@@ -33,7 +33,7 @@ from zimage_runner.engines.base import EngineConfig
 from zimage_runner.engines.precision import likeness_text
 from zimage_runner.engines.request import Needs
 from zimage_runner.errors import EXIT_ITEMS_FAILED, EXIT_OK, PROGRAM, UserError, called
-from zimage_runner.logs import command, refuse
+from zimage_runner.logs import command, refuse, say
 from zimage_runner.model import Model
 from zimage_runner.signals import PATIENCE, StopRequest, graceful_stop
 from zimage_runner.weights.find.checkpoint import Checkpoint
@@ -85,7 +85,7 @@ def _describe_file(path: Path) -> int:
         lines = describe_adapter(path)
     else:
         lines = open_checkpoint_file(path).description()
-    print("\n".join(lines))
+    say("\n".join(lines), sys.stdout)
     return EXIT_OK
 
 
@@ -118,7 +118,7 @@ def _build(wanted: Wanted, stop: StopRequest) -> int:
     with stop.interruptible():  # without a deadline: it removes what it has half made
         found = build(checkpoint, wanted.model, precision=wanted.precision)
     sizes = ", ".join(f"{name} {file.size / 1e9:.2f} GB" for name, file in found.weights.items())
-    print(f"prepared: {found.path} ({sizes})")
+    say(f"prepared: {found.path} ({sizes})", sys.stdout)
     if wanted.precision != prepared.BF16:
         _tell_likeness(found, wanted)
     return EXIT_OK
@@ -129,9 +129,9 @@ def _tell_likeness(found: Prepared, wanted: Wanted) -> None:
     kept = figures.of_copy(found.manifest)
     for one in kept:
         how = ", ".join(f"{name} {value}" for name, value in one.get("numerics", {}).items())
-        print(f"likeness to bf16 ({how}): {likeness_text(one)}")
+        say(f"likeness to bf16 ({how}): {likeness_text(one)}", sys.stdout)
     if not kept:
-        print(f"how near its pictures are to bf16's: {called(COMPARE).format(precision=wanted.precision)}")
+        say(f"how near its pictures are to bf16's: {called(COMPARE).format(precision=wanted.precision)}", sys.stdout)
 
 
 def _verify(wanted: Wanted) -> int:
@@ -144,24 +144,28 @@ def _verify(wanted: Wanted) -> int:
         name = layout.name_of(digest.path)
         expected = digest.expected
         verdict = f"ALTERED since {digest.expected_from}, was {expected}" if digest.is_altered else "as expected"
-        print(f"{name}: sha256 {digest.sha256} {verdict if expected else 'recorded: nothing known to compare with'}")
+        say(
+            f"{name}: sha256 {digest.sha256} {verdict if expected else 'recorded: nothing known to compare with'}",
+            sys.stdout,
+        )
     checkpoint = _checkpoint(model)
     found = prepared.find(checkpoint, model, precision=wanted.precision)
     if found is None:
         unusable = prepared.candidates(checkpoint, model, precision=wanted.precision)
         for path in unusable:
-            print(f"prepared: {path} CANNOT BE USED: prepare build makes it anew")
+            say(f"prepared: {path} CANNOT BE USED: prepare build makes it anew", sys.stdout)
         if not unusable:
-            print("prepared: none of these weights")
+            say("prepared: none of these weights", sys.stdout)
         return EXIT_DIFFERENT if unusable or any(digest.is_altered for digest in digests) else EXIT_OK
     comparison = compare(layout, found)
     for difference in comparison.differences:
-        print(f"prepared: {difference}")
+        say(f"prepared: {difference}", sys.stdout)
     verdict = "DIFFERS from" if comparison.differences else "equals"
     rounded = "bfloat16" if wanted.precision == prepared.BF16 else f"bfloat16, its transformer to {wanted.precision},"
-    print(
+    say(
         f"prepared: {found.path} {verdict} the source rounded to {rounded} "
-        f"({comparison.tensors} tensors, {comparison.nbytes / 1e9:.2f} GB compared bit by bit)"
+        f"({comparison.tensors} tensors, {comparison.nbytes / 1e9:.2f} GB compared bit by bit)",
+        sys.stdout,
     )
     altered = comparison.differences or any(digest.is_altered for digest in digests)
     return EXIT_DIFFERENT if altered else EXIT_OK
@@ -171,7 +175,7 @@ def _download(wanted: Wanted) -> int:
     model = wanted.model
     layout = download(model)
     forget([*layout.weight_paths, *layout.config_files])  # the client has just compared them with the hub's own sha256
-    print(f"downloaded: {layout.path} ({layout.weight_bytes / 1e9:.2f} GB of weights)")
+    say(f"downloaded: {layout.path} ({layout.weight_bytes / 1e9:.2f} GB of weights)", sys.stdout)
     return EXIT_OK
 
 
@@ -182,7 +186,7 @@ def _accept(wanted: Wanted) -> int:
     forget([*files, *others])
     for digest in file_digests([*files, *others], force=True):
         name = digest.path if digest.path in others else layout.name_of(digest.path)
-        print(f"{name}: sha256 {digest.sha256} accepted")
+        say(f"{name}: sha256 {digest.sha256} accepted", sys.stdout)
     return EXIT_OK
 
 
@@ -191,9 +195,9 @@ def _info(wanted: Wanted) -> int:
     checkpoint = _checkpoint(model)
     layout = _here(model)
     found = prepared.find(checkpoint, model, precision=wanted.precision)
-    print(f"checkpoint: {layout.path} ({layout.weight_bytes / 1e9:.2f} GB of weights)")
-    print(f"digest: {checkpoint.digest}")
-    print(f"prepared: {found.path if found else 'none; would be in ' + str(prepared.roots(model)[0])}")
+    say(f"checkpoint: {layout.path} ({layout.weight_bytes / 1e9:.2f} GB of weights)", sys.stdout)
+    say(f"digest: {checkpoint.digest}", sys.stdout)
+    say(f"prepared: {found.path if found else 'none; would be in ' + str(prepared.roots(model)[0])}", sys.stdout)
     if found is not None and wanted.precision != prepared.BF16:
         _tell_likeness(found, wanted)
     return EXIT_OK

@@ -172,6 +172,17 @@ def test_the_home_of_nobody_is_told_in_one_line(words: list[str], capsys, monkey
     assert len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("words", [["collect", "latest", "into=x"], ["resume=latest"], ["prompt=a cat"], ["compare"]])
+def test_a_current_folder_that_is_gone_is_told(words: list[str], tmp_path: Path, monkeypatch, capsys) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert program._run(words) == 2
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "zimage_runner: the current folder has been deleted: cd to another one, or make it again "
+                          "and cd to it\n")  # fmt: skip
+
+
 def test_a_command_without_words_says_how_it_is_used_unless_they_are_left_out_often(capsys) -> None:
     assert (command([], "how", len), command(["-h"], "how", len), command([], "how", len, bare=True)) == (2, 0, 0)
     assert capsys.readouterr().out == "how\nhow\n"

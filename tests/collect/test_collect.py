@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from tests.support.made_pictures import ENTRY, write_run
 from zimage_runner.collect.__main__ import main
 from zimage_runner.collect.folder import LONGEST, _filled
 from zimage_runner.errors import UserError
+from zimage_runner.outputs import atomic
 from zimage_runner.outputs.stars import Stars
 
 
@@ -360,6 +363,43 @@ def test_only_plain_files_are_replaced(run: Path, tmp_path: Path, capsys: pytest
             assert f"{name} is {kind}" in capsys.readouterr().err
             os.unlink(name)
     assert precious.read_bytes() == b"x"
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["into=all"], "all/00000_a_cat_seed_12.png"),
+        (["into=all", "format=webp"], "all/00000_a_cat_seed_12.webp"),
+        (["sheet=sheet.png"], "sheet.png"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_named(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], name: str
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "link", full)
+    monkeypatch.setattr(atomic, "write_all", full)
+    shutil.rmtree(run / "items/00001_a_dog")  # one picture: the first thread's error is the one that is told
+    assert main([str(run), *words]) == 2
+    assert capsys.readouterr().err == f"zimage_runner: {name}: No space left on device\n"
+    assert [path.name for path in Path().rglob(".zimage_runner*")] == []
+
+
+def test_a_reader_that_has_gone_is_no_fault(run: Path) -> None:
+    """As with ``collect ... | head -0``, and a disk that is full."""
+    for target, told in (("pipe", ""), ("/dev/full", "standard output cannot be written (No space left on device)")):
+        read, write = os.pipe() if target == "pipe" else (None, os.open(target, os.O_WRONLY))
+        if read is not None:
+            os.close(read)
+        words = [sys.executable, "-m", "zimage_runner", "collect", str(run), "into=all"]
+        done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True, encoding="utf-8", check=False)
+        os.close(write)
+        assert done.returncode == 0
+        assert done.stderr.splitlines()[0] == "2 pictures, listed in all/metadata.jsonl"
+        assert told in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_files_of_the_users_are_not_taken_for_leftovers(run: Path) -> None:

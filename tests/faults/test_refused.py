@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -22,7 +23,7 @@ from tests.support.faulty_session import FaultySession
 from zimage_runner.cli.main import main
 from zimage_runner.executors.messages import Broken
 from zimage_runner.executors.worker import Worker
-from zimage_runner.outputs import encoders
+from zimage_runner.outputs import atomic, encoders
 from zimage_runner.outputs.atomic import DiskError
 from zimage_runner.outputs.ledger import Ledger
 from zimage_runner.outputs.writer import Writer
@@ -226,6 +227,27 @@ def test_the_extra_picture_is_there_before_its_line(run, monkeypatch, tmp_path):
     assert main([*again, f"skip_existing={run.run_dir}"]) == 0
     pictures = [(tmp_path / f"{name}.png").read_bytes() for name in ("cat", "again", "linked")]
     assert pictures == [pictures[0]] * 3
+
+
+@pytest.mark.parametrize("output", ["folders", "shards"])
+def test_an_extra_picture_that_cannot_be_written_is_named(run, monkeypatch, tmp_path, capfd, output):
+    """And not the item's folder, which is whole."""
+    replace = atomic.replace_file
+
+    def full(path: Path, data: bytes, **options: object) -> None:
+        if path.name == "cat.png":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(path, data, **options)  # pyright: ignore[reportArgumentType]
+
+    words = [word for word in run.argv() if not word.startswith(("prompts.texts", "seeds"))]
+    words += ["prompt=a cat", "seeds=[1]", f"output={output}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic, "replace_file", full)
+        assert main([*words, f"output_file={tmp_path}/cat.png"]) == 130
+    told = f"output_file={tmp_path}/cat.png (No space left on device): resume with another output_file=FILE"
+    assert f"stopped: cannot write {told}" in capfd.readouterr().err
+    assert main([f"resume={run.run_dir}", f"output_file={tmp_path}/dog.png"]) == 0
+    assert (tmp_path / "dog.png").is_file()
 
 
 def test_what_is_not_asked_for_is_told_and_not_done(run, capfd):

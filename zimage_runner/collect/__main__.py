@@ -32,7 +32,7 @@ from zimage_runner.collect.folder import NAME, collect_into
 from zimage_runner.collect.pictures import find_runs, marked, pictures_of
 from zimage_runner.collect.shards import Bounds, collect_shards
 from zimage_runner.errors import EXIT_OK, PROGRAM, UserError, called, counted
-from zimage_runner.logs import check_words, command
+from zimage_runner.logs import check_words, command, say
 from zimage_runner.outputs.config import MOST_IN_A_SHARD, Format, Output, check_quality
 
 FIELDS = (
@@ -100,16 +100,16 @@ def _collect(runs: list[str], fields: dict[str, str]) -> int:
     if "into" in fields and form != LAYOUTS[0]:
         folder = Path(fields["into"]).expanduser()
         shards, number = collect_shards(folder, pictures, form, bounds, overwrite=overwrite, output=output)
-        print(f"{counted(number, 'picture')} in {counted(shards, 'shard')}", file=sys.stderr)
-        print(folder)
+        say(f"{counted(number, 'picture')} in {counted(shards, 'shard')}")
+        say(str(folder), sys.stdout)
     elif "into" in fields:
         folder = Path(fields["into"]).expanduser()
         table, number = collect_into(folder, pictures, fields.get("name", NAME), overwrite=overwrite, output=output)
-        print(f"{counted(number, 'picture')}, listed in {table}", file=sys.stderr)
-        print(folder)
+        say(f"{counted(number, 'picture')}, listed in {table}")
+        say(str(folder), sys.stdout)
     if "sheet" in fields:
         for page in draw_sheets(Path(fields["sheet"]).expanduser(), pictures, layout):
-            print(page)
+            say(str(page), sys.stdout)
     return EXIT_OK
 
 

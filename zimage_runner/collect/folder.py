@@ -183,6 +183,7 @@ def _put(conversion: Output | None, picture: Picture, target: Path, *, overwrite
         atomic.directory(source.root) as run,
         atomic.directory(str(PurePosixPath(source.relative).parent), run) as item,
         atomic.directory(target.parent) as folder,
+        atomic.naming(target),
     ):
         atomic.link_or_copy(item, source.path.name, folder, target.name, tmp=atomic.own_temporary(target.name))
 

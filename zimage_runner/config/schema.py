@@ -114,6 +114,8 @@ class RunConfig:
         check_loras(self)
         if self.prompt is not None and not self.prompt.strip():
             raise UserError("prompt='' is empty: write prompt='what the picture should show'")
+        if self.skip_existing is not None and not self.skip_existing.strip():
+            raise UserError("skip_existing='' is empty: name a run or the folder of runs")
         if self.output_file is not None:
             self.output_file = picture_file(self.output_file, self.output.format)
         self.output.root = os.path.expanduser(self.output.root)

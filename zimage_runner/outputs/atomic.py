@@ -59,12 +59,24 @@ def replace_file(path: Path, data: bytes, *, sync: bool = False, changed_ns: int
     Its temporary name is the runner's own, so that no file of the user's is taken for a leftover. ``changed_ns``: the
     time of its last change in nanoseconds, instead of now.
     """
-    with directory(path.parent) as folder:
+    with naming(path), directory(path.parent) as folder:
         if (kind := beneath.unfit_target(path.name, folder)) is not None:
             raise beneath.NotPlain(str(path), kind)
         write_as(folder, path.name, own_temporary(path.name), data, sync=sync, changed_ns=changed_ns)
         if sync:
             os.fsync(folder)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an OSError say which file was to be written: within an open folder it has a temporary name, or none."""
+    try:
+        yield
+    except beneath.NotPlain:  # says it
+        raise
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def own_temporary(name: str) -> str:

@@ -177,6 +177,11 @@ def files_of(run_dir: RunDirectory, output: Output, *, thumbnails: bool) -> Item
 
 
 def copy_to(path: Path, data: bytes, *, sync: bool) -> None:
-    """The one-shot request's extra file, replaced as a whole; its folder is made if it is missing. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic.replace_file(path, data, sync=sync)
+    """The one-shot request's extra file, replaced as a whole; its folder is made if it is missing. Raises DiskError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic.replace_file(path, data, sync=sync)
+    except OSError as error:
+        raise atomic.DiskError(
+            f"cannot write output_file={path} ({error.strerror}): resume with another output_file=FILE"
+        ) from error

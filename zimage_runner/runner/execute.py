@@ -41,7 +41,7 @@ from zimage_runner.outputs.summary import Summary
 from zimage_runner.outputs.survey import Progress, survey
 from zimage_runner.runner.dry_run import describe
 from zimage_runner.runner.pool import SharedExecutor, executor_of_run
-from zimage_runner.runner.reuse import drawn_before
+from zimage_runner.runner.reuse import check_earlier_runs, drawn_before
 from zimage_runner.runner.run import Run
 from zimage_runner.runner.spec import RunSpec, plan_run
 from zimage_runner.signals import PATIENCE
@@ -67,6 +67,8 @@ def execute(composed: Composed) -> int | Future[int]:
                 if not progress.todo and composed.config.resume is not None:
                     shared.finish_previous()
                     return _nothing_to_draw(spec, run_dir, ledger, progress)
+                if composed.config.skip_existing is not None:
+                    check_earlier_runs(composed.config.skip_existing, run_dir.path)
                 run_dir.check_space([(i.params.height, i.params.width) for i in progress.todo], composed.config.output)
                 with shared.lease(spec) as lease, run_log(run_dir.log_path):
                     run = Run(spec, run_dir, ledger, progress, lease)

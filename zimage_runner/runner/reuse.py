@@ -165,20 +165,31 @@ def _numerics(run: Path) -> dict[str, Any] | None:
 
 def _runs_of(pattern: str, but: Path | None = None) -> list[Path]:
     """The runs that ``skip_existing`` names. Raises UserError if there are none."""
-    runs = [path for path in _runs(pattern) if but is None or path.resolve() != but.resolve()]
+    runs = [run for match in sorted(_matches(pattern)) for run in sorted(_runs(match, but))]
     if not runs:
-        raise UserError(
-            f"skip_existing={pattern} holds no earlier run (no {RECORDS}): name a run or the folder of runs"
-        )
+        raise _none(pattern)
     return runs
 
 
-def _runs(pattern: str) -> Iterator[Path]:
-    for match in sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True)):
-        if (Path(match) / RECORDS).is_file():
-            yield Path(match).absolute()
-        elif Path(match).is_dir():
-            yield from sorted(path.parent.absolute() for path in Path(match).rglob(RECORDS))
+def check_earlier_runs(pattern: str, but: Path) -> None:
+    """Raise UserError where ``skip_existing`` names no run besides ``but``: before anything is written or loaded."""
+    if not any(True for match in _matches(pattern) for _ in _runs(match, but)):
+        raise _none(pattern)
+
+
+def _none(pattern: str) -> UserError:
+    return UserError(f"skip_existing={pattern} holds no earlier run (no {RECORDS}): name a run or the folder of runs")
+
+
+def _matches(pattern: str) -> Iterator[str]:
+    return glob.iglob(str(Path(pattern).expanduser()), recursive=True)
+
+
+def _runs(match: str, but: Path | None) -> Iterator[Path]:
+    """The runs that a folder is or holds, without ``but``."""
+    alone = (Path(match) / RECORDS).is_file()
+    found = [Path(match)] if alone else (path.parent for path in Path(match).rglob(RECORDS))
+    return (path.absolute() for path in found if but is None or path.resolve() != but.resolve())
 
 
 def twins(plan: Plan) -> dict[str, str]:

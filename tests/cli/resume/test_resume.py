@@ -394,6 +394,7 @@ def test_the_options_of_the_first_run_are_named(cli: Cli) -> None:
         (["retry=failed", "prompt=a"], "retry=failed needs resume=RUN_DIRECTORY"),
         (["verify=true", "prompt=a"], "verify=true needs resume=RUN_DIRECTORY"),
         (["skip_existing=nowhere", "prompt=a"], "skip_existing=nowhere holds no earlier run"),
+        (["skip_existing=", "prompt=a"], "skip_existing='' is empty: name a run or the folder of runs"),
     ],
 )
 def test_bad_requests(cli: Cli, argv: list[str], expected: str) -> None:
@@ -401,6 +402,7 @@ def test_bad_requests(cli: Cli, argv: list[str], expected: str) -> None:
     assert code == 2
     assert expected in err
     assert len(err.strip().splitlines()) == 1
+    assert not [path for path in Path().rglob("*") if path.name == "records.jsonl"], "nothing was begun"
 
 
 def test_what_is_near_a_run_is_no_run(cli: Cli, run: Path) -> None:
