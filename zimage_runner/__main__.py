@@ -125,7 +125,10 @@ def _other(command: str, argv: list[str]) -> int:
     for number in SIGNALS:  # it deals with them in its own way
         if hasattr(signal.getsignal(number), "is_for_the_start"):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    return main(argv)
+    try:
+        return main(argv)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
 
 
 def _draw(argv: list[str]) -> int:

@@ -124,6 +124,16 @@ def test_a_command_is_interrupted_in_its_own_way(monkeypatch):
     assert found == {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_IGN}
 
 
+@pytest.mark.parametrize("name", ["vary", "collect"])
+def test_ctrl_c_before_a_command_listens_is_no_traceback(name: str, monkeypatch) -> None:
+    def interrupted(argv: Sequence[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(import_module(MODULES[name]), "main", interrupted)
+    monkeypatch.setattr("zimage_runner.startup.process.begin", lambda: None)
+    assert program._run([name, "outputs"]) == 130
+
+
 def test_a_command_imports_neither_hydra_nor_torch_to_be_found():
     code = (
         "import sys\n"
