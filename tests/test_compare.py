@@ -175,6 +175,8 @@ def test_figures_of_bf16_are_not_kept(first: Path, tmp_path: Path, monkeypatch: 
         (["A", "A", "worst=0"], "worst=0: give a number of pairs"),
         (["A", "B"], "items/00000_a_red_fox/seed_0: its prompt is 'a red fox' in "),
         (["A", "empty"], "empty holds no run"),
+        (["A", "prompt='b"], "prompt='b: No closing quotation: close what is quoted within the options"),
+        (["A", "A", "into=file"], "into=file is a file: name a folder"),
         (["A", "A", "into="], "into= is empty: write what is meant, or leave it out"),
         (["A", "A", "floor="], "floor= is empty: write what is meant, or leave it out"),
         (["A", ""], "a word is empty: write what is meant, or leave it out"),
@@ -185,6 +187,7 @@ def test_bad_input(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
     if "B" in words:
         altered(first, tmp_path / "B", 0, prompt="a cat")
     named = [str(first) if word == "A" else word for word in words]

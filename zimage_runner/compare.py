@@ -80,6 +80,10 @@ def _parse(argv: Sequence[str]) -> tuple[list[str], dict[str, str], list[str]]:
     for way in drawn:
         if "=" not in way:
             raise UserError(f"{way} is no run directory and no option: name a run, or options such as {DRAWN}")
+        try:
+            shlex.split(way)
+        except ValueError as error:
+            raise UserError(f"{way}: {error}: close what is quoted within the options") from None
     return ways, given, options
 
 
