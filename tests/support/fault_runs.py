@@ -149,7 +149,12 @@ class Run:
                 assert seed in failed, f"{item_dir} failed\n{self.log}"
         if complete:
             assert not list(self.run_dir.rglob("*.tmp"))
-        lines = (self.run_dir / "records.jsonl").read_bytes().splitlines(keepends=True)
+        records = self.run_dir / "records.jsonl"
+        if not records.exists():  # killed before it began the ledger
+            assert not complete
+            assert not list(self.run_dir.rglob("image.*"))
+            return
+        lines = records.read_bytes().splitlines(keepends=True)
         good = [json.loads(line) for line in lines if line.endswith(b"\n") and b'"status":"ok"' in line]
         drawn = {(line["item"], line["written"]) for line in good}  # one that moved to another shard has a second line
         assert len(drawn) == len({item for item, _ in drawn}), "an item was finished twice"
