@@ -110,6 +110,9 @@ def _compare(ways: list[str], given: dict[str, str], options: list[str]) -> int:
         floor = compare_runs(runs[0], floor_run)
         report |= {"floor_run": str(floor_run), "floor": summarised(floor)}
     report["pairs"] = [{"item": pair.first.item, **asdict(pair.likeness)} for pair in pairs]
+    for pair in report["pairs"]:
+        if math.isinf(pair["psnr"]):  # JSON has no infinity
+            pair["psnr"] = None
     into.mkdir(parents=True, exist_ok=True)
     atomic.replace_file(into / "comparison.json", (json.dumps(report, indent=1, default=str) + "\n").encode())
     sheet = io.BytesIO()
