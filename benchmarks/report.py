@@ -466,15 +466,9 @@ def _of_usual_size(
 def draw(name: str, rows: Sequence[Row], folder: Path) -> Path | None:
     """Stacked phases to the first picture, and seconds a picture after that; None without matplotlib or rows."""
     shown = [row for row in rows if row.figures["first_png"] and row.phases]
-    try:
-        import matplotlib
-    except ImportError:
+    plt = _pyplot()
+    if plt is None or not shown:
         return None
-    if not shown:
-        return None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     several = any(row.figures["seconds_per_image"] for row in shown)
     figure, axes = plt.subplots(
         1, 2 if several else 1, figsize=(12 if several else 8, 1 + 0.42 * len(shown)), sharey=True, squeeze=False
@@ -494,22 +488,16 @@ def draw(name: str, rows: Sequence[Row], folder: Path) -> Path | None:
         values = [spread.median if spread else 0.0 for spread in each]
         axes[0][1].barh(labels, values, color=["tab:green" if row.ours else "tab:gray" for row in shown])
         axes[0][1].set_xlabel("seconds a picture after the first")
-    return _save(figure, folder / f"{name}.svg")
+    return _save(plt, figure, folder / f"{name}.svg")
 
 
 def draw_memory(name: str, rows: Sequence[Row], folder: Path) -> Path | None:
     """Peak memory and seconds a picture, a dot for each contestant; None without matplotlib or rows."""
     found = [(row, row.figures["peak_allocated"], row.figures["seconds_per_image"]) for row in rows]
     shown = [(row, memory.median, seconds.median) for row, memory, seconds in found if memory and seconds]
-    try:
-        import matplotlib
-    except ImportError:
+    plt = _pyplot()
+    if plt is None or not shown:
         return None
-    if not shown:
-        return None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     figure, axis = plt.subplots(figsize=(9, 6))
     colours = plt.get_cmap("tab10")
     kinds = list(dict.fromkeys(row.variant.split()[0] for row, _, _ in shown))
@@ -527,14 +515,25 @@ def draw_memory(name: str, rows: Sequence[Row], folder: Path) -> Path | None:
     axis.set_xlabel("peak memory that torch allocated on the GPU, GB")
     axis.set_ylabel("seconds a picture after the first (logarithmic)")
     axis.legend()
-    return _save(figure, folder / f"{name}.svg")
+    return _save(plt, figure, folder / f"{name}.svg")
 
 
-def _save(figure: Any, path: Path) -> Path:
+def _pyplot() -> Any:
+    """matplotlib.pyplot for files alone; None where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    return plt
+
+
+def _save(plt: Any, figure: Any, path: Path) -> Path:
+    """Write the figure, the same bytes for the same figures."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    plt.rcParams["svg.hashsalt"] = path.stem  # the same figures give the same file
+    plt.rcParams["svg.hashsalt"] = path.stem
     figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
     plt.close(figure)
     return path

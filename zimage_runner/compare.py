@@ -35,7 +35,7 @@ from zimage_runner.collect.pictures import Picture, find_runs, pictures_of
 from zimage_runner.collect.sheet import Page, draw
 from zimage_runner.engines.precision import likeness_key, likeness_numerics
 from zimage_runner.errors import EXIT_OK, UserError, counted
-from zimage_runner.logs import check_words, command, say
+from zimage_runner.logs import command, say
 from zimage_runner.outputs import atomic
 from zimage_runner.weights.prepared import figures
 
@@ -56,13 +56,12 @@ class Pair:
 
 def main(argv: Sequence[str]) -> int:
     """Run one command line and return its exit code."""
-    return command(argv, __doc__, lambda words: _compare(*_parse(words)))
+    return command(argv, __doc__, lambda words: _compare(*_parse(words)), fields=FIELDS)
 
 
 def _parse(argv: Sequence[str]) -> tuple[list[str], dict[str, str], list[str]]:
     """The two ways, fields by name, and the options of what is drawn."""
     cut = list(argv).index("--") if "--" in argv else len(argv)
-    check_words(argv[:cut], FIELDS)
     ways, given = [], {}
     for word in argv[:cut]:
         match = re.fullmatch(r"(?s)(\w+)=(.*)", word)
@@ -109,10 +108,12 @@ def _compare(ways: list[str], given: dict[str, str], options: list[str]) -> int:
         floor_run = finished.get(third) or _drawn(third, into, options)
         floor = compare_runs(runs[0], floor_run)
         report |= {"floor_run": str(floor_run), "floor": summarised(floor)}
-    report["pairs"] = [{"item": pair.first.item, **asdict(pair.likeness)} for pair in pairs]
-    for pair in report["pairs"]:
-        if math.isinf(pair["psnr"]):  # JSON has no infinity
-            pair["psnr"] = None
+    psnrs = [
+        pair.likeness.psnr if math.isfinite(pair.likeness.psnr) else None for pair in pairs
+    ]  # JSON has no infinity
+    report["pairs"] = [
+        {"item": pair.first.item, **asdict(pair.likeness), "psnr": psnr} for pair, psnr in zip(pairs, psnrs)
+    ]
     into.mkdir(parents=True, exist_ok=True)
     atomic.replace_file(into / "comparison.json", (json.dumps(report, indent=1, default=str) + "\n").encode())
     sheet = io.BytesIO()

@@ -187,18 +187,25 @@ def refuse(message: str) -> int:
     return EXIT_BAD_INPUT
 
 
-def command(argv: Sequence[str], doc: str | None, do: Callable[[Sequence[str]], int], *, bare: bool = False) -> int:
+def command(
+    argv: Sequence[str],
+    doc: str | None,
+    do: Callable[[Sequence[str]], int],
+    *,
+    bare: bool = False,
+    fields: Sequence[str] = (),
+) -> int:
     """Do what a command's words say, and tell in one line what is wrong with them. Return the exit code.
 
     ``doc`` is printed where help is asked for, and where nothing is said, unless the command is one that means
-    something ``bare``.
+    something ``bare``. ``fields``: those of its words that may not be empty.
     """
     if {"-h", "--help"} & set(argv) or not (argv or bare):
         told = say(called(doc or ""), sys.stdout)
         return EXIT_OK if argv and told else EXIT_BAD_INPUT
     log_to_terminal()
     try:
-        check_words(argv)
+        check_words(argv, fields)
         return do(argv)
     except (UserError, RunStopped) as error:
         return refuse(str(error))

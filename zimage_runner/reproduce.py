@@ -64,7 +64,8 @@ def reproduce(path: Path, overrides: Sequence[str]) -> int:
         config = recipe_config(recipe, overrides, str(path))
     except CONFIG_ERRORS as error:
         return refuse(explain(error))
-    if config.output_file is not None and _is_one_file(config.output_file, path):
+    # a hard link to it is another file: writing replaces the name alone
+    if config.output_file is not None and os.path.realpath(config.output_file) == os.path.realpath(path):
         raise UserError(f"output_file={config.output_file} is the picture itself, which stays: name another file")
     spec = plan_run(config)
     pixels, report = _draw(spec)
@@ -75,11 +76,6 @@ def reproduce(path: Path, overrides: Sequence[str]) -> int:
     comparison = compare(path, pixels, recipe.get("pixels_sha256"))
     say(f"{path}: {comparison}", sys.stdout)
     return EXIT_SAME if comparison.is_same else EXIT_DIFFERENT
-
-
-def _is_one_file(first: str, second: Path) -> bool:
-    """Whether two names are of one file; of two files with one content (hard links) they are not."""
-    return os.path.realpath(first) == os.path.realpath(second)
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

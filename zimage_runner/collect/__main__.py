@@ -32,7 +32,7 @@ from zimage_runner.collect.folder import NAME, collect_into
 from zimage_runner.collect.pictures import find_runs, marked, pictures_of
 from zimage_runner.collect.shards import Bounds, collect_shards
 from zimage_runner.errors import EXIT_OK, PROGRAM, UserError, called, counted
-from zimage_runner.logs import check_words, command, say
+from zimage_runner.logs import command, say
 from zimage_runner.outputs.config import MOST_IN_A_SHARD, Format, Output, check_quality
 
 FIELDS = (
@@ -58,12 +58,11 @@ OF_SHEET = ("tile", "columns", "rows")
 
 def main(argv: Sequence[str]) -> int:
     """Run one command line and return its exit code."""
-    return command(argv, __doc__, lambda words: _collect(*_parse(words)))
+    return command(argv, __doc__, lambda words: _collect(*_parse(words)), fields=FIELDS)
 
 
 def _parse(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Runs, and fields by name."""
-    check_words(argv, FIELDS)
     runs, fields = [], {}
     for word in argv:
         match = re.fullmatch(r"(?s)(\w+)=(.*)", word)
