@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,77 @@ def test_whoever_came_first_is_left_alone(tmp_path: Path) -> None:
         "import sys, torch\nfinders = list(sys.meta_path)\nimport_torch_lean()\nassert sys.meta_path == finders",
         path=tmp_path,
     )
+
+
+LIBRARIES = ("libtorch_global_deps.so", "libtorch_python.so")
+WAITS = """
+#include <stdlib.h>
+#include <unistd.h>
+__attribute__((constructor)) static void wait_for_the_other_thread(void) {
+    for (int i = 0; access(getenv("GOES_ON"), F_OK); i++, usleep(10000)) if (i > 1000) abort();
+}
+"""
+LOAD = """
+import os, threading, time
+from pathlib import Path
+from zimage_runner.startup.imports import load_libraries
+def work():
+    while "called" not in globals(): time.sleep(0.01)
+    for _ in range(100): time.sleep(0.001)
+    Path(os.environ["GOES_ON"]).touch()
+thread = threading.Thread(target=work)
+thread.start()
+called = True
+print(load_libraries("made"))
+thread.join()
+"""
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    """A package with torch's two libraries, which take as long to load as another thread needs for its work."""
+    if shutil.which("gcc") is None:
+        pytest.skip("needs gcc")
+    folder = tmp_path / "made" / "lib"
+    folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").touch()
+    (tmp_path / "waits.c").write_text(WAITS, encoding="utf-8")
+    for name in LIBRARIES:
+        subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(folder / name), str(tmp_path / "waits.c")], check=True)
+    return tmp_path
+
+
+def test_other_threads_go_on_while_libraries_are_loaded(made: Path) -> None:
+    assert python(LOAD, path=made, GOES_ON=str(made / "done")) == "True\n"
+
+
+def test_no_library_is_loaded_before_torchs_own_choice_of_nvidias(made: Path) -> None:
+    others = made / "others"
+    others.mkdir()
+    environment = {"LD_LIBRARY_PATH": f"{made}:{others}:", "GOES_ON": str(made / "done")}
+    assert python(LOAD, path=made, **environment) == "True\n"
+    (others / "libnvrtc.so.13").touch()
+    assert python(LOAD, path=made, **environment) == "False\n"
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_libraries_that_cannot_be_loaded_are_left_to_torch(name: str, made: Path) -> None:
+    (made / "made" / "lib" / name).write_bytes(b"")
+    assert python(LOAD, path=made, GOES_ON=str(made / "done")) == "False\n"
+
+
+def test_torchs_libraries_are_there_before_it_is_imported() -> None:
+    code = """
+import sys
+from pathlib import Path
+from zimage_runner.startup.imports import load_libraries
+from zimage_runner.startup.process import begin
+begin()
+print(load_libraries("torch"), "torch" in sys.modules, "libtorch_python" in Path("/proc/self/maps").read_text())
+import torch
+print(torch.arange(3.0).sum().item())
+"""
+    assert python(code) == "True False True\n3.0\n"
 
 
 def test_only_process_entries_know_of_this_room() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib
+import importlib.util
 import os
 import threading
+from pathlib import Path
 
 from zimage_runner.executors.handing import is_resident
 
@@ -15,12 +18,33 @@ if TYPE_CHECKING:  # these come in the thread
     from zimage_runner.weights.preload.page_cache import CudaContext
 
 DEVICE_NODES = ("/dev/nvidiactl", "/dev/dxg")
+OWN = ("libnvJitLink.so", "libnvrtc.so")
+"""NVIDIA's libraries of which torch's import takes its own before those of LD_LIBRARY_PATH."""
 
 
 def sees_gpu() -> bool:
     """Whether an NVIDIA driver is there and a GPU is not hidden. Asks neither the driver nor torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip()
     return visible not in ("", "-1") and any(map(os.path.exists, DEVICE_NODES))
+
+
+def load_libraries(package: str) -> bool:
+    """Load the shared libraries of torch, which lies in ``package``, without holding the GIL. False where that fails.
+
+    ``import`` holds it for as long as the system loads them, two seconds from a cold disk, and no other thread goes on.
+    Which libraries, and how: ``torch/__init__.py``.
+    """
+    others = [Path(folder) for folder in os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep) if folder]
+    if any(found for folder in others for name in OWN for found in folder.glob(f"{name}*")):
+        return False
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        return False
+    folder = Path(spec.origin).with_name("lib")
+    dlopen = ctypes.CDLL(None).dlopen  # called as a foreign function, it lets go of the GIL; CDLL itself does not
+    dlopen.argtypes, dlopen.restype = (ctypes.c_char_p, ctypes.c_int), ctypes.c_void_p
+    modes = {"libtorch_global_deps.so": os.RTLD_NOW | os.RTLD_GLOBAL, "libtorch_python.so": os.RTLD_NOW}
+    return all(dlopen(os.fsencode(folder / name), mode) for name, mode in modes.items())
 
 
 class Imports:
@@ -61,6 +85,7 @@ class Imports:
             from zimage_runner.engines.threads import wait_passively
 
             wait_passively()
+            load_libraries("torch")
             importlib.import_module("torch")
         except Exception as error:  # the main thread gets it when it imports the same
             import logging
