@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.support.drawing import draw, largest_difference, session_config
+from tests.support.drawing import difference, draw, session_config
 from tests.support.free_memory import with_room
 from zimage_runner.compile import CompileMode, Full, Regional
 from zimage_runner.engines.diffusers.attention import BACKENDS, this_machine, why_not
 from zimage_runner.engines.diffusers.engine import DiffusersEngine
 from zimage_runner.engines.native import engine as native_engine
+from zimage_runner.engines.native import text_encoder
 from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.memory.policies import (
     Auto,
@@ -41,8 +42,10 @@ PLACEMENTS = {
     "as_the_article_loads": lambda: Resident(device_map="cpu"),
 }
 
-ROUNDING = 24
-"""Of 255. Other kernels for the same bfloat16 sums; eight steps let one rounding grow."""
+ROUNDING = 1.5
+"""Of 255, root of the mean square: other kernels for the same bfloat16 sums. A bfloat16 picture is 0.7 to 0.8 from the
+float32 one, so that two of them are about 1.1 apart (0.82 to 1.09 were measured, a third step 15.6). The largest
+difference of a pixel, 17 to 21, changes from one compilation to the next: the compiler times kernels to choose them."""
 
 
 def on_gpu(memory: Memory, attention: str = "native", **options) -> dict[str, bytes]:
@@ -90,7 +93,7 @@ def test_attention(name, resident):
     reason = why_not(name, this_machine("cuda", "bfloat16"))
     if reason:
         pytest.skip(reason)
-    assert largest_difference(on_gpu(Resident(), name), resident) <= ROUNDING
+    assert difference(on_gpu(Resident(), name), resident) <= ROUNDING
 
 
 @pytest.mark.parametrize(
@@ -99,9 +102,36 @@ def test_attention(name, resident):
     ids=lambda c: c.label,
 )
 def test_compiled(compile, resident):
-    assert largest_difference(on_gpu(Resident(), compile=compile), resident) <= ROUNDING
+    assert difference(on_gpu(Resident(), compile=compile), resident) <= ROUNDING
 
 
 def test_readings_are_there():
     on_gpu(Resident())
     assert gpu_memory()["peak_reserved_gb"] > 0
+
+
+@pytest.mark.parametrize("tokens", [5, 9, 64, 127, 129, 511])
+def test_tokens_behind_a_caption_change_no_bit(tokens, monkeypatch):
+    """With heads of the published size, which cuDNN's attention takes."""
+    generator = torch.Generator("cuda").manual_seed(tokens)
+    attention = random_attention(generator)
+    h = torch.randn(1, tokens, 256, device="cuda", dtype=torch.bfloat16, generator=generator)
+    turns = text_encoder.TextEncoder(CAPTION_ENCODER).rotary(tokens).cuda()
+    filled = attention(h, turns)
+    monkeypatch.setattr(text_encoder, "tokens_to_add", lambda tokens, device: 0)
+    assert torch.equal(filled, attention(h, turns))
+
+
+CAPTION_ENCODER = text_encoder.TextEncoderConfig(
+    vocab_size=64, hidden_size=256, intermediate_size=256, num_hidden_layers=1, num_attention_heads=32,
+    num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-6, rope_theta=1e6,
+)  # fmt: skip
+
+
+def random_attention(generator: torch.Generator) -> text_encoder.Qwen3Attention:
+    attention = text_encoder.Qwen3Attention(CAPTION_ENCODER)
+    for name, parameter in attention.named_parameters():
+        kind = torch.float32 if "norm" in name else torch.bfloat16
+        values = torch.randn(parameter.shape, device="cuda", generator=generator) / 16
+        parameter.data = (values + 1 if "norm" in name else values).to(kind)
+    return attention.requires_grad_(False)

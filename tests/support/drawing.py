@@ -83,3 +83,10 @@ def largest_difference(one: dict[str, bytes], other: dict[str, bytes]) -> int:
     assert one.keys() == other.keys()
     pairs = [(np.frombuffer(one[name], np.uint8), np.frombuffer(other[name], np.uint8)) for name in one]
     return max(int(abs(a.astype(int) - b).max()) for a, b in pairs)
+
+
+def difference(one: dict[str, bytes], other: dict[str, bytes]) -> float:
+    """Root of the mean square of all pixels' differences, in 0 to 255."""
+    assert one.keys() == other.keys()
+    a, b = (np.frombuffer(b"".join(pictures[name] for name in one), np.uint8) for pictures in (one, other))
+    return float(np.sqrt(np.square(a.astype(float) - b).mean()))

@@ -11,6 +11,7 @@ import torch
 
 from tests.support import NANO
 from tests.support.reference import Reference, difference, noise
+from zimage_runner.engines.native import text_encoder
 from zimage_runner.engines.native.images import Ready
 from zimage_runner.engines.native.model import NativeModel
 from zimage_runner.engines.native.sampler import make_schedule, read_shift
@@ -37,6 +38,29 @@ def test_text_encoder(native: NativeModel, reference: Reference, max_sequence_le
     theirs = reference.encode(TEXTS, max_sequence_length)
     for text, a, b in zip(TEXTS, ours, theirs):
         assert difference(a, b) <= 1e-6 * b.abs().max().item(), text[:20]
+
+
+@pytest.mark.parametrize("multiple", [8, 128])
+def test_tokens_behind_a_caption_are_not_seen(
+    native: NativeModel, multiple: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = native.encode(TEXTS, 512)
+    monkeypatch.setattr(text_encoder, "tokens_to_add", lambda tokens, device: -tokens % multiple)
+    for one, other in zip(native.encode(TEXTS, 512), expected):
+        assert one.shape == other.shape
+        assert difference(one, other) <= 1e-6 * other.abs().max().item()
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "expected"),
+    [("cuda", (9, 0), 119), ("cuda", (10, 0), 119), ("cuda", (8, 9), 0), ("cpu", (9, 0), 0)],
+)
+def test_where_captions_are_filled_up(
+    device: str, capability: tuple[int, int], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert text_encoder.tokens_to_add(9, torch.device(device)) == expected
+    assert text_encoder.tokens_to_add(256, torch.device(device)) == 0
 
 
 def test_a_captions_features_do_not_depend_on_its_neighbours(native: NativeModel) -> None:

@@ -18,6 +18,12 @@ from zimage_runner.engines.native.kernels import Operations
 from zimage_runner.engines.native.kernels.torch_ops import normalised
 from zimage_runner.engines.native.layers import Linear
 
+CUDNN_CARDS = ((9, 0), (10, 0))
+"""Compute capabilities on which PyTorch prefers cuDNN's attention."""
+ATTENDED = 128
+"""There, what a caption's attention gets is filled up to a multiple of so many tokens: cuDNN makes a plan for each
+length, in 50 ms. The results are the same bits: tests/gpu/test_memory.py."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextEncoderConfig:
@@ -87,10 +93,21 @@ class Qwen3Attention(nn.Module):
         normed[:, :, : self.heads].mul_(self.q_norm.weight)
         normed[:, :, self.heads :].mul_(self.k_norm.weight)
         query, key = rotate_halves(normed, turns).to(h.dtype).split([self.heads, self.kv_heads], dim=2)
-        out = F.scaled_dot_product_attention(
-            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), is_causal=True, enable_gqa=True
+        tokens = h.shape[1]
+        more = tokens_to_add(tokens, h.device)
+        query, key, value = (
+            F.pad(part.transpose(1, 2), (0, 0, 0, more)) if more else part.transpose(1, 2)
+            for part in (query, key, value)
         )
-        return out.transpose(1, 2).flatten(2)
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        return out[:, :, :tokens].transpose(1, 2).flatten(2)
+
+
+def tokens_to_add(tokens: int, device: torch.device) -> int:
+    """How many zeros follow a caption's tokens in its attention: causal, so that no token sees them."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) not in CUDNN_CARDS:
+        return 0
+    return -tokens % ATTENDED
 
 
 class Qwen3Layer(nn.Module):
