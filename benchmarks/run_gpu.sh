@@ -55,8 +55,8 @@ for argument in "$@"; do
   seconds=${argument#*=}
   [ "$seconds" = "$argument" ] && seconds=300
   if [ "$scenario" = tests ]; then
-    timeout "$seconds" $PYTHON -m pytest -m gpu -v --tb=short --durations=10 -p no:cacheprovider tests/gpu \
-      tests/weights/test_load.py 2>&1 | tee "$OUT/gpu_tests.txt" | tail -n 60
+    timeout "$seconds" $PYTHON -m pytest -m gpu -v --tb=short --durations=10 -p no:cacheprovider \
+      2>&1 | tee "$OUT/gpu_tests.txt" | tail -n 60
     timeout "$seconds" $PYTHON -m pytest -p no:cacheprovider tests/engines/native/test_kernels.py 2>&1 | tail -n 20
     say "tests done"
     continue

@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 
 OF_A_RUN = ("prompt", "prompts", "dry_run", "resume", "retry", "verify", "skip_existing", "name", "report")
 """Fields and groups that say what a run draws and how it goes; here the picture does."""
+OF_THE_FILE = tuple(f"output.{name}" for name in ("format", "quality", "png_compress_level", "metadata"))
+"""Fields of ``output`` that say how output_file is encoded; the others are for runs."""
 EXIT_SAME, EXIT_DIFFERENT = EXIT_OK, EXIT_ITEMS_FAILED
 
 
@@ -97,8 +99,11 @@ def read_recipe(path: Path) -> dict[str, Any]:
 def recipe_config(recipe: Mapping[str, Any], overrides: Sequence[str], picture: str = "the picture") -> RunConfig:
     """The run that draws this one picture. The file's texts are used as values only, never as commands."""
     given = {override_key(override) for override in overrides}
-    if idle := sorted(key for key in given if key.partition(".")[0] in OF_A_RUN):
+    of_output = {key for key in given if key.partition(".")[0] == "output"}
+    if idle := sorted({key for key in given if key.partition(".")[0] in OF_A_RUN} | of_output.difference(OF_THE_FILE)):
         raise UserError(f"{idle[0]} has no effect on a picture that is drawn again: leave it out")
+    if of_output and "output_file" not in given:
+        raise UserError(f"{min(of_output)} has no effect without output_file: name the file to be written")
     chosen = [f"{group}={option}" for group, option in _options(recipe).items() if group not in given]
     register()
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
