@@ -506,12 +506,13 @@ def draw_memory(name: str, rows: Sequence[Row], folder: Path) -> Path | None:
         axis.scatter(*zip(*own), label=kind, color=colours(number))
     for row, memory, seconds in shown:
         kind, placement = row.variant.replace(",", "").split()[:2]
-        place = (6, -11 if kinds.index(kind) else 4)  # names of neighbours do not meet
-        axis.annotate(placement, (memory, seconds), textcoords="offset points", xytext=place, fontsize=8)
+        first = kind == kinds[0]  # its names are above its dots, so that those of neighbours do not meet
+        how = {"ha": "center" if first else "left", "fontsize": 8, "textcoords": "offset points"}
+        axis.annotate(placement, (memory, seconds), xytext=(0, 6) if first else (6, -11), **how)
     axis.set_yscale("log")
     for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
         ticks("{x:g}")
-    axis.set_xlim(left=0)
+    axis.set_xlim(0, 1.1 * max(memory for _, memory, _ in shown))
     axis.set_xlabel("peak memory that torch allocated on the GPU, GB")
     axis.set_ylabel("seconds a picture after the first (logarithmic)")
     axis.legend()
