@@ -5,6 +5,7 @@ import json
 import os
 import threading
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,6 +36,19 @@ class Broken(PendingImages):
 
     def wait(self) -> np.ndarray:
         raise self.error
+
+
+class HandsNothingOn:
+    """A queue to which threads other than the main one cannot hand the end on."""
+
+    def __init__(self, queue: Any) -> None:
+        self.queue = queue
+        self.get = queue.get
+
+    def put(self, task: object) -> None:
+        if task is None and threading.current_thread() is not threading.main_thread():
+            raise MemoryError
+        self.queue.put(task)
 
 
 def files(path) -> set[str]:
@@ -253,6 +267,16 @@ def test_a_deleted_run_directory_stops_the_run(tmp_path):
         with pytest.raises(DiskError, match="vanished"):
             run.writer.flush()
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_that_end_for_want_of_memory_keep_no_other_from_ending(tmp_path, monkeypatch, threads):
+    with open_run(tmp_path, writer_threads=threads) as run:
+        run.writer.submit([request(0)], ReadyImages(noise_pictures(1)))
+        monkeypatch.setattr(run.writer, "_tasks", HandsNothingOn(run.writer._tasks))
+        with pytest.raises(RunStopped, match="MemoryError"):
+            run.writer.close()
+    assert [outcome.status for outcome in run.outcomes] == ["ok"]
 
 
 def test_an_error_in_the_callback_is_not_swallowed(tmp_path):

@@ -204,7 +204,8 @@ class Writer:
         if self._recorder is not None:
             self._written.put(None)
             self._recorder.join()
-        self._tasks.put(None)
+        for _ in self._writers:  # one for each: a thread that ends for want of memory hands none on
+            self._tasks.put(None)
         for thread in self._writers:
             thread.join()
         self._check()
