@@ -66,6 +66,7 @@ def test_another_picture_is_not_overwritten_unasked(run: Path, capsys: pytest.Ca
     assert main([str(run), "into=all"]) == 2
     assert "is there already, and another picture" in capsys.readouterr().err
     assert Path("all/00001_a_dog_seed_3.png").read_text(encoding="utf-8") == "mine"
+    assert os.listdir("all") == ["00001_a_dog_seed_3.png"]
     assert main([str(run), "into=all", "overwrite=true"]) == 0
     assert os.path.samefile(rows("all")[1]["source"], "all/00001_a_dog_seed_3.png")
 
@@ -361,6 +362,7 @@ def test_only_plain_files_are_replaced(run: Path, tmp_path: Path, capsys: pytest
             make(Path(name))
             assert main([str(run), *words]) == 2
             assert f"{name} is {kind}" in capsys.readouterr().err
+            assert os.listdir("all") == ([Path(name).name] if name.startswith("all") else [])
             os.unlink(name)
     assert precious.read_bytes() == b"x"
 

@@ -50,17 +50,14 @@ def collect_into(
             f"then pack that"
         )
     folder.mkdir(parents=True, exist_ok=True)
+    _check_fit(folder / TABLE)
+    jobs = [
+        (conversion_of(picture, output), picture, folder / row["file_name"])
+        for picture, row in zip(pictures, rows, strict=True)
+    ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        tasks = [
-            pool.submit(_put, conversion_of(picture, output), picture, folder / row["file_name"], overwrite=overwrite)
-            for picture, row in zip(pictures, rows, strict=True)
-        ]
-        try:
-            for task in tasks:
-                task.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        done = list(pool.map(lambda job: _is_done(*job, overwrite=overwrite), jobs))  # a refusal leaves nothing behind
+        list(pool.map(lambda job: _put(*job), [job for job, is_done in zip(jobs, done, strict=True) if not is_done]))
     atomic.replace_file(folder / TABLE, "".join(compact_json(row) + "\n" for row in rows).encode())
     return folder / TABLE, len(rows)
 
@@ -156,20 +153,28 @@ def _check_unique(pictures: Sequence[Picture], names: Sequence[str], name: str) 
             )
 
 
-def _put(conversion: Output | None, picture: Picture, target: Path, *, overwrite: bool) -> None:
-    source = picture.image
-    changed_ns = None if picture.place is None else _written_ns(picture)
+def _check_fit(target: Path) -> None:
     if (kind := unfit_target(target)) is not None:
         raise UserError(f"{target} is {kind}, which is left alone: remove it, or use another folder")
+
+
+def _is_done(conversion: Output | None, picture: Picture, target: Path, *, overwrite: bool) -> bool:
+    """Return whether ``target`` stays as it is. Raises UserError for one that must not be replaced."""
+    _check_fit(target)
+    if not target.exists():
+        return False
+    changed_ns = None if picture.place is None else _written_ns(picture)
+    with picture.image.open() as opened:
+        same = _is_there(opened, target, changed_ns, converted=conversion is not None)
+    if not same and not overwrite:
+        raise UserError(f"{target} is there already, and another picture: use another folder, or overwrite=true")
+    return same and not (overwrite and conversion is not None)  # converted anew, perhaps to another quality
+
+
+def _put(conversion: Output | None, picture: Picture, target: Path) -> None:
+    source = picture.image
+    changed_ns = None if picture.place is None else _written_ns(picture)
     with source.open() as opened:
-        if target.exists():
-            same = _is_there(opened, target, changed_ns, converted=conversion is not None)
-            if same and not (overwrite and conversion is not None):  # converted anew, perhaps to another quality
-                return
-            if not same and not overwrite:
-                raise UserError(
-                    f"{target} is there already, and another picture: use another folder, or overwrite=true"
-                )
         if conversion is not None:
             # It takes over the time of the last change, by which it is known again.
             if changed_ns is None:
