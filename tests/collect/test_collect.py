@@ -55,6 +55,30 @@ def test_made_again_after_a_resume(run: Path) -> None:
     assert [row["text"] for row in rows("all")] == ["a cat", "a dog", "a fox"]
 
 
+def test_rows_of_pictures_that_other_calls_brought_are_kept(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    two = write_run(run.parent / "two", {("00002_a_fox", 1): {}, ("00004_a_hen", 1): {}})
+    assert main([str(run), "into=all"]) == 0
+    assert main([str(two), "into=all"]) == 0
+    os.unlink("all/00002_a_fox_seed_1.png")
+    three = write_run(run.parent / "three", {("00003_an_owl", 1): {}})
+    assert main([str(three), "into=all"]) == 0
+    assert [row["text"] for row in rows("all")] == ["a cat", "a dog", "a hen", "an owl"]
+    shutil.rmtree(two)
+    write_run(two, {("00002_a_fox", 1): {}, ("00004_a_hen", 1): {"metadata": {"tag": "y"}}})
+    for _ in range(2):
+        assert main([str(two), "into=all", "overwrite=true"]) == 0
+        assert [row["text"] for row in rows("all")] == ["a cat", "a dog", "a fox", "a hen", "an owl"]
+    assert rows("all")[3]["metadata"] == {"tag": "y"}
+    assert [*sorted(row["file_name"] for row in rows("all")), "metadata.jsonl"] == sorted(os.listdir("all"))
+    table = Path("all/metadata.jsonl")
+    for line in (b"{\n", b"[1]\n", b'{"text": "a cat"}\n', b"\xff\n"):
+        table.write_bytes(line)
+        capsys.readouterr()
+        assert main([str(run), "into=all"]) == 2
+        assert "all/metadata.jsonl, line 1: no row of a picture: remove the table, or" in capsys.readouterr().err
+        assert table.read_bytes() == line
+
+
 def test_ones_own_names(run: Path) -> None:
     assert main(["outputs/pets", "into=all", "name={id}-{seed:03d}-{run}-{job}.png"]) == 0
     assert [row["file_name"] for row in rows("all")] == ["c-012-pets-one.png", "dog_1-003-pets-one.png"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import string
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path, PurePosixPath
@@ -17,6 +17,7 @@ from zimage_runner.outputs.beneath import unfit_target
 from zimage_runner.outputs.config import Output
 from zimage_runner.outputs.encoders import convert
 from zimage_runner.outputs.json_text import compact_json
+from zimage_runner.outputs.parsed import from_json
 from zimage_runner.plan.items import slug
 
 NAME = "{index:05d}_{slug}_seed_{seed}"
@@ -33,7 +34,8 @@ def collect_into(
 ) -> tuple[Path, int]:
     """Link, copy or convert each picture into ``folder`` as ``name`` says, and write the table.
 
-    Return the table's path and how many pictures are in it; a file that several runs share is one picture.
+    Return the table's path and how many pictures were collected; a file that several runs share is one picture. Rows
+    of other pictures, which earlier calls brought and which are there still, are kept.
 
     output: the format that pictures of other formats are converted to; None keeps them as they are.
 
@@ -51,6 +53,7 @@ def collect_into(
         )
     folder.mkdir(parents=True, exist_ok=True)
     _check_fit(folder / TABLE)
+    before, after = _kept_rows(folder, {row["file_name"] for row in rows})
     jobs = [
         (conversion_of(picture, output), picture, folder / row["file_name"])
         for picture, row in zip(pictures, rows, strict=True)
@@ -58,8 +61,36 @@ def collect_into(
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         done = list(pool.map(lambda job: _is_done(*job, overwrite=overwrite), jobs))  # a refusal leaves nothing behind
         list(pool.map(lambda job: _put(*job), [job for job, is_done in zip(jobs, done, strict=True) if not is_done]))
-    atomic.replace_file(folder / TABLE, "".join(compact_json(row) + "\n" for row in rows).encode())
+    lines = [*before, *map(compact_json, rows), *after]
+    atomic.replace_file(folder / TABLE, "".join(f"{line}\n" for line in lines).encode())
     return folder / TABLE, len(rows)
+
+
+def _kept_rows(folder: Path, names: Set[str]) -> tuple[list[str], list[str]]:
+    """The table's rows of pictures that are there and are not among ``names``: before the first that is, and after.
+
+    Raises UserError for a table that cannot be read.
+    """
+    table = folder / TABLE
+    before: list[str] = []
+    after: list[str] = []
+    kept = before
+    for number, data in enumerate(table.read_bytes().split(b"\n") if table.exists() else (), 1):
+        if not data.strip():
+            continue
+        try:
+            line = data.strip().decode()
+            row = from_json(line)
+        except ValueError:
+            line, row = "", None
+        name = row.get("file_name") if isinstance(row, dict) else None
+        if not isinstance(name, str):
+            raise UserError(f"{table}, line {number}: no row of a picture: remove the table, or use another folder")
+        if name in names:
+            kept = after
+        elif (folder / name).is_file():
+            kept.append(line)
+    return before, after
 
 
 def conversion_of(picture: Picture, output: Output | None) -> Output | None:
