@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -82,6 +83,15 @@ def test_rows_of_pictures_that_other_calls_brought_are_kept(run: Path, capsys: p
 def test_ones_own_names(run: Path) -> None:
     assert main(["outputs/pets", "into=all", "name={id}-{seed:03d}-{run}-{job}.png"]) == 0
     assert [row["file_name"] for row in rows("all")] == ["c-012-pets-one.png", "dog_1-003-pets-one.png"]
+
+
+def test_the_names_of_the_guide_need_no_ids(run: Path) -> None:
+    guide = (Path(__file__).parents[2] / "docs/howto.md").read_text(encoding="utf-8")
+    other = write_run(run.parent / "two", {("00000_a_cat", 12): {}, ("00001_a_cat", 12): {}})
+    names = re.findall(r"^python -m zimage_runner collect .* name='(.*?)'", guide, re.M)
+    assert names
+    for number, name in enumerate(names):
+        assert main([str(other), f"into=all{number}", f"name={name}"]) == 0
 
 
 def test_another_picture_is_not_overwritten_unasked(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
