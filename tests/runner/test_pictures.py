@@ -16,6 +16,8 @@ from PIL import Image, ImageDraw
 from tests.support.command import command
 from tests.support.drawing import SMALL
 from zimage_runner.api import _compose
+from zimage_runner.cli import vary
+from zimage_runner.cli.main import main as run_main
 from zimage_runner.config.schema import RunConfig
 from zimage_runner.errors import UserError
 from zimage_runner.outputs.metadata import read_metadata
@@ -78,6 +80,10 @@ def config() -> RunConfig:
 def memo() -> dict[str, Any]:
     """What plans of one model share."""
     return {}
+
+
+def images(words: list[str]) -> int:
+    return run_main(["prompts=images", f"prompts.path={words[0]}", *words[1:]])
 
 
 def records(run: Path) -> dict[str, dict[str, Any]]:
@@ -168,6 +174,28 @@ def test_pictures_as_prompts_bring_theirs(run: Path, folder: Path) -> None:
     assert code == 0, err
     assert "img2img at strength 0.3" in out
     assert f"mask {folder / 'table' / 'mask.png'}, 160x140: 1 picture" in out
+
+
+@pytest.mark.parametrize("main", [images, vary.main, reproduce])
+def test_a_picture_that_was_moved_is_named_anew(
+    run: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog, main
+) -> None:
+    monkeypatch.chdir(folder)
+    (path,) = run.glob("items/*_weak/*/image.png")
+    was, now = folder / "table" / "red.png", folder / "moved.png"
+    planned = () if main is reproduce else ("dry_run=true",)
+    was.rename(now)
+    try:
+        assert main([str(path), *planned]) == 2
+        assert "sampling.image=FILE says where it is now" in capsys.readouterr().err
+        assert main([str(path), *planned, "sampling.image=moved.png"]) == 0
+        if planned:
+            out = capsys.readouterr().out
+            assert "img2img at strength 0.3" in out
+            assert f"image {now}, 160x140: " in out
+            assert "sets image: the command line wins" in caplog.text
+    finally:
+        now.rename(was)
 
 
 def test_its_own_size_is_drawn_where_none_is_set(folder: Path) -> None:

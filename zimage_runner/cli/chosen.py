@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 from zimage_runner.cli.resume.command_line import LATEST, find_latest
+from zimage_runner.cli.resume.saved import override_key
 from zimage_runner.collect.pictures import find_runs, marked, pictures_of
 from zimage_runner.config.paths import CONFIG_DIR
 from zimage_runner.errors import EXIT_BAD_INPUT, EXIT_OK, PROGRAM, UserError, called
@@ -22,11 +23,16 @@ Fields = dict[str, str]
 
 
 def run_from(
-    argv: Sequence[str], doc: str, name: str, fields: Sequence[str], prompt_of: Callable[[Path, Fields], Prompt]
+    argv: Sequence[str],
+    doc: str,
+    name: str,
+    fields: Sequence[str],
+    prompt_of: Callable[[Path, Fields, Set[str]], Prompt],
 ) -> int:
     """Start the run that draws ``prompt_of`` each picture that ``argv`` names. Return its exit code.
 
-    ``fields``: the command's own, besides ``starred``; all other words are the run's.
+    ``fields``: the command's own, besides ``starred``; all other words are the run's. ``prompt_of`` takes a picture,
+    those fields and the names of the sampling fields among the other words, which win over the picture's.
     """
     from zimage_runner.cli.main import main
 
@@ -38,7 +44,8 @@ def run_from(
         check_words(argv, (*fields, "starred"))
         places, own, words = _parse(argv, (*fields, "starred"))
         pictures = _pictures(places, own)
-        prompts = [prompt_of(picture, own) for picture in pictures]
+        typed = {override_key(word).removeprefix("sampling.") for word in words}
+        prompts = [prompt_of(picture, own, typed) for picture in pictures]
         words = [*_model(pictures, words), *_controlnet(prompts, pictures, words), *words]
     except UserError as error:
         return refuse(str(error))

@@ -15,7 +15,7 @@ say what each came from.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     return run_from(argv, __doc__ or "", "enlarged", ("scale", "strength"), _larger)
 
 
-def _larger(file: Path, fields: Fields) -> Prompt:
+def _larger(file: Path, fields: Fields, _: Set[str]) -> Prompt:
     """The prompt that draws a picture larger from itself. Raises UserError."""
     prompt = Folder(path=str(file)).prompt(file)
     return replace(

@@ -16,7 +16,7 @@ Everything else is the run's: model=, name=, output.root=, dry_run=true ... Its 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     return run_from(argv, __doc__ or "", "varied", ("n", "amount", "strength"), _neighbours)
 
 
-def _neighbours(file: Path, fields: Fields) -> Prompt:
+def _neighbours(file: Path, fields: Fields, typed: Set[str] = frozenset()) -> Prompt:
     """The prompt whose seeds are the picture's neighbours. Raises UserError."""
     count = number(fields, "n", 4, 1, MOST)
     if count != int(count):
@@ -46,7 +46,7 @@ def _neighbours(file: Path, fields: Fields) -> Prompt:
         prompt = Folder(path=str(file)).prompt(file)
         overrides = {**prompt.overrides, "strength": number(fields, "strength", 0.3, 0.01, 1)}
     else:
-        prompt = prompt_of_picture(file)
+        prompt = prompt_of_picture(file, moved=typed)
         if not prompt.seeds:
             raise UserError(f"{shown(file)} does not say its seed: strength=0.3 starts from the picture itself")
         overrides = {

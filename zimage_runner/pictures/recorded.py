@@ -6,7 +6,7 @@ import functools
 import hashlib
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 from zimage_runner.errors import UserError, one_line
@@ -14,11 +14,13 @@ from zimage_runner.model import EMBEDDED_CONTROLNET, EMBEDDED_CONTROLNET_FILE, C
 from zimage_runner.sampling import PICTURE_FIELDS, PICTURE_FILES
 
 
-def recorded_values(record: object, picture: str, replaced: frozenset[str] = frozenset()) -> dict[str, Any]:
+def recorded_values(
+    record: object, picture: str, replaced: frozenset[str] = frozenset(), moved: Set[str] = frozenset()
+) -> dict[str, Any]:
     """Return values for ``sampling.PICTURE_FIELDS`` of what ``Inputs.record`` said, read from a file of anybody's.
 
-    ``replaced``: fields that are given anew, whose files need not be there. Raises UserError if a file is gone or
-    another one now.
+    ``replaced``: fields that are given anew, and left out here. ``moved``: fields whose files need not be there, since
+    what is said of them here gives way. Raises UserError if another file is gone or another one now.
     """
     if not isinstance(record, Mapping):
         raise UserError(f"{picture}: what its metadata says of the pictures it started from cannot be read")
@@ -27,7 +29,7 @@ def recorded_values(record: object, picture: str, replaced: frozenset[str] = fro
         if name not in PICTURE_FIELDS or name in replaced:
             continue
         if name in PICTURE_FILES:
-            found[name] = _file(value, name, picture)
+            found[name] = _file(value, name, picture, moved=name in moved)
         else:
             found[name] = ",".join(map(str, value)) if isinstance(value, list) else value
     neutral = _neutral({*found, *replaced})
@@ -61,12 +63,11 @@ def _neutral(said: set[str]) -> dict[str, Any]:
     }
 
 
-def _file(said: Any, name: str, picture: str) -> str:
+def _file(said: Any, name: str, picture: str, *, moved: bool) -> str:
     if not isinstance(said, Mapping) or not all(isinstance(said.get(key), str) for key in ("path", "digest")):
         raise UserError(f"{picture}: what its metadata says of its {name} cannot be read")
     path, digest = said["path"], said["digest"]
-    there = _sha256(path)
-    if there == digest:
+    if moved or (there := _sha256(path)) == digest:
         return path
     what = "has changed since" if there else "is not there"
     raise UserError(

@@ -6,7 +6,7 @@ import glob
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -51,8 +51,9 @@ class Images(RowSource):
 
     def read(self) -> Iterator[Prompt]:
         prompts: dict[object, Prompt] = {}
+        moved = frozenset(self.typed if self.wins is Wins.command_line else ())
         for file in self._files():
-            prompt = prompt_of_picture(file)
+            prompt = prompt_of_picture(file, moved=moved)
             seeds, same = prompt.seeds, replace(prompt, seeds=None, source="")
             said = repr((sorted(same.overrides.items()), same.loras, same.metadata))
             key = (same.text, same.id, seeds is None, said)
@@ -146,10 +147,11 @@ def controlnet_of_picture(file: Path) -> tuple[str, Convention]:
     return recorded_controlnet((recipe_of_picture(file) or {}).get("inputs"), shown(file))
 
 
-def prompt_of_picture(file: Path | Finished, *, inputs: bool = True) -> Prompt:
+def prompt_of_picture(file: Path | Finished, *, inputs: bool = True, moved: Set[str] = frozenset()) -> Prompt:
     """The prompt of one picture. Raises UserError for one that says nothing of how it was drawn.
 
-    ``inputs``: start from the pictures that it started from.
+    ``inputs``: start from the pictures that it started from. ``moved``: fields that the command line says anew, so that
+    the files which the picture names for them need not be there.
     """
     from zimage_runner.outputs.metadata import Metadata, check_recipe, read_metadata
 
@@ -168,6 +170,7 @@ def prompt_of_picture(file: Path | Finished, *, inputs: bool = True) -> Prompt:
             GenerationData(text=recipe["prompt"], values={**params, "seeds": recipe["seed"]}, program=OWN_PROGRAM),
             where,
             recipe if inputs else {**recipe, "inputs": {}},
+            moved,
         )
     if said.parameters and has_infotext(said.parameters):
         return _prompt(of_parameters(said.parameters), where)
@@ -193,7 +196,9 @@ def _record(file: Inside) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and record.get("status") == "ok" else None
 
 
-def _prompt(data: GenerationData, where: str, recipe: dict[str, Any] | None = None) -> Prompt:
+def _prompt(
+    data: GenerationData, where: str, recipe: dict[str, Any] | None = None, moved: Set[str] = frozenset()
+) -> Prompt:
     values = {name: value for name, value in data.values.items() if not is_unset(name, value)}
     seeds = values.pop("seeds", None)
     overrides = {name: convert(name, value, where, cfg=data.is_cfg) for name, value in values.items()}
@@ -209,7 +214,7 @@ def _prompt(data: GenerationData, where: str, recipe: dict[str, Any] | None = No
         )
     carried = (recipe or {}).get("metadata")
     name = (recipe or {}).get("id")
-    overrides |= recorded_values((recipe or {}).get("inputs", {}), where)
+    overrides |= recorded_values((recipe or {}).get("inputs", {}), where, moved=moved)
     return Prompt(
         text=check_text(data.text, where),
         source=where,
