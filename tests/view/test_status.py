@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.made_runs import MadeRun
 from zimage_runner.__main__ import _run
+from zimage_runner.view.__main__ import parse
 
 
 @pytest.fixture
@@ -182,9 +183,23 @@ def test_without_a_name_it_is_the_newest(status, last):
     assert len(lines) == (1 if last == "a" else 4)
 
 
+def test_latest_is_the_run_that_was_started_last(status):
+    for name, started in (("cats/a", 2), ("cats/b", 1)):
+        made(name).add_all().finish()
+        settings = Path("outputs", name, ".hydra/overrides.yaml")
+        settings.parent.mkdir(exist_ok=True)
+        settings.touch()
+        os.utime(settings, (started, started))
+    code, lines, err = status("latest")
+    assert (code, err, len(lines)) == (0, "", 1)
+    assert lines[0].startswith(f"{Path.cwd()}/outputs/cats/a: finished, 4 of 4 pictures")
+    assert parse(["latest"]).folder == f"{Path.cwd()}/outputs/cats/a"
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["latest"], "latest: there is no run in "),
         ([], "there is no run below outputs: "),
         (["gone"], "gone is no folder: "),
         (["empty"], "empty: there is no run in it: "),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import Any
 
-from zimage_runner.cli.resume.command_line import LATEST, find_latest
+from zimage_runner.cli.resume.command_line import folder_named
 from zimage_runner.cli.resume.saved import override_key
 from zimage_runner.collect.pictures import find_runs, marked, pictures_of
 from zimage_runner.config.paths import CONFIG_DIR
@@ -90,7 +90,7 @@ def _pictures(places: Sequence[str], fields: Fields) -> list[Path]:
         raise UserError(f"starred={fields['starred']}: write true or false")
     found: list[Path] = []
     for place in places:
-        path = find_latest(Path("outputs")) if place == LATEST else Path(place).expanduser()
+        path = folder_named(place)
         if path.is_file():
             found.append(path)
             continue

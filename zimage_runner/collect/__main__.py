@@ -28,7 +28,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from zimage_runner.cli.resume.command_line import LATEST, find_latest
+from zimage_runner.cli.resume.command_line import folder_named
 from zimage_runner.collect.contact_sheet import Layout, draw_sheets
 from zimage_runner.collect.folder import NAME, collect_into
 from zimage_runner.collect.pictures import find_runs, marked, pictures_of
@@ -90,7 +90,7 @@ def _collect(runs: list[str], fields: dict[str, str]) -> int:
     starred, rejected = _switch(fields, "starred", False), _switch(fields, "rejected", True)
     layout = Layout(**{name: _count(fields, name) for name in OF_SHEET if name in fields})
     output = _output(fields.get("format"), fields.get("quality"))
-    pictures = list(pictures_of(find_runs([_folder(run) for run in runs])))
+    pictures = list(pictures_of(find_runs([folder_named(run) for run in runs])))
     if not pictures:
         raise UserError(f"{' '.join(runs)}: no picture is finished there yet")
     if starred or not rejected:
@@ -130,11 +130,6 @@ def _layout(fields: dict[str, str]) -> tuple[str, Bounds]:
     if not re.fullmatch(r"[0-9]{1,6}", megabytes) or int(megabytes) < 1:
         raise UserError(f"shard_mb={megabytes}: write a whole number from 1 to 999999")
     return form, Bounds(pictures=int(pictures), megabytes=int(megabytes))
-
-
-def _folder(name: str) -> Path:
-    """Return the folder that a word of the command line names."""
-    return find_latest(Path("outputs")) if name == LATEST else Path(name).expanduser()
 
 
 def _output(name: str | None, quality: str | None) -> Output | None:

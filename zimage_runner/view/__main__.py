@@ -2,7 +2,7 @@
 
     python -m zimage_runner view [FOLDER] [--open] [port=8188] [host=127.0.0.1] [token=TEXT] [cache_gb=2]
 
-FOLDER    a folder of runs, a multirun or one run (default: outputs); links in it are not followed
+FOLDER    a folder of runs, a multirun, one run, or latest (default: outputs); links in it are not followed
 --open    show the page in the browser
 port      0 takes a free one; where 8188 is taken and port is not given, a free one too
 host      another address than this machine's own lets others look as well: then a token is needed, which is made up
@@ -26,6 +26,7 @@ from typing import Any
 from zimage_runner.errors import EXIT_OK, UserError
 from zimage_runner.logs import command
 from zimage_runner.view.address import check_installed, is_loopback, listen, shown
+from zimage_runner.view.named import named
 
 PORT = 8188
 FIELDS = ("port", "host", "token", "cache_gb")
@@ -73,7 +74,7 @@ def parse(argv: Sequence[str]) -> Options:
     if len(folders) > 1:
         raise UserError(f"{' '.join(folders)}: name one folder; runs below it are all shown")
     options = Options(
-        folder=os.path.expanduser(folders[0]) if folders else "outputs",
+        folder=named(folders[0]) if folders else "outputs",
         port=_port(fields.get("port")),
         host=fields.get("host", "127.0.0.1"),
         token=_token(fields.get("token")),

@@ -2,7 +2,8 @@
 
     python -m zimage_runner status [RUN...] [json=true]
 
-RUN     a run directory, a multirun, or a folder of runs (default: the newest run or multirun below outputs/)
+RUN     a run directory, a multirun, a folder of runs, or latest (default: the run or multirun below outputs/ that was
+        written to last)
 json    true: one JSON object, {"runs": [...], "multiruns": [...], "sets": [...]}, for programs
 
 A run is running, finished, interrupted (there is more to draw), failures (all was tried, some in vain) or empty.
@@ -26,6 +27,7 @@ from zimage_runner.outputs.ledger import RECORDS
 from zimage_runner.outputs.lock import LOCK_NAME
 from zimage_runner.view.folder import Folder
 from zimage_runner.view.index import Index
+from zimage_runner.view.named import named
 from zimage_runner.view.rows import FAILED
 from zimage_runner.view.runs import PROMPTS, below, find_runs
 from zimage_runner.view.shards import Shard, sets_of, shard_of
@@ -59,7 +61,7 @@ def _parse(argv: Sequence[str]) -> tuple[list[str], bool]:
     for word in argv:
         match = re.fullmatch(r"(?s)([a-z_]+)=(.*)", word)
         if match is None or os.path.exists(word):
-            folders.append(os.path.expanduser(word))
+            folders.append(named(word))
         elif match[1] != "json":
             raise UserError(f"{word}: no such field; the only one here is json")
         elif match[2] not in ("true", "false"):

@@ -91,15 +91,22 @@ def _root(argv: Sequence[str]) -> Path:
     return Path(unquoted(roots[-1]) if roots else "outputs").expanduser()
 
 
-def find_latest(root: Path) -> Path:
+def folder_named(word: str) -> Path:
+    """The folder that a word of a command on runs names; ``latest`` is the newest run or multirun below outputs/."""
+    if word != LATEST:
+        return Path(word).expanduser()
+    return find_latest(Path("outputs"), LATEST, "name a run directory or a folder of runs")
+
+
+def find_latest(root: Path, said: str = f"resume={LATEST}", remedy: str = "set output.root to where runs are") -> Path:
     """The run or multirun that was started last below the output root; a job's start is its multirun's.
 
-    A multirun that cannot be resumed as a whole gives its last job instead.
+    A multirun that cannot be resumed as a whole gives its last job instead. ``said``: what asked for it.
     """
     runs = [*root.glob(f"*/*/{SETTINGS}"), *root.glob(f"multirun/*/*/*/{SETTINGS}")]
     sweeps = [file for path in root.glob("multirun/*/*") if (file := settings_file(path)) is not None]
     if not runs and not sweeps:
-        raise UserError(f"resume=latest: there is no run in {root.absolute()}: set output.root to where runs are")
+        raise UserError(f"{said}: there is no run in {root.absolute()}: {remedy}")
     directory = _newest([*runs, *sweeps])
     sweep = directory if is_sweep(directory) else directory.parent
     if not is_sweep(sweep):
@@ -110,9 +117,9 @@ def find_latest(root: Path) -> Path:
     except UserError as error:
         if not jobs:
             raise
-        say(f"resume=latest: only the last job, {_newest(jobs)}, because {error}")
+        say(f"{said}: only the last job, {_newest(jobs)}, because {error}")
         return _newest(jobs)
-    say(f"resume=latest: the whole multirun {sweep} ({len(jobs)} of its jobs were begun)")
+    say(f"{said}: the whole multirun {sweep} ({len(jobs)} of its jobs were begun)")
     return sweep
 
 
