@@ -95,6 +95,10 @@ def test_the_run_may_be_the_resident_process_s(cat: Path, monkeypatch: pytest.Mo
         (enlarge, ["cat.png", "scale=x"], "scale=x: write a number from 1 to 16"),
         (enlarge, ["cat.png", "starred=maybe"], "starred=maybe: write true or false"),
         (enlarge, ["cat.png", "sampling.colour=red"], "sampling.colour"),
+        (vary, ["cat.png", "prompt=x"], "prompt=x has no effect on pictures, which are drawn with their own prompts: "),
+        (enlarge, ["cat.png", "+prompt=x"], "+prompt=x has no effect on pictures, which are drawn with their own"),
+        (vary, ["cat.png", "prompts=text_file"], "prompts=text_file has no effect on pictures, which are drawn with"),
+        (vary, ["cat.png", "prompts.texts=[x]"], "prompts.texts=[x] has no effect on pictures, which are drawn with"),
     ],
 )
 def test_what_is_refused(cat: Path, capsys: pytest.CaptureFixture[str], command, words: list[str], told: str) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import Any
 
+from zimage_runner.cli.fields import prompt_inputs
 from zimage_runner.cli.resume.command_line import folder_named
 from zimage_runner.cli.resume.saved import override_key
 from zimage_runner.collect.pictures import find_runs, marked, pictures_of
@@ -71,11 +72,17 @@ def _parse(argv: Sequence[str], names: Sequence[str]) -> tuple[list[str], Fields
     places: list[str] = []
     own: Fields = {}
     words: list[str] = []
+    of_the_pictures = ("prompt", "prompts", *(f"prompts.{name}" for name in prompt_inputs()))
     for word in argv:
         match = re.fullmatch(r"(?s)(\w+)=(.*)", word)
         if match is not None and match[1] in names:
             own[match[1]] = match[2]
         elif re.match(r"[+~]?[\w./@]+=|-", word):
+            if override_key(word) in of_the_pictures:
+                raise UserError(
+                    f"{word} has no effect on pictures, which are drawn with their own prompts: leave it out, or draw "
+                    "PICTURE with another one: prompts=folder prompts.path=PICTURE prompts.text=TEXT"
+                )
             words.append(word)
         else:
             places.append(word)
