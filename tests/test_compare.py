@@ -148,14 +148,25 @@ def test_options_are_drawn(first: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert report["likeness"]["flip"]["worst"] == 0
 
 
+@pytest.mark.parametrize(
+    ("way", "why"),
+    [
+        ("seeds=nonsense", "'nonsense' is neither a seed nor a range"),
+        ("engine.precision=fp8", "engine.precision=fp8 needs a CUDA GPU"),
+        ("engine=native engine.attention=cudnn", "engine.attention=cudnn needs a CUDA GPU"),
+    ],
+)
 def test_nothing_is_drawn_where_one_way_cannot_be(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], way: str, why: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert compare.main(["seeds=1", "seeds=nonsense", "--", *OPTIONS[::2]]) == 2
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert compare.main(["seeds=1", way, "--", *OPTIONS[::2]]) == 2
     err = capfd.readouterr().err
-    assert "'nonsense' is neither a seed nor a range" in err
-    assert "zimage_runner: seeds=nonsense cannot be drawn (exit code 2), and so nothing was: see above" in err
+    assert why in err
+    assert f"zimage_runner: {way} cannot be drawn (exit code 2), and so nothing was: see above" in err
+    assert compare.main(["seeds=1", "engine.device=cuda", "--", *OPTIONS[::2]]) == 2
+    assert "engine.device=cuda cannot be drawn, and so nothing was: engine.device=cuda but no" in capfd.readouterr().err
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 

@@ -33,6 +33,7 @@ from typing import Any
 from zimage_runner.collect.likeness import Likeness, likeness
 from zimage_runner.collect.pictures import Picture, find_runs, pictures_of
 from zimage_runner.collect.sheet import Page, draw
+from zimage_runner.engines.device import has_no_gpu
 from zimage_runner.engines.precision import likeness_key, likeness_numerics
 from zimage_runner.errors import EXIT_OK, UserError, counted
 from zimage_runner.logs import command, say
@@ -98,7 +99,7 @@ def _compare(ways: list[str], given: dict[str, str], options: list[str]) -> int:
     third = given.get("floor")
     finished = {way: _finished(way) for way in [*ways, third] if way is not None and Path(way).expanduser().is_dir()}
     for way in [way for way in [*ways, third] if way is not None and way not in finished][1:]:
-        _check(_command(way, into, options), way)  # before hours of drawing: the first one is checked as it begins
+        _check(way, into, options)  # before hours of drawing: the first one is checked as it begins
     if into.exists() and not into.is_dir():
         raise UserError(f"into={into} is a file: name a folder")
     runs = [finished.get(way) or _drawn(way, into, options) for way in ways]
@@ -138,8 +139,14 @@ def _command(way: str, into: Path, options: list[str]) -> list[str]:
     return [sys.executable, "-m", "zimage_runner", *options, *shlex.split(way), f"output.root={into}"]
 
 
-def _check(command: list[str], way: str) -> None:
+def _check(way: str, into: Path, options: list[str]) -> None:
     """Raise UserError for options that cannot be drawn."""
+    # A plan is for any machine. Without a GPU here it is made for the CPU, unless others draw or the options say more.
+    words = [*options, *shlex.split(way)]
+    on_cpu = has_no_gpu() and "executor=ray" not in words
+    if on_cpu and "engine.device=cuda" in words:
+        raise UserError(f"{way} cannot be drawn, and so nothing was: engine.device=cuda but no CUDA GPU is visible")
+    command = _command(way, into, ["engine.device=cpu", *options] if on_cpu else options)
     done = subprocess.run([*command, "dry_run=true"], capture_output=True, text=True, encoding="utf-8")
     if done.returncode != 0:
         print(done.stderr, end="", file=sys.stderr)

@@ -55,6 +55,12 @@ def release(device: str, size: int) -> None:
         torch.cuda.empty_cache()
 
 
+def has_no_gpu(exists: Callable[[str], bool] = os.path.exists) -> bool:
+    """Return whether this machine surely has no GPU for the run: no driver, or a hidden one. Imports no torch."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
+    return sys.platform.startswith("linux") and (hidden or not any(map(exists, DEVICE_NODES)))
+
+
 def warn_without_gpu(model: Model, engine: EngineConfig, exists: Callable[[str], bool] = os.path.exists) -> None:
     """Log a warning if the CPU would draw a hub's model because there is no GPU; ``engine.device=cpu`` asks for that.
 
@@ -62,10 +68,7 @@ def warn_without_gpu(model: Model, engine: EngineConfig, exists: Callable[[str],
     """
     is_local = model.path is not None and not names_a_file(model.path)
     from_hub = model.source in (Source.modelscope, Source.huggingface) and not is_local
-    if not from_hub or engine.device is not Device.auto or not sys.platform.startswith("linux"):
-        return
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
-    if hidden or not any(map(exists, DEVICE_NODES)):
+    if from_hub and engine.device is Device.auto and has_no_gpu(exists):
         log.warning(
             "no GPU is seen here, and %s takes many minutes a picture on a CPU: model=zimage_nano is made for CPUs "
             "(engine.device=cpu says that it is meant, without this line)",

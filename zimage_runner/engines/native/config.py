@@ -13,6 +13,7 @@ from zimage_runner.engines.precision import Precision, check_precision
 from zimage_runner.engines.request import LoadRequest
 from zimage_runner.errors import UserError
 from zimage_runner.memory.policies import Auto
+from zimage_runner.model import Device
 
 if TYPE_CHECKING:
     from zimage_runner.engines.request import Needs
@@ -48,6 +49,8 @@ class NativeEngine(EngineConfig):
     def check(self, needs: Needs) -> None:
         memory, compile = needs.memory, needs.compile
         check_precision(self.precision, self.device, needs.model)
+        if self.device is Device.cpu and self.attention not in ("auto", "native"):
+            raise UserError(f"engine.attention={self.attention} needs a CUDA GPU: use auto or native")
         self.check_noise(self.device)
         if "native" not in memory.engines:
             raise UserError(
