@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -161,6 +161,15 @@ def test_a_dry_run_leaves_nothing():
         (lambda: zr.load(model="zimage_nano").generate("a", height="128"), "height='128': give int"),
         (lambda: zr.load(model="zimage_nano").generate([]), r"prompts\.texts is empty"),
         (lambda: zr.load(model="zimage_nano").generate("a", seeds="x"), "seeds"),
+        (lambda: zr.load(model="zimage_nano").generate("a", seeds=cast("Any", 0.5)), "seeds=0.5 is not a seed list"),
+        *(
+            (lambda p=prompts: zr.load(model="zimage_nano").generate(cast("Any", p)), f"{said}: a prompt is a text")
+            for prompts, said in (([3], "3 is a int"), (None, "None is a NoneType"), ({"a": 1}, "{'a': 1} is a dict"))
+        ),
+        *(
+            (lambda words=words: zr.run(*words), f"{words[-1]} is for a terminal, and draws nothing: type zimage-run")
+            for words in (["--help"], ["prompt=a", "-h"], ["--vers"], ["-sc"], ["--shell-completion"], ["--hydra-help"])
+        ),
     ],
 )
 def test_what_is_wrong_is_an_exception(call, said):

@@ -17,7 +17,7 @@ import contextlib
 import json
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 OF_A_RUN = ("prompt", "prompts", "seeds", "dry_run", "resume", "retry", "verify", "skip_existing", "name", "report",
             "output_file", "executor", "continue", "hydra")  # fmt: skip
 """Fields and groups that ``load`` has no use for."""
+OF_A_TERMINAL = ("--help", "--version", "--shell-completion", "--hydra-help")
+"""Options that print what a terminal asks for, and draw nothing; also shortened, and as -h and -sc."""
 _composing = threading.RLock()
 """Hydra composes one config at a time, and ``sys.argv`` and the runner's shared executor are the process's own."""
 
@@ -92,8 +94,11 @@ class Loaded:
         from zimage_runner.prompts.inline import Inline
         from zimage_runner.runner.spec import plan_run
 
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        given = seeds if isinstance(seeds, str | Mapping) else [seeds] if isinstance(seeds, int) else list(seeds)
+        texts, given = _listed(prompts), _listed(seeds)
+        texts = texts if isinstance(texts, list) else [texts]
+        for text in texts:
+            if not isinstance(text, str):
+                raise UserError(f"prompts: {text!r} is a {type(text).__name__}: a prompt is a text, such as 'a cat'")
         config = replace(
             self._config,
             prompt=None,
@@ -209,6 +214,10 @@ def run(*words: str, **options: Any) -> Run:
 
     if (encoding := sys.getfilesystemencoding()) != "utf-8":  # the command line starts Python anew; here it is not ours
         raise UserError(f"this Python takes names of files as {encoding}: start it with PYTHONUTF8=1")
+    for word in words:
+        name = str(word).partition("=")[0]
+        if name in ("-h", "-sc") or (len(name) > 2 and any(option.startswith(name) for option in OF_A_TERMINAL)):
+            raise UserError(f"{word} is for a terminal, and draws nothing: type zimage-runner {word}")
     directories: list[Path] = []
 
     def take(composed: Composed) -> int | Future[int]:
@@ -258,6 +267,11 @@ def _compose(words: Sequence[str]) -> RunConfig:
     assert isinstance(config, RunConfig)
     check(config)
     return config
+
+
+def _listed(value: Any) -> Any:
+    """Several values as a list; one value, a text or a mapping, which Python would take apart, as it is."""
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, str | Mapping) else value
 
 
 def _changed(sampling: Any, changes: Mapping[str, Any]) -> Any:

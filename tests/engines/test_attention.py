@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from zimage_runner.engines.auto import AutoEngine
 from zimage_runner.engines.diffusers.attention import BACKENDS, MASKLESS, Machine, check_name, choose_backend
 from zimage_runner.errors import UserError
 
@@ -61,6 +62,20 @@ def test_refused(name, machine, says):
     assert says in str(caught.value)
     assert "engine.attention=" in str(caught.value)
     assert "auto" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "engines"),
+    [
+        ("flash3_fp8", "use engine=native with it, or engine.attention=auto"),
+        ("_flash_3", "use engine=diffusers with it, or engine.attention=auto"),
+        ("flash", "use engine=native or engine=diffusers with it"),
+        ("flsh", "no engine has such a backend: use engine.attention=auto"),
+    ],
+)
+def test_engine_auto_names_only_engines_that_have_it(name, engines):
+    with pytest.raises(UserError, match=rf"engine\.attention={name}.*: {engines}"):
+        AutoEngine(attention=name)
 
 
 def test_names_are_known_to_diffusers():

@@ -51,6 +51,7 @@ def test_forms(value, expected):
         (True, "seeds: True is not an integer"),
         (None, "seeds=None is not a seed list"),
         ([[1]], "seeds: [1] is not an integer"),
+        ({"count": 10**9}, "seeds names 1,000,000,000 seeds: use at most 1,000,000"),
         ({"count": 0}, "seeds.count=0 is not an integer from 1 to 1000000"),
         ({"base": 3}, "seeds.count=None is not an integer"),
         ({"count": 2, "base": -1}, "seeds.base=-1 is not an integer"),

@@ -217,6 +217,7 @@ REFUSED: list[tuple[dict[str, Any], Any, int, str, str | None]] = [
     ({**FINE, "strength": "nan"}, image(), 400, "strength=nan is not a number", "strength"),
     ({**FINE, "guidance_scale": "inf"}, image(), 400, "guidance_scale=inf is not a number", "guidance_scale"),
     ({**FINE, "size": "4096x4096"}, image(), 413, "ask for at most 4.2 million pixels", "size"),
+    ({**FINE, "num_inference_steps": "5000"}, image(), 413, "ask for at most 100", "num_inference_steps"),
     (FINE, image(b"GIF89a"), 400, "image cannot be read as a PNG, JPEG, WebP", "image"),
     (FINE, image(CAT[:100]), 400, "image cannot be read as a PNG, JPEG, WebP", None),
     (FINE, image(encoded(Image.new("CMYK", (32, 32)), "JPEG")), 400, "image is in printing colours (CMYK)", "image"),

@@ -65,7 +65,11 @@ REFUSED: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"prompt": "a", "size": "100x100"}, 400, "height=100 is not a positive multiple of 16", "size"),
     ({"prompt": "a", "size": "big"}, 400, "size='big': write a size as WIDTHxHEIGHT", "size"),
     ({"prompt": "a", "size": "4096x4096"}, 413, "ask for at most 4.2 million pixels", "size"),
+    ({"prompt": "a", "size": "8192x16"}, 413, "width=8192: ask for at most 4096 pixels", "size"),
+    ({"prompt": "a", "size": "100000x16"}, 413, "width=100000: ask for at most 4096 pixels", "size"),
     ({"prompt": "a", "num_inference_steps": 500}, 413, "ask for at most 100", "num_inference_steps"),
+    ({"prompt": "a", "num_inference_steps": 5000}, 413, "ask for at most 100", "num_inference_steps"),
+    ({"prompt": "a", "num_inference_steps": 0}, 400, "use 1 to 1000", "num_inference_steps"),
     ({"prompt": "a", "guidance_scale": -1}, 400, "guidance_scale=-1.0 is out of range", "guidance_scale"),
     ({"prompt": "a", "negative_prompt": "b"}, 400, "has no effect with guidance_scale=0", "negative_prompt"),
     ({"prompt": "a", "seed": -1}, 400, "seed=-1 is out of range", "seed"),
@@ -75,6 +79,7 @@ REFUSED: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"prompt": "a", "quality": "hd"}, 400, "quality: Input should be", "quality"),
     ({"prompt": "a", "output_compression": 50}, 400, "has no effect on PNG", "output_compression"),
     ({"prompt": "a" * 20_001}, 413, "prompt has 20,001 characters", "prompt"),
+    ({"prompt": "a", "negative_prompt": "b" * 40_000}, 413, "has 40,000 characters", "negative_prompt"),
 ]
 
 
@@ -113,8 +118,9 @@ def test_other_routes(serve):
     assert client.get("/v1/models").json()["data"][0]["id"] == "zimage_nano"
     assert client.get("/v1/models/zimage_nano").json()["object"] == "model"
     assert client.get("/v1/models/other").status_code == 404
-    variations = client.post("/v1/images/variations", files={"image": b""})
-    assert (variations.status_code, variations.json()["error"]["code"]) == (501, "not_implemented")
+    for said in ({"files": {"image": b""}}, {"json": {}}, {}):
+        variations = client.post("/v1/images/variations", **said)
+        assert (variations.status_code, variations.json()["error"]["code"]) == (501, "not_implemented")
     assert client.get("/nothing").json()["error"]["message"] == "GET /nothing: Not Found"
     assert client.get("/live").json() == {"live": True}
     assert client.get("/ready").status_code == 200

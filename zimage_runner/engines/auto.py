@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from zimage_runner.engines.base import Engine, EngineConfig
+from zimage_runner.engines.diffusers.attention import BACKENDS
 from zimage_runner.engines.diffusers.config import DiffusersEngine
-from zimage_runner.engines.native.config import NativeEngine
+from zimage_runner.engines.native.config import ATTENTION_NAMES, NativeEngine
 from zimage_runner.engines.precision import Precision
 from zimage_runner.engines.request import LoadRequest, Needs
 from zimage_runner.errors import UnsupportedCheckpoint, UserError
@@ -36,9 +37,15 @@ class AutoEngine(EngineConfig):
 
     def __post_init__(self) -> None:
         if self.attention not in COMMON_ATTENTION:
+            backends = {"native": ATTENTION_NAMES, "diffusers": BACKENDS}
+            having = " or ".join(f"engine={name}" for name, names in backends.items() if self.attention in names)
+            if not having:
+                raise UserError(
+                    f"engine.attention={self.attention}: no engine has such a backend: use engine.attention=auto"
+                )
             raise UserError(
-                f"engine.attention={self.attention} has another name in each engine: "
-                "use engine=native or engine=diffusers with it, or engine.attention=auto"
+                f"engine.attention={self.attention} is not for engine=auto: use {having} with it, "
+                "or engine.attention=auto"
             )
 
     def takes_native(self, model: Model, memory: Memory, compile: Compile) -> bool:

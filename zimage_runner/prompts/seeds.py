@@ -20,6 +20,10 @@ _LISTS = "write a list [1,2,3] or [0-9,42], or a range 0-9"
 _FORMS = "write a list [1,2,3] or [0-9,42], a range 0-9, {count: 4, base: 0} or {count: 4, derive: prompt}"
 
 
+class TooManySeeds(UserError):
+    """More than any run may have."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Seeds:
     """Which seeds a prompt is drawn with."""
@@ -69,12 +73,15 @@ def parse_seed_list(value: Any, field: str = "seeds", forms: str = _LISTS) -> tu
     ranges = [r for entry in value for r in _parse_entry(entry, field, forms)]
     if not ranges:
         raise UserError(f"{field}={_short(value)} is empty: {forms}")
-    count = sum(r.stop - r.start for r in ranges)
-    if count > MAX_SEEDS:
-        raise UserError(f"{field} names {count:,} seeds: use at most {MAX_SEEDS:,}")
+    _check_count(sum(r.stop - r.start for r in ranges), field)
     seeds = tuple(seed for r in ranges for seed in r)
     _check_unique(seeds, field)
     return seeds
+
+
+def _check_count(count: int, field: str) -> None:
+    if count > MAX_SEEDS:
+        raise TooManySeeds(f"{field} names {count:,} seeds: use at most {MAX_SEEDS:,}")
 
 
 def _parse_entry(entry: Any, field: str, forms: str) -> Iterable[range]:
@@ -119,6 +126,8 @@ def _parse_mapping(value: Mapping[str, Any], field: str) -> Seeds:
     unknown = set(value) - {"count", "base", "derive"}
     if unknown:
         raise UserError(f"{field}.{min(map(str, unknown))} is unknown: {_FORMS}")
+    if isinstance(value.get("count"), int):
+        _check_count(value["count"], field)
     count = _whole(value.get("count"), f"{field}.count", 1, MAX_SEEDS)
     base = _whole(value.get("base", 0), f"{field}.base", 0, MAX_SEED)
     derive = value.get("derive")

@@ -127,7 +127,7 @@ class Server:
 
 def parse_size(text: str, field: str) -> tuple[int, int]:
     """(width, height) of "1024x768". Raises UserError."""
-    match = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", text)
+    match = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", text)
     if match is None:
         raise UserError(f"{field}={text[:40]!r}: write a size as WIDTHxHEIGHT, such as 1024x1024")
     return int(match[1]), int(match[2])

@@ -17,11 +17,11 @@ from zimage_runner.errors import UserError
 from zimage_runner.outputs.config import Format, Output, check_quality
 from zimage_runner.prompts.base import Prompt
 from zimage_runner.prompts.inline import Inline
-from zimage_runner.prompts.picture_values import as_chosen
+from zimage_runner.prompts.picture_values import as_chosen, finite, short
 from zimage_runner.prompts.rows import RowReader, TableSource, convert
-from zimage_runner.prompts.seeds import MAX_SEED, parse_seeds
+from zimage_runner.prompts.seeds import MAX_SEED, TooManySeeds, parse_seeds
 from zimage_runner.runner.spec import RunSpec
-from zimage_runner.sampling import PICTURE_FIELDS, PICTURE_FILES, SAMPLING_FIELDS, Sampling
+from zimage_runner.sampling import MAX_SIDE, PICTURE_FIELDS, PICTURE_FILES, SAMPLING_FIELDS, Sampling
 from zimage_runner.serve.config import Server, parse_size
 from zimage_runner.serve.errors import ApiError
 from zimage_runner.serve.settings import Settings
@@ -157,7 +157,6 @@ def plan_generation(asked: Generation, settings: Settings, **pictures: Any) -> P
     n = 1 if asked.n is None else asked.n
     if not 1 <= n <= server.max_images:
         raise ApiError(400 if n < 1 else 413, f"n={n}: ask for 1 to {server.max_images} pictures", param="n")
-    _check_length("prompt", asked.prompt, server)
     changes = {name: getattr(asked, name) for name in ("num_inference_steps", "guidance_scale", "negative_prompt")}
     seed = secrets.randbits(DRAWN_SEED_BITS) if asked.seed is None else asked.seed
     if not 0 <= seed <= MAX_SEED - n + 1:
@@ -165,9 +164,9 @@ def plan_generation(asked: Generation, settings: Settings, **pictures: Any) -> P
     try:
         if asked.size not in (None, "auto"):
             changes["width"], changes["height"] = parse_size(asked.size, "size")
+        _check_asked({"prompt": asked.prompt, **changes}, server)
         sampling = replace(sampling_of(changes, settings.config.sampling), **pictures)
         output = _output(asked, settings.config.output)
-        _check_size(sampling, server)
         spec = settings.plan(Inline(texts=[asked.prompt]), {"count": n, "base": seed}, sampling=sampling)
     except UserError as error:
         raise _named_as_asked(error, asked) from None
@@ -188,11 +187,16 @@ def plan_run_request(asked: RunRequest, settings: Settings, **changes: Any) -> R
     """The plan of a run. ``changes`` are further fields of RunConfig. Raises ApiError, UserError."""
     server = settings.server
     rows, seeds = Rows(rows=list(asked.prompts)), 0 if asked.seeds is None else asked.seeds
-    each, count = len(parse_seeds(seeds)), 0
-    for prompt in rows.read():  # before they are all in memory
-        count += each if prompt.seeds is None else len(prompt.seeds)
-        if count > server.max_run_images:
-            raise ApiError(413, f"the run has more than {server.max_run_images:,} pictures", param="prompts")
+    for said in (asked.sampling, *asked.prompts):
+        _check_asked({"prompt": said} if isinstance(said, str) else said, server)
+    try:
+        each, count = len(parse_seeds(seeds)), 0
+        for prompt in rows.read():  # before they are all in memory
+            count += each if prompt.seeds is None else len(prompt.seeds)
+            if count > server.max_run_images:
+                raise ApiError(413, f"the run has more than {server.max_run_images:,} pictures", param="prompts")
+    except TooManySeeds as error:
+        raise ApiError(413, str(error), param="seeds") from None
     sampling = sampling_of(asked.sampling, settings.config.sampling)
     name = settings.config.name if asked.name is None else asked.name
     spec = settings.plan(rows, seeds, sampling=sampling, name=name, **changes)
@@ -215,25 +219,36 @@ def check_limits(spec: RunSpec, server: Server) -> None:
         for width, height in ((params.width, params.height), finished or (0, 0)):
             if height * width > server.max_megapixels * 1e6:
                 raise _too_large(width, height, server)
-        if params.num_inference_steps > server.max_steps:
-            steps = params.num_inference_steps
-            message = f"num_inference_steps={steps}: ask for at most {server.max_steps}"
-            raise ApiError(413, message, param="num_inference_steps")
+        _check_steps(params.num_inference_steps, server)
         _check_length("negative_prompt", params.negative_prompt, server)
     for prompt in spec.plan.prompts:
         _check_length("prompt", prompt.text, server)
 
 
-def _check_size(sampling: Sampling, server: Server) -> None:
-    """Before the plan, whose own limits would word it in another way."""
-    height, width = sampling.height, sampling.width
+def _check_asked(said: Mapping[str, Any], server: Server) -> None:
+    """Raise ApiError for what is too large. Before the plan, whose own limits would be told with another status."""
+    steps, height, width = (finite(said.get(name)) for name in ("num_inference_steps", "height", "width"))
+    if steps is not None:
+        _check_steps(steps, server)
     if height and width and height * width > server.max_megapixels * 1e6:
         raise _too_large(width, height, server)
+    for name, side in (("height", height), ("width", width)):
+        if side is not None and side > MAX_SIDE:
+            raise ApiError(413, f"{name}={short(side)}: ask for at most {MAX_SIDE} pixels", param="size")
+    for name in ("prompt", "text", "negative_prompt"):
+        if isinstance(text := said.get(name), str):
+            _check_length(name, text, server)
 
 
-def _too_large(width: int, height: int, server: Server) -> ApiError:
+def _check_steps(steps: float, server: Server) -> None:
+    if steps > server.max_steps:
+        message = f"num_inference_steps={short(steps)}: ask for at most {server.max_steps}"
+        raise ApiError(413, message, param="num_inference_steps")
+
+
+def _too_large(width: float, height: float, server: Server) -> ApiError:
     most = server.max_megapixels
-    return ApiError(413, f"size={width}x{height}: ask for at most {most:g} million pixels", param="size")
+    return ApiError(413, f"size={short(width)}x{short(height)}: ask for at most {most:g} million pixels", param="size")
 
 
 def _check_length(name: str, text: str, server: Server) -> None:
