@@ -62,6 +62,9 @@ TABLE: list[tuple[list[str], str]] = [
     (["prompt=a", "batch_size=4"], "batch_size: no such field; did you mean engine.batch_size[?]$"),
     (["prompt=a", "image=in.png"], "image: no such field; did you mean sampling.image[?]$"),
     (["prompt=a", "img=in.png"], "img: no such field: write sampling.image=FILE$"),
+    (["--experimental-rerun", "x"], "--experimental-rerun: no such option: resume=RUN goes on with a run$"),
+    (["--hel"], "--hel: write the whole word, --help$"),
+    (["--vers", "prompt=a"], "--vers: write the whole word, --version$"),
     (["prompt=a", "--lowvram"], "--lowvram: no such option: memory=auto, the default, takes what fits"),
     (
         ["prompt=a", *TURBO, "model.controlnet=embedded"],

@@ -17,12 +17,11 @@ from zimage_runner.prompts.vocabulary import in_our_words
 SWITCHES = ("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m")
 SWITCHES = (*SWITCHES, "--shell-completion", "-sc")
 WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
-WITH_VALUE = (*WITH_VALUE, "--experimental-rerun")
 CONFIGS = ("job", "hydra", "all")
 """What --cfg shows."""
 INFO = ("--info", "-i")
 INFO_KINDS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
-"""Hydra's options; the last takes a value or none."""
+"""Hydra's options, but for --experimental-rerun, which runs what a pickle says; the last takes a value or none."""
 OWN_EXPERIMENT = "--config-dir FOLDER +experiment=NAME, for the file FOLDER/experiment/NAME.yaml"
 
 OTHER_FIELDS = {
@@ -36,6 +35,7 @@ OTHER_FIELDS = {
     ),
     **dict.fromkeys(("sampler", "sampler_name", "scheduler"), "Euler is the model's own sampler; leave it out"),
     **dict.fromkeys(("img", "input"), "write sampling.image=FILE"),
+    "experimental_rerun": "resume=RUN goes on with a run",
     **dict.fromkeys(("lowvram", "medvram"), "memory=auto, the default, takes what fits; the least is memory=streamed"),
     "config": f"experiments of your own are in a folder: {OWN_EXPERIMENT}",
 }
@@ -101,6 +101,8 @@ def _option(word: str, words: Iterator[str], argv: Sequence[str]) -> list[str]:
         raise UserError(f"{name}: experiments of your own are in a folder: {OWN_EXPERIMENT}")
     if len(known) > 1 and name not in known:
         raise UserError(f"{name}: this may be {' or '.join(known)}: write the whole word")
+    if known in (["--help"], ["--version"]) and name not in known:  # Hydra would answer with its own
+        raise UserError(f"{name}: write the whole word, {known[0]}")
     if not known:
         raise UserError(_no_such_option(name, value if equals else next(words, "")))
     if "--resolve" in known and not any(other.startswith(("--cfg", "-c=")) or other == "-c" for other in argv):
