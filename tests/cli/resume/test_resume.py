@@ -435,6 +435,89 @@ def test_a_prompt_that_stood_for_an_experiments(cli: Cli) -> None:
     assert pictures[1].is_file()
 
 
+class TestGivenAgain:
+    """The whole command line once more, as a scheduler gives it, or another one."""
+
+    QUICK = ("+experiment=quickstart", "prompts.limit=1", "seeds=1", "sampling.num_inference_steps=1", "warmup=none")
+
+    def test_an_experiment_is_given_as_its_fields_are(self, cli: Cli) -> None:
+        code, out, err = cli(*self.QUICK, "continue=runs/all")
+        assert code == 0, err
+        for argv, expected in (
+            (self.QUICK, ("nothing to draw: 1 picture is done",)),
+            (("+experiment=quickstart",), ("nothing to draw: 1 picture is done",)),
+            ((*self.QUICK[1:], "+experiment=img2img"), ("prompts.path was not there, now '", "was None, now True")),
+            (("+experiment=turbo",), ("seeds was 1, now [42]", "model.name was 'zimage_nano', now 'zimage_turbo'")),
+        ):
+            code, _, err = cli(*argv, "continue=runs/all")
+            assert code == (0 if "nothing" in expected[0] else 2), err
+            assert all(part in err for part in expected), err
+            assert len(err.splitlines()) == 1
+        next(run_dir(out).glob("items/*/*/image.png")).unlink()
+        code, _, err = cli("resume=runs/all", "+experiment=img2img")
+        assert code == 2
+        assert "+experiment=img2img would mix other pictures into the run" in err
+
+    def test_an_experiment_of_harmless_settings_wins_over_the_run(self, cli: Cli, run: Path) -> None:
+        Path("c/experiment").mkdir(parents=True)
+        file = Path("c/experiment/speed.yaml")
+        file.write_text("# @package _global_\nengine: {batch_size: 2}\noutput: {fsync: never}\n", encoding="utf-8")
+        for picture in run.glob("items/*/*/image.png"):
+            picture.unlink()
+        code, _, err = cli(f"resume={run}", "--config-dir=c", "+experiment=speed")
+        assert code == 0, err
+        assert all(
+            json.loads(p.read_text(encoding="utf-8"))["batch_size"] == 2 for p in run.glob("items/*/*/record.json")
+        )
+        file.write_text("# @package _global_\nseeds: [3]\n", encoding="utf-8")
+        code, _, err = cli(f"resume={run}", "--config-dir=c", "+experiment=speed")
+        assert code == 2
+        assert "+experiment=speed would mix other pictures into the run: seeds was [1, 2], now [3]" in err
+
+    def test_an_experiment_that_was_edited_is_refused(self, cli: Cli) -> None:
+        Path("c/experiment").mkdir(parents=True)
+        file = Path("c/experiment/mine.yaml")
+        file.write_text("# @package _global_\nprompt: a cat\n", encoding="utf-8")
+        argv = ("--config-dir=c", "+experiment=mine", *FAST, "continue=runs/mine")
+        assert cli(*argv)[0] == 0
+        assert cli(*argv)[0] == 0
+        file.write_text("# @package _global_\nprompt: a dog\n", encoding="utf-8")
+        code, _, err = cli(*argv)
+        assert code == 2
+        assert "prompt was 'a cat', now 'a dog'" in err
+
+    def test_prompts_that_are_others_now_are_refused(self, cli: Cli) -> None:
+        file = Path("p.txt")
+        file.write_text("a cat\n一只猫\n", encoding="utf-8")
+        argv = ("prompts=text_file", "prompts.path=p.txt", *FAST, "continue=runs/all")
+        assert cli(*argv)[0] == 0
+        file.write_text("\na cat\n一只猫\n", encoding="utf-8")
+        assert cli(*argv)[0] == 0, "the same prompts on other lines"
+        file.write_text("a cat\n一只猫\na dog\n", encoding="utf-8")
+        code, _, err = cli(*argv)
+        assert code == 2
+        assert "p.txt has other prompts than the run began with (2 then, 3 now; the first that differs is num" in err
+        assert cli("resume=runs/all")[0] == 0
+        file.unlink()
+        assert cli(*argv)[0] == 0, "the run has its own"
+
+    def test_a_multirun_of_experiments(self, cli: Cli) -> None:
+        Path("c/experiment").mkdir(parents=True)
+        for name in "ab":
+            text = f"# @package _global_\nname: {name}\nprompt: {name}\n"
+            Path(f"c/experiment/{name}.yaml").write_text(text, encoding="utf-8")
+        argv = ("-m", "--config-dir=c", *FAST, "+experiment=a,b", "continue=runs/all")
+        assert cli(*argv)[0] == 0
+        shutil.rmtree("runs/all/1")
+        code, _, err = cli(*argv)
+        assert code == 0, err
+        assert "nothing to draw: 1 picture is done" in err
+        assert_whole(Path("runs/all/1"), 1)
+        code, _, err = cli("resume=runs/all", "+experiment=quickstart")
+        assert code == 2
+        assert "+experiment=quickstart would mix other pictures into the run: prompt was 'a', now None" in err
+
+
 class TestNeverTwice:
     @pytest.fixture
     def earlier(self, finished: Path, tmp_path: Path) -> Path:

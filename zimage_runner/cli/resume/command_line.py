@@ -18,12 +18,20 @@ from zimage_runner.cli.resume.saved import (
     is_own,
     override_key,
     read_yaml,
+    root_of,
     saved_overrides,
     saved_runtime,
     tell_what_is_left_out,
+    texts,
     without_replaced,
 )
-from zimage_runner.cli.resume.sweep import check_resumable, is_sweep, settings_file, sweep_command_line
+from zimage_runner.cli.resume.sweep import (
+    check_resumable,
+    is_sweep,
+    multirun_overrides,
+    settings_file,
+    sweep_command_line,
+)
 from zimage_runner.errors import UserError
 from zimage_runner.logs import say
 from zimage_runner.prompts.text import unquoted
@@ -62,6 +70,24 @@ def resume_command_line(argv: Sequence[str]) -> list[str]:
         f"resume={quoted}",
         f"hydra.run.dir={quoted}",
     ]
+
+
+def earlier_fields(typed: Sequence[str], words: Sequence[str]) -> set[str]:
+    """Fields and groups that ``words`` have from the run that is resumed, and over which a typed experiment wins.
+
+    None of them where it is the run's own experiment: they were typed over it.
+    """
+    experiments = [word for word in typed if root_of(word) == "experiment"]
+    directory = next((unquoted(match["value"]) for word in words if (match := _RESUME.fullmatch(word))), "null")
+    if not experiments or directory == "null":
+        return set()
+    folder = Path(directory)
+    task = multirun_overrides(folder) if is_sweep(folder) else texts(folder, SETTINGS, read_yaml(folder, SETTINGS))
+    if [word.lstrip("+") for word in experiments] == [
+        word.lstrip("+") for word in task if root_of(word) == "experiment"
+    ]:
+        return set()
+    return {override_key(word) for word in words if is_own(word)} - {override_key(word) for word in typed} - {"resume"}
 
 
 def _resume_or_begin(argv: Sequence[str]) -> Sequence[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from yaml import YAMLError
 
 from zimage_runner.cli.hydra_patches import node_of, value_of
 from zimage_runner.cli.interpolation import lookups
-from zimage_runner.cli.resume.saved import override_key, saved_overrides
+from zimage_runner.cli.resume.saved import override_key, root_of, saved_overrides
 from zimage_runner.errors import UserError
 from zimage_runner.outputs.beneath import Inside
 from zimage_runner.outputs.parsed import CONSTRUCTORS_RAISE, check_yaml
@@ -32,20 +32,25 @@ def harmless_fields() -> frozenset[str]:
     return frozenset(name for name, metadata in of_all if metadata.get("harmless", False))
 
 
-def restore(config: DictConfig, directory: Path, overrides: list[str]) -> DictConfig:
+def restore(config: DictConfig, directory: Path, overrides: list[str], said: Collection[str] = ()) -> DictConfig:
     """The saved config of ``directory`` with the harmless changes among ``overrides`` applied.
 
-    ``config`` was composed from the saved overrides and the user's; it gives the types. Raises UserError listing
-    every field that would mix different pictures in one run.
+    ``config`` was composed from the saved overrides and the user's; it gives the types. ``said``: the fields, and
+    ``group=option``, of experiments that are given now. Raises UserError listing every field that would mix different
+    pictures in one run.
     """
     saved = _load(directory)
     before = set(saved_overrides(directory))
+    of_experiments = {entry.partition("=")[0] for entry in said if entry not in before}
     given = {
-        entry: override_key(entry).partition("@")[0].replace("/", ".") for entry in overrides if entry not in before
+        entry: of_experiments if root_of(entry) == "experiment" else {_field_of(entry)}
+        for entry in overrides
+        if entry not in before
     }
-    touched = set(given.values())
+    touched = set().union(*given.values())
     _refuse_other_pictures(directory, saved, config, given)
     restored = config.copy()
+    there = {entry for entry in touched if any(_is_below(field, {entry}) for field, _ in leaves(config))}
     for key in saved:
         name = str(key)
         if name not in config:
@@ -57,12 +62,16 @@ def restore(config: DictConfig, directory: Path, overrides: list[str]) -> DictCo
             continue  # given anew as a whole
         try:
             _assign(restored, name, saved[key])
-            for entry in inside:
+            for entry in inside & there:
                 OmegaConf.update(restored, entry, OmegaConf.select(config, entry))
         except OmegaConfBaseException as error:
             text = str(error).splitlines()[0]
             raise UserError(f"resume={directory}: its {name} does not fit this version: {text}") from None
     return restored
+
+
+def _field_of(override: str) -> str:
+    return override_key(override).partition("@")[0].replace("/", ".")
 
 
 def _assign(config: DictConfig, name: str, value: Any) -> None:
@@ -89,10 +98,12 @@ def _load(directory: Path) -> DictConfig:
     return saved
 
 
-def _refuse_other_pictures(directory: Path, saved: DictConfig, config: DictConfig, given: Mapping[str, str]) -> None:
-    """``given``: what was typed now, and the field or group that each names."""
+def _refuse_other_pictures(
+    directory: Path, saved: DictConfig, config: DictConfig, given: Mapping[str, set[str]]
+) -> None:
+    """``given``: what was typed now, and the fields and groups that each is about."""
     was, now = dict(leaves(saved)), dict(leaves(config))
-    changes = {entry: found for entry, field in given.items() if (found := changed_fields(was, now, {field}))}
+    changes = {entry: found for entry, names in given.items() if (found := changed_fields(was, now, names))}
     if changes:
         fields = dict.fromkeys(field for found in changes.values() for field in found)
         raise UserError(

@@ -72,6 +72,11 @@ def _settings(directory: Path) -> Any:
     return settings
 
 
+def multirun_overrides(directory: Path) -> list[str]:
+    """What the multirun was started with, but for Hydra's own settings. Raises UserError."""
+    return texts(directory, SWEEP, _entry(directory, _settings(directory), "overrides", "task"))
+
+
 def sweep_command_line(directory: Path, others: Sequence[str]) -> list[str]:
     """The multirun's command line with ``others`` in place of what they change. Raises UserError."""
     for name in os.listdir(directory):
@@ -79,7 +84,7 @@ def sweep_command_line(directory: Path, others: Sequence[str]) -> list[str]:
             raise UserError(f"resume={directory}: {name} is a link: put the job's own folder there, or remove it")
     settings = _settings(directory)
     runtime = _entry(directory, settings, "runtime")
-    task = texts(directory, SWEEP, _entry(directory, settings, "overrides", "task"))
+    task = multirun_overrides(directory)
     hydra = texts(directory, SWEEP, _entry(directory, settings, "overrides", "hydra"))
     hydra = [text for text in hydra if not override_key(text).startswith(OWN_HYDRA)]
     taken = [text for text in hydra if _is_data(text)]
