@@ -30,13 +30,22 @@ from zimage_runner.cli.quoting import hints, quote_free_text
 from zimage_runner.cli.resume.command_line import earlier_fields, resume_command_line
 from zimage_runner.cli.resume.saved import is_started_again, override_key, root_of
 from zimage_runner.cli.resume.settings import restore
+from zimage_runner.cli.resume.sweep import remove_if_unbegun
 from zimage_runner.cli.sweep.launcher import register_launcher
-from zimage_runner.cli.sweep.report import exit_codes, known_code
+from zimage_runner.cli.sweep.report import begun, exit_codes, known_code
 from zimage_runner.cli.words import command_line_wins, names_config_dir, readable
 from zimage_runner.config.paths import CONFIG_DIR
 from zimage_runner.config.registry import register
 from zimage_runner.config.schema import Composed, RunConfig, ServeConfig
-from zimage_runner.errors import EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK, PROGRAM, UserError, called
+from zimage_runner.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_INTERRUPTED,
+    EXIT_ITEMS_FAILED,
+    EXIT_OK,
+    PROGRAM,
+    UserError,
+    called,
+)
 from zimage_runner.executors.handing import HandOver, belongs_elsewhere
 from zimage_runner.logs import LogFormat, log_to_terminal, refuse, say, use_format
 from zimage_runner.outputs.run_dir import remove_if_empty, remove_with_name
@@ -84,6 +93,7 @@ def main(
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us instead of Hydra's own report and exit code 1
     _exit_codes.clear()
     exit_codes.clear()
+    begun.clear()
     register()
     register_launcher()
     log_to_terminal()
@@ -106,11 +116,14 @@ def main(
             copied_quickly(),
         ):
             job()
+        _remove_what_never_began()
     except UserError as error:
+        _remove_what_never_began()
         return refuse(str(error))
     except (*CONFIG_ERRORS, UnicodeDecodeError) as error:
         if _exit_codes and isinstance(error, UnicodeDecodeError):
             raise
+        _remove_what_never_began()
         return refuse(explain(error))
     except OSError as error:
         if _exit_codes:
@@ -119,6 +132,13 @@ def main(
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     return max([*map(known_code, _exit_codes), *exit_codes], default=EXIT_OK)
+
+
+def _remove_what_never_began() -> None:
+    """Remove a multirun that was refused or planned, as is done with a run."""
+    if {*map(known_code, _exit_codes), *exit_codes} <= {EXIT_OK, EXIT_BAD_INPUT}:
+        for directory, root in begun:
+            remove_if_unbegun(directory, root)
 
 
 def _format_of(argv: Sequence[str]) -> LogFormat:

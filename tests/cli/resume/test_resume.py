@@ -362,6 +362,28 @@ class TestLatest:
         code, out, _ = cli("resume=latest")
         assert (code, run_dir(out)) == (0, newer)
 
+    @pytest.mark.parametrize(
+        "refused",
+        [
+            ["sampling.num_inference_steps=two,4"],
+            ["sampling.width=100,200"],
+            ["sampling.width=100,200", "continue=elsewhere/all"],
+            ["sampling.width=64,128", "dry_run=true"],
+        ],
+    )
+    def test_a_multirun_that_began_no_job_leaves_nothing(self, cli: Cli, tmp_path: Path, refused: list[str]) -> None:
+        earlier = self.begin(tmp_path / "outputs", "a", 1)
+        Path("elsewhere").mkdir()
+        before = state(tmp_path).keys()
+        code, _, err = cli("-m", "prompt=a", "model=zimage_nano", "model.native_sizes=[]", *refused)
+        assert code == (0 if "dry_run=true" in refused else 2)
+        assert len(set(err.splitlines())) == len(err.splitlines()), "each refusal is told once"
+        assert err.count("sampling.width=100 is not") == (1 if "width=100" in refused[0] else 0)
+        assert state(tmp_path).keys() == before
+        self.begin(tmp_path / "outputs", "later", 2, 0)
+        shutil.rmtree(tmp_path / "outputs/multirun/later/now/0")  # of another version, or killed before
+        assert find_latest(tmp_path / "outputs") == earlier
+
     def test_a_multirun_that_cannot_be_resumed_gives_its_last_job_and_says_so(
         self, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     ) -> None:
