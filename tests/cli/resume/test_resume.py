@@ -523,6 +523,32 @@ class TestGivenAgain:
         file.unlink()
         assert cli(*argv)[0] == 0, "the run has its own"
 
+    @pytest.mark.parametrize(
+        ("name", "expected"),
+        [
+            (
+                "outputs/default",
+                "is no run, but a folder of 1 run: continue=outputs/default/{run} goes on with the last",
+            ),
+            ("mine", "is no run, and holds other things (note.txt): name a new folder; continue=mine/all begins one"),
+            ("mine/note.txt", "is no folder: give the one that the run is, or shall be, in"),
+        ],
+    )
+    @pytest.mark.parametrize("more", [[], ["-m"]])
+    def test_a_folder_that_is_no_runs_is_refused(
+        self, cli: Cli, run: Path, tmp_path: Path, name: str, expected: str, more: list[str]
+    ) -> None:
+        Path("mine").mkdir()
+        Path("mine/note.txt").write_text("mine", encoding="utf-8")
+        before = state(tmp_path)
+        code, _, err = cli(*RUN, *more, f"continue={name}")
+        assert code == 2
+        assert f"continue={name} {expected.format(run=run.name)}" in err
+        assert err.count("\n") == 1
+        assert state(tmp_path) == before
+        Path("new/.git").mkdir(parents=True)
+        assert cli(*RUN, *more, "continue=new", "dry_run=true")[0] == 0
+
     def test_a_multirun_of_experiments(self, cli: Cli) -> None:
         Path("c/experiment").mkdir(parents=True)
         for name in "ab":

@@ -32,8 +32,9 @@ from zimage_runner.cli.resume.sweep import (
     settings_file,
     sweep_command_line,
 )
-from zimage_runner.errors import UserError
+from zimage_runner.errors import UserError, counted
 from zimage_runner.logs import say
+from zimage_runner.outputs.run_dir import OWN_FILES, OWN_FOLDERS
 from zimage_runner.prompts.text import unquoted
 
 _RESUME = re.compile(r"\+{0,2}resume=(?P<value>.*)", re.S)
@@ -108,8 +109,27 @@ def _resume_or_begin(argv: Sequence[str]) -> Sequence[str]:
         if is_sweep(directory):
             others = [arg for arg in others if arg not in ("-m", "--multirun")]
         return [*others, f"resume={name}"]
+    _check_free(name, directory)
     kind = "sweep" if is_multirun(argv) else "run"
     return [*others, f"hydra.{kind}.dir={hydra_quote(str(directory))}"]
+
+
+def _check_free(name: str, directory: Path) -> None:
+    """Raise UserError if what is there is neither a folder without files nor what a run that just began has left."""
+    if os.path.lexists(directory) and not directory.is_dir():
+        raise UserError(f"continue={name} is no folder: give the one that the run is, or shall be, in")
+    own = {*OWN_FILES, *OWN_FOLDERS}
+    found = sorted(path.name for path in directory.glob("*") if path.name not in own and path.name[0] != ".")
+    if not found:
+        return
+    runs = sorted(path for path in directory.glob("*") if os.path.lexists(path / SETTINGS) or is_sweep(path))
+    remedy = f"continue={Path(name) / 'all'} begins one in it"
+    if runs:
+        raise UserError(
+            f"continue={name} is no run, but a folder of {counted(len(runs), 'run')}: "
+            f"continue={Path(name) / runs[-1].name} goes on with the last one, {remedy}"
+        )
+    raise UserError(f"continue={name} is no run, and holds other things ({found[0]}): name a new folder; {remedy}")
 
 
 def _root(argv: Sequence[str]) -> Path:
