@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 
 from tests.support.command import SMALL, command
 from zimage_runner.cli.resume.command_line import find_latest
+from zimage_runner.config.paths import CONFIG_DIR
 
 pytestmark = pytest.mark.usefixtures("model_stays")
 Cli = Callable[..., tuple[int, str, str]]
+PICTURES = CONFIG_DIR / "pictures"
 FAST = ["sampling.num_inference_steps=1", "warmup=none", *SMALL]
 RUN = ["prompts.texts=['a red apple','一只猫']", "seeds=[1,2]", *FAST]
 
@@ -182,6 +184,22 @@ def test_pictures_of_another_kind_are_refused(cli: Cli, run: Path) -> None:
     code, _, err = cli(f"resume={run}")
     assert code == 2
     assert "dtype was bfloat16, now float32" in err
+
+
+def test_a_picture_may_lie_elsewhere(cli: Cli) -> None:
+    shutil.copy(PICTURES / "cat.png", "cat.png")
+    shutil.copy(PICTURES / "boat.png", "boat.png")
+    run = first_run(cli, "sampling.image=cat.png", "sampling.strength=1")
+    before = pixels_of(run)
+    Path("cat.png").rename("moved.png")
+    code, _, err = cli(f"resume={run}", "sampling.image=boat.png")
+    assert code == 2
+    assert "sampling.image was 'cat.png', now 'boat.png'" in err
+    shutil.rmtree(next(run.glob("items/*")))
+    code, _, err = cli(f"resume={run}", "sampling.image=moved.png")
+    assert code == 0, err
+    assert_whole(run, 4)
+    assert pixels_of(run) == before
 
 
 def test_retry_failed_leaves_missing_items_alone(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import io
+import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -18,7 +20,10 @@ from zimage_runner.cli.interpolation import lookups
 from zimage_runner.cli.resume.saved import override_key, root_of, saved_overrides
 from zimage_runner.errors import UserError
 from zimage_runner.outputs.beneath import Inside
-from zimage_runner.outputs.parsed import CONSTRUCTORS_RAISE, check_yaml
+from zimage_runner.outputs.ledger import RECORDS, Ledger
+from zimage_runner.outputs.parsed import CONSTRUCTORS_RAISE, check_yaml, from_json
+from zimage_runner.outputs.place import record_at
+from zimage_runner.sampling import PICTURE_FILES
 
 
 @functools.cache
@@ -103,6 +108,10 @@ def _refuse_other_pictures(
 ) -> None:
     """``given``: what was typed now, and the fields and groups that each is about."""
     was, now = dict(leaves(saved)), dict(leaves(config))
+    for field in (f"sampling.{name}" for name in PICTURE_FILES):
+        old, new = was.get(field), now.get(field)
+        if isinstance(old, str) and isinstance(new, str) and old != new and _is_same_file(directory, field, old, new):
+            was[field] = new  # where it lies changes no picture
     changes = {entry: found for entry, names in given.items() if (found := changed_fields(was, now, names))}
     if changes:
         fields = dict.fromkeys(field for found in changes.values() for field in found)
@@ -110,6 +119,22 @@ def _refuse_other_pictures(
             f"resume={directory}: {' '.join(changes)} would mix other pictures into the run: {'; '.join(fields)}: "
             f"leave {'it' if len(changes) == 1 else 'them'} out, or start a new run"
         )
+
+
+def _is_same_file(directory: Path, field: str, old: str, new: str) -> bool:
+    """Whether the file ``new`` is what the run's pictures were drawn from; true where that cannot be told."""
+    name, file = field.partition(".")[2], os.path.expanduser(new)
+    if not os.path.isfile(file):
+        return True  # and refused for that when the run is planned
+    for item, entry in Ledger.load(directory / RECORDS).entries.items():
+        try:
+            drawn_from = from_json(record_at(directory, item, entry.place).read_bytes())["inputs"][name]
+            if Path(drawn_from["path"]).name == Path(old).name:
+                with open(file, "rb") as stream:
+                    return hashlib.file_digest(stream, "sha256").hexdigest() == drawn_from["digest"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return True
 
 
 def changed_fields(was: dict[str, Any], now: dict[str, Any], touched: set[str] | None = None) -> list[str]:
