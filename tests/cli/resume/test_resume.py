@@ -169,6 +169,13 @@ def test_settings_that_change_pictures_are_refused(cli: Cli, run: Path) -> None:
     assert images(run) == before
 
 
+def test_a_run_is_not_renamed(cli: Cli, run: Path) -> None:
+    code, _, err = cli(f"resume={run}", "name=foo")
+    assert code == 2
+    assert err == f"zimage_runner: resume={run}: name=foo cannot rename a run, and it was begun as run: leave it out\n"
+    assert cli(f"resume={run}", "name=run")[0] == 0
+
+
 def test_pictures_of_another_kind_are_refused(cli: Cli, run: Path) -> None:
     """The config is the same, but what was drawn says otherwise: another machine, dtype or engine."""
     ledger = run / "records.jsonl"

@@ -53,6 +53,11 @@ def restore(config: DictConfig, directory: Path, overrides: list[str], said: Col
         if entry not in before
     }
     touched = set().union(*given.values())
+    if {"name"} in given.values() and config.name != saved.get("name"):
+        raise UserError(
+            f"resume={directory}: name={config.name} cannot rename a run, and it was begun as {saved.get('name')}: "
+            "leave it out"
+        )
     _refuse_other_pictures(directory, saved, config, given)
     restored = config.copy()
     there = {entry for entry in touched if any(_is_below(field, {entry}) for field, _ in leaves(config))}
