@@ -242,6 +242,19 @@ def test_retry_failed_leaves_missing_items_alone(cli: Cli, monkeypatch: pytest.M
     assert_whole(run, 4)
 
 
+def test_retry_failed_leaves_damaged_items_alone(cli: Cli, run: Path) -> None:
+    lost = next(run.glob("items/*"))
+    shutil.rmtree(lost)
+    for more in ([], ["verify=true"]):
+        code, _, err = cli(f"resume={run}", "retry=failed", *more)
+        assert code == 130
+        assert "nothing to draw: 2 pictures are done, 2 are damaged and not asked for (retry=failed)" in err
+        assert not lost.exists()
+    code, _, err = cli(f"resume={run}")
+    assert code == 0, err
+    assert_whole(run, 4)
+
+
 def test_dry_run_of_a_resume_tells_what_is_left(cli: Cli, run: Path) -> None:
     next(run.glob("items/*/*/image.png")).unlink()
     before = sorted(p for p in run.rglob("*"))
