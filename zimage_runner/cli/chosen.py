@@ -83,7 +83,7 @@ def _pictures(places: Sequence[str], fields: Fields) -> list[Path]:
         raise UserError(f"starred={fields['starred']}: write true or false")
     found: list[Path] = []
     for place in places:
-        path = find_latest(Path("outputs")) if place == LATEST else Path(place).expanduser()
+        path = find_latest(Path("outputs"), resumes=False) if place == LATEST else Path(place).expanduser()
         if path.is_file():
             found.append(path)
             continue

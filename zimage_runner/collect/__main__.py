@@ -132,7 +132,7 @@ def _layout(fields: dict[str, str]) -> tuple[str, Bounds]:
 
 def _folder(name: str) -> Path:
     """Return the folder that a word of the command line names."""
-    return find_latest(Path("outputs")) if name == LATEST else Path(name).expanduser()
+    return find_latest(Path("outputs"), resumes=False) if name == LATEST else Path(name).expanduser()
 
 
 def _output(name: str | None, quality: str | None) -> Output | None:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from tests.support.command import SMALL, command
 from zimage_runner.cli.resume.command_line import find_latest
 from zimage_runner.config.paths import CONFIG_DIR
+from zimage_runner.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("model_stays")
 Cli = Callable[..., tuple[int, str, str]]
@@ -430,6 +431,10 @@ class TestLatest:
         self.begin(tmp_path, "s", 2, 2)
         assert find_latest(tmp_path) == last
         assert f"only the last job, {last}, because" in capfd.readouterr().err
+        assert find_latest(tmp_path, resumes=False) == last.parent, "other commands take it whole, and say nothing"
+        with pytest.raises(UserError, match=r"^latest: there is no run in"):
+            find_latest(tmp_path / "multirun", resumes=False)
+        assert capfd.readouterr().err == ""
 
 
 def test_the_options_of_the_first_run_are_named(cli: Cli) -> None:

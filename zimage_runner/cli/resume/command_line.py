@@ -137,19 +137,22 @@ def _root(argv: Sequence[str]) -> Path:
     return Path(unquoted(roots[-1]) if roots else "outputs").expanduser()
 
 
-def find_latest(root: Path) -> Path:
+def find_latest(root: Path, *, resumes: bool = True) -> Path:
     """The run or multirun that was started last below the output root; a job's start is its multirun's.
 
-    A multirun that cannot be resumed as a whole gives its last job instead.
+    ``resumes``: to resume it. A multirun is told of then; one that cannot be resumed whole gives its last job instead.
     """
     runs = [*root.glob(f"*/*/{SETTINGS}"), *root.glob(f"multirun/*/*/*/{SETTINGS}")]
     sweeps = [file for path in root.glob("multirun/*/*") if (file := settings_file(path)) is not None]
     if not runs and not sweeps:
-        raise UserError(f"resume=latest: there is no run in {root.absolute()}: set output.root to where runs are")
+        told, remedy = ("resume=latest", "set output.root to where runs are") if resumes else (LATEST, "name a run")
+        raise UserError(f"{told}: there is no run in {root.absolute()}: {remedy}")
     directory = _newest([*runs, *sweeps])
     sweep = directory if is_sweep(directory) else directory.parent
     if not is_sweep(sweep):
         return directory
+    if not resumes:
+        return sweep
     jobs = [path for path in runs if path.parents[2].absolute() == sweep]
     try:
         check_resumable(sweep)
