@@ -510,7 +510,7 @@ class TestGivenAgain:
         assert code == 0, err
         for argv, expected in (
             (self.QUICK, ("nothing to draw: 1 picture is done",)),
-            (("+experiment=quickstart",), ("nothing to draw: 1 picture is done",)),
+            (("+experiment=[quickstart]",), ("nothing to draw: 1 picture is done",)),
             ((*self.QUICK[1:], "+experiment=img2img"), ("prompts.path was not there, now '", "was None, now True")),
             (("+experiment=turbo",), ("seeds was 1, now [42]", "model.name was 'zimage_nano', now 'zimage_turbo'")),
         ):

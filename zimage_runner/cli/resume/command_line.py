@@ -78,17 +78,18 @@ def earlier_fields(typed: Sequence[str], words: Sequence[str]) -> set[str]:
 
     None of them where it is the run's own experiment: they were typed over it.
     """
-    experiments = [word for word in typed if root_of(word) == "experiment"]
     directory = next((unquoted(match["value"]) for word in words if (match := _RESUME.fullmatch(word))), "null")
-    if not experiments or directory == "null":
+    if directory == "null" or not (experiments := _experiments(typed)):
         return set()
     folder = Path(directory)
     task = multirun_overrides(folder) if is_sweep(folder) else texts(folder, SETTINGS, read_yaml(folder, SETTINGS))
-    if [word.lstrip("+") for word in experiments] == [
-        word.lstrip("+") for word in task if root_of(word) == "experiment"
-    ]:
+    if experiments == _experiments(task):
         return set()
     return {override_key(word) for word in words if is_own(word)} - {override_key(word) for word in typed} - {"resume"}
+
+
+def _experiments(overrides: Sequence[str]) -> list[str]:
+    return [word.partition("=")[2].strip("[]") for word in overrides if root_of(word) == "experiment"]
 
 
 def _resume_or_begin(argv: Sequence[str]) -> Sequence[str]:
