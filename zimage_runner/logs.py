@@ -40,6 +40,8 @@ NOBODY_READS = (errno.EIO, errno.EPIPE)
 LOGGER = logging.getLogger("zimage_runner")
 refusals: ContextVar[list[str] | None] = ContextVar("refusals", default=None)
 """Where a caller in Python (api.py) wants to have what ``refuse`` says, besides the terminal."""
+refused_before: ContextVar[str | None] = ContextVar("refused_before", default=None)
+"""What was said already of the job that is under way, and is not said again when it is refused for it."""
 quiet: ContextVar[bool] = ContextVar("quiet", default=False)
 """Whether what is said stays off the terminal: a service's runs tell what they draw in their own log alone."""
 
@@ -183,7 +185,8 @@ def refuse(message: str) -> int:
     line = one_line(" ".join(message.split()))
     if (wanted := refusals.get()) is not None:
         wanted.append(line)
-    say(line if writes_json() else f"zimage_runner: {line}", level="error")
+    if message != refused_before.get():
+        say(line if writes_json() else f"zimage_runner: {line}", level="error")
     return EXIT_BAD_INPUT
 
 

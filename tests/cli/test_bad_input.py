@@ -141,6 +141,8 @@ TABLE: list[tuple[list[str], str]] = [
     (["--config-name", "cats"], "--config-name cats: leave it out; an experiment is chosen with [+]experiment=cats"),
     (["sampling.steps=4"], "sampling.steps: no such field; did you mean num_inference_steps[?]$"),
     (["model=null"], "model=null is no option: choose one of its options"),
+    (["name=null"], "zimage_runner: name=null: this field takes no null: write a value, or leave it out$"),
+    (["~sampling"], "~sampling: every run needs an option of this group: leave it out, or write sampling= and one of "),
     (["compile=null"], "compile=null is no option: compile=none does without$"),
     (["quickstart"], "quickstart: write [+]experiment=quickstart$"),
     (["+exp=quickstart"], "exp: no such field or group, and [+] cannot add one; did you mean [+]experiment[?]"),

@@ -27,6 +27,8 @@ from zimage_runner.cli.completion import INSTALL, candidates
         ("zimage-runner col 1", []),
         ("zimage-runner prompts=csv prompts.pa", ["prompts.path="]),
         ("zimage-runner prompt='a {cat}, \"or\" two' out", ["output.", "output=", "output_file="]),
+        ("zimage-runner con", ["continue="]),
+        ("zimage-runner continue=outputs/cats/all sampling.he", ["sampling.height="]),
         ("zimage-runner collect outputs/cats in", ["into="]),
         ("zimage-runner collect outputs/cats na", ["name="]),
         ("zimage-runner status js", ["json="]),

@@ -80,6 +80,15 @@ def test_a_config_error_imports_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+def test_what_is_no_group_of_fields(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/cats.yaml").write_text("# @package _global_\n# Mine.\nprompt: a\n", encoding="utf-8")
+    text = help_text(["--help", "experiment", f"--config-dir={tmp_path}"])
+    assert re.search(r"^    quickstart +Pictures in seconds", text, re.M)
+    assert re.search(r"^    cats +Mine.$", text, re.M)
+    assert re.search(r"^  continue=null\n +Begin the run", help_text(["--help", "run"]), re.M)
+
+
 @pytest.mark.parametrize("words", [["--help", "foo"], ["foo", "-h"]])
 def test_the_name_of_no_group_is_refused(words, capsys):
     from zimage_runner import __main__

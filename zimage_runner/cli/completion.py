@@ -79,6 +79,7 @@ def candidates(typed: str) -> list[str]:
         found = [f"{listed or shown}=" for listed, shown in _FIELD.findall(text)]
     else:
         found = [*COMMANDS] if not before else []
+        found.append("continue=")  # replaced before Hydra reads the words (resume/command_line.py)
         found += _asked_of_hydra(before[1:] if first == RUN else before, last)
     return sorted({word for word in found if word.startswith(last) and not word.startswith("schema")})
 
@@ -88,7 +89,7 @@ def _asked_of_hydra(before: Sequence[str], last: str) -> list[str]:
 
     folder = [word for name, word in itertools.pairwise(before) if name in ("--config-dir", "-cd")]
     folder += [word.partition("=")[2] for word in before if word.startswith("--config-dir=")]
-    words = [word for word in before if _PLAIN.fullmatch(word)]
+    words = [word for word in before if _PLAIN.fullmatch(word) and not word.startswith("continue=")]
     os.environ["COMP_LINE"] = " ".join([SCRIPT, *words, last])
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):

@@ -77,6 +77,8 @@ def _not_a_group(text: str) -> str | None:
 def _no_value(text: str) -> str | None:
     field = re.search(r"full_key: (\S+)", text)
     if field and re.search(r"field '[^']+' is not Optional", text):
+        if not file_of(text):
+            return f"{field[1]}=null: this field takes no null: write a value, or leave it out"
         return f"{field[1]}: there is no value after the colon: write one, or remove the line"
     if field and "NoneType is not a subclass of str. value: None" in text:
         return f"{field[1]} is empty: write a text, in quotation marks if it is the word null"

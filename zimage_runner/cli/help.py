@@ -42,6 +42,7 @@ Every field can be set on the command line, such as sampling.height=512 or seeds
   Your own experiments:    --config-dir my_conf +experiment=mine
   Experiments of others:   are data; those that name code need --trust-code as well
   Finish a run:            resume=latest           (or resume=RUN_DIRECTORY)
+  Begin it or finish it:   continue=RUN_DIRECTORY
   Hydra's own options:     --hydra-help
 """
 
@@ -49,6 +50,9 @@ WITH_VALUE = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-
 """Options whose value may stand as a word of its own."""
 RUN = "run"
 """Stands for the fields outside of all groups."""
+EXPERIMENT = "experiment"
+CONTINUE = "Begin the run in this directory, or finish the one that is there: one command line for both."
+"""Of ``continue``, which is a word of the command line alone (resume/command_line.py)."""
 WIDTH = 110
 
 
@@ -63,12 +67,16 @@ def help_text(argv: Sequence[str]) -> str:
     if groups := [word for word in words if is_group(word)]:
         return fields_text(groups) + "\n"
     bare = [word for before, word in itertools.pairwise(["", *argv]) if word in words and before not in WITH_VALUE]
+    if EXPERIMENT in bare:
+        return "\n".join(["Experiments, as +experiment=NAME:", *_listed(EXPERIMENT, argv)]) + "\n"
     if unknown := [word for word in bare if "=" not in word]:
-        raise UserError(f"--help {unknown[0]}: no such group; the groups are {', '.join([RUN, *_schemas()])}")
+        raise UserError(
+            f"--help {unknown[0]}: no such group; the groups are {', '.join([RUN, *_schemas(), EXPERIMENT])}"
+        )
     lines = []
     for group in sorted({path.parent.name for root in config_dirs(argv) for path in root.glob("*/*.yaml")}):
         lines.append(f"\n  {group}")
-        lines += [f"    {name:<20} {description}".rstrip() for name, description in _options(group, argv)]
+        lines += _listed(group, argv)
     commands = "\n".join(f"  {name:<22} {description}" for name, description in COMMANDS.items())
     return called(HEAD.format(commands=commands)) + "\n".join(lines).lstrip("\n") + "\n" + TAIL
 
@@ -82,6 +90,10 @@ def config_dirs(argv: Sequence[str]) -> list[Path]:
         elif word in ("--config-dir", "-cd") and position + 1 < len(argv):
             roots.append(Path(argv[position + 1]))
     return roots
+
+
+def _listed(group: str, argv: Sequence[str]) -> list[str]:
+    return [f"    {name:<20} {description}".rstrip() for name, description in _options(group, argv)]
 
 
 def _options(group: str, argv: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -125,6 +137,7 @@ def _of_word(word: str) -> Iterator[str]:
     if group == RUN:
         yield "Fields of a run, as field=value:"
         yield from _described(_run_config(), "", skip=set(_schemas()))
+        yield from ("  continue=null", *_wrapped(CONTINUE, "      ", "      "))
         return
     chosen = [_schema(group, option)] if option else list(_schemas()[group].values())
     schemas = [schema for schema in chosen if schema is not None]

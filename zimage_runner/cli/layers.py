@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ PLAIN_OPTION = "inline"
 
 files_read: dict[str, Path] = {}
 """The user's own config files that the command line is composed of, by their names below the config folder."""
+said_by_experiments: set[str] = set()
+"""What the experiments of the command line say: names of fields, and ``group=option``."""
 
 
 @dataclass(kw_only=True)
@@ -49,6 +51,11 @@ class Layer:
     def file(self) -> str:
         return f"{self.path}.yaml"
 
+    @property
+    def is_experiment(self) -> bool:
+        """Also what an experiment builds on; false for the package's own defaults."""
+        return "/" in self.path
+
     def says_prompt(self) -> bool:
         return self.config.get("prompt") is not None
 
@@ -62,16 +69,23 @@ class Layer:
 
 
 @contextlib.contextmanager
-def later_choices_replace(words: Sequence[str]) -> Iterator[None]:
-    """While this lasts, what Hydra composes follows the rule. ``words``: the command line, which is the last layer."""
+def later_choices_replace(words: Sequence[str], earlier: Collection[str] = ()) -> Iterator[None]:
+    """While this lasts, what Hydra composes follows the rule. ``words``: the command line, which is the last layer.
+
+    ``earlier``: those of its fields and groups that are a resumed run's, over which experiments win.
+    """
     given = {word.partition("=")[0].lstrip("+"): word.partition("=")[2] for word in words if "=" in word}
-    rule = _Rule(given)
+    rule = _Rule(given, earlier)
     files_read.clear()
+    said_by_experiments.clear()
 
     def list_defaults(
         as_ever: Callable[[list[Override]], DefaultsList], overrides: list[Override], repo: Any
     ) -> DefaultsList:
         made = as_ever(overrides)
+        kept = rule.without_earlier(overrides, made, repo)
+        if len(kept) < len(overrides):
+            overrides, made = kept, as_ever(kept)
         if rule.needs_plain_prompts(made, repo):
             made = as_ever([*overrides, parse_override(f"prompts={PLAIN_OPTION}")])
         rule.look_at(made, repo)
@@ -94,10 +108,25 @@ def later_choices_replace(words: Sequence[str]) -> Iterator[None]:
 class _Rule:
     """Which fields of which file go, for the composition that is under way."""
 
-    def __init__(self, given: dict[str, str]) -> None:
-        self._given = given
+    def __init__(self, given: dict[str, str], earlier: Collection[str]) -> None:
+        self._all = self._given = given
+        self._earlier = earlier
         self._left_out: dict[str, list[str]] = {}
         self._told: set[str] = set()
+
+    def without_earlier(self, overrides: list[Override], made: DefaultsList, repo: Any) -> list[Override]:
+        """The overrides without those of a resumed run in whose place an experiment says something else."""
+        if not self._earlier:
+            return overrides
+        fields, choices = _said(_layers(made, repo))
+        other = {group for group, option in choices.items() if option != self._all.get(group)}
+        gone = {
+            name
+            for name in self._earlier
+            if name.partition(".")[0] in other or (name not in made.overrides.known_choices and _overlaps(name, fields))
+        }
+        self._given = {name: value for name, value in self._all.items() if name not in gone}
+        return [override for override in overrides if override.key_or_group not in gone]
 
     def needs_plain_prompts(self, made: DefaultsList, repo: Any) -> bool:
         """Whether ``prompt`` is said after an option of ``prompts`` was chosen."""
@@ -112,8 +141,10 @@ class _Rule:
         """Find what is replaced. Raises UserError for a file that says ``prompt`` and ``prompts`` at once."""
         self._left_out = {}
         layers = _layers(made, repo)
+        fields, choices = _said(layers)
+        said_by_experiments.update(fields, (f"{group}={option}" for group, option in choices.items()))
         final = {key: value for key, value in made.overrides.known_choices.items() if isinstance(value, str)}
-        own = {group: option for layer in layers if "/" not in layer.path for group, option in layer.choices.items()}
+        own = {group: option for layer in layers if not layer.is_experiment for group, option in layer.choices.items()}
         for layer in layers:
             self._refuse_hydras_own(layer, own)
             for group, old in layer.options.items():
@@ -206,6 +237,32 @@ def _layers(made: DefaultsList, repo: Any) -> list[Layer]:
         named = {str(key): value for key, value in config.items()}
         layers.append(Layer(path=path, config=named, choices=choices, options=dict(standing)))
     return layers
+
+
+def _said(layers: Sequence[Layer]) -> tuple[set[str], dict[str, str]]:
+    """Names of the fields that experiments set, and the option of each group that they choose."""
+    fields: set[str] = set()
+    choices: dict[str, str] = {}
+    for layer in filter(lambda one: one.is_experiment, layers):
+        fields.update(_leaf_names(layer.config))
+        choices |= layer.choices
+        if layer.says_prompt() or layer.says_prompts():  # which says all of what is drawn
+            fields |= {"prompt", *(f"prompts.{name}" for name in prompt_inputs())}
+            choices["prompts"] = layer.options.get("prompts", PLAIN_OPTION)
+    return fields, choices
+
+
+def _leaf_names(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            yield from _leaf_names(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _overlaps(name: str, names: Collection[str]) -> bool:
+    """Whether one of ``names`` is this field, lies in it or holds it."""
+    return any(f"{one}.".startswith(f"{name}.") or name.startswith(f"{one}.") for one in names)
 
 
 def _fields_of(group: str, option: str, repo: Any) -> set[str]:

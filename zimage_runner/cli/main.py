@@ -11,7 +11,7 @@ import gc
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import cast
@@ -24,19 +24,28 @@ from omegaconf import DictConfig, OmegaConf
 from zimage_runner.cli.foreign import TRUST, files_are_data
 from zimage_runner.cli.hydra_patches import composed_once, copied_quickly, to_yaml
 from zimage_runner.cli.interpolation import literal
-from zimage_runner.cli.layers import files_read, later_choices_replace
+from zimage_runner.cli.layers import files_read, later_choices_replace, said_by_experiments
 from zimage_runner.cli.messages import CONFIG_ERRORS, explain, typed
 from zimage_runner.cli.quoting import hints, quote_free_text
-from zimage_runner.cli.resume.command_line import resume_command_line
-from zimage_runner.cli.resume.saved import is_started_again, root_of
+from zimage_runner.cli.resume.command_line import earlier_fields, resume_command_line
+from zimage_runner.cli.resume.saved import is_started_again, override_key, root_of
 from zimage_runner.cli.resume.settings import restore
+from zimage_runner.cli.resume.sweep import remove_if_unbegun
 from zimage_runner.cli.sweep.launcher import register_launcher
-from zimage_runner.cli.sweep.report import exit_codes, known_code
+from zimage_runner.cli.sweep.report import begun, exit_codes, known_code
 from zimage_runner.cli.words import command_line_wins, names_config_dir, readable
 from zimage_runner.config.paths import CONFIG_DIR
 from zimage_runner.config.registry import register
 from zimage_runner.config.schema import Composed, RunConfig, ServeConfig
-from zimage_runner.errors import EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK, PROGRAM, UserError, called
+from zimage_runner.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_INTERRUPTED,
+    EXIT_ITEMS_FAILED,
+    EXIT_OK,
+    PROGRAM,
+    UserError,
+    called,
+)
 from zimage_runner.executors.handing import HandOver, belongs_elsewhere
 from zimage_runner.logs import LogFormat, log_to_terminal, refuse, say, use_format
 from zimage_runner.outputs.run_dir import remove_if_empty, remove_with_name
@@ -67,6 +76,8 @@ _take: Callable[[Composed], int | Future[int]] = _run_here
 """What is done with a composed job."""
 _serves = False
 """Whether the command line is the service's."""
+_typed: frozenset[str] = frozenset()
+"""Fields and groups on the command line itself, without those that come from a run that is resumed."""
 
 
 def main(
@@ -77,11 +88,12 @@ def main(
     ``take`` gets each composed job: it runs it, or hands it to the process that will (head_start.py). ``serves``: the
     command line is the service's, and has fields of its own (conf/serve.yaml).
     """
-    global _take, _serves
+    global _take, _serves, _typed
     _take, _serves = take, serves
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us instead of Hydra's own report and exit code 1
     _exit_codes.clear()
     exit_codes.clear()
+    begun.clear()
     register()
     register_launcher()
     log_to_terminal()
@@ -90,6 +102,7 @@ def main(
         typed_words = readable([word for word in argv if word != TRUST])
         for hint in hints(typed_words):
             say(f"zimage_runner: {hint}")
+        _typed = frozenset(override_key(word) for word in typed_words)
         words = quote_free_text(readable(resume_command_line(typed_words)))
         primary = [f"--config-name={SERVE}"] if serves else _without_server(words)
         sys.argv = [sys.argv[0], *primary, *words]
@@ -98,16 +111,19 @@ def main(
         logging.raiseExceptions = not any(word.startswith(("--info", "-i")) for word in words)
         with (
             files_are_data(trusted=TRUST in argv, own=own),
-            later_choices_replace(words),
+            later_choices_replace(words, earlier_fields(typed_words, words)),
             composed_once(words),
             copied_quickly(),
         ):
             job()
+        _remove_what_never_began()
     except UserError as error:
+        _remove_what_never_began()
         return refuse(str(error))
     except (*CONFIG_ERRORS, UnicodeDecodeError) as error:
         if _exit_codes and isinstance(error, UnicodeDecodeError):
             raise
+        _remove_what_never_began()
         return refuse(explain(error))
     except OSError as error:
         if _exit_codes:
@@ -116,6 +132,13 @@ def main(
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     return max([*map(known_code, _exit_codes), *exit_codes], default=EXIT_OK)
+
+
+def _remove_what_never_began() -> None:
+    """Remove a multirun that was refused or planned, as is done with a run."""
+    if {*map(known_code, _exit_codes), *exit_codes} <= {EXIT_OK, EXIT_BAD_INPUT}:
+        for directory, root in begun:
+            remove_if_unbegun(directory, root)
 
 
 def _format_of(argv: Sequence[str]) -> LogFormat:
@@ -148,9 +171,16 @@ def job(cfg: DictConfig) -> int | Future[int]:
         if cfg.resume is None and is_started_again(directory, job_id):
             cfg.resume = str(directory)
             overrides.append("resume")
+        said: Collection[str] = ()
         if cfg.resume is not None:
-            cfg = restore(cfg, directory, overrides)
-        composed = Composed(config=_validated(cfg), directory=directory, files=composed_files(cfg))
+            said = said_by_experiments if "experiment" in _typed else ()
+            cfg = restore(cfg, directory, overrides, said)
+        config = _validated(cfg)
+        if config.resume is not None and "prompts" in map(root_of, (*_typed, *said)):
+            from zimage_runner.runner.spec import check_same_prompts
+
+            check_same_prompts(config, directory)
+        composed = Composed(config=config, directory=directory, files=composed_files(cfg))
         gc.enable()  # paused while importing and composing, which leave no garbage
         code = _take(composed)
     except (UserError, *CONFIG_ERRORS) as error:  # here and not in main: Hydra would print a line of its own

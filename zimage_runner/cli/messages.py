@@ -78,6 +78,7 @@ def explain(error: BaseException) -> str:
         or _no_assignment(text)
         or _bad_value(chain)
         or _sweep_without_multirun(text)
+        or _no_option(text)
         or _not_a_list(text)
         or _bad_lora(text)
         or explain_file(text)
@@ -194,6 +195,15 @@ def _sweep_without_multirun(text: str) -> str | None:
     remedies += [f"write {key}='\"{value}\"' for text"] if "str" in kind or "Any" in kind else []
     told = f"{', '.join(remedies)}, or " if remedies else ""
     return f"{key}={value}: {told}add -m to sweep over these values"
+
+
+def _no_option(text: str) -> str | None:
+    match = re.search(r"`RunConfig` has missing mandatory value: (?P<group>\w+)", text)
+    if match is None:
+        return None
+    group = match["group"]
+    options = ", ".join(sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml")))
+    return f"~{group}: every run needs an option of this group: leave it out, or write {group}= and one of {options}"
 
 
 def _not_a_list(text: str) -> str | None:

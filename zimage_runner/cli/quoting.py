@@ -78,8 +78,8 @@ def hints(argv: Sequence[str]) -> list[str]:
 def _lost_quotes(argv: Sequence[str]) -> list[str]:
     pairs = [(name.lstrip("+"), value) for name, _, value in (word.partition("=") for word in argv)]
     return [
-        f"{name}={one_line(value, 60)} is one value, because the shell removes the outer quotation marks; for a job of "
-        f"each write {name}='{','.join(hydra_quote(part.strip()) for part in value.split(','))}'"
+        f"{name}={one_line(value, 60)} is one value, as it has no quotation marks here (a shell removes outer ones); "
+        f"for a job of each write {name}='{','.join(hydra_quote(part.strip()) for part in value.split(','))}'"
         for name, value in pairs
         if name in free_texts() and _LOST_QUOTES.match(value) and not set("\"'()[]{}") & set(value)
     ]

@@ -41,7 +41,9 @@ class Progress:
     damaged: dict[str, str] = field(default_factory=dict)
     """Pictures that the ledger has but the disk has not, or not as written: the reason."""
     skipped: set[str] = field(default_factory=set)
-    """Missing items that ``retry=failed`` leaves alone."""
+    """Missing and damaged items that ``retry=failed`` leaves alone."""
+    lost: int = 0
+    """How many of ``skipped`` are damaged."""
 
     todo: list[WorkItem] = field(default_factory=list)
     """Items that this process shall draw, in the plan's order."""
@@ -53,9 +55,11 @@ class Progress:
 
     def __str__(self) -> str:
         parts = [counted(len(self.done), "picture is done", "pictures are done")]
-        if self.skipped:
-            left = counted(len(self.skipped), "was never drawn and is", "were never drawn and are")
+        if never := len(self.skipped) - self.lost:
+            left = counted(never, "was never drawn and is", "were never drawn and are")
             parts.append(f"{left} not asked for (retry=failed)")
+        if self.lost:
+            parts.append(f"{counted(self.lost, 'is', 'are')} damaged and not asked for (retry=failed)")
         if self.failed:
             parts.append(f"{len(self.failed):,} failed before")
         if self.damaged:
@@ -80,6 +84,10 @@ def survey(
             if entry is not None and not entry.ok:
                 progress.failed.add(name)
             elif entry is not None and (reason := pictures.damage(name, entry, verify)) is not None:
+                if retry is Retry.failed:
+                    progress.skipped.add(name)
+                    progress.lost += 1
+                    continue
                 progress.damaged[name] = reason
             elif entry is not None:
                 progress.done.add(name)

@@ -18,13 +18,15 @@ from zimage_runner.errors import UserError
 from zimage_runner.logs import quiet
 from zimage_runner.memory.policies import Auto
 from zimage_runner.model import Device
+from zimage_runner.outputs.beneath import Inside
 from zimage_runner.plan import CountTokens, Encoding, FindLoras, Plan, WorkItem, build_plan
 from zimage_runner.prompts import read_prompts
 from zimage_runner.prompts.base import Prompt, PromptSource
 from zimage_runner.prompts.inline import Inline
 from zimage_runner.prompts.notes import warn_once
 from zimage_runner.prompts.seeds import Seeds, parse_seeds
-from zimage_runner.prompts.snapshot import SNAPSHOT_NAME, Snapshot
+from zimage_runner.prompts.snapshot import SNAPSHOT_NAME, Snapshot, snapshot
+from zimage_runner.prompts.text import shown
 from zimage_runner.sampling import PICTURE_FIELDS, SamplingParams, resolve_sampling
 from zimage_runner.session import SessionConfig
 from zimage_runner.warmup import WarmupShape
@@ -160,8 +162,7 @@ def plan_run(config: RunConfig, memo: dict[str, Any] | None = None) -> RunSpec:
     params, seeds = check(config)
     source = prompt_source(config)
     # A run's own prompts.jsonl has its prompts' adapters beside their texts.
-    reads_tags = bool(config.loras or config.lora_dirs) and not isinstance(source, Snapshot)
-    prompts = read_prompts(source, lora_tags=reads_tags)
+    prompts = read_prompts(source, lora_tags=_reads_lora_tags(config) and not isinstance(source, Snapshot))
     memo = {} if memo is None else memo
     _once(
         memo,
@@ -265,6 +266,44 @@ def _checkpoint(config: RunConfig, planned: Callable[[Checkpoint], Plan]) -> Che
 
 def _not_downloaded(config: RunConfig) -> Checkpoint:
     return replace(NOT_DOWNLOADED, controlnet=find_controlnet(config.model, PUBLISHED))
+
+
+def _reads_lora_tags(config: RunConfig) -> bool:
+    return bool(config.loras or config.lora_dirs)
+
+
+def check_same_prompts(config: RunConfig, directory: Path) -> None:
+    """Raise UserError if the source given anew has other prompts than the run that is resumed.
+
+    A source that is gone has none: the run has its own.
+    """
+    file = Inside(directory, SNAPSHOT_NAME)
+    if isinstance(config.prompts, Inline) or not file.is_file():
+        return
+    where = config.prompts.where()
+    heard = quiet.set(True)  # what there is to warn of is told when the run's own are read
+    try:
+        now = _rows(snapshot(read_prompts(config.prompts, lora_tags=_reads_lora_tags(config))))
+    except UserError:
+        if os.path.exists(os.path.expanduser(where)):
+            raise
+        return
+    finally:
+        quiet.reset(heard)
+    was = _rows(file.read_bytes())
+    if was != now:
+        first = next((n for n, (old, new) in enumerate(zip(was, now, strict=False)) if old != new), None)
+        first = min(len(was), len(now)) if first is None else first
+        raise UserError(
+            f"resume={directory}: {shown(where)} has other prompts than the run began with ({len(was):,} then, "
+            f"{len(now):,} now; the first that differs is number {first}): resume it without prompts to finish what "
+            "it began with, or start a new run"
+        )
+
+
+def _rows(lines: bytes) -> list[bytes]:
+    """Lines of prompts.jsonl without what they end with, which is where each prompt came from."""
+    return [line.rpartition(b',"source":')[0] for line in lines.splitlines()]
 
 
 def _once(memo: dict[str, Any], key: str, make: Callable[[], Any]) -> Any:

@@ -17,9 +17,12 @@ from hypothesis import strategies as st
 
 from tests.support.command import SMALL, command
 from zimage_runner.cli.resume.command_line import find_latest
+from zimage_runner.config.paths import CONFIG_DIR
+from zimage_runner.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("model_stays")
 Cli = Callable[..., tuple[int, str, str]]
+PICTURES = CONFIG_DIR / "pictures"
 FAST = ["sampling.num_inference_steps=1", "warmup=none", *SMALL]
 RUN = ["prompts.texts=['a red apple','一只猫']", "seeds=[1,2]", *FAST]
 
@@ -167,6 +170,13 @@ def test_settings_that_change_pictures_are_refused(cli: Cli, run: Path) -> None:
     assert images(run) == before
 
 
+def test_a_run_is_not_renamed(cli: Cli, run: Path) -> None:
+    code, _, err = cli(f"resume={run}", "name=foo")
+    assert code == 2
+    assert err == f"zimage_runner: resume={run}: name=foo cannot rename a run, and it was begun as run: leave it out\n"
+    assert cli(f"resume={run}", "name=run")[0] == 0
+
+
 def test_pictures_of_another_kind_are_refused(cli: Cli, run: Path) -> None:
     """The config is the same, but what was drawn says otherwise: another machine, dtype or engine."""
     ledger = run / "records.jsonl"
@@ -182,6 +192,22 @@ def test_pictures_of_another_kind_are_refused(cli: Cli, run: Path) -> None:
     code, _, err = cli(f"resume={run}")
     assert code == 2
     assert "dtype was bfloat16, now float32" in err
+
+
+def test_a_picture_may_lie_elsewhere(cli: Cli) -> None:
+    shutil.copy(PICTURES / "cat.png", "cat.png")
+    shutil.copy(PICTURES / "boat.png", "boat.png")
+    run = first_run(cli, "sampling.image=cat.png", "sampling.strength=1")
+    before = pixels_of(run)
+    Path("cat.png").rename("moved.png")
+    code, _, err = cli(f"resume={run}", "sampling.image=boat.png")
+    assert code == 2
+    assert "sampling.image was 'cat.png', now 'boat.png'" in err
+    shutil.rmtree(next(run.glob("items/*")))
+    code, _, err = cli(f"resume={run}", "sampling.image=moved.png")
+    assert code == 0, err
+    assert_whole(run, 4)
+    assert pixels_of(run) == before
 
 
 def test_retry_failed_leaves_missing_items_alone(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,6 +238,19 @@ def test_retry_failed_leaves_missing_items_alone(cli: Cli, monkeypatch: pytest.M
         json.loads(line)["item"]: json.loads(line)["status"] for line in ledger.read_text(encoding="utf-8").splitlines()
     }
     assert sorted(last.values()) == ["ok", "ok", "ok"]
+    code, _, err = cli(f"resume={run}")
+    assert code == 0, err
+    assert_whole(run, 4)
+
+
+def test_retry_failed_leaves_damaged_items_alone(cli: Cli, run: Path) -> None:
+    lost = next(run.glob("items/*"))
+    shutil.rmtree(lost)
+    for more in ([], ["verify=true"]):
+        code, _, err = cli(f"resume={run}", "retry=failed", *more)
+        assert code == 130
+        assert "nothing to draw: 2 pictures are done, 2 are damaged and not asked for (retry=failed)" in err
+        assert not lost.exists()
     code, _, err = cli(f"resume={run}")
     assert code == 0, err
     assert_whole(run, 4)
@@ -362,6 +401,28 @@ class TestLatest:
         code, out, _ = cli("resume=latest")
         assert (code, run_dir(out)) == (0, newer)
 
+    @pytest.mark.parametrize(
+        "refused",
+        [
+            ["sampling.num_inference_steps=two,4"],
+            ["sampling.width=100,200"],
+            ["sampling.width=100,200", "continue=elsewhere/all"],
+            ["sampling.width=64,128", "dry_run=true"],
+        ],
+    )
+    def test_a_multirun_that_began_no_job_leaves_nothing(self, cli: Cli, tmp_path: Path, refused: list[str]) -> None:
+        earlier = self.begin(tmp_path / "outputs", "a", 1)
+        Path("elsewhere").mkdir()
+        before = state(tmp_path).keys()
+        code, _, err = cli("-m", "prompt=a", "model=zimage_nano", "model.native_sizes=[]", *refused)
+        assert code == (0 if "dry_run=true" in refused else 2)
+        assert len(set(err.splitlines())) == len(err.splitlines()), "each refusal is told once"
+        assert err.count("sampling.width=100 is not") == (1 if "width=100" in refused[0] else 0)
+        assert state(tmp_path).keys() == before
+        self.begin(tmp_path / "outputs", "later", 2, 0)
+        shutil.rmtree(tmp_path / "outputs/multirun/later/now/0")  # of another version, or killed before
+        assert find_latest(tmp_path / "outputs") == earlier
+
     def test_a_multirun_that_cannot_be_resumed_gives_its_last_job_and_says_so(
         self, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     ) -> None:
@@ -370,6 +431,10 @@ class TestLatest:
         self.begin(tmp_path, "s", 2, 2)
         assert find_latest(tmp_path) == last
         assert f"only the last job, {last}, because" in capfd.readouterr().err
+        assert find_latest(tmp_path, resumes=False) == last.parent, "other commands take it whole, and say nothing"
+        with pytest.raises(UserError, match=r"^latest: there is no run in"):
+            find_latest(tmp_path / "multirun", resumes=False)
+        assert capfd.readouterr().err == ""
 
 
 def test_the_options_of_the_first_run_are_named(cli: Cli) -> None:
@@ -433,6 +498,115 @@ def test_a_prompt_that_stood_for_an_experiments(cli: Cli) -> None:
     shutil.rmtree(pictures[1].parents[4] / "1")
     assert cli("resume=latest")[0] == 0
     assert pictures[1].is_file()
+
+
+class TestGivenAgain:
+    """The whole command line once more, as a scheduler gives it, or another one."""
+
+    QUICK = ("+experiment=quickstart", "prompts.limit=1", "seeds=1", "sampling.num_inference_steps=1", "warmup=none")
+
+    def test_an_experiment_is_given_as_its_fields_are(self, cli: Cli) -> None:
+        code, out, err = cli(*self.QUICK, "continue=runs/all")
+        assert code == 0, err
+        for argv, expected in (
+            (self.QUICK, ("nothing to draw: 1 picture is done",)),
+            (("+experiment=[quickstart]",), ("nothing to draw: 1 picture is done",)),
+            ((*self.QUICK[1:], "+experiment=img2img"), ("prompts.path was not there, now '", "was None, now True")),
+            (("+experiment=turbo",), ("seeds was 1, now [42]", "model.name was 'zimage_nano', now 'zimage_turbo'")),
+        ):
+            code, _, err = cli(*argv, "continue=runs/all")
+            assert code == (0 if "nothing" in expected[0] else 2), err
+            assert all(part in err for part in expected), err
+            assert len(err.splitlines()) == 1
+        next(run_dir(out).glob("items/*/*/image.png")).unlink()
+        code, _, err = cli("resume=runs/all", "+experiment=img2img")
+        assert code == 2
+        assert "+experiment=img2img would mix other pictures into the run" in err
+
+    def test_an_experiment_of_harmless_settings_wins_over_the_run(self, cli: Cli, run: Path) -> None:
+        Path("c/experiment").mkdir(parents=True)
+        file = Path("c/experiment/speed.yaml")
+        file.write_text("# @package _global_\nengine: {batch_size: 2}\noutput: {fsync: never}\n", encoding="utf-8")
+        for picture in run.glob("items/*/*/image.png"):
+            picture.unlink()
+        code, _, err = cli(f"resume={run}", "--config-dir=c", "+experiment=speed")
+        assert code == 0, err
+        assert all(
+            json.loads(p.read_text(encoding="utf-8"))["batch_size"] == 2 for p in run.glob("items/*/*/record.json")
+        )
+        file.write_text("# @package _global_\nseeds: [3]\n", encoding="utf-8")
+        code, _, err = cli(f"resume={run}", "--config-dir=c", "+experiment=speed")
+        assert code == 2
+        assert "+experiment=speed would mix other pictures into the run: seeds was [1, 2], now [3]" in err
+
+    def test_an_experiment_that_was_edited_is_refused(self, cli: Cli) -> None:
+        Path("c/experiment").mkdir(parents=True)
+        file = Path("c/experiment/mine.yaml")
+        file.write_text("# @package _global_\nprompt: a cat\n", encoding="utf-8")
+        argv = ("--config-dir=c", "+experiment=mine", *FAST, "continue=runs/mine")
+        assert cli(*argv)[0] == 0
+        assert cli(*argv)[0] == 0
+        file.write_text("# @package _global_\nprompt: a dog\n", encoding="utf-8")
+        code, _, err = cli(*argv)
+        assert code == 2
+        assert "prompt was 'a cat', now 'a dog'" in err
+
+    def test_prompts_that_are_others_now_are_refused(self, cli: Cli) -> None:
+        file = Path("p.txt")
+        file.write_text("a cat\n一只猫\n", encoding="utf-8")
+        argv = ("prompts=text_file", "prompts.path=p.txt", *FAST, "continue=runs/all")
+        assert cli(*argv)[0] == 0
+        file.write_text("\na cat\n一只猫\n", encoding="utf-8")
+        assert cli(*argv)[0] == 0, "the same prompts on other lines"
+        file.write_text("a cat\n一只猫\na dog\n", encoding="utf-8")
+        code, _, err = cli(*argv)
+        assert code == 2
+        assert "p.txt has other prompts than the run began with (2 then, 3 now; the first that differs is num" in err
+        assert cli("resume=runs/all")[0] == 0
+        file.unlink()
+        assert cli(*argv)[0] == 0, "the run has its own"
+
+    @pytest.mark.parametrize(
+        ("name", "expected"),
+        [
+            (
+                "outputs/default",
+                "is no run, but a folder of 1 run: continue=outputs/default/{run} goes on with the last",
+            ),
+            ("mine", "is no run, and holds other things (note.txt): name a new folder; continue=mine/all begins one"),
+            ("mine/note.txt", "is no folder: give the one that the run is, or shall be, in"),
+        ],
+    )
+    @pytest.mark.parametrize("more", [[], ["-m"]])
+    def test_a_folder_that_is_no_runs_is_refused(
+        self, cli: Cli, run: Path, tmp_path: Path, name: str, expected: str, more: list[str]
+    ) -> None:
+        Path("mine").mkdir()
+        Path("mine/note.txt").write_text("mine", encoding="utf-8")
+        before = state(tmp_path)
+        code, _, err = cli(*RUN, *more, f"continue={name}")
+        assert code == 2
+        assert f"continue={name} {expected.format(run=run.name)}" in err
+        assert err.count("\n") == 1
+        assert state(tmp_path) == before
+        Path("new/.git").mkdir(parents=True)
+        assert cli(*RUN, *more, "continue=new", "dry_run=true")[0] == 0
+
+    def test_a_multirun_of_experiments(self, cli: Cli) -> None:
+        Path("c/experiment").mkdir(parents=True)
+        for name in "ab":
+            text = f"# @package _global_\nname: {name}\nprompt: {name}\n"
+            Path(f"c/experiment/{name}.yaml").write_text(text, encoding="utf-8")
+        argv = ("-m", "--config-dir=c", *FAST, "+experiment=a,b", "continue=runs/all")
+        assert cli(*argv)[0] == 0
+        shutil.rmtree("runs/all/1")
+        code, _, err = cli(*argv)
+        assert code == 0, err
+        assert "nothing to draw: 1 picture is done" in err
+        assert_whole(Path("runs/all/1"), 1)
+        code, _, err = cli("resume=runs/all", "+experiment=quickstart")
+        assert code == 2
+        assert "+experiment=quickstart would mix other pictures into the run: prompt was 'a', now None" in err
 
 
 class TestNeverTwice:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import io
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,13 @@ from yaml import YAMLError
 
 from zimage_runner.cli.hydra_patches import node_of, value_of
 from zimage_runner.cli.interpolation import lookups
-from zimage_runner.cli.resume.saved import override_key, saved_overrides
+from zimage_runner.cli.resume.saved import override_key, root_of, saved_overrides
 from zimage_runner.errors import UserError
 from zimage_runner.outputs.beneath import Inside
-from zimage_runner.outputs.parsed import CONSTRUCTORS_RAISE, check_yaml
+from zimage_runner.outputs.ledger import RECORDS, Ledger
+from zimage_runner.outputs.parsed import CONSTRUCTORS_RAISE, check_yaml, from_json
+from zimage_runner.outputs.place import record_at
+from zimage_runner.sampling import PICTURE_FILES
 
 
 @functools.cache
@@ -32,20 +37,30 @@ def harmless_fields() -> frozenset[str]:
     return frozenset(name for name, metadata in of_all if metadata.get("harmless", False))
 
 
-def restore(config: DictConfig, directory: Path, overrides: list[str]) -> DictConfig:
+def restore(config: DictConfig, directory: Path, overrides: list[str], said: Collection[str] = ()) -> DictConfig:
     """The saved config of ``directory`` with the harmless changes among ``overrides`` applied.
 
-    ``config`` was composed from the saved overrides and the user's; it gives the types. Raises UserError listing
-    every field that would mix different pictures in one run.
+    ``config`` was composed from the saved overrides and the user's; it gives the types. ``said``: the fields, and
+    ``group=option``, of experiments that are given now. Raises UserError listing every field that would mix different
+    pictures in one run.
     """
     saved = _load(directory)
     before = set(saved_overrides(directory))
+    of_experiments = {entry.partition("=")[0] for entry in said if entry not in before}
     given = {
-        entry: override_key(entry).partition("@")[0].replace("/", ".") for entry in overrides if entry not in before
+        entry: of_experiments if root_of(entry) == "experiment" else {_field_of(entry)}
+        for entry in overrides
+        if entry not in before
     }
-    touched = set(given.values())
+    touched = set().union(*given.values())
+    if {"name"} in given.values() and config.name != saved.get("name"):
+        raise UserError(
+            f"resume={directory}: name={config.name} cannot rename a run, and it was begun as {saved.get('name')}: "
+            "leave it out"
+        )
     _refuse_other_pictures(directory, saved, config, given)
     restored = config.copy()
+    there = {entry for entry in touched if any(_is_below(field, {entry}) for field, _ in leaves(config))}
     for key in saved:
         name = str(key)
         if name not in config:
@@ -57,12 +72,16 @@ def restore(config: DictConfig, directory: Path, overrides: list[str]) -> DictCo
             continue  # given anew as a whole
         try:
             _assign(restored, name, saved[key])
-            for entry in inside:
+            for entry in inside & there:
                 OmegaConf.update(restored, entry, OmegaConf.select(config, entry))
         except OmegaConfBaseException as error:
             text = str(error).splitlines()[0]
             raise UserError(f"resume={directory}: its {name} does not fit this version: {text}") from None
     return restored
+
+
+def _field_of(override: str) -> str:
+    return override_key(override).partition("@")[0].replace("/", ".")
 
 
 def _assign(config: DictConfig, name: str, value: Any) -> None:
@@ -89,16 +108,38 @@ def _load(directory: Path) -> DictConfig:
     return saved
 
 
-def _refuse_other_pictures(directory: Path, saved: DictConfig, config: DictConfig, given: Mapping[str, str]) -> None:
-    """``given``: what was typed now, and the field or group that each names."""
+def _refuse_other_pictures(
+    directory: Path, saved: DictConfig, config: DictConfig, given: Mapping[str, set[str]]
+) -> None:
+    """``given``: what was typed now, and the fields and groups that each is about."""
     was, now = dict(leaves(saved)), dict(leaves(config))
-    changes = {entry: found for entry, field in given.items() if (found := changed_fields(was, now, {field}))}
+    for field in (f"sampling.{name}" for name in PICTURE_FILES):
+        old, new = was.get(field), now.get(field)
+        if isinstance(old, str) and isinstance(new, str) and old != new and _is_same_file(directory, field, old, new):
+            was[field] = new  # where it lies changes no picture
+    changes = {entry: found for entry, names in given.items() if (found := changed_fields(was, now, names))}
     if changes:
         fields = dict.fromkeys(field for found in changes.values() for field in found)
         raise UserError(
             f"resume={directory}: {' '.join(changes)} would mix other pictures into the run: {'; '.join(fields)}: "
             f"leave {'it' if len(changes) == 1 else 'them'} out, or start a new run"
         )
+
+
+def _is_same_file(directory: Path, field: str, old: str, new: str) -> bool:
+    """Whether the file ``new`` is what the run's pictures were drawn from; true where that cannot be told."""
+    name, file = field.partition(".")[2], os.path.expanduser(new)
+    if not os.path.isfile(file):
+        return True  # and refused for that when the run is planned
+    for item, entry in Ledger.load(directory / RECORDS).entries.items():
+        try:
+            drawn_from = from_json(record_at(directory, item, entry.place).read_bytes())["inputs"][name]
+            if Path(drawn_from["path"]).name == Path(old).name:
+                with open(file, "rb") as stream:
+                    return hashlib.file_digest(stream, "sha256").hexdigest() == drawn_from["digest"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return True
 
 
 def changed_fields(was: dict[str, Any], now: dict[str, Any], touched: set[str] | None = None) -> list[str]:

@@ -5,7 +5,9 @@ The sweep's overrides give the same jobs with the same numbers, so that a number
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -27,6 +29,7 @@ from zimage_runner.cli.resume.saved import (
 from zimage_runner.errors import UserError
 from zimage_runner.outputs import atomic, beneath
 from zimage_runner.outputs.beneath import Inside
+from zimage_runner.outputs.run_dir import remove_if_empty
 
 SWEEP = "multirun.yaml"
 FIRST = ".hydra/multirun.yaml"
@@ -41,17 +44,28 @@ def is_sweep(directory: Path) -> bool:
 
 
 def settings_file(directory: Path) -> Path | None:
-    """What a multirun wrote when it began; None for one that began nothing (``dry_run``), and for what is none."""
-    if not is_sweep(directory):
+    """What a multirun wrote when it began; None for one that began no job, and for what is none."""
+    if not is_sweep(directory) or not _began_a_job(directory):
         return None
-    file = directory / (FIRST if (directory / FIRST).is_file() else SWEEP)
-    if any(directory.glob(f"*/{SETTINGS}")):
-        return file
-    try:
-        overrides = _entry(directory, read_yaml(directory, SWEEP), "overrides", "task")
-    except UserError:  # cannot be read, so it tells nothing to the contrary
-        return file
-    return None if any(str(text).lower() == "dry_run=true" for text in overrides or ()) else file
+    return directory / (FIRST if (directory / FIRST).is_file() else SWEEP)
+
+
+def _began_a_job(directory: Path) -> bool:
+    return any(any(directory.glob(f"{job}/{SETTINGS}")) for job in ("*", "*/*"))  # hydra.sweep.subdir may be two
+
+
+def remove_if_unbegun(directory: Path, root: Path) -> None:
+    """Remove a multirun that began no job, and what is empty above it below ``root``."""
+    if not is_sweep(directory) or _began_a_job(directory):
+        return
+    own = (directory / SWEEP, (directory / FIRST).parent)
+    with contextlib.suppress(OSError):  # something else is there
+        for path in set(directory.iterdir()) - {*own}:
+            path.rmdir()
+        own[0].unlink()
+        shutil.rmtree(own[1], ignore_errors=True)
+        directory.rmdir()
+        remove_if_empty(directory.parent, root)
 
 
 def check_resumable(directory: Path) -> None:
@@ -72,6 +86,11 @@ def _settings(directory: Path) -> Any:
     return settings
 
 
+def multirun_overrides(directory: Path) -> list[str]:
+    """What the multirun was started with, but for Hydra's own settings. Raises UserError."""
+    return texts(directory, SWEEP, _entry(directory, _settings(directory), "overrides", "task"))
+
+
 def sweep_command_line(directory: Path, others: Sequence[str]) -> list[str]:
     """The multirun's command line with ``others`` in place of what they change. Raises UserError."""
     for name in os.listdir(directory):
@@ -79,7 +98,7 @@ def sweep_command_line(directory: Path, others: Sequence[str]) -> list[str]:
             raise UserError(f"resume={directory}: {name} is a link: put the job's own folder there, or remove it")
     settings = _settings(directory)
     runtime = _entry(directory, settings, "runtime")
-    task = texts(directory, SWEEP, _entry(directory, settings, "overrides", "task"))
+    task = multirun_overrides(directory)
     hydra = texts(directory, SWEEP, _entry(directory, settings, "overrides", "hydra"))
     hydra = [text for text in hydra if not override_key(text).startswith(OWN_HYDRA)]
     taken = [text for text in hydra if _is_data(text)]

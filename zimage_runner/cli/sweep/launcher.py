@@ -28,7 +28,7 @@ from zimage_runner.cli.sweep.report import exit_codes, known_code, split_overrid
 from zimage_runner.collect.overrides import varying_fields
 from zimage_runner.config.schema import PLUGIN_MODULE
 from zimage_runner.errors import EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, UserError, counted, error_text, one_line
-from zimage_runner.logs import say
+from zimage_runner.logs import refused_before, say
 from zimage_runner.outputs.summary import resume_command
 from zimage_runner.outputs.survey import Retry
 from zimage_runner.signals import graceful_stop
@@ -58,6 +58,8 @@ class WarmLauncher(Launcher):
         self.composer = compose_quickly(hydra_context.config_loader)
         self.signal_name: str | None = None
         """What ended an earlier batch of this multirun: its sweeper may come with more."""
+        self.told: dict[int, str] = {}
+        """Numbers of jobs of which it was said why they will be refused."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run all jobs; their returns in the order given."""
@@ -103,6 +105,7 @@ class WarmLauncher(Launcher):
         found = list(complaints(configs))
         for number, why in found[:COMPLAINTS_TOLD]:
             log.warning("job %d will be refused: %s", number, why)
+            self.told[number] = why
         if len(found) > COMPLAINTS_TOLD:
             log.warning("%s in all will be refused", counted(len(found), "job"))
 
@@ -128,6 +131,7 @@ class WarmLauncher(Launcher):
                 say(f"job {config.hydra.job.num} {what} ({_directory(config)})")
             if retry_failed:
                 return _not_run(EXIT_ITEMS_FAILED)
+        heard = refused_before.set(self.told.get(config.hydra.job.num))
         try:
             result = run_job(
                 task_function=self.task_function,
@@ -141,6 +145,8 @@ class WarmLauncher(Launcher):
             if not executor.stop:
                 raise
             return _not_run(EXIT_INTERRUPTED)
+        finally:
+            refused_before.reset(heard)
         if result.status is JobStatus.FAILED:
             error = result._return_value
             executor.close()  # whatever state it is in

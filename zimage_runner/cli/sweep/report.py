@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import logging
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -39,6 +40,9 @@ EXIT_OF_STATUS = {
 exit_codes: list[int] = []
 """Of the last multirun's jobs, the more exact of those that were not run first. Jobs of launchers that use other
 processes can tell it no other way."""
+
+begun: list[tuple[Path, Path]] = []
+"""Directories of multiruns that began here and are not resumed, each with its output root."""
 
 REPORT = "report.html"
 COLUMNS = ("status", "done", "failed", "seconds_per_image", "directory")
@@ -98,6 +102,8 @@ class SweepReport(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Keep all jobs in one directory: what a job varies (its name, its experiment) would else lead it elsewhere."""
         directory = str(config.hydra.sweep.dir)
+        if not os.path.lexists(directory):
+            begun.append((Path(directory).absolute(), Path(str(config.output.root)).expanduser()))
         # Not resolved: ${hydra.job.num} is not known yet.
         given: Any = OmegaConf.to_container(config.hydra.overrides.hydra, resolve=False)
         others = [text for text in given if not text.lstrip("+").startswith("hydra.sweep.dir=")]
