@@ -170,6 +170,14 @@ def test_settings_that_change_pictures_are_refused(cli: Cli, run: Path) -> None:
     assert images(run) == before
 
 
+@pytest.mark.parametrize("seeds", ["1-2", "'1-2'", "[1,2]", "[1-2]"])
+def test_the_same_seeds_in_other_words_are_the_same(cli: Cli, run: Path, seeds: str) -> None:
+    next(run.glob("items/*/*/image.png")).unlink()
+    code, _, err = cli(f"resume={run}", f"seeds={seeds}")
+    assert code == 0, err
+    assert_whole(run, 4)
+
+
 def test_a_run_is_not_renamed(cli: Cli, run: Path) -> None:
     code, _, err = cli(f"resume={run}", "name=foo")
     assert code == 2
@@ -573,7 +581,7 @@ class TestGivenAgain:
                 "outputs/default",
                 "is no run, but a folder of 1 run: continue=outputs/default/{run} goes on with the last",
             ),
-            ("mine", "is no run, and holds other things (note.txt): name a new folder; continue=mine/all begins one"),
+            ("mine", "is no run, and holds other things (all): name a new folder; continue=mine/2 begins one in it"),
             ("mine/note.txt", "is no folder: give the one that the run is, or shall be, in"),
         ],
     )
@@ -581,7 +589,7 @@ class TestGivenAgain:
     def test_a_folder_that_is_no_runs_is_refused(
         self, cli: Cli, run: Path, tmp_path: Path, name: str, expected: str, more: list[str]
     ) -> None:
-        Path("mine").mkdir()
+        Path("mine/all").mkdir(parents=True)
         Path("mine/note.txt").write_text("mine", encoding="utf-8")
         before = state(tmp_path)
         code, _, err = cli(*RUN, *more, f"continue={name}")

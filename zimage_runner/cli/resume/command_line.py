@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Sequence
@@ -124,7 +125,9 @@ def _check_free(name: str, directory: Path) -> None:
     if not found:
         return
     runs = sorted(path for path in directory.glob("*") if os.path.lexists(path / SETTINGS) or is_sweep(path))
-    remedy = f"continue={Path(name) / 'all'} begins one in it"
+    names = itertools.chain(["all"], map(str, itertools.count(2)))
+    free = next(new for new in names if not os.path.lexists(directory / new))
+    remedy = f"continue={Path(name) / free} begins one in it"
     if runs:
         raise UserError(
             f"continue={name} is no run, but a folder of {counted(len(runs), 'run')}: "

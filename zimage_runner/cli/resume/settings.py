@@ -23,6 +23,7 @@ from zimage_runner.outputs.beneath import Inside
 from zimage_runner.outputs.ledger import RECORDS, Ledger
 from zimage_runner.outputs.parsed import CONSTRUCTORS_RAISE, check_yaml, from_json
 from zimage_runner.outputs.place import record_at
+from zimage_runner.prompts.seeds import parse_seeds
 from zimage_runner.sampling import PICTURE_FILES
 
 
@@ -117,6 +118,8 @@ def _refuse_other_pictures(
         old, new = was.get(field), now.get(field)
         if isinstance(old, str) and isinstance(new, str) and old != new and _is_same_file(directory, field, old, new):
             was[field] = new  # where it lies changes no picture
+    if _are_same_seeds(was.get("seeds"), now.get("seeds")):
+        was["seeds"] = now["seeds"]
     changes = {entry: found for entry, names in given.items() if (found := changed_fields(was, now, names))}
     if changes:
         fields = dict.fromkeys(field for found in changes.values() for field in found)
@@ -124,6 +127,14 @@ def _refuse_other_pictures(
             f"resume={directory}: {' '.join(changes)} would mix other pictures into the run: {'; '.join(fields)}: "
             f"leave {'it' if len(changes) == 1 else 'them'} out, or start a new run"
         )
+
+
+def _are_same_seeds(one: Any, other: Any) -> bool:
+    """Whether two values of ``seeds`` are the same numbers, such as 0-2 and [0,1,2]."""
+    try:
+        return parse_seeds(one) == parse_seeds(other)
+    except UserError:
+        return False
 
 
 def _is_same_file(directory: Path, field: str, old: str, new: str) -> bool:
