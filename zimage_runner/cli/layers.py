@@ -248,7 +248,8 @@ def _said(layers: Sequence[Layer]) -> tuple[set[str], dict[str, str]]:
         choices |= layer.choices
         if layer.says_prompt() or layer.says_prompts():  # which says all of what is drawn
             fields |= {"prompt", *(f"prompts.{name}" for name in prompt_inputs())}
-            choices["prompts"] = layer.options.get("prompts", PLAIN_OPTION)
+            standing = layer.choices if layer.says_prompt() else layer.options
+            choices["prompts"] = standing.get("prompts", PLAIN_OPTION)
     return fields, choices
 
 

@@ -559,6 +559,42 @@ class TestGivenAgain:
         assert code == 2
         assert "prompt was 'a cat', now 'a dog'" in err
 
+    def test_a_prompt_of_an_experiment_replaces_the_file_that_it_builds_on(self, cli: Cli) -> None:
+        Path("c/experiment").mkdir(parents=True)
+        Path("p.txt").write_text("a cat\n", encoding="utf-8")
+        head = "# @package _global_\n"
+        for name, text in (
+            ("file", "defaults: [{override /prompts: text_file}]\nprompts: {path: p.txt}\nseeds: [1]\n"),
+            ("text", "defaults: [file]\nprompt: a green boat\n"),
+        ):
+            Path(f"c/experiment/{name}.yaml").write_text(head + text, encoding="utf-8")
+        assert cli("--config-dir=c", "+experiment=file", *FAST, "continue=runs/all")[0] == 0
+        code, _, err = cli("--config-dir=c", "+experiment=text", *FAST, "continue=runs/all")
+        assert code == 2
+        assert "+experiment=text would mix other pictures into the run" in err
+        assert "prompt was None, now 'a green boat'" in err
+
+    def test_a_multirun_that_was_refused_is_begun_in_its_folder_once_it_is_mended(self, cli: Cli) -> None:
+        Path("mine").mkdir()
+        code, _, err = cli("-m", "prompt=a cat", "seeds=-1,-2", *FAST, "continue=mine")
+        assert (code, list(Path("mine").iterdir())) == (2, []), err
+        code, _, err = cli("-m", "prompt=a cat", "seeds=1,2", *FAST, "continue=mine")
+        assert code == 0, err
+        shutil.rmtree("mine/1")
+        code, _, err = cli("-m", "prompt=a cat", "seeds='1-1','2-2'", *FAST, "continue=mine")
+        assert code == 0, err
+        assert len(list(Path("mine").glob("*/items/*/*/image.png"))) == 2
+
+    def test_a_multirun_of_a_config_of_ones_own_is_resumed_as_it_says(self, cli: Cli) -> None:
+        Path("c").mkdir()
+        Path("c/own.yaml").write_text("defaults: [config, _self_]\nprompt: a cat\n", encoding="utf-8")
+        code, _, err = cli("--config-dir=c", "--config-name=own", "-m", "seeds=1,2", *FAST, "hydra.sweep.dir=sw")
+        assert code == 0, err
+        shutil.rmtree("sw/1")
+        code, _, err = cli("resume=sw")
+        assert code == 0, err
+        assert Path("sw/1/items/00000_a_cat/seed_2/image.png").is_file()
+
     def test_prompts_that_are_others_now_are_refused(self, cli: Cli) -> None:
         file = Path("p.txt")
         file.write_text("a cat\n一只猫\n", encoding="utf-8")
@@ -582,6 +618,10 @@ class TestGivenAgain:
                 "is no run, but a folder of 1 run: continue=outputs/default/{run} goes on with the last",
             ),
             ("mine", "is no run, and holds other things (all): name a new folder; continue=mine/2 begins one in it"),
+            (
+                "none/../mine",
+                "is no run, and holds other things (all): name a new folder; continue=none/../mine/2 begins",
+            ),
             ("mine/note.txt", "is no folder: give the one that the run is, or shall be, in"),
         ],
     )

@@ -106,7 +106,7 @@ def _resume_or_begin(argv: Sequence[str]) -> Sequence[str]:
         raise UserError(
             f"continue={name} says which run directory: leave out resume and hydra's run and sweep directory"
         )
-    directory = Path(name).expanduser().absolute()
+    directory = Path(os.path.abspath(os.path.expanduser(name)))
     if os.path.lexists(directory / SETTINGS) or is_sweep(directory):
         if is_sweep(directory):
             others = [arg for arg in others if arg not in ("-m", "--multirun")]

@@ -118,8 +118,6 @@ def _refuse_other_pictures(
         old, new = was.get(field), now.get(field)
         if isinstance(old, str) and isinstance(new, str) and old != new and _is_same_file(directory, field, old, new):
             was[field] = new  # where it lies changes no picture
-    if _are_same_seeds(was.get("seeds"), now.get("seeds")):
-        was["seeds"] = now["seeds"]
     changes = {entry: found for entry, names in given.items() if (found := changed_fields(was, now, names))}
     if changes:
         fields = dict.fromkeys(field for found in changes.values() for field in found)
@@ -160,6 +158,7 @@ def changed_fields(was: dict[str, Any], now: dict[str, Any], touched: set[str] |
         f"{field} was {_shown(was, field)}, now {_shown(now, field)}"
         for field in dict.fromkeys([*was, *now])
         if was.get(field, missing) != now.get(field, missing)
+        and not (field == "seeds" and _are_same_seeds(was.get(field), now.get(field)))
         and not _is_below(field, harmless_fields())
         and (touched is None or _is_below(field, touched))
     ]

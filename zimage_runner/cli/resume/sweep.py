@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -54,18 +55,20 @@ def _began_a_job(directory: Path) -> bool:
     return any(any(directory.glob(f"{job}/{SETTINGS}")) for job in ("*", "*/*"))  # hydra.sweep.subdir may be two
 
 
-def remove_if_unbegun(directory: Path, root: Path) -> None:
-    """Remove a multirun that began no job, and what is empty above it below ``root``."""
+def remove_if_unbegun(directory: Path, root: Path | None) -> None:
+    """Remove a multirun that began no job, and what is empty above it below ``root``; None leaves its folder."""
     if not is_sweep(directory) or _began_a_job(directory):
         return
     own = (directory / SWEEP, (directory / FIRST).parent)
     with contextlib.suppress(OSError):  # something else is there
         for path in set(directory.iterdir()) - {*own}:
-            path.rmdir()
+            if root is not None or path.name.isdigit():
+                path.rmdir()
         own[0].unlink()
         shutil.rmtree(own[1], ignore_errors=True)
-        directory.rmdir()
-        remove_if_empty(directory.parent, root)
+        if root is not None:
+            directory.rmdir()
+            remove_if_empty(directory.parent, root)
 
 
 def check_resumable(directory: Path) -> None:
@@ -114,10 +117,18 @@ def sweep_command_line(directory: Path, others: Sequence[str]) -> list[str]:
         )
     quoted = hydra_quote(str(directory))
     return [
-        "-m", *config_dirs(directory, runtime, others), *kept,
+        "-m", *config_dirs(directory, runtime, others), *_config_name(directory, settings, others), *kept,
         *(text for text in others if text not in ("-m", "--multirun")),
         "hydra/launcher=warm", f"hydra.sweep.dir={quoted}", f"resume={quoted}",
     ]  # fmt: skip
+
+
+def _config_name(directory: Path, settings: Any, others: Sequence[str]) -> list[str]:
+    """--config-name of a config of the user's own, unless given again."""
+    name = str(_entry(directory, settings, "job", "config_name"))
+    given = any(word.startswith(("--config-n", "-cn")) for word in others)
+    own = name != "config" and re.fullmatch(r"[\w-]+", name)
+    return [f"--config-name={name}"] if own and not given else []
 
 
 def _is_data(override: str) -> bool:

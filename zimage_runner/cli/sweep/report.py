@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from zimage_runner.cli.hydra_patches import parse_override, split_sweep
 from zimage_runner.cli.quoting import hydra_quote
+from zimage_runner.cli.resume.sweep import is_sweep
 from zimage_runner.collect.overrides import inert, overrides_by_field, varying_fields
 from zimage_runner.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK
 from zimage_runner.logs import say
@@ -41,8 +42,9 @@ exit_codes: list[int] = []
 """Of the last multirun's jobs, the more exact of those that were not run first. Jobs of launchers that use other
 processes can tell it no other way."""
 
-begun: list[tuple[Path, Path]] = []
-"""Directories of multiruns that began here and are not resumed, each with its output root."""
+begun: list[tuple[Path, Path | None]] = []
+"""Directories of multiruns that began here and are not resumed, each with its output root; None where the folder was
+there before."""
 
 REPORT = "report.html"
 COLUMNS = ("status", "done", "failed", "seconds_per_image", "directory")
@@ -102,8 +104,9 @@ class SweepReport(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Keep all jobs in one directory: what a job varies (its name, its experiment) would else lead it elsewhere."""
         directory = str(config.hydra.sweep.dir)
-        if not os.path.lexists(directory):
-            begun.append((Path(directory).absolute(), Path(str(config.output.root)).expanduser()))
+        if not is_sweep(Path(directory)):
+            root = None if os.path.lexists(directory) else Path(str(config.output.root)).expanduser()
+            begun.append((Path(directory).absolute(), root))
         # Not resolved: ${hydra.job.num} is not known yet.
         given: Any = OmegaConf.to_container(config.hydra.overrides.hydra, resolve=False)
         others = [text for text in given if not text.lstrip("+").startswith("hydra.sweep.dir=")]
