@@ -572,7 +572,7 @@ class TestGivenAgain:
         code, _, err = cli("--config-dir=c", "+experiment=text", *FAST, "continue=runs/all")
         assert code == 2
         assert "+experiment=text would mix other pictures into the run" in err
-        assert "prompt was None, now 'a green boat'" in err
+        assert "prompts.path was 'p.txt', now not there" in err
 
     def test_a_multirun_that_was_refused_is_begun_in_its_folder_once_it_is_mended(self, cli: Cli) -> None:
         Path("mine").mkdir()
