@@ -28,7 +28,7 @@ from zimage_runner.cli.layers import files_read, later_choices_replace, said_by_
 from zimage_runner.cli.messages import CONFIG_ERRORS, explain, typed
 from zimage_runner.cli.quoting import hints, quote_free_text
 from zimage_runner.cli.resume.command_line import earlier_fields, resume_command_line
-from zimage_runner.cli.resume.saved import is_started_again, override_key, root_of
+from zimage_runner.cli.resume.saved import is_started_again, override_key, refuse_ignored_choices, root_of
 from zimage_runner.cli.resume.settings import restore
 from zimage_runner.cli.resume.sweep import remove_if_unbegun
 from zimage_runner.cli.sweep.launcher import register_launcher
@@ -174,6 +174,7 @@ def job(cfg: DictConfig) -> int | Future[int]:
         said: Collection[str] = ()
         if cfg.resume is not None:
             said = said_by_experiments if "experiment" in _typed else ()
+            refuse_ignored_choices(directory, said, _typed, HydraConfig.get().runtime.choices)
             cfg = restore(cfg, directory, overrides, said)
         config = _validated(cfg)
         if config.resume is not None and "prompts" in map(root_of, (*_typed, *said)):

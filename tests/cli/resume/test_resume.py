@@ -559,6 +559,19 @@ class TestGivenAgain:
         assert code == 2
         assert "prompt was 'a cat', now 'a dog'" in err
 
+    def test_a_choice_that_an_experiment_makes_anew_is_not_passed_over(self, cli: Cli) -> None:
+        Path("c/experiment").mkdir(parents=True)
+        file, head = Path("c/experiment/x.yaml"), "# @package _global_\n"
+        argv = ("--config-dir=c", "+experiment=x", *FAST, "continue=runs/all")
+        file.write_text(f"{head}defaults: [{{override /memory: resident}}]\nprompt: a cat\n", encoding="utf-8")
+        assert cli(*argv)[0] == 0
+        assert cli(*argv)[0] == 0
+        file.write_text(f"{head}defaults: [{{override /memory: staged}}]\nprompt: a cat\n", encoding="utf-8")
+        code, _, err = cli(*argv)
+        assert code == 2
+        assert "the experiment chooses memory=staged now, and the run was begun with memory=resident: put that" in err
+        assert cli(*argv, "memory=staged")[0] == 0
+
     def test_a_prompt_of_an_experiment_replaces_the_file_that_it_builds_on(self, cli: Cli) -> None:
         Path("c/experiment").mkdir(parents=True)
         Path("p.txt").write_text("a cat\n", encoding="utf-8")

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,24 @@ def with_choices(directory: Path, name: str, overrides: Any, runtime: Any) -> li
         if group in _groups() and group not in given and isinstance(option, str) and _OPTION.fullmatch(option)
     ]
     return [*choices, *(entry for entry in overrides if override_key(entry) not in OF_THIS_PROCESS)]
+
+
+def refuse_ignored_choices(
+    directory: Path, said: Collection[str], typed: Collection[str], chosen: Mapping[str, object]
+) -> None:
+    """Raise UserError if experiments of the command line choose another option of a group than the run began with.
+
+    ``said``: their ``group=option``, among fields. ``typed``: groups and fields on the command line. ``chosen``: the
+    options that are in force, which are the run's. What was typed when the run began stays as it was typed.
+    """
+    then = {override_key(entry) for entry in texts(directory, SETTINGS, read_yaml(directory, SETTINGS))}
+    for group, _, option in (entry.partition("=") for entry in said):
+        known = group in _groups() and group not in ("prompts", *then, *typed) and option
+        if known and chosen.get(group, option) != option:
+            raise UserError(
+                f"resume={directory}: the experiment chooses {group}={option} now, and the run was begun with "
+                f"{group}={chosen[group]}: put that back, or write {group}=... on the command line"
+            )
 
 
 def without_replaced(saved: Sequence[str], others: Sequence[str]) -> list[str]:
