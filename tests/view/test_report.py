@@ -93,6 +93,16 @@ def test_a_multirun_has_its_grid_and_no_picture_twice(tmp_path: Path) -> None:
     assert all(words in text for words in ("prompts 2", "steps 4", "guidance scale 3", "a cat", "a dog"))
 
 
+def test_what_nobody_set_is_not_listed(tmp_path: Path) -> None:
+    for job, strength in enumerate([None, 0.5]):
+        params = {**PARAMS, "mask": None, "strength": strength}
+        MadeRun(tmp_path / str(job), ["a cat"], [1], params, []).add_all().finish()
+    text = " ".join(read(write_report(tmp_path)).text)
+    assert "strength not set, 0.5" in text
+    assert "mask" not in text
+    assert "None" not in text
+
+
 def test_a_missing_picture_and_an_empty_run(tmp_path: Path) -> None:
     run = MadeRun(tmp_path / "one", ["a cat"], [1, 2]).add_all()
     os.unlink(run.folder / run.item(0, 2) / "image.png")

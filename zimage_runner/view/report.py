@@ -30,6 +30,7 @@ REPORT = "report.html"
 MOST_PICTURES = 2000
 """Thumbnails on one page; the first of each run."""
 MOST_FAILURES = 200
+NOT_SET = "not set"
 MOST_TABLES = 12
 """Tables of a multirun's grid."""
 SECONDS_EACH = 0.01
@@ -165,7 +166,8 @@ def _settings(db: Connection, content: Content) -> list[tuple[str, str]]:
     for (text,) in db.execute("SELECT json FROM params WHERE id IN (SELECT params FROM prompts)"):
         for name, value in json.loads(text).items():
             values = found.setdefault(name, [])
-            if (shown := f"{value:g}" if isinstance(value, float) else str(value)) not in values:
+            shown = NOT_SET if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+            if shown not in values:
                 values.append(shown)
     sizes = facets(db, None)["sizes"]
     found = {"size": [size.replace("x", " x ") for size in sizes], **found}
@@ -176,7 +178,8 @@ def _settings(db: Connection, content: Content) -> list[tuple[str, str]]:
         "LEFT JOIN prompts t ON t.id = p.prompt"
     ).fetchone()
     rows = [("prompts", f"{prompts:,}"), ("seeds", f"{seeds:,}")]
-    return rows + [(name.replace("_", " "), ", ".join(values[:12])) for name, values in found.items() if any(values)]
+    said = {name: values for name, values in found.items() if any(values) and values != [NOT_SET]}
+    return rows + [(name.replace("_", " "), ", ".join(values[:12])) for name, values in said.items()]
 
 
 def _tables(index: Index, content: Content) -> list[str]:
