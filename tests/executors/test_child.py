@@ -9,8 +9,9 @@ from multiprocessing.connection import Connection
 
 import pytest
 
+from zimage_runner.executors import child as child_module
 from zimage_runner.executors.child import Child, WorkerBroken, WorkerDied
-from zimage_runner.executors.messages import Broken, LogLine
+from zimage_runner.executors.messages import Broken, LogLine, Started
 
 
 @pytest.fixture
@@ -38,6 +39,20 @@ def test_without_last_words_it_is_the_exit_code(gone):
     theirs.close()
     with pytest.raises(WorkerDied, match="ended with exit code 1"):
         child.send("the next item")
+
+
+@pytest.mark.parametrize("noticed", ["while handing on work", "by its process"])
+def test_what_it_said_before_its_end_is_heard(gone, noticed, monkeypatch):
+    """What it had begun is what it died of: an item that only waited is not to blame."""
+    child, theirs = gone
+    theirs.send(Started(7))
+    theirs.close()
+    if noticed == "by its process":
+        monkeypatch.setattr(child_module, "wait", lambda watched, seconds: [child._pidfd])
+    child.hand("the next item")
+    assert child.receive(10, 10) == Started(7)
+    with pytest.raises(WorkerDied, match="ended with exit code 1"):
+        child.receive(10, 10)
 
 
 def test_modules_of_the_current_folder_are_not_the_workers(tmp_path, monkeypatch):

@@ -84,6 +84,11 @@ class Child:
         except OSError:
             raise self._last_words() or self._died() from None
 
+    def hand(self, message: Any) -> None:
+        """As ``send``, but ``receive`` tells of a worker that has ended, after all that it said before."""
+        with contextlib.suppress(OSError):
+            self._connection.send(message)
+
     def receive(self, timeout_s: float, limit_s: float) -> Any:
         """The next message; Drawn comes with its pixels, as a pair. Raises as ``send``, WorkerHung after the timeout.
 
@@ -96,7 +101,7 @@ class Child:
             if not ready:
                 self.kill()
                 raise WorkerHung(f"gave no sign of life for {limit_s:g} s and was killed")
-            if self._connection not in ready:
+            if self._connection not in ready and not self._connection.poll():
                 raise self._died()
             try:
                 message = self._connection.recv()
