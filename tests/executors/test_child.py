@@ -30,18 +30,20 @@ def test_why_it_ended_is_known_even_if_it_is_noticed_while_sending(gone):
     theirs.send(LogLine(20, "worker", "about to fail"))
     theirs.send(Broken("an illegal memory access was encountered"))
     theirs.close()
+    child.send("the next item")
     with pytest.raises(WorkerBroken, match="ended: an illegal memory access"):
-        child.send("the next item")
+        child.receive(10, 10)
 
 
 def test_without_last_words_it_is_the_exit_code(gone):
     child, theirs = gone
     theirs.close()
+    child.send("the next item")
     with pytest.raises(WorkerDied, match="ended with exit code 1"):
-        child.send("the next item")
+        child.receive(10, 10)
 
 
-@pytest.mark.parametrize("noticed", ["while handing on work", "by its process"])
+@pytest.mark.parametrize("noticed", ["while sending", "by its process"])
 def test_what_it_said_before_its_end_is_heard(gone, noticed, monkeypatch):
     """What it had begun is what it died of: an item that only waited is not to blame."""
     child, theirs = gone
@@ -49,7 +51,7 @@ def test_what_it_said_before_its_end_is_heard(gone, noticed, monkeypatch):
     theirs.close()
     if noticed == "by its process":
         monkeypatch.setattr(child_module, "wait", lambda watched, seconds: [child._pidfd])
-    child.hand("the next item")
+    child.send("the next item")
     assert child.receive(10, 10) == Started(7)
     with pytest.raises(WorkerDied, match="ended with exit code 1"):
         child.receive(10, 10)

@@ -65,12 +65,12 @@ class Child:
         return self._process.pid
 
     def start(self, start: Start, timeout_s: float) -> dict[str, Any]:
-        """Have it load its session; the session's report. Raises WorkerDied, or UserError from the session."""
+        """Have it load its session; the session's report. Raises as ``receive``."""
         self.send(start)
         return self.wait_ready(timeout_s)
 
     def wait_ready(self, timeout_s: float) -> dict[str, Any]:
-        """The report of a session that was told to start or to extend. Raises as ``start``."""
+        """The report of a session that was told to start or to extend. Raises as ``receive``."""
         deadline = time.monotonic() + timeout_s
         while True:
             message = self.receive(max(0.0, deadline - time.monotonic()), timeout_s)
@@ -78,21 +78,15 @@ class Child:
                 return message.report
 
     def send(self, message: Any) -> None:
-        """Raises WorkerDied, and UserError if no other worker would do better."""
-        try:
-            self._connection.send(message)
-        except OSError:
-            raise self._last_words() or self._died() from None
-
-    def hand(self, message: Any) -> None:
-        """As ``send``, but ``receive`` tells of a worker that has ended, after all that it said before."""
+        """Of a worker that has ended, ``receive`` tells, after all that it said before."""
         with contextlib.suppress(OSError):
             self._connection.send(message)
 
     def receive(self, timeout_s: float, limit_s: float) -> Any:
-        """The next message; Drawn comes with its pixels, as a pair. Raises as ``send``, WorkerHung after the timeout.
+        """The next message; Drawn comes with its pixels, as a pair.
 
-        ``limit_s`` is the limit to name in the message: the timeout may be what is left of it.
+        Raises WorkerDied, WorkerHung after the timeout, and UserError if no other worker would do better. ``limit_s``
+        is the limit to name in the message: the timeout may be what is left of it.
         """
         deadline = time.monotonic() + timeout_s
         while True:
@@ -140,17 +134,6 @@ class Child:
     def _said(self, why: Broken | Refused) -> WorkerBroken | UserError:
         self.kill()
         return UserError(why.message) if isinstance(why, Refused) else WorkerBroken(f"ended: {why.message}")
-
-    def _last_words(self) -> WorkerBroken | UserError | None:
-        """Why it ended, if it said so before: what it sent can be read after its death too."""
-        with contextlib.suppress(EOFError, OSError):
-            while self._connection.poll():
-                message = self._connection.recv()
-                if isinstance(message, Broken | Refused):
-                    return self._said(message)
-                if isinstance(message, Drawn):
-                    self._connection.recv_bytes()  # drawn again by the next worker
-        return None
 
     def _died(self) -> WorkerDied:
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -122,7 +122,7 @@ class ProcessExecutor(Executor):
                 self._heard = time.monotonic()
             self._ticket += 1
             self._flights[self._ticket] = Flight.of(batch)
-            child.hand(Work(self._ticket, batch))
+            child.send(Work(self._ticket, batch))
 
     def _next_result(self) -> BatchResult | None:
         """Handle one message of the worker. Raises WorkerDied."""
