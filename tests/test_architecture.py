@@ -25,8 +25,9 @@ LOOSE_MODULES = 14
 LARGEST_CIRCLE = 2
 
 BASICS = {"errors", "logs", "signals", "__init__"}
-FILES = {"outputs.atomic", "outputs.beneath", "outputs.parsed"}
-"""How a file is opened, parsed and written, for every room: no link followed, plain values, whole or not at all."""
+FILES = {"outputs.atomic", "outputs.beneath", "outputs.digest", "outputs.parsed"}
+"""How a file is opened, told from others, parsed and written, for every room: no link followed, plain values, whole or
+not at all."""
 COMPONENTS = {"model", "sampling", "compile", "warmup"}
 ARROWS: dict[str, set[str]] = {
     "prompts": {"model", "sampling"},

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import os
-import stat
 from collections.abc import Mapping, Set
 from typing import Any
 
 from zimage_runner.errors import UserError, one_line
 from zimage_runner.model import EMBEDDED_CONTROLNET, EMBEDDED_CONTROLNET_FILE, Convention
+from zimage_runner.outputs.digest import sha256_of
 from zimage_runner.sampling import PICTURE_FIELDS, PICTURE_FILES
 
 
@@ -79,13 +77,6 @@ def _file(said: Any, name: str, picture: str, *, moved: bool) -> str:
 def _sha256(path: str) -> str:
     """Digest of a plain file; empty where there is none."""
     try:
-        found = os.stat(path)
-        return _digest(path, found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else ""
-    except (OSError, ValueError):
+        return sha256_of(path) if os.path.isfile(path) else ""
+    except OSError:
         return ""
-
-
-@functools.lru_cache(maxsize=1024)  # many pictures start from one
-def _digest(path: str, size: int, changed: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

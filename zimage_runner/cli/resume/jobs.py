@@ -5,9 +5,7 @@ Config files and prompt files may have been edited since; a table of old and new
 
 from __future__ import annotations
 
-import functools
 import glob
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -22,6 +20,7 @@ from zimage_runner.cli.resume.settings import changed_fields, leaves
 from zimage_runner.errors import UserError
 from zimage_runner.outputs import atomic, beneath
 from zimage_runner.outputs.beneath import Inside
+from zimage_runner.outputs.digest import sha256_of
 from zimage_runner.prompts.images import files_below
 from zimage_runner.sampling import PICTURE_FILES
 
@@ -77,7 +76,7 @@ def _described(config: DictConfig) -> dict[str, Any] | None:
         settings = json.loads(json.dumps(dict(leaves(own)), default=str))
     except OmegaConfBaseException:
         return None
-    files = {path: _digest(path) for path in _prompt_files(settings)}
+    files = {path: sha256_of(os.path.expanduser(path)) for path in _prompt_files(settings)}
     return {"num": config.hydra.job.num, "config": settings, "files": files}
 
 
@@ -90,19 +89,6 @@ def _prompt_files(settings: dict[str, Any]) -> list[str]:
     named = (settings.get(f"sampling.{name}") for name in PICTURE_FILES)
     found += [name for name in named if isinstance(name, str)]
     return [file for file in found if os.path.isfile(os.path.expanduser(file))]
-
-
-def _digest(path: str) -> str:
-    file = os.path.expanduser(path)
-    status = os.stat(file)
-    return _digest_of(file, status.st_size, status.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=1024)
-def _digest_of(path: str, size: int, mtime_ns: int) -> str:
-    """Each job of a multirun reads the same file: it is looked at once."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read(directory: Path) -> dict[int, dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import io
 import os
 from collections.abc import Collection, Iterator, Mapping
@@ -20,6 +19,7 @@ from zimage_runner.cli.interpolation import lookups
 from zimage_runner.cli.resume.saved import override_key, root_of, saved_overrides
 from zimage_runner.errors import UserError
 from zimage_runner.outputs.beneath import Inside
+from zimage_runner.outputs.digest import sha256_of
 from zimage_runner.outputs.ledger import RECORDS, Ledger
 from zimage_runner.outputs.parsed import CONSTRUCTORS_RAISE, check_yaml, from_json
 from zimage_runner.outputs.place import record_at
@@ -144,8 +144,7 @@ def _is_same_file(directory: Path, field: str, old: str, new: str) -> bool:
         try:
             drawn_from = from_json(record_at(directory, item, entry.place).read_bytes())["inputs"][name]
             if Path(drawn_from["path"]).name == Path(old).name:
-                with open(file, "rb") as stream:
-                    return hashlib.file_digest(stream, "sha256").hexdigest() == drawn_from["digest"]
+                return sha256_of(file) == drawn_from["digest"]
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return True
