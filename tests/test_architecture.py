@@ -73,7 +73,7 @@ ARROWS: dict[str, set[str]] = {
     "serve.config": {"model", "view"},
     "serve.__main__": {"cli", "config", "startup", "view"},
     "view.__main__": {"weights"},
-    "view.named": {"cli"},
+    "view.runs": {"cli", "collect", "outputs", "prompts"},
     "view.command": {"cli"},
     "__main__": {
         "cli", "collect", "compare", "executors", "prepare", "reproduce", "resident", "serve", "startup", "view",

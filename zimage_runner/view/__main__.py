@@ -26,7 +26,7 @@ from typing import Any
 from zimage_runner.errors import EXIT_OK, UserError
 from zimage_runner.logs import command
 from zimage_runner.view.address import check_installed, is_loopback, listen, shown
-from zimage_runner.view.named import named
+from zimage_runner.view.runs import named
 
 PORT = 8188
 FIELDS = ("port", "host", "token", "cache_gb")

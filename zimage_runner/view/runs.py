@@ -43,6 +43,15 @@ class Found:
     """The job's number in it."""
 
 
+def named(word: str) -> str:
+    """The folder that a word names; ``latest`` is the run or multirun below outputs/ started last. Raises UserError."""
+    if word != "latest":
+        return os.path.expanduser(word)
+    from zimage_runner.cli.resume.command_line import folder_named  # it imports Hydra, which looking at runs needs not
+
+    return str(folder_named(word))
+
+
 def find_runs(root: str) -> Iterator[Found]:
     """Every run below ``root``, in the order of their names. Links are not followed, pictures not looked at."""
     yield from _search(root, "", 0, None)

@@ -27,9 +27,8 @@ from zimage_runner.outputs.ledger import RECORDS
 from zimage_runner.outputs.lock import LOCK_NAME
 from zimage_runner.view.folder import Folder
 from zimage_runner.view.index import Index
-from zimage_runner.view.named import named
 from zimage_runner.view.rows import FAILED
-from zimage_runner.view.runs import PROMPTS, below, find_runs
+from zimage_runner.view.runs import PROMPTS, below, find_runs, named
 from zimage_runner.view.shards import Shard, sets_of, shard_of
 from zimage_runner.view.watch import Watcher
 
