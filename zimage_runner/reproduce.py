@@ -11,7 +11,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ from zimage_runner.errors import EXIT_ITEMS_FAILED, EXIT_OK, UserError, one_line
 from zimage_runner.executors.base import Batch
 from zimage_runner.logs import command, refuse, say
 from zimage_runner.outputs import atomic
-from zimage_runner.outputs.config import IMAGE_STEM, Format
+from zimage_runner.outputs.config import IMAGE_STEM, Format, Output
 from zimage_runner.outputs.encoders import encode
 from zimage_runner.outputs.finished import open_picture, shared_picture
 from zimage_runner.outputs.metadata import check_recipe, read_metadata
@@ -48,8 +48,8 @@ if TYPE_CHECKING:
 
 OF_A_RUN = ("prompt", "prompts", "dry_run", "resume", "retry", "verify", "skip_existing", "name", "report")
 """Fields and groups that say what a run draws and how it goes; here the picture does."""
-OF_THE_FILE = tuple(f"output.{name}" for name in ("format", "quality", "png_compress_level", "metadata"))
-"""Fields of ``output`` that say how output_file is encoded; the others are for runs."""
+FILE_FIELDS = {f"output.{field.name}" for field in fields(Output) if field.metadata.get("of_file")}
+"""Fields of ``output`` that say how output_file is encoded."""
 EXIT_SAME, EXIT_DIFFERENT = EXIT_OK, EXIT_ITEMS_FAILED
 
 
@@ -100,7 +100,7 @@ def recipe_config(recipe: Mapping[str, Any], overrides: Sequence[str], picture: 
     """The run that draws this one picture. The file's texts are used as values only, never as commands."""
     given = {override_key(override) for override in overrides}
     of_output = {key for key in given if key.partition(".")[0] == "output"}
-    if idle := sorted({key for key in given if key.partition(".")[0] in OF_A_RUN} | of_output.difference(OF_THE_FILE)):
+    if idle := sorted({key for key in given if key.partition(".")[0] in OF_A_RUN} | (of_output - FILE_FIELDS)):
         raise UserError(f"{idle[0]} has no effect on a picture that is drawn again: leave it out")
     if of_output and "output_file" not in given:
         raise UserError(f"{min(of_output)} has no effect without output_file: name the file to be written")

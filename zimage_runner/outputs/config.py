@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import importlib.util
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from zimage_runner.errors import UserError, check_range
@@ -48,6 +48,8 @@ class Layout(enum.Enum):
     """Parquet files with the pictures in them, as Hugging Face's ``datasets`` has them."""
 
 
+OF_FILE = {"of_file": True}
+"""Metadata of fields that say how a picture's file is encoded; the others are for runs."""
 LOSSLESS = "lossless"
 USUAL_QUALITY = 90
 MOST_REPORTED = 2000
@@ -62,14 +64,14 @@ class Output:
 
     root: str = "outputs"
     """Folder that holds all runs."""
-    format: Format = Format.png
+    format: Format = field(default=Format.png, metadata=OF_FILE)
     """png, jpeg or webp. Only png, and webp with quality=lossless, keep every pixel as it was drawn."""
-    quality: Any = None  # int | str
+    quality: Any = field(default=None, metadata=OF_FILE)  # int | str
     """For jpeg and webp: 1 to 100, or lossless (webp alone); null is 90."""
-    png_compress_level: int = 1
+    png_compress_level: int = field(default=1, metadata=OF_FILE)
     """zlib level 0 (none) to 9 (smallest). 1 looks for runs alone: on photographs as small as the usual 6, and several
     times faster. Drawings of flat colours gain from 6."""
-    metadata: bool = True
+    metadata: bool = field(default=True, metadata=OF_FILE)
     """Put the parameters into each picture: as the text that image tools read and as JSON."""
     writer_threads: int = 2
     """Pictures encoded and written at the same time, in the background."""
