@@ -116,21 +116,17 @@ def main(
             copied_quickly(),
         ):
             job()
-        _remove_what_never_began()
-    except UserError as error:
-        _remove_what_never_began()
-        return refuse(str(error))
-    except (*CONFIG_ERRORS, UnicodeDecodeError) as error:
+    except (UserError, *CONFIG_ERRORS, UnicodeDecodeError) as error:
         if _exit_codes and isinstance(error, UnicodeDecodeError):
             raise
-        _remove_what_never_began()
-        return refuse(explain(error))
+        _exit_codes.append(refuse(explain(error)))
     except OSError as error:
         if _exit_codes:
             raise
         return refuse(f"cannot make the run directory ({error}): set output.root to a directory you can write to")
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    _remove_what_never_began()
     return max([*map(known_code, _exit_codes), *exit_codes], default=EXIT_OK)
 
 
