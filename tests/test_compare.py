@@ -167,7 +167,7 @@ def test_nothing_is_drawn_where_one_way_cannot_be(
     assert f"zimage_runner: {way} cannot be drawn (exit code 2), and so nothing was: see above" in err
     assert compare.main(["seeds=1", "engine.device=cuda", "--", *OPTIONS[::2]]) == 2
     assert "engine.device=cuda cannot be drawn, and so nothing was: engine.device=cuda but no" in capfd.readouterr().err
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not list(tmp_path.rglob("*"))
 
 
 def test_figures_of_bf16_are_not_kept(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -193,6 +193,27 @@ def test_bad_prompts(cli: Cli, tmp_path: Path, argv: list[str], content: bytes |
     assert [p.name for p in tmp_path.iterdir()] == ([] if content is None else ["p"])
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["output.root=mine/a/b"],
+        ["output.root=$PWD/mine/a/b"],
+        ["output.root=$PWD/mine"],
+        ["continue=mine/a/b"],
+        [f"output.root=mine/a/{'n' * 300}"],
+        ["-m", "seeds=1,2", "output.root=$PWD/mine/a/b"],
+        ["-m", "seeds=1,2", "output.root=mine"],
+    ],
+)
+def test_of_the_folders_above_a_refused_run_those_that_were_there_stay(
+    cli: Cli, tmp_path: Path, argv: list[str]
+) -> None:
+    (tmp_path / "mine").mkdir()
+    code, out, err = cli("prompt=a cat", "model.path=nowhere", *(word.replace("$PWD", str(tmp_path)) for word in argv))
+    assert (code, out) == (2, ""), err
+    assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
+
+
 def test_typo_in_an_experiment_file_names_the_file(cli: Cli, tmp_path: Path) -> None:
     folder = tmp_path / "my_conf" / "experiment"
     folder.mkdir(parents=True)

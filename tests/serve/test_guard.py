@@ -117,7 +117,7 @@ def test_a_run_has_no_fields_of_the_service(cli, tmp_path):
     assert not Path("outputs").exists()
 
 
-def test_a_service_that_cannot_be_composed_is_told_in_one_line(capfd):
+def test_a_service_that_cannot_be_started_is_told_in_one_line(capfd):
     from zimage_runner.serve.__main__ import main
 
     for words, text in (
@@ -127,6 +127,7 @@ def test_a_service_that_cannot_be_composed_is_told_in_one_line(capfd):
         (["server.port=x"], "server.port=x: not a whole number"),
         (["server.host=no.such.host.invalid", "server.insecure=true"], "there is no such address"),
         (["prompt=x"], "each request says what is drawn"),
+        (["model.path=/nowhere", "server.port=0"], "cannot be started: model.path=/nowhere: no such directory"),
     ):
         assert main(words) == 2
         err = capfd.readouterr().err

@@ -30,7 +30,7 @@ from zimage_runner.cli.quoting import hints, quote_free_text
 from zimage_runner.cli.resume.command_line import earlier_fields, resume_command_line
 from zimage_runner.cli.resume.saved import is_started_again, override_key, refuse_ignored_choices, root_of
 from zimage_runner.cli.resume.settings import restore
-from zimage_runner.cli.resume.sweep import remove_if_unbegun
+from zimage_runner.cli.resume.sweep import empty_if_unbegun
 from zimage_runner.cli.sweep.launcher import register_launcher
 from zimage_runner.cli.sweep.report import begun, exit_codes, known_code
 from zimage_runner.cli.words import command_line_wins, names_config_dir, readable
@@ -48,7 +48,7 @@ from zimage_runner.errors import (
 )
 from zimage_runner.executors.handing import HandOver, belongs_elsewhere
 from zimage_runner.logs import LogFormat, log_to_terminal, refuse, say, use_format
-from zimage_runner.outputs.run_dir import remove_if_empty, remove_with_name
+from zimage_runner.outputs.run_dir import remove_if_empty
 
 SERVE = "serve"
 """The primary config of the service, beside ``config``."""
@@ -123,7 +123,8 @@ def main(
     except OSError as error:
         if _exit_codes:
             raise
-        return refuse(f"cannot make the run directory ({error}): set output.root to a directory you can write to")
+        what = f"cannot make the run directory ({error}): set output.root to a directory you can write to"
+        _exit_codes.append(refuse(what))
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     _remove_what_never_began()
@@ -131,10 +132,11 @@ def main(
 
 
 def _remove_what_never_began() -> None:
-    """Remove a multirun that was refused or planned, as is done with a run."""
+    """Remove what was made for a run or multirun that was refused or planned."""
     if {*map(known_code, _exit_codes), *exit_codes} <= {EXIT_OK, EXIT_BAD_INPUT}:
-        for directory, root in begun:
-            remove_if_unbegun(directory, root)
+        for directory, there in begun:
+            empty_if_unbegun(directory, is_new=there != directory)
+            remove_if_empty(directory, there)
 
 
 def _format_of(argv: Sequence[str]) -> LogFormat:
@@ -177,7 +179,7 @@ def job(cfg: DictConfig) -> int | Future[int]:
             from zimage_runner.runner.spec import check_same_prompts
 
             check_same_prompts(config, directory)
-        composed = Composed(config=config, directory=directory, files=composed_files(cfg))
+        composed = Composed(config=config, directory=directory, there=_there(directory), files=composed_files(cfg))
         gc.enable()  # paused while importing and composing, which leave no garbage
         code = _take(composed)
     except (UserError, *CONFIG_ERRORS) as error:  # here and not in main: Hydra would print a line of its own
@@ -187,9 +189,14 @@ def job(cfg: DictConfig) -> int | Future[int]:
             raise
         code = refuse(f"{str(error.filename)[:60]}...: no file can have so long a name: is it a text?")
     finally:
-        remove_if_empty(directory, Path(os.path.expanduser(str(cfg.output.root))))
+        remove_if_empty(directory, _there(directory))
     _exit_codes[number] = code
     return code
+
+
+def _there(directory: Path) -> Path:
+    """The folder that was there before a job's directory; just the one above it if another process began the job."""
+    return begun[0][1] if begun else directory.parent
 
 
 def _validated(cfg: DictConfig) -> RunConfig:
@@ -227,4 +234,5 @@ def remove_unused_directory() -> None:
     """For a signal that ends the process: Hydra may just have made the run directory."""
     with contextlib.suppress(Exception):
         if HydraConfig.initialized():
-            remove_with_name(Path(HydraConfig.get().runtime.output_dir))
+            directory = Path(HydraConfig.get().runtime.output_dir)
+            remove_if_empty(directory, _there(directory))

@@ -19,7 +19,7 @@ from zimage_runner.memory.policies import Memory
 from zimage_runner.model import FREE_TEXT, HARMLESS, Model
 from zimage_runner.outputs.beneath import unfit_target
 from zimage_runner.outputs.config import Format, Output
-from zimage_runner.outputs.run_dir import remove_if_empty, remove_with_name
+from zimage_runner.outputs.run_dir import remove_if_empty
 from zimage_runner.outputs.survey import Retry
 from zimage_runner.prompts.base import PromptSource
 from zimage_runner.sampling import Sampling
@@ -141,16 +141,14 @@ class Composed:
     config: RunConfig
     directory: Path
     """The run directory, which Hydra has made."""
+    there: Path
+    """The folder, itself or one above it, that was there before."""
     files: dict[str, str]
     """Name and text of each file of the run's ``.hydra`` folder."""
 
     def remove_unused_directory(self) -> None:
         """Leave no run directory behind when nothing was written into it."""
-        remove_if_empty(self.directory, Path(self.config.output.root))
-
-    def remove_unused_directory_at_once(self) -> None:
-        """As above, in the least time: for a signal that ends the process."""
-        remove_with_name(self.directory)
+        remove_if_empty(self.directory, self.there)
 
 
 PATHS = (

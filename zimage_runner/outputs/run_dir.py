@@ -223,25 +223,21 @@ def check_plain(dir_fd: int) -> None:
                     raise beneath.NotPlain(name, beneath.kind_of(mode))
 
 
-def remove_if_empty(directory: Path, root: Path) -> None:
-    """Remove a run directory, and what is empty above it below ``root``, when nothing was written into it.
+def folder_there(path: str) -> Path:
+    """The folder itself where it is there already, else the next one above it that is."""
+    folder = Path(os.path.abspath(path))
+    return next(place for place in (folder, *folder.parents) if os.path.lexists(place))
 
-    Hydra makes the run directory before the config is validated.
+
+def remove_if_empty(directory: Path, there: Path) -> None:
+    """Remove a run directory, and what is empty above it below ``there``, when nothing was written into it.
+
+    Hydra makes the run directory before the config is validated. ``there``: the folder that was there before.
     """
     for folder in (directory, *directory.parents):
-        if not folder.is_relative_to(root.absolute()) or (folder == root and root.is_absolute()):
-            return
-        try:
-            folder.rmdir()
-        except OSError:
-            return
-
-
-def remove_with_name(directory: Path) -> None:
-    """Remove a run directory and the folder of the run's name, where empty. For a signal that ends the process."""
-    with contextlib.suppress(OSError):
-        directory.rmdir()
-        directory.parent.rmdir()
+        if there in folder.parents:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def checked_item_dir(item_dir: str) -> str:

@@ -61,7 +61,10 @@ def main(argv: Sequence[str]) -> int:
             if code != EXIT_OK or not found:  # refused, or the words were --cfg
                 return code
             settings = Settings.of(found[0])
-            return serve(settings, settings.server.secret())
+            try:
+                return serve(settings, settings.server.secret())
+            finally:
+                found[0].remove_unused_directory()  # what is above it, where nothing was kept
     except UserError as error:
         return refuse(str(error))
 

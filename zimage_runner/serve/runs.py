@@ -210,7 +210,8 @@ class RunQueue:
         token, silence = refusals.set(refused), quiet.set(not self._settings.server.log_prompts)
         try:
             config = plan_run_request(parse(RunRequest, run.request), self._settings, **changes).config
-            composed = Composed(config=config, directory=directory, files=self._settings.files_of_run(config))
+            files = self._settings.files_of_run(config)
+            composed = Composed(config=config, directory=directory, there=self._settings.root, files=files)
             shared = _Lent(self._scheduler, run, self._settings.memo)
             with lent(shared):
                 code = execute(composed)

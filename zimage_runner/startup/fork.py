@@ -121,7 +121,7 @@ def stop() -> None:
     if _child is not None:
         _child.stop()
     if _composed is not None:
-        _composed.remove_unused_directory_at_once()
+        _composed.remove_unused_directory()
 
 
 def leave(code: int) -> NoReturn:

@@ -30,7 +30,6 @@ from zimage_runner.cli.resume.saved import (
 from zimage_runner.errors import UserError
 from zimage_runner.outputs import atomic, beneath
 from zimage_runner.outputs.beneath import Inside
-from zimage_runner.outputs.run_dir import remove_if_empty
 
 SWEEP = "multirun.yaml"
 FIRST = ".hydra/multirun.yaml"
@@ -55,20 +54,17 @@ def _began_a_job(directory: Path) -> bool:
     return any(any(directory.glob(f"{job}/{SETTINGS}")) for job in ("*", "*/*"))  # hydra.sweep.subdir may be two
 
 
-def remove_if_unbegun(directory: Path, root: Path | None) -> None:
-    """Remove a multirun that began no job, and what is empty above it below ``root``; None leaves its folder."""
+def empty_if_unbegun(directory: Path, *, is_new: bool) -> None:
+    """Remove what a multirun that began no job has left in its folder. ``is_new``: the folder was not there before."""
     if not is_sweep(directory) or _began_a_job(directory):
         return
     own = (directory / SWEEP, (directory / FIRST).parent)
     with contextlib.suppress(OSError):  # something else is there
         for path in set(directory.iterdir()) - {*own}:
-            if root is not None or path.name.isdigit():
+            if is_new or path.name.isdigit():
                 path.rmdir()
         own[0].unlink()
         shutil.rmtree(own[1], ignore_errors=True)
-        if root is not None:
-            directory.rmdir()
-            remove_if_empty(directory.parent, root)
 
 
 def check_resumable(directory: Path) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import logging
-import os
 import re
 import sys
 from collections.abc import Iterable
@@ -18,6 +18,7 @@ from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from zimage_runner.cli.hydra_patches import parse_override, split_sweep
 from zimage_runner.cli.quoting import hydra_quote
@@ -29,6 +30,7 @@ from zimage_runner.outputs.atomic import directory, write_file
 from zimage_runner.outputs.beneath import Inside
 from zimage_runner.outputs.config import wants_report
 from zimage_runner.outputs.parsed import from_json, from_yaml, mapping
+from zimage_runner.outputs.run_dir import folder_there
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +44,9 @@ exit_codes: list[int] = []
 """Of the last multirun's jobs, the more exact of those that were not run first. Jobs of launchers that use other
 processes can tell it no other way."""
 
-begun: list[tuple[Path, Path | None]] = []
-"""Directories of multiruns that began here and are not resumed, each with its output root; None where the folder was
-there before."""
+begun: list[tuple[Path, Path]] = []
+"""Directory of the run or multirun that began here, unless a multirun is resumed, and the folder that was there before:
+itself or one above it."""
 
 REPORT = "report.html"
 COLUMNS = ("status", "done", "failed", "seconds_per_image", "directory")
@@ -101,12 +103,17 @@ class SweepReport(Callback):
         self._overrides: dict[int, list[str]] = {}
         self._directories: dict[int, Path] = {}
 
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Hydra makes the run's directory next."""
+        with contextlib.suppress(OmegaConfBaseException):  # as it tells then
+            directory = str(config.hydra.run.dir)
+            begun.append((Path(directory).absolute(), folder_there(directory)))
+
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Keep all jobs in one directory: what a job varies (its name, its experiment) would else lead it elsewhere."""
         directory = str(config.hydra.sweep.dir)
         if not is_sweep(Path(directory)):
-            root = None if os.path.lexists(directory) else Path(str(config.output.root)).expanduser()
-            begun.append((Path(directory).absolute(), root))
+            begun.append((Path(directory).absolute(), folder_there(directory)))
         # Not resolved: ${hydra.job.num} is not known yet.
         given: Any = OmegaConf.to_container(config.hydra.overrides.hydra, resolve=False)
         others = [text for text in given if not text.lstrip("+").startswith("hydra.sweep.dir=")]
