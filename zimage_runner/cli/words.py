@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 
 from omegaconf import DictConfig
 
-from zimage_runner.cli.fields import closest, groups_with, known_fields, prompt_inputs, reader_of
+from zimage_runner.cli.fields import closest, groups_with, known_fields, reader_of
 from zimage_runner.errors import UserError
 from zimage_runner.model import names_a_file
 from zimage_runner.prompts.text import shown
@@ -76,15 +76,8 @@ def names_config_dir(words: Sequence[str]) -> bool:
 
 
 def command_line_wins(config: DictConfig, overrides: Sequence[str]) -> None:
-    """``prompt=TEXT`` on the command line stands for an experiment's texts, and prompts there for its ``prompt``."""
-    given = {name.lstrip("+"): value for name, _, value in (override.partition("=") for override in overrides)}
-    # The default option says nothing of the prompts; a multirun that is resumed gives every option.
-    sources = ("prompts", *(f"prompts.{name}" for name in prompt_inputs()))
-    prompts_given = any(name in given and given[name] != "inline" for name in sources)
-    if "prompt" in given and not prompts_given and config.prompts.get("texts"):
-        config.prompts.texts = []
-    if prompts_given and "prompt" not in given:
-        config.prompt = None
+    """Tell the source of prompts which sampling fields are on the command line: ``prompts.wins`` is about those."""
+    given = [override.partition("=")[0].lstrip("+") for override in overrides]
     if "typed" in config.prompts:
         fields = [name.removeprefix("sampling.") for name in given if name.startswith("sampling.")]
         config.prompts.typed = [*fields, *(["seeds"] if "seeds" in given else [])]

@@ -579,13 +579,19 @@ class TestGivenAgain:
         for name, text in (
             ("file", "defaults: [{override /prompts: text_file}]\nprompts: {path: p.txt}\nseeds: [1]\n"),
             ("text", "defaults: [file]\nprompt: a green boat\n"),
+            ("list", "prompts: {texts: [a green boat]}\nseeds: [1]\n"),
         ):
             Path(f"c/experiment/{name}.yaml").write_text(head + text, encoding="utf-8")
         assert cli("--config-dir=c", "+experiment=file", *FAST, "continue=runs/all")[0] == 0
         code, _, err = cli("--config-dir=c", "+experiment=text", *FAST, "continue=runs/all")
         assert code == 2
         assert "+experiment=text would mix other pictures into the run" in err
+        assert "prompt was None, now 'a green boat'" in err
         assert "prompts.path was 'p.txt', now not there" in err
+        assert cli("prompt=a cat", "seeds=[1]", *FAST, "continue=runs/one")[0] == 0
+        code, _, err = cli("--config-dir=c", "+experiment=list", *FAST, "continue=runs/one")
+        assert code == 2
+        assert "prompt was 'a cat', now None; prompts.texts was [], now ['a green boat']: leave it out" in err
 
     def test_a_multirun_that_was_refused_is_begun_in_its_folder_once_it_is_mended(self, cli: Cli) -> None:
         Path("mine").mkdir()
