@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from tests.support.made_pictures import ENTRY, write_run
 from zimage_runner.collect.__main__ import main
-from zimage_runner.collect.folder import LONGEST, _filled
+from zimage_runner.collect.folder import LOCK, LONGEST, _filled, held
 from zimage_runner.errors import UserError
 from zimage_runner.outputs import atomic
 from zimage_runner.outputs.stars import Stars
@@ -78,6 +79,23 @@ def test_rows_of_pictures_that_other_calls_brought_are_kept(run: Path, capsys: p
         assert main([str(run), "into=all"]) == 2
         assert "all/metadata.jsonl, line 1: no row of a picture: remove the table, or" in capsys.readouterr().err
         assert table.read_bytes() == line
+
+
+@pytest.mark.parametrize(
+    ("words", "held_folder"), [([], "all"), (["layout=webdataset"], "all"), (["layout=parquet"], "all/data")]
+)
+def test_nobody_collects_into_a_folder_in_which_another_does(
+    run: Path, capsys: pytest.CaptureFixture[str], words: list[str], held_folder: str
+) -> None:
+    with held(Path(held_folder)):
+        before = sorted(Path("all").rglob("*"))
+        assert main([str(run), "into=all", *words]) == 2
+        told = f"zimage_runner: {held_folder} is in use by process {os.getpid()} on {socket.gethostname()}: wait for it"
+        assert capsys.readouterr().err.startswith(told)
+        assert sorted(Path("all").rglob("*")) == before
+    Path(held_folder, LOCK).write_bytes(b"")  # of a process that was killed
+    assert main([str(run), "into=all", *words]) == 0
+    assert list(Path("all").rglob(LOCK)) == []
 
 
 def test_ones_own_names(run: Path) -> None:

@@ -7,7 +7,7 @@
 RUN     a run directory, a folder of runs (outputs/cats, a multirun, all shards of a set), or latest
 into    hard links to the pictures (copies on another disk) under names of your own, and metadata.jsonl: file name,
         prompt, seed, parameters and metadata of each. Made again after a resume, it holds what has come since. Rows
-        of pictures that other calls brought there are kept
+        of pictures that other calls brought there are kept. While one call writes there, a second is refused
 name    of index, slug (of the id or prompt), id (of prompts that have one), seed, run and job (the run's folder name),
         text, width, height ...
 format  png, jpeg or webp for all; without it they stay as they are. quality: 1 to 100 (usually 90), for webp also

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import string
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path, PurePosixPath
@@ -17,12 +18,15 @@ from zimage_runner.outputs.beneath import unfit_target
 from zimage_runner.outputs.config import Output
 from zimage_runner.outputs.encoders import convert
 from zimage_runner.outputs.json_text import compact_json
+from zimage_runner.outputs.lock import RunLock
 from zimage_runner.outputs.parsed import from_json
 from zimage_runner.plan.items import slug
 
 NAME = "{index:05d}_{slug}_seed_{seed}"
 TABLE = "metadata.jsonl"
 """The name and form that Hugging Face's imagefolder reads."""
+LOCK = ".zimage_runner.lock"
+"""Not a run's: the gallery would take the folder for one."""
 LONGEST = 200
 """Bytes of a name; file systems allow 255 at most."""
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
@@ -51,19 +55,37 @@ def collect_into(
             f"into={folder}: pictures are collected in a folder, not an archive: use into={folder.with_suffix('')}, "
             f"then pack that"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    _check_fit(folder / TABLE)
-    before, after = _kept_rows(folder, {row["file_name"] for row in rows})
-    jobs = [
-        (conversion_of(picture, output), picture, folder / row["file_name"])
-        for picture, row in zip(pictures, rows, strict=True)
-    ]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        done = list(pool.map(lambda job: _is_done(*job, overwrite=overwrite), jobs))  # a refusal leaves nothing behind
-        list(pool.map(lambda job: _put(*job), [job for job, is_done in zip(jobs, done, strict=True) if not is_done]))
-    lines = [*before, *map(compact_json, rows), *after]
-    atomic.replace_file(folder / TABLE, "".join(f"{line}\n" for line in lines).encode())
+    with held(folder):
+        _check_fit(folder / TABLE)
+        before, after = _kept_rows(folder, {row["file_name"] for row in rows})
+        jobs = [
+            (conversion_of(picture, output), picture, folder / row["file_name"])
+            for picture, row in zip(pictures, rows, strict=True)
+        ]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            done = list(
+                pool.map(lambda job: _is_done(*job, overwrite=overwrite), jobs)
+            )  # a refusal leaves nothing behind
+            list(
+                pool.map(lambda job: _put(*job), [job for job, is_done in zip(jobs, done, strict=True) if not is_done])
+            )
+        lines = [*before, *map(compact_json, rows), *after]
+        atomic.replace_file(folder / TABLE, "".join(f"{line}\n" for line in lines).encode())
     return folder / TABLE, len(rows)
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Make a folder, and let nobody else collect into it meanwhile. Raises UserError if somebody does, and OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic.directory(folder) as dir_fd:
+        lock = RunLock(folder, dir_fd, LOCK)
+        with atomic.naming(lock.path):
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
 
 
 def _kept_rows(folder: Path, names: Set[str]) -> tuple[list[str], list[str]]:

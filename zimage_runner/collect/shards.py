@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zimage_runner.collect.folder import conversion_of, each_once, row_of, suffix_of
+from zimage_runner.collect.folder import LOCK, conversion_of, each_once, held, row_of, suffix_of
 from zimage_runner.collect.pictures import Picture
 from zimage_runner.errors import UserError
 from zimage_runner.outputs import atomic
@@ -70,19 +70,19 @@ def collect_shards(
     pictures, rows = each_once(pictures, rows)
     samples = [Sample(picture, row, output) for picture, row in zip(pictures, rows, strict=True)]
     target = folder / "data" if layout == "parquet" else folder
-    _make_empty(target, overwrite=overwrite)
-    shards = list(_split(samples, bounds))
-    for number, shard in enumerate(shards):
-        if layout == "parquet":
-            _write_parquet(target / f"train-{number:05d}-of-{len(shards):05d}.parquet", shard)
-        else:
-            _write_tar(target, number, shard)
+    with held(target):
+        _make_empty(target, overwrite=overwrite)
+        shards = list(_split(samples, bounds))
+        for number, shard in enumerate(shards):
+            if layout == "parquet":
+                _write_parquet(target / f"train-{number:05d}-of-{len(shards):05d}.parquet", shard)
+            else:
+                _write_tar(target, number, shard)
     return len(shards), len(samples)
 
 
 def _make_empty(folder: Path, *, overwrite: bool) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    there = sorted(entry.name for entry in folder.iterdir())
+    there = sorted(entry.name for entry in folder.iterdir() if entry.name != LOCK)
     if there and not overwrite:
         raise UserError(f"{folder} has {there[0]} already: use another folder, or overwrite=true")
     foreign = [name for name in there if not OWN.fullmatch(name)]

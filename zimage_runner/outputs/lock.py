@@ -1,4 +1,4 @@
-"""One process per run directory.
+"""One process per run directory, or other folder that a process writes into.
 
 The kernel's lock (flock) goes away with its process, so a lock left by a dead one needs no cleaning. File systems
 without flock fall back on the owner written in the file: host, boot and process (with its start time, because
@@ -27,16 +27,16 @@ _NO_FLOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 class RunLock:
     """Held from ``acquire`` to ``release`` or to the end of the process, however it ends."""
 
-    def __init__(self, directory: Path, dir_fd: int) -> None:
+    def __init__(self, directory: Path, dir_fd: int, name: str = LOCK_NAME) -> None:
         """``dir_fd``: the directory's descriptor, which must stay open; its path is for messages."""
-        self.path = directory / LOCK_NAME
+        self.path = directory / name
         self._dir_fd = dir_fd
         self._fd: int | None = None
 
     def acquire(self) -> None:
         """Take the lock, over a dead owner's if need be. Raises UserError if a living process has it."""
         while self._fd is None:
-            fd = beneath.open_file(self._dir_fd, LOCK_NAME, os.O_RDWR | os.O_CREAT)
+            fd = beneath.open_file(self._dir_fd, self.path.name, os.O_RDWR | os.O_CREAT)
             try:
                 self._lock(fd)
                 if self._is_current(fd):
@@ -52,14 +52,14 @@ class RunLock:
         if self._fd is None:
             return
         if self._is_current(self._fd):
-            remove(self._dir_fd, LOCK_NAME)
+            remove(self._dir_fd, self.path.name)
         os.close(self._fd)
         self._fd = None
 
     def _is_current(self, fd: int) -> bool:
         """Whether the open lock file is still the one under its name (a releasing owner removes it)."""
         try:
-            named = os.stat(LOCK_NAME, dir_fd=self._dir_fd, follow_symlinks=False)
+            named = os.stat(self.path.name, dir_fd=self._dir_fd, follow_symlinks=False)
         except FileNotFoundError:
             return False
         return os.path.samestat(os.fstat(fd), named)
