@@ -53,6 +53,15 @@ def test_vary_starts_a_run(cat: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "2 pictures of 1 prompt" in capsys.readouterr().out
 
 
+def test_the_same_line_again_continues_its_run(cat: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = [str(cat), "model=zimage_nano", "sampling.num_inference_steps=1", "output.min_free_gb=0", "continue=near"]
+    assert vary.main([*line, "n=1"]) == 0
+    assert vary.main([*line, "n=1"]) == 0
+    assert "nothing to draw: 1 picture is done" in capsys.readouterr().err
+    assert vary.main([*line, "n=2"]) == 2
+    assert "prompts.jsonl has other prompts than the run began with" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", [["executor=resident"], ["--config-dir=conf", "+experiment=warm"]])
 def test_the_run_may_be_the_resident_process_s(cat: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
     (cat.parent / "conf/experiment").mkdir(parents=True)

@@ -629,6 +629,33 @@ class TestGivenAgain:
         file.unlink()
         assert cli(*argv)[0] == 0, "the run has its own"
 
+    def test_a_file_of_prompts_is_the_same_under_another_path(self, cli: Cli) -> None:
+        Path("p.txt").write_text("a cat\n", encoding="utf-8")
+        Path("link.txt").symlink_to("p.txt")
+        Path("other.txt").write_text("a dog\n", encoding="utf-8")
+        argv = ("prompts=text_file", *FAST, "continue=runs/all")
+        assert cli("prompts.path=p.txt", *argv)[0] == 0
+        for path in ("./p.txt", Path("p.txt").absolute(), "link.txt"):
+            code, _, err = cli(f"prompts.path={path}", *argv)
+            assert code == 0, err
+            assert "nothing to draw: 1 picture is done" in err
+        code, _, err = cli("prompts.path=other.txt", *argv)
+        assert code == 2
+        assert "other.txt has other prompts than the run began with (1 then, 1 now" in err
+        code, _, err = cli("prompts.path=gone.txt", *argv)
+        assert code == 2
+        assert "prompts.path was 'p.txt', now 'gone.txt'" in err
+        argv = ("-m", "prompts=text_file", "seeds=1,2", *FAST, "continue=runs/several")
+        assert cli("prompts.path=p.txt", *argv)[0] == 0
+        shutil.rmtree("runs/several/1")
+        code, _, err = cli("prompts.path=other.txt", *argv)
+        assert code == 2
+        assert "job 1 was never begun" in err
+        assert "prompts.path was 'p.txt', now 'other.txt'" in err
+        code, _, err = cli("prompts.path=link.txt", *argv)
+        assert code == 0, err
+        assert Path("runs/several/1/items/00000_a_cat/seed_2/image.png").is_file()
+
     @pytest.mark.parametrize(
         ("name", "expected"),
         [

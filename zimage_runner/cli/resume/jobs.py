@@ -55,6 +55,10 @@ def check_unchanged(directory: Path, configs: Sequence[DictConfig]) -> None:
         was, now = began.get(number), _described(config)
         if was is None or now is None:
             continue
+        for field in ("prompts.path", *(f"sampling.{name}" for name in PICTURE_FILES)):
+            old, new = was["config"].get(field), now["config"].get(field)
+            if old != new and old in was["files"] and was["files"][old] == now["files"].get(new):
+                was["config"][field], was["files"][new] = new, was["files"].pop(old)  # the same file under another path
         changes = changed_fields(was["config"], now["config"])
         for file in sorted({*was["files"], *now["files"]}):
             if was["files"].get(file) != now["files"].get(file):

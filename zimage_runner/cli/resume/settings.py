@@ -118,6 +118,9 @@ def _refuse_other_pictures(
         old, new = was.get(field), now.get(field)
         if isinstance(old, str) and isinstance(new, str) and old != new and _is_same_file(directory, field, old, new):
             was[field] = new  # where it lies changes no picture
+    old, new = was.get("prompts.path"), now.get("prompts.path")
+    if isinstance(old, str) and isinstance(new, str) and os.path.exists(os.path.expanduser(new)):
+        was["prompts.path"] = new  # what it holds is compared once the settings are: check_same_prompts
     changes = {entry: found for entry, names in given.items() if (found := changed_fields(was, now, names))}
     if changes:
         fields = dict.fromkeys(field for found in changes.values() for field in found)
