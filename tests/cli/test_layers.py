@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 
 from zimage_runner.cli.layers import later_choices_replace
@@ -106,6 +107,30 @@ def test_what_is_drawn_and_what_is_told(
     assert code == 0, err
     assert f"{prompts} picture" in out
     assert told is None or err.splitlines() == told
+
+
+LIST, COUNT = "prompt: a\nseeds: [1, 2]", "prompt: a\nseeds: {count: 3, base: 7}"
+
+
+@pytest.mark.parametrize(
+    ("files", "argv", "seeds"),
+    [
+        ({"base": COUNT, "mine": "defaults: [base]\nseeds: [1, 2]"}, [], [1, 2]),
+        ({"base": LIST, "mine": "defaults: [base]\nseeds: {count: 4}"}, [], {"count": 4}),
+        ({"base": COUNT, "mine": "defaults: [base]\nseeds: {count: 4}"}, [], {"count": 4, "base": 7}),
+        ({"base": COUNT, "b": "defaults: [base]\nseeds: 0-9", "mine": "defaults: [b]\nseeds: {count: 4}"}, [],
+         {"count": 4}),
+        ({"base": COUNT, "mine": "defaults: [base]"}, ["seeds=[3]"], [3]),
+        ({"base": COUNT, "mine": "defaults: [base]"}, ["seeds.count=4"], {"count": 4, "base": 7}),
+        ({"base": LIST, "mine": "defaults: [base]"}, ["seeds={count:4}"], "{count:4}"),
+    ],
+)  # fmt: skip
+def test_seeds_replace_those_of_another_form(
+    cli, tmp_path: Path, files: dict[str, str], argv: list[str], seeds: object
+) -> None:
+    code, out, err = cli(in_folder(tmp_path, **files), "+experiment=mine", *argv, "--cfg", "job")
+    assert (code, err) == (0, "")
+    assert yaml.safe_load(out)["seeds"] == seeds
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,7 @@ class _Rule:
                 names = [f"{group}.{name}" for name in said if not known or name in known]
                 self._leave_out(layer, names, f"{group}={new} replaces {group}={old}")
         self._replace_prompts(layers)
+        self._replace_seeds(layers)
 
     def _refuse_hydras_own(self, layer: Layer, own: dict[str, str]) -> None:
         """The package's own config has chosen these already: a file that is read after it would say it in vain."""
@@ -198,6 +199,17 @@ class _Rule:
                     raise UserError(
                         f"{layer.file}: prompt and {which} are both set: use prompt for one prompt, or prompts for many"
                     )
+
+    def _replace_seeds(self, layers: list[Layer]) -> None:
+        """Hydra can put no list in a mapping's place, and no mapping in a list's."""
+        later, replaced = None, "seeds" in self._given
+        for layer in reversed(layers):
+            seeds = layer.config.get("seeds")
+            if seeds is not None:
+                replaced = replaced or (later is not None and isinstance(seeds, dict) != isinstance(later, dict))
+                later = seeds
+                if replaced:
+                    self._left_out.setdefault(layer.path, []).append("seeds")
 
     def _leave_out(self, layer: Layer, names: list[str], why: str) -> None:
         if names:
