@@ -14,6 +14,7 @@ from PIL import Image
 from zimage_runner import compare, prepare
 from zimage_runner.cli.main import main as run
 from zimage_runner.engines.precision import likeness_key, likeness_text
+from zimage_runner.errors import UserError
 from zimage_runner.model import Model, Source
 from zimage_runner.outputs.summary import _likeness_rows
 from zimage_runner.weights.cache import read_entry
@@ -168,6 +169,17 @@ def test_nothing_is_drawn_where_one_way_cannot_be(
     assert compare.main(["seeds=1", "engine.device=cuda", "--", *OPTIONS[::2]]) == 2
     assert "engine.device=cuda cannot be drawn, and so nothing was: engine.device=cuda but no" in capfd.readouterr().err
     assert not list(tmp_path.rglob("*"))
+
+
+def test_what_ray_draws_needs_no_gpu_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    (tmp_path / "experiment").mkdir()
+    text = "# @package _global_\ndefaults: [{override /executor: ray}]\n"
+    (tmp_path / "experiment/far.yaml").write_text(text, encoding="utf-8")
+    options = [f"--config-dir={tmp_path}", "+experiment=far", *OPTIONS[::2]]
+    compare._check("engine.precision=fp8", tmp_path / "into", options)
+    with pytest.raises(UserError, match="executor=inline cannot be drawn"):
+        compare._check("engine.precision=fp8 executor=inline", tmp_path / "into", options)
 
 
 def test_figures_of_bf16_are_not_kept(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

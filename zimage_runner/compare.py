@@ -143,7 +143,7 @@ def _check(way: str, into: Path, options: list[str]) -> None:
     """Raise UserError for options that cannot be drawn."""
     # A plan is for any machine. Without a GPU here it is made for the CPU, unless others draw or the options say more.
     words = [*options, *shlex.split(way)]
-    on_cpu = has_no_gpu() and "executor=ray" not in words
+    on_cpu = has_no_gpu() and not _is_by_ray(_command(way, into, options))
     if on_cpu and "engine.device=cuda" in words:
         raise UserError(f"{way} cannot be drawn, and so nothing was: engine.device=cuda but no CUDA GPU is visible")
     command = _command(way, into, ["engine.device=cpu", *options] if on_cpu else options)
@@ -151,6 +151,12 @@ def _check(way: str, into: Path, options: list[str]) -> None:
     if done.returncode != 0:
         print(done.stderr, end="", file=sys.stderr)
         raise UserError(f"{way} cannot be drawn (exit code {done.returncode}), and so nothing was: see above")
+
+
+def _is_by_ray(command: list[str]) -> bool:
+    """Whether Ray's workers draw, which an experiment can say as well as a word."""
+    listed = subprocess.run([*command, "--info=defaults"], capture_output=True, text=True, encoding="utf-8")
+    return "executor/ray" in listed.stdout
 
 
 def _drawn(way: str, into: Path, options: list[str]) -> Path:
