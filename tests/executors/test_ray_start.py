@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import sys
+import threading
 
 import pytest
 
-from zimage_runner.executors.ray_start import BYTECODE, started_lean
+from zimage_runner.errors import UserError
+from zimage_runner.executors import ray_start
+from zimage_runner.executors.ray_start import BYTECODE, check_address, started_lean
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'zimage-runner[ray]'")
 
@@ -45,3 +49,31 @@ def test_another_ray_is_started_as_it_does_itself(monkeypatch):
     monitor = Node.start_monitor
     with started_lean():
         assert Node.start_monitor is monitor
+
+
+@pytest.mark.parametrize(
+    ("answer", "refused"),
+    [
+        (b"HTTP/1.1 505 HTTP Version Not Supported\r\n\r\n", True),
+        (b"", True),
+        (b"\0\0\x06\x04\0\0\0\0\0", False),
+        (None, False),
+    ],
+    ids=["another server", "one that hangs up", "HTTP/2", "one that is busy"],
+)
+def test_what_is_no_ray_is_told_at_once(monkeypatch, answer: bytes | None, refused: bool):
+    monkeypatch.setattr(ray_start, "CONNECT_S", 10.0 if answer is not None else 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            caller, _ = server.accept()
+            with caller:
+                caller.recv(100)
+                caller.sendall(answer or b"")
+
+        if answer is not None:
+            threading.Thread(target=serve, daemon=True).start()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        told = pytest.raises(UserError, match=f"executor.address={address}: what answers there is no Ray: write host")
+        with told if refused else contextlib.nullcontext():
+            check_address(address)

@@ -18,12 +18,14 @@ log = logging.getLogger(__name__)
 
 CONNECT_S = 10.0
 """Seconds that a cluster may take to answer."""
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+"""How a connection of HTTP/2 begins, and with it gRPC's and Ray's: these words and a frame of no settings."""
 BYTECODE = ("PYTHONPYCACHEPREFIX", "PYTHONDONTWRITEBYTECODE")
 """Environment variables that tell a process of Python where bytecode is, and that it is not to be kept."""
 
 
 def check_address(address: str) -> None:
-    """Raise UserError unless somebody listens there: Ray itself would ask for minutes."""
+    """Raise UserError unless somebody listens there and speaks as Ray does: Ray itself would ask for minutes."""
     wanted = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
     if not wanted:
         return  # Ray finds the cluster of this machine, or says that there is none
@@ -33,12 +35,29 @@ def check_address(address: str) -> None:
             f"executor.address={wanted}: write host:port as `ray start --head` prints it (usually port 6379), or auto"
         )
     try:
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+        with socket.create_connection((host.strip("[]"), int(port)), CONNECT_S) as server:
+            may_be_ray = _answers_in_kind(server)
     except OSError as error:
         raise UserError(
             f"executor.address={wanted}: nobody answers there ({error.strerror or error}): start a cluster with "
             "`ray start --head`, or leave the address out for a Ray of this machine's own"
         ) from None
+    if not may_be_ray:
+        raise UserError(
+            f"executor.address={wanted}: what answers there is no Ray: write host:port as `ray start --head` prints it "
+            "(usually port 6379), or auto"
+        )
+
+
+def _answers_in_kind(server: socket.socket) -> bool:
+    """Whether settings of HTTP/2 come back; also where nothing does, or Ray encrypts: Ray itself is asked then."""
+    if os.environ.get("RAY_USE_TLS"):
+        return True
+    server.sendall(PREFACE)
+    try:
+        return server.recv(9)[3:4] == b"\x04"
+    except TimeoutError:
+        return True
 
 
 @contextlib.contextmanager
