@@ -46,6 +46,8 @@ class Scenario:
     rounds: int = 3
     caches: Sequence[str] = ("warm",)
     """Page cache before each process: warm, dropped."""
+    settles: bool = False
+    """Run the first contestant once uncounted: the first process on a machine was seen to take 10 s more."""
 
     def rounds_of(self, variant: Variant) -> int:
         """Processes of this contestant under each state of the page cache."""
@@ -149,6 +151,9 @@ def measure(scenario: Scenario, results: Results, seconds: float) -> None:
         for cache in scenario.caches:
             if cache == "warm":
                 machine.fill_page_cache(scenario.work.model, libraries=scenario.work.device == "cuda")
+                if scenario.settles:
+                    run = run_once(scenario, scenario.variants[0], cache, -1, budget.left, kept)
+                    print(f"{line(run)}  (uncounted)", flush=True)
             for number in range(scenario.rounds):
                 # Every other round backwards, so that a drift of the machine meets all of them alike.
                 for variant in in_turn(scenario.variants, number):

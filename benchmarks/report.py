@@ -197,17 +197,19 @@ class Claim:
     text: str
     variant: str
     metric: str
+    scenario: str = "ablation"
 
 
 PLAIN = "plain"
 COMPILED = "step 3 corrected, compiled before"
+START = "article_start"
 CLAIMS = [
     Claim("step 1 (allocator settings) lowers peak memory", "step 1: allocator", "peak_reserved"),
     Claim("step 1 makes later images steadier (jitter)", "step 1: allocator", "jitter"),
     Claim("step 2 (CPU first, then one move) shortens the way to the first picture (article: 14.7 to 4.6 s)",
-          "step 2: CPU first", "first_png"),
+          "step 2: CPU first", "first_png", START),
     Claim("loading straight to the GPU, which step 2 advises against, shortens the way to the first picture",
-          "direct loading", "first_png"),
+          "direct loading", "first_png", START),
     Claim("step 3 corrected (compile the transformer, then warm up) makes later images faster (article: 18 %)",
           COMPILED, "seconds_per_image"),
     Claim("step 3's compilation costs 2 to 3 s once: the first picture is not later",
@@ -216,10 +218,10 @@ CLAIMS = [
     Claim("step 3 as printed (sequential offload after the move) makes later images faster",
           "step 3 as printed: sequential offload", "seconds_per_image"),
     Claim("step 4 (three convolutions) shortens the way to the first picture (article: by 1.2 s)",
-          "step 4: wake the hardware", "first_png"),
+          "step 4: wake the hardware", "first_png", START),
     Claim("one dummy generation makes later images faster", "warm-up without compiling", "seconds_per_image"),
     Claim("all four steps shorten the way to the first picture (article: 14.7 to 2.9 s)",
-          "steps 1+2+3+4", "first_png"),
+          "steps 1+2+3+4", "first_png", START),
     Claim("all four steps make later images faster (article: 2.2 to 1.8 s)",
           "steps 1+2+3+4", "seconds_per_image"),
     Claim("all four steps make later images steadier (article: no jitter)", "steps 1+2+3+4", "jitter"),
@@ -237,17 +239,19 @@ IMPOSSIBLE = {
 
 
 def judge(one: Spread, other: Spread, metric: str = "") -> str:
-    """``one`` against ``other``, where less is better: beyond both spreads and 2 %, or no effect.
+    """``one`` against ``other``, where less is better: below 2 % no effect, within their spread not decided.
 
     A single process has no spread to show; it is taken to be as uncertain as the other contestant. Fewer than three
     processes do not decide what is within the usual differences between processes.
     """
     widths = [(s.high - s.low) / 2 for s in (one, other) if s.count > 1] or [0.0]
-    noise = max(2 * sum(widths) / len(widths), LEAST_SHARE * other.median)
+    noise = 2 * sum(widths) / len(widths)
+    if min(one.count, other.count) < FEW:
+        noise = max(noise, BETWEEN_PROCESSES.get(metric, 0.0) * other.median)
     difference = one.median - other.median
-    if abs(difference) <= noise:
+    if abs(difference) <= LEAST_SHARE * other.median:
         return "no effect"
-    if min(one.count, other.count) < FEW and abs(difference) <= BETWEEN_PROCESSES.get(metric, 0.0) * other.median:
+    if abs(difference) <= noise:
         return "not decided"
     return "confirmed" if difference < 0 else "harmful"
 
@@ -263,12 +267,16 @@ def verdict(claim: Claim, rows: Mapping[str, Row]) -> str:
     return f"{judge(one, other, claim.metric)}: {figures}, n = {other.count} and {one.count}"
 
 
-def verdicts(rows: Sequence[Row]) -> list[str]:
-    """The article's claims, judged."""
+def verdicts(rows: Sequence[Row], scenario: str) -> list[str]:
+    """The article's claims that a scenario is about, judged; nothing for other scenarios."""
     by_name = {row.variant: row for row in rows if row.cache == "warm"}
+    claims = [claim for claim in CLAIMS if claim.scenario == scenario]
+    if not claims:
+        return []
     lines = ["### The article's claims", "", "| claim | verdict |", "|---|---|"]
-    lines += [f"| {claim.text} | {verdict(claim, by_name)} |" for claim in CLAIMS]
-    lines += [f"| {claim} | impossible: {why} |" for claim, why in IMPOSSIBLE.items()]
+    lines += [f"| {claim.text} | {verdict(claim, by_name)} |" for claim in claims]
+    if scenario != START:
+        lines += [f"| {claim} | impossible: {why} |" for claim, why in IMPOSSIBLE.items()]
     return [*lines, ""]
 
 
@@ -307,8 +315,7 @@ def section(path: Path, beside: Path) -> str:
     plot = draws(path.stem, rows, beside / "plots")
     if plot:
         lines += [f"![{data['title']}](plots/{plot.name})", ""]
-    if data["scenario"] == "ablation":
-        lines += verdicts(rows)
+    lines += verdicts(rows, data["scenario"])
     return "\n".join(lines)
 
 

@@ -63,12 +63,10 @@ def collect_into(
             for picture, row in zip(pictures, rows, strict=True)
         ]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            done = list(
-                pool.map(lambda job: _is_done(*job, overwrite=overwrite), jobs)
-            )  # a refusal leaves nothing behind
-            list(
-                pool.map(lambda job: _put(*job), [job for job, is_done in zip(jobs, done, strict=True) if not is_done])
-            )
+            # A refusal leaves nothing behind.
+            done = list(pool.map(lambda job: _is_done(*job, overwrite=overwrite), jobs))
+            missing = [job for job, is_done in zip(jobs, done, strict=True) if not is_done]
+            list(pool.map(lambda job: _put(*job), missing))
         lines = [*before, *map(compact_json, rows), *after]
         atomic.replace_file(folder / TABLE, "".join(f"{line}\n" for line in lines).encode())
     return folder / TABLE, len(rows)
