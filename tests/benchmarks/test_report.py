@@ -70,6 +70,7 @@ def test_contestants_without_figures_are_shown_with_the_reason(tmp_path: Path) -
     data["runs"].pop()
     data["skipped"] = [{"variant": "late", "cache": "warm", "round": n} for n in range(2)]
     data["note"] = "another scenario ran on the second GPU meanwhile"
+    data["work"]["images"] = 1
     data["gpu"] = {"index": 1, "uuid": "GPU-1", "name": "NVIDIA H200"}
     path.write_text(json.dumps(data), encoding="utf-8")
     text = page(tmp_path, tmp_path)
@@ -79,6 +80,7 @@ def test_contestants_without_figures_are_shown_with_the_reason(tmp_path: Path) -
     assert "late (warm) 2" in text
     assert "Note: another scenario ran on the second GPU meanwhile." in text
     assert "GPU 1 of the machine" in text
+    assert ". 1 picture of " in text
 
 
 def test_medians_of_several_processes_show_spread_and_count(tmp_path: Path) -> None:
@@ -121,6 +123,7 @@ def test_page_holds_the_figures_the_expectation_and_every_claim(tmp_path: Path) 
     assert "Expected: we expect" in text
     assert "| 10.00 | 2.00x | 2.000 | 1.00x |" in text
     assert "confirmed: 20.00 -> 10.00 s (-50%)" in text
+    assert text.count("compared with *plain*, whose figure comes first. Less than 2 % apart is no effect;") == 2
     assert all(claim.text in text for claim in CLAIMS)
     assert all(claim in text for claim in IMPOSSIBLE)
     assert text.count("not measured") == len(CLAIMS) - 1
