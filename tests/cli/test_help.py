@@ -26,6 +26,12 @@ def test_every_option_is_listed_and_described() -> None:
         assert all(len(entry) == 2 for entry in entries), path
 
 
+def test_exit_codes_and_completion_are_told() -> None:
+    text = help_text(["--help"])
+    assert "\nExit codes: 0 all items done, 1 some items failed, 2 bad config or input, 130 interrupted" in text
+    assert "--shell-completion install=bash" in text
+
+
 def test_options_of_a_config_dir_are_listed(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\n# My cats.\n", encoding="utf-8")

@@ -43,7 +43,10 @@ Every field can be set on the command line, such as sampling.height=512 or seeds
   Experiments of others:   are data; those that name code need --trust-code as well
   Finish a run:            resume=latest           (or resume=RUN_DIRECTORY)
   Begin it or finish it:   continue=RUN_DIRECTORY
+  Completion by Tab:       --shell-completion install=bash     (or zsh, fish), for the shell's start file
   Hydra's own options:     --hydra-help
+
+Exit codes: 0 all items done, 1 some items failed, 2 bad config or input, 130 interrupted, resumable.
 """
 
 WITH_VALUE = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c", "--package", "-p")
