@@ -64,7 +64,7 @@ def test_sources(source, expected):
         (b"a cat --w 5x\n", "{f}:1: --w: width='5x' is not an integer"),
         (b"a cat --w\n", "{f}:1: --w has no value"),
         (b"a cat --sed 3\n", "{f}:1: unknown flag --sed: did you mean --seed?"),
-        (b"a cat --zzz 3\n", "{f}:1: unknown flag --zzz: the flags are --w --h --s --d --n --g."),
+        (b"a cat --zzz 3\n", "{f}:1: unknown flag --zzz: the flags are --w --h --s --d --n --g --lora and"),
         (b"a cat --w 16 --width 16\n", "{f}:1: --width sets width a second time"),
         (b"a cat --d -1\n", "{f}:1: --d: -1 is out of range"),
         (b"--w 512\n", "{f}:1: the prompt is empty"),

@@ -84,8 +84,8 @@ def _apply(parsed: FlaggedText, flag: str, value: str, where: str, folder: Path)
     name = FLAGS.get(word)
     if name is None:
         close = difflib.get_close_matches(word, FLAGS, n=1)
-        hint = f"did you mean --{close[0]}?" if close else "the flags are --w --h --s --d --n --g."
-        hint = remedy_for_flag(flag, value) or hint
+        known = "the flags are --w --h --s --d --n --g --lora and the sampling fields."
+        hint = remedy_for_flag(flag, value) or (f"did you mean --{close[0]}?" if close else known)
         raise UserError(f"{where}: unknown flag --{flag}: {hint} If it is part of the text, set prompts.flags=false")
     if not value:
         raise UserError(f"{where}: --{flag} has no value: write it after a space")
