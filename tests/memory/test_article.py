@@ -84,10 +84,12 @@ def test_bad_settings(cli: Cli, tmp_path: Path, argv: list[str], says: str) -> N
 
 
 def test_low_cpu_mem_usage_false_is_warned_of(cli: Cli) -> None:
-    code, _, err = cli(
-        "prompt=a cat", "engine=diffusers", "memory.low_cpu_mem_usage=false", "sampling.num_inference_steps=1"
-    )
-    assert code == 0
+    words = ("prompt=a cat", "memory.low_cpu_mem_usage=false", "sampling.num_inference_steps=1")
+    nothing = "memory.low_cpu_mem_usage=false does nothing for engine=native"
+    code, _, err = cli(*words, "engine=native")
+    assert (code, nothing in err) == (2, True)
+    code, _, err = cli(*words)
+    assert (code, f"engine=auto takes diffusers: {nothing}" in err) == (0, True)
     assert "memory.low_cpu_mem_usage=false initialises all weights before loading them" in err
 
 

@@ -68,6 +68,7 @@ class NativeEngine(EngineConfig):
             )
         for name, value, why in (
             ("loading", memory.loads_through_host() and "cpu_then_gpu", "weights go straight to the GPU"),
+            ("low_cpu_mem_usage", not memory.low_cpu_mem_usage and "false", "it initialises no weights"),
             ("vae_tiling", memory.vae_tiling, "it decodes a picture at a time in a fraction of the usual memory"),
             ("vae_slicing", memory.vae_slicing, "it decodes a picture at a time anyway"),
         ):
