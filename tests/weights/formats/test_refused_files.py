@@ -133,6 +133,15 @@ RELATIVES = {
     "LoRA": (
         lambda: {"diffusion_model.layers.0.attention.to_q.lora_A.weight": ONE}, "is a LoRA or another adapter"
     ),
+    "prefix": (
+        lambda: {f"net.dit.{name}": tensor for name, tensor in comfyui().items()},
+        "names begin with 'net.dit.', a prefix that no layout of Z-Image has: if they are Z-Image's, save them without",
+    ),
+    "prefix of a text encoder": (
+        lambda: {f"qwen.{name}": tensor for name, tensor in support.text_encoder().items()},
+        "names begin with 'qwen.model.', a prefix",
+    ),
+    "prefix of a VAE": (lambda: support.ldm(support.vae(), 3, "ae."), "names begin with 'ae.', a prefix"),
     "something": (lambda: {"a.weight": ONE, "b.weight": ONE.clone()}, "Z-Image's transformer, or damaged (it holds a"),
     "missing": (
         lambda: without("layers.1.attention.qkv.weight", "layers.1.ffn_norm1.weight"),

@@ -24,6 +24,7 @@ from zimage_runner.weights.formats.names import (
     ldm_levels,
     prefix_of,
     published,
+    unknown_prefix,
 )
 from zimage_runner.weights.formats.quantised import stored_tensors
 from zimage_runner.weights.formats.relatives import (
@@ -226,6 +227,12 @@ def _component(
     try:
         config = config_of(name, shapes, base)
     except UnknownShapes as error:
+        prefix = unknown_prefix(used)
+        if prefix is not None:
+            raise UserError(
+                f"{file.path}: its tensors' names begin with {prefix!r}, a prefix that no layout of Z-Image has: "
+                "if they are Z-Image's, save them without it"
+            ) from error
         keys = kinds_of_names([tensor.name for tensor in used.values()])
         raise UserError(f"{file.path}: {error}: not Z-Image's {name}, or damaged (it holds {keys}): {NEED}") from error
     refuse_architecture(file, name)

@@ -9,6 +9,7 @@ llama.cpp's for the text encoder. Names of tensors ("layers.0.attention.qkv.weig
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 FUSED_QKV = "attention.qkv"
 BLOCK_MODULES = {
@@ -43,6 +44,10 @@ _TEXT_ENCODER = re.compile(
     r"|(token_embd|output_norm|output|rope_freqs)\.weight|blk\.\d+\."
 )
 _VAE = re.compile(r"(encoder|decoder)\.|(post_)?quant_conv\.")
+_BELOW_A_PREFIX = re.compile(
+    r"(.+\.)(cap_embedder\.0\.weight|embed_tokens\.weight|token_embd\.weight|decoder\.conv_in\.weight)"
+)
+"""A tensor of each component that has one name in all layouts, or one in each."""
 _LLAMA_CPP = {
     "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
@@ -77,6 +82,14 @@ def component_of(name: str) -> tuple[str, str]:
 def prefix_of(name: str) -> str:
     """The prefix that ``component_of`` takes off, or nothing."""
     return name.removesuffix(component_of(name)[1])
+
+
+def unknown_prefix(names: Iterable[str]) -> str | None:
+    """What stands before the names of Z-Image in ``names``, which no layout has there; None if they are no such names.
+
+    ``names`` are without the prefixes that ``component_of`` takes off.
+    """
+    return next((match[1] for match in map(_BELOW_A_PREFIX.fullmatch, names) if match), None)
 
 
 def published(component: str, name: str, levels: int = 0) -> tuple[str, ...]:
