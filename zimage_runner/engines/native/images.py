@@ -67,5 +67,8 @@ class Ready:
 def checked(images: torch.Tensor, finite: torch.Tensor) -> np.ndarray:
     """The pictures, unless uint8 would hide NaN or Inf as black."""
     if not finite:
-        raise BadPictureError("the decoder's output holds NaN or Inf")
+        raise BadPictureError(
+            "the decoder's output holds NaN or Inf (numbers overflowed: is the checkpoint damaged or badly merged, a "
+            "LoRA's weight or guidance_scale too large?)"
+        )
     return images.numpy()
