@@ -20,7 +20,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from zimage_runner.errors import (
     EXIT_BAD_INPUT,
@@ -122,6 +122,32 @@ def log_to_terminal() -> None:
         return
     LOGGER.addHandler(_StderrHandler())
     LOGGER.propagate = False
+
+
+@contextlib.contextmanager
+def others_for_programs(*names: str) -> Iterator[None]:
+    """Have the loggers of other packages write JSON on stderr, and their progress bars nothing, where stderr is JSON.
+
+    The loggers from now on; progress bars while the block runs. With text, the packages write as they like.
+    """
+    if not writes_json():
+        yield
+        return
+    from tqdm import tqdm
+
+    for name in names:
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [_StderrHandler(logging.NOTSET)], False
+    usual = tqdm.__init__
+
+    def without_bar(self: tqdm, *args: Any, **given: Any) -> None:
+        usual(self, *args, **{**given, "disable": True})
+
+    tqdm.__init__ = without_bar
+    try:
+        yield
+    finally:
+        tqdm.__init__ = usual
 
 
 def say(text: str, file: TextIO | None = None, level: str = "info") -> bool:
@@ -289,8 +315,8 @@ class _RunLog(logging.FileHandler):
 
 
 class _StderrHandler(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
+    def __init__(self, level: int = logging.WARNING) -> None:
+        super().__init__(level)
 
     def emit(self, record: logging.LogRecord) -> None:
         if quiet.get():

@@ -16,6 +16,7 @@ import pytest
 from modelscope_hub.config import set_default_config
 
 from tests.support.modelscope_server import ModelScopeServer, files_of
+from zimage_runner import logs
 from zimage_runner.errors import UserError
 from zimage_runner.model import FileModel, Model, Source, Variant
 from zimage_runner.weights.find.resolve import EMBEDDED, download, resolve, resolve_without_network
@@ -88,6 +89,21 @@ def test_connection_cut_midway_is_resumed_with_range(server: ModelScopeServer, m
     assert files_of(resolve(model).path) == files_of(EMBEDDED)
     ranges = [request.range for request in server.requests if request.file == SHARD]
     assert ranges == [None, "bytes=5000000-"]
+
+
+def test_the_client_writes_json_where_stderr_is_json(
+    server: ModelScopeServer, model: Model, capfd: pytest.CaptureFixture[str]
+) -> None:
+    server.cut_after[SHARD] = 5_000_000
+    logs.use_format(logs.LogFormat.json)
+    try:
+        resolve(model)
+    finally:
+        logs.use_format(logs.LogFormat.text)
+    told = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+    assert [line["level"] for line in told] == ["info", "warning"]
+    assert told[0]["message"].startswith("Downloading ")
+    assert SHARD in told[1]["message"]
 
 
 def wait_for_part(folder: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from zimage_runner.errors import UserError, one_line
+from zimage_runner.logs import others_for_programs
 from zimage_runner.model import Model, Source
 from zimage_runner.weights.find.hugging_face import check_answers, keep_partial_files
 from zimage_runner.weights.find.layout import WEIGHT_STEMS, hub_patterns
@@ -76,15 +77,16 @@ def snapshot(model: Model, *, local_files_only: bool, components: Collection[str
 def _from_modelscope(model: Model, local_files_only: bool, patterns: list[str]) -> str:
     from modelscope import snapshot_download
 
-    return snapshot_download(
-        model.repo,
-        # Without a revision the client would take any single cached one for the default branch.
-        revision=model.revision or (None if model.offline else "master"),
-        # The client's own default differs from MODELSCOPE_CACHE in older versions, so it is always explicit.
-        cache_dir=str(cache_dir_of(model)),
-        local_files_only=local_files_only,
-        allow_patterns=patterns,
-    )
+    with others_for_programs("modelscope", "modelscope_hub"):
+        return snapshot_download(
+            model.repo,
+            # Without a revision the client would take any single cached one for the default branch.
+            revision=model.revision or (None if model.offline else "master"),
+            # The client's own default differs from MODELSCOPE_CACHE in older versions, so it is always explicit.
+            cache_dir=str(cache_dir_of(model)),
+            local_files_only=local_files_only,
+            allow_patterns=patterns,
+        )
 
 
 def _from_huggingface(model: Model, local_files_only: bool, patterns: list[str]) -> str:
@@ -100,13 +102,14 @@ def _from_huggingface(model: Model, local_files_only: bool, patterns: list[str])
         keep_partial_files()
     assert model.repo is not None  # Model's own check
     try:
-        return snapshot_download(
-            model.repo,
-            revision=model.revision,
-            cache_dir=cache_dir_of(model) / "hub",
-            local_files_only=local_files_only,
-            allow_patterns=patterns,
-        )
+        with others_for_programs("huggingface_hub"):
+            return snapshot_download(
+                model.repo,
+                revision=model.revision,
+                cache_dir=cache_dir_of(model) / "hub",
+                local_files_only=local_files_only,
+                allow_patterns=patterns,
+            )
     except IncompleteSnapshotError as error:
         if local_files_only:
             return error.snapshot_path  # the caller looks for itself what is missing there
