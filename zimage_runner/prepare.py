@@ -39,8 +39,9 @@ from zimage_runner.signals import PATIENCE, StopRequest, graceful_stop
 from zimage_runner.weights.find.checkpoint import Checkpoint
 from zimage_runner.weights.find.controlnet import controlnet_files, describe_controlnet
 from zimage_runner.weights.find.digest import weights_digest
+from zimage_runner.weights.find.hubs import NotCached
 from zimage_runner.weights.find.layout import Layout
-from zimage_runner.weights.find.resolve import download, locate, needs_hub, resolve
+from zimage_runner.weights.find.resolve import download, locate, resolve
 from zimage_runner.weights.find.verify import file_digests, forget
 from zimage_runner.weights.prepared import figures, prepared
 from zimage_runner.weights.prepared.prepared import Prepared
@@ -207,10 +208,10 @@ def _here(model: Model) -> Layout:
     """The model's files as they are here: looking at them fetches nothing. Raises UserError where some are missing."""
     try:
         return locate(replace(model, offline=True))
-    except UserError as error:
-        if model.offline or not needs_hub(model):
+    except NotCached as error:
+        if model.offline:
             raise
-        raise UserError(f"{model.repo} is not downloaded: a run, or `{called(PROGRAM)} prepare`, fetches it") from error
+        raise UserError(f"{error.found}: a run, or `{called(PROGRAM)} prepare`, fetches it") from error
 
 
 def _checkpoint(model: Model) -> Checkpoint:

@@ -70,6 +70,19 @@ def test_looking_downloads_nothing(
     assert err.startswith("zimage_runner: Tongyi-MAI/Z-Image-Turbo is not downloaded: a run, or `")
 
 
+def test_looking_at_half_a_download_says_what_is_missing(
+    capsys: pytest.CaptureFixture[str], nano: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hubs, "_from_modelscope", lambda *_: str(nano))
+    weights = nano / "vae/diffusion_pytorch_model.safetensors"
+    weights.rename(f"{weights}.incomplete")
+    code, _, err = run(capsys, "info", "model=zimage_turbo")
+    assert code == 2
+    assert f"the cached Tongyi-MAI/Z-Image-Turbo in {nano} is incomplete: vae/{weights.name}" in err
+    assert "is missing: a run, or `" in err
+    assert "offline" not in err
+
+
 def test_help_names_every_action(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "--help")
     assert code == 0

@@ -37,7 +37,12 @@ PROXIES = ("ALL_PROXY", "all_proxy", "HTTPS_PROXY", "https_proxy", "HTTP_PROXY",
 
 
 class NotCached(UserError):
-    """The hub's cache holds nothing of this repository and revision."""
+    """model.offline=true and the hub's cache does not hold this repository and revision, or not all of it."""
+
+    def __init__(self, message: str, found: str = "") -> None:
+        super().__init__(message)
+        self.found = found
+        """What is in the cache, without model.offline, which the user may not have set."""
 
 
 def export_cache_dir(cache_dir: str | None) -> None:
@@ -121,7 +126,8 @@ def _failed(model: Model, error: Exception, local_files_only: bool) -> UserError
     if local_files_only:
         return NotCached(
             f"model.offline=true and {what} is not in {HUB_NAMES[model.source]}'s cache {cache_dir_of(model)}: "
-            "run once with model.offline=false, or set model.cache_dir or model.path to where it is"
+            "run once with model.offline=false, or set model.cache_dir or model.path to where it is",
+            f"{what} is not downloaded",
         )
     proxy = next((name for name in PROXIES if os.environ.get(name, "").startswith("socks")), None)
     if isinstance(error, ImportError) and proxy is not None:

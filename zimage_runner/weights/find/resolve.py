@@ -189,10 +189,9 @@ def _in_hub_cache(model: Model, components: Collection[str]) -> Layout | None:
         layout = inspect(path, components=components)
     except IncompleteCheckpoint as error:
         if model.offline:
-            raise UserError(
-                f"model.offline=true and the cached {model.repo} in {error.path} is incomplete: {_problems(error)}: "
-                "run once with model.offline=false, which fetches only those files"
-            ) from error
+            found = f"the cached {model.repo} in {error.path} is incomplete: {_problems(error)}"
+            remedy = "run once with model.offline=false, which fetches only those files"
+            raise hubs.NotCached(f"model.offline=true and {found}: {remedy}", found) from error
         log.info("%s; fetching what is missing", error)
         return None
     except hubs.NotCached:
