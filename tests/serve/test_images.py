@@ -6,6 +6,8 @@ import asyncio
 import base64
 import io
 import json
+import os
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,6 +19,7 @@ from PIL import Image
 from tests.support.faulty_session import picture
 from tests.support.gated_session import GatedSession
 from tests.support.serving import LOCAL, body, pixels_of, served
+from zimage_runner.executors.child import Child
 from zimage_runner.outputs.metadata import read_metadata
 
 ROUTE = "/v1/images/generations"
@@ -288,6 +291,18 @@ def test_a_worker_that_dies_loses_no_request(monkeypatch):
         text = client.get("/metrics").text
     assert "zimage_worker_restarts_total 1\n" in text
     assert "zimage_pictures_total 1\n" in text
+
+
+def test_a_worker_that_dies_idle_is_replaced_before_it_is_needed(monkeypatch):
+    workers: list[Child] = []
+    start = Child.start
+    monkeypatch.setattr(Child, "start", lambda child, *given: workers.append(child) or start(child, *given))
+    with served("process") as client:
+        os.kill(workers[0].pid, signal.SIGKILL)
+        _until(lambda: client.get("/ready").status_code == 503)
+        _until(lambda: client.get("/ready").status_code == 200)
+        assert "zimage_worker_restarts_total 1\n" in client.get("/metrics").text
+        assert client.post(ROUTE, json=body()).status_code == 200
 
 
 def test_what_is_counted(serve):

@@ -166,6 +166,14 @@ class Executor(abc.ABC):
     def run(self, batches: Iterable[Batch]) -> Iterator[BatchResult]:
         """Yield the results of every batch; a batch may come back in parts."""
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether the session's process has died while it had nothing to draw. From the thread of ``run`` alone."""
+        return False
+
+    def recover(self) -> None:  # noqa: B027
+        """Replace a session that ``is_lost``; ``run`` would, with its next batch. Raises RunStopped."""
+
     @abc.abstractmethod
     def report(self) -> dict[str, Any]:
         """The session's report as it is now (peak memory, recovery steps, restarts)."""

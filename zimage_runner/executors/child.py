@@ -64,6 +64,11 @@ class Child:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the process is gone; ``receive`` then tells how, after what it said before."""
+        return self._process.poll() is not None
+
     def start(self, start: Start, timeout_s: float) -> dict[str, Any]:
         """Have it load its session; the session's report. Raises as ``receive``."""
         self.send(start)

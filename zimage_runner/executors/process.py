@@ -73,6 +73,13 @@ class ProcessExecutor(Executor):
         self._supervisor.extend(shapes, texts)
         return True
 
+    @property
+    def is_lost(self) -> bool:
+        return not self._flights and self._supervisor.is_lost
+
+    def recover(self) -> None:
+        self._supervisor.recover()
+
     def report(self) -> dict[str, Any]:
         return self._supervisor.report()
 

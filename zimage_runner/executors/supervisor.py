@@ -85,6 +85,20 @@ class Supervisor:
             raise RunStopped(f"{deaths} died one after the other without drawing a picture; the last one {death}")
 
     @property
+    def is_lost(self) -> bool:
+        """Whether the worker has died and nobody has taken notice yet."""
+        return self._child is not None and self._child.has_ended
+
+    def recover(self) -> None:
+        """Replace a worker that ``is_lost``. Raises as ``bury`` and RunStopped."""
+        try:
+            while True:  # what it said before
+                self.child.receive(0.0, 0.0)
+        except WorkerDied as death:
+            self.bury(death)
+        self._spawn()
+
+    @property
     def is_due(self) -> bool:
         """Whether the worker should be replaced before its next item."""
         most, limit = self._config.max_items_per_worker, self._health.max_reserved_gb

@@ -31,6 +31,8 @@ MAX_STARTS = 5
 """Sessions in a row that may fail to start before the service gives up."""
 WHILE_LOADING_S = 2.0
 """How long the end waits for a model that is not ready: there is nothing to lose."""
+LOOK_S = 1.0
+"""How often an idle model is looked at: whether its process is still there."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 
 
@@ -197,7 +199,7 @@ class Scheduler:
                 self._report = executor.start()
                 self.trouble = None
                 self.ready.set()
-                for result in executor.run(self._batches()):
+                for result in executor.run(self._batches(executor)):
                     failures = 0
                     self._deliver(result)
                     self._report = executor.report()
@@ -222,16 +224,26 @@ class Scheduler:
         self.ready.clear()
         self._end()
 
-    def _batches(self) -> Iterator[Batch]:
-        """Yield what is next; waits while there is nothing. The executor asks once it has nothing else to do."""
+    def _batches(self, executor: Executor) -> Iterator[Batch]:
+        """Yield what is next; waits while there is nothing. The executor asks once it has nothing else to do.
+
+        A worker that dies meanwhile is replaced at once: nobody would send a request to a service that is not ready.
+        """
         while True:
+            batch = None
             with self._changed:
-                self._changed.wait_for(lambda: self._closing or self._orders or self._run_batches)
-                if self._closing:
-                    return
-                batch = self._next()
-                self._asked = time.perf_counter()
-            yield batch
+                if self._changed.wait_for(lambda: self._closing or self._orders or self._run_batches, LOOK_S):
+                    if self._closing:
+                        return
+                    batch = self._next()
+                    self._asked = time.perf_counter()
+            if batch is not None:
+                yield batch
+            elif executor.is_lost:
+                self.ready.clear()
+                executor.recover()
+                self._report = executor.report()
+                self.ready.set()
 
     def _next(self) -> Batch:
         if self._run_batches and (self._runs_turn or not self._orders):
