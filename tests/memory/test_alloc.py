@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from importlib import metadata
 from types import SimpleNamespace
 
 import pytest
@@ -65,11 +66,23 @@ def test_good_text(text):
         (ARTICLE + ",nonsense:1", "torch's allocator has no setting 'nonsense'"),
     ],
 )
-def test_bad_text(text, says):
+def test_bad_text(text, says, monkeypatch):
+    monkeypatch.setattr(metadata, "version", lambda _: "2.13.0+cpu")
     with pytest.raises(UserError) as caught:
         Resident(alloc_conf=text)
     assert says in str(caught.value)
     assert "memory.alloc_conf" in str(caught.value)
+
+
+def test_a_key_of_a_later_torch_is_left_to_it(monkeypatch):
+    text = "pinned_free_catch_all:True"
+    monkeypatch.setattr(metadata, "version", lambda _: "2.14.0.dev20261101+cu130")
+    check_text(text)
+    with pytest.raises(UserError, match="is not key:value"):
+        check_text("pinned_free_catch_all")
+    monkeypatch.setattr(metadata, "version", lambda _: "2.9.1")
+    with pytest.raises(UserError, match="no setting 'pinned_free_catch_all'"):
+        check_text(text)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,8 @@ KNOWN_KEYS = (
     "large_segment_size_mb", "throw_on_cudamalloc_oom",
 )  # fmt: skip
 """Keys that torch 2.11 to 2.13 understand; another one would end the run when CUDA starts."""
+NEWEST_KNOWN = (2, 13)
+"""A later torch may understand more keys: whether it does is its own to say."""
 SMALLEST_SPLIT_MB = 20
 """torch refuses a max_split_size_mb that is not larger than its large-block buffer of 20 MiB."""
 
@@ -97,10 +99,19 @@ def check_text(text: str) -> None:
         key, colon, value = part.partition(":")
         if not colon or not key.strip() or not value.strip():
             raise UserError(f"memory.alloc_conf={text!r}: {part!r} is not key:value, e.g. max_split_size_mb:512")
-        if key.strip() not in KNOWN_KEYS:
+        if key.strip() not in KNOWN_KEYS and not _is_newer_torch():
             close = difflib.get_close_matches(key.strip(), KNOWN_KEYS, 1)
             hint = f"did you mean {close[0]}?" if close else f"use one of {', '.join(KNOWN_KEYS[:6])} ..."
             raise UserError(f"memory.alloc_conf={text!r}: torch's allocator has no setting {key.strip()!r}; {hint}")
+
+
+def _is_newer_torch() -> bool:
+    from importlib import metadata  # torch itself may not be imported yet
+
+    try:
+        return tuple(map(int, re.findall(r"\d+", metadata.version("torch"))[:2])) > NEWEST_KNOWN
+    except metadata.PackageNotFoundError:
+        return False
 
 
 def export(value: str) -> bool:
