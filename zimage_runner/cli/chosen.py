@@ -18,7 +18,7 @@ from zimage_runner.executors.handing import draw
 from zimage_runner.logs import check_words, log_to_terminal, refuse
 from zimage_runner.prompts.images import controlnet_of_picture, recipe_of_picture
 from zimage_runner.prompts.prompt import Prompt
-from zimage_runner.prompts.snapshot import snapshot
+from zimage_runner.prompts.snapshot import TYPED_NAME, snapshot
 
 Fields = dict[str, str]
 
@@ -53,7 +53,7 @@ def run_from(
     except OSError as error:
         return refuse(f"{error.filename or 'a file'}: {error.strerror}")
     with tempfile.TemporaryDirectory(prefix="zimage_runner_") as folder:
-        table = Path(folder) / "prompts.jsonl"
+        table = Path(folder) / TYPED_NAME
         table.write_bytes(snapshot(prompts))  # the run keeps its own copy, with which it is resumed
         words = ["prompts=jsonl", f"prompts.path={table}", "prompts.wins=command_line", f"name={name}", *words]
         return draw(words, lambda: main(words))

@@ -18,6 +18,8 @@ from zimage_runner.prompts.prompt import Prompt
 from zimage_runner.prompts.text import read_lines, shown
 
 SNAPSHOT_NAME = "prompts.jsonl"
+TYPED_NAME = "typed_pictures.jsonl"
+"""Of the temporary table in which pictures of a command line become prompts: nobody has typed that path."""
 
 
 @dataclass(kw_only=True, slots=True)

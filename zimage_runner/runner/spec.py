@@ -25,7 +25,7 @@ from zimage_runner.prompts.base import Prompt, PromptSource
 from zimage_runner.prompts.inline import Inline
 from zimage_runner.prompts.notes import warn_once
 from zimage_runner.prompts.seeds import Seeds, parse_seeds
-from zimage_runner.prompts.snapshot import SNAPSHOT_NAME, Snapshot, snapshot
+from zimage_runner.prompts.snapshot import SNAPSHOT_NAME, TYPED_NAME, Snapshot, snapshot
 from zimage_runner.prompts.text import shown
 from zimage_runner.sampling import PICTURE_FIELDS, SamplingParams, resolve_sampling
 from zimage_runner.session import SessionConfig
@@ -294,8 +294,10 @@ def check_same_prompts(config: RunConfig, directory: Path) -> None:
     if was != now:
         first = next((n for n, (old, new) in enumerate(zip(was, now, strict=False)) if old != new), None)
         first = min(len(was), len(now)) if first is None else first
+        typed = Path(where).name == TYPED_NAME
+        source = "the named pictures, or their n, amount, strength or scale, give" if typed else f"{shown(where)} has"
         raise UserError(
-            f"resume={directory}: {shown(where)} has other prompts than the run began with ({len(was):,} then, "
+            f"resume={directory}: {source} other prompts than the run began with ({len(was):,} then, "
             f"{len(now):,} now; the first that differs is number {first}): resume it without prompts to finish what "
             "it began with, or start a new run"
         )
