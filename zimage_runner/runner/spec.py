@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -285,7 +286,8 @@ def check_same_prompts(config: RunConfig, directory: Path) -> None:
     try:
         now = _rows(snapshot(read_prompts(config.prompts, lora_tags=_reads_lora_tags(config))))
     except UserError:
-        if os.path.exists(os.path.expanduser(where)):
+        place = os.path.expanduser(where)
+        if os.path.exists(place) or glob.glob(place, recursive=True):
             raise
         return
     finally:

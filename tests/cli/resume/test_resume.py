@@ -629,6 +629,25 @@ class TestGivenAgain:
         file.unlink()
         assert cli(*argv)[0] == 0, "the run has its own"
 
+    def test_files_of_prompts_are_the_same_under_another_pattern(self, cli: Cli) -> None:
+        for name, text in {"p/a": "a cat", "p/b": "a dog", "q/a": "a cat", "q/b": "a fox", "r/a": "--width x"}.items():
+            Path(name).parent.mkdir(exist_ok=True)
+            Path(f"{name}.txt").write_text(f"{text}\n", encoding="utf-8")
+        argv = ("prompts=files", *FAST, "continue=runs/all")
+        assert cli("prompts.glob=p/*.txt", *argv)[0] == 0
+        for pattern in ("./p/*.txt", Path("p/*.txt").absolute()):
+            code, _, err = cli(f"prompts.glob={pattern}", *argv)
+            assert code == 0, err
+            assert "nothing to draw: 2 pictures are done" in err
+        for pattern, told in {
+            "q/*.txt": "q/*.txt has other prompts than the run began with (2 then, 2 now; the first that differs",
+            "gone/*.txt": "prompts.glob was 'p/*.txt', now 'gone/*.txt'",
+            "r/*.txt": "r/a.txt:1",
+        }.items():
+            code, _, err = cli(f"prompts.glob={pattern}", *argv)
+            assert code == 2
+            assert told in err
+
     def test_a_file_of_prompts_is_the_same_under_another_path(self, cli: Cli) -> None:
         Path("p.txt").write_text("a cat\n", encoding="utf-8")
         Path("link.txt").symlink_to("p.txt")

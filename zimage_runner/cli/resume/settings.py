@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import glob
 import io
 import os
 from collections.abc import Collection, Iterator, Mapping
@@ -118,9 +119,10 @@ def _refuse_other_pictures(
         old, new = was.get(field), now.get(field)
         if isinstance(old, str) and isinstance(new, str) and old != new and _is_same_file(directory, field, old, new):
             was[field] = new  # where it lies changes no picture
-    old, new = was.get("prompts.path"), now.get("prompts.path")
-    if isinstance(old, str) and isinstance(new, str) and os.path.exists(os.path.expanduser(new)):
-        was["prompts.path"] = new  # what it holds is compared once the settings are: check_same_prompts
+    for field, is_there in (("prompts.path", os.path.exists), ("prompts.glob", _matches)):
+        old, new = was.get(field), now.get(field)
+        if isinstance(old, str) and isinstance(new, str) and is_there(os.path.expanduser(new)):
+            was[field] = new  # what it holds is compared once the settings are: check_same_prompts
     changes = {entry: found for entry, names in given.items() if (found := changed_fields(was, now, names))}
     if changes:
         fields = dict.fromkeys(field for found in changes.values() for field in found)
@@ -128,6 +130,10 @@ def _refuse_other_pictures(
             f"resume={directory}: {' '.join(changes)} would mix other pictures into the run: {'; '.join(fields)}: "
             f"leave {'it' if len(changes) == 1 else 'them'} out, or start a new run"
         )
+
+
+def _matches(pattern: str) -> bool:
+    return bool(glob.glob(pattern, recursive=True))
 
 
 def _are_same_seeds(one: Any, other: Any) -> bool:
