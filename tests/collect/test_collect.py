@@ -309,12 +309,26 @@ def test_other_formats_keep_the_parameters(run: Path, options: list[str], suffix
 
 def test_a_converted_picture_that_has_changed_is_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(run), "into=all", "format=webp"]) == 0
-    os.utime(run / "items" / "00000_a_cat" / "seed_12" / "image.png", (1, 1))
+    source = run / "items" / "00000_a_cat" / "seed_12" / "image.png"
+    with Image.open(source) as image:
+        image.point(lambda value: 255 - value).save(source)
     assert main([str(run), "into=all", "format=webp"]) == 2
     assert "is there already, and another picture" in capsys.readouterr().err
     assert main([str(run), "into=all", "format=webp", "overwrite=true"]) == 0
     assert main([str(run), "into=all", "format=webp"]) == 0
     assert not [name for name in os.listdir("all") if name.endswith(".tmp")]
+
+
+def test_a_converted_picture_that_was_drawn_again_to_the_same_is_no_other(run: Path) -> None:
+    options = [str(run), "into=all", "format=jpeg"]
+    assert main(options) == 0
+    made = Path("all/00000_a_cat_seed_12.jpg")
+    before = made.read_bytes()
+    os.utime(run / "items" / "00000_a_cat" / "seed_12" / "image.png", ns=(5, 5))
+    assert main(options) == 0
+    assert (made.read_bytes(), made.stat().st_mtime_ns) == (before, 5)
+    made.write_bytes(before + b"retouched")
+    assert main(options) == 2
 
 
 def test_an_endless_prompt_fits_into_a_jpeg(run: Path) -> None:

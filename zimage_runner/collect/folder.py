@@ -217,6 +217,8 @@ def _is_done(conversion: Output | None, picture: Picture, target: Path, *, overw
     changed_ns = None if picture.place is None else _written_ns(picture)
     with picture.image.open() as opened:
         same = _is_there(opened, target, changed_ns, converted=conversion is not None)
+        if not same and conversion is not None and convert(opened, conversion) == target.read_bytes():
+            return False  # drawn again, to the same: made anew, it takes over the new time
     if not same and not overwrite:
         raise UserError(f"{target} is there already, and another picture: use another folder, or overwrite=true")
     return same and not (overwrite and conversion is not None)  # converted anew, perhaps to another quality
