@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from zimage_runner.engines.base import Engine, PendingImages, ReadyImages
+from zimage_runner.engines.base import Engine, PendingImages
 from zimage_runner.engines.device import choose_device, choose_dtype, release
 from zimage_runner.engines.diffusers.attention import MASKLESS, choose_backend, this_machine
 from zimage_runner.engines.diffusers.config import DiffusersEngine
@@ -139,15 +139,14 @@ class DiffusersPipelineEngine(Engine):
     def decode(self, latents: torch.Tensor) -> PendingImages:
         import torch
 
-        from zimage_runner.engines.native.images import checked, to_uint8
+        from zimage_runner.engines.native.images import Ready
 
         self._enter(Stage.denoiser)
         vae = self.pipe.vae
         with torch.inference_mode():
             scaled = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
             pixels = vae.decode(scaled, return_dict=False)[0]
-            images, finite = to_uint8(pixels), pixels.isfinite().all()
-        return ReadyImages(checked(images.cpu(), finite))
+            return Ready(pixels)
 
     def decode_carefully(self, latents: torch.Tensor, *, float32: bool = False, tiled: bool = False) -> PendingImages:
         self._enter(Stage.denoiser)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from zimage_runner.engines.base import PendingImages
 from zimage_runner.engines.faults import is_out_of_memory
 from zimage_runner.errors import BadPictureError
 
@@ -53,11 +54,11 @@ class HostCopy:
         return checked(self._images, self._finite)
 
 
-class Ready:
-    """Pictures that are already on the host."""
+class Ready(PendingImages):
+    """Pictures that are on the host once this is made."""
 
     def __init__(self, pixels: torch.Tensor) -> None:
-        self._images, self._finite = to_uint8(pixels), pixels.isfinite().all()
+        self._images, self._finite = to_uint8(pixels).cpu(), pixels.isfinite().all()
 
     def wait(self) -> np.ndarray:
         """As HostCopy.wait."""
