@@ -33,7 +33,7 @@ from zimage_runner.engines.base import EngineConfig
 from zimage_runner.engines.precision import likeness_text
 from zimage_runner.engines.request import Needs
 from zimage_runner.errors import EXIT_ITEMS_FAILED, EXIT_OK, PROGRAM, UserError, called
-from zimage_runner.logs import command, refuse, say
+from zimage_runner.logs import Log, command, refuse, say, use_format
 from zimage_runner.model import Model
 from zimage_runner.signals import PATIENCE, StopRequest, graceful_stop
 from zimage_runner.weights.find.checkpoint import Checkpoint
@@ -104,7 +104,9 @@ def compose_wanted(overrides: Sequence[str]) -> Wanted:
     register_launcher()  # conf/config.yaml names it
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
         config = compose("config", overrides=quote_free_text(overrides))
-    model, engine = typed(config.model), typed(config.engine)
+    model, engine, log = typed(config.model), typed(config.engine), typed(config.log)
+    assert isinstance(log, Log)
+    use_format(log.format)
     assert isinstance(model, Model)
     assert isinstance(engine, EngineConfig)
     engine.check(Needs(model=model, memory=typed(config.memory), compile=typed(config.compile)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from zimage_runner import logs
 from zimage_runner.prepare import main
 from zimage_runner.weights.find import hubs
 
@@ -81,6 +83,15 @@ def test_looking_at_half_a_download_says_what_is_missing(
     assert f"the cached Tongyi-MAI/Z-Image-Turbo in {nano} is incomplete: vae/{weights.name}" in err
     assert "is missing: a run, or `" in err
     assert "offline" not in err
+
+
+def test_what_is_told_is_json_where_that_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code, _, err = run(capsys, "model=zimage_turbo", "model.offline=true", "log.format=json")
+    finally:
+        logs.use_format(logs.LogFormat.text)
+    assert code == 2
+    assert json.loads(err)["message"].startswith("model.offline=true and Tongyi-MAI/Z-Image-Turbo is not in ModelScope")
 
 
 def test_help_names_every_action(capsys: pytest.CaptureFixture[str]) -> None:
