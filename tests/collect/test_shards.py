@@ -14,6 +14,7 @@ from PIL import Image
 
 from tests.support.made_pictures import write_run
 from zimage_runner.collect.__main__ import main
+from zimage_runner.outputs.atomic import own_temporary
 
 
 @pytest.fixture
@@ -102,6 +103,15 @@ def test_nothing_half_written_has_a_name(run: Path, monkeypatch: pytest.MonkeyPa
     )
     assert main([str(run), "into=wds", "layout=webdataset"]) == 2
     assert list(Path("wds").iterdir()) == []
+
+
+@pytest.mark.parametrize(("layout", "folder"), [("webdataset", "all"), ("parquet", "all/data")])
+def test_the_same_line_is_typed_again_after_a_call_was_killed(run: Path, layout: str, folder: str) -> None:
+    Path(folder).mkdir(parents=True)
+    left = Path(folder, own_temporary("00007.tar"))
+    left.write_bytes(b"half")
+    assert main([str(run), "into=all", f"layout={layout}"]) == 0
+    assert not left.exists()
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,8 @@ from zimage_runner.outputs.shard_tables import GROUP_BYTES, as_img2dataset, inde
 NAME = "{run}_{job}_{index:05d}_{slug}_seed_{seed}"
 """Tells apart what is collected; no file is called so."""
 OWN = re.compile(r"[0-9]{5}\.(tar|parquet)|train-[0-9]{5}-of-[0-9]{5}\.parquet")
+UNFINISHED = re.compile(r"\.zimage_runner\.[0-9a-f]{16}\.tmp")
+"""Of a call that was killed, by ``atomic.own_temporary``: no other one writes there now."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,9 +85,10 @@ def collect_shards(
 
 def _make_empty(folder: Path, *, overwrite: bool) -> None:
     there = sorted(entry.name for entry in folder.iterdir() if entry.name != LOCK)
-    if there and not overwrite:
-        raise UserError(f"{folder} has {there[0]} already: use another folder, or overwrite=true")
-    foreign = [name for name in there if not OWN.fullmatch(name)]
+    finished = [name for name in there if not UNFINISHED.fullmatch(name)]
+    if finished and not overwrite:
+        raise UserError(f"{folder} has {finished[0]} already: use another folder, or overwrite=true")
+    foreign = [name for name in finished if not OWN.fullmatch(name)]
     if foreign:
         raise UserError(f"{folder} has {foreign[0]}, which is no shard: use another folder")
     for name in there:
