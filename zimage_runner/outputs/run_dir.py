@@ -225,7 +225,7 @@ def check_plain(dir_fd: int) -> None:
 
 def folder_there(path: str) -> Path:
     """The folder itself where it is there already, else the next one above it that is."""
-    folder = Path(os.path.abspath(path))
+    folder = Path(os.path.realpath(path))
     return next(place for place in (folder, *folder.parents) if os.path.lexists(place))
 
 
@@ -234,6 +234,7 @@ def remove_if_empty(directory: Path, there: Path) -> None:
 
     Hydra makes the run directory before the config is validated. ``there``: the folder that was there before.
     """
+    directory, there = (Path(os.path.realpath(path)) for path in (directory, there))  # ".." may lead to the user's own
     for folder in (directory, *directory.parents):
         if there in folder.parents:
             with contextlib.suppress(OSError):

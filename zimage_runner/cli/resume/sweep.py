@@ -60,9 +60,8 @@ def empty_if_unbegun(directory: Path, *, is_new: bool) -> None:
         return
     own = (directory / SWEEP, (directory / FIRST).parent)
     with contextlib.suppress(OSError):  # something else is there
-        for path in set(directory.iterdir()) - {*own}:
-            if is_new or path.name.isdigit():
-                path.rmdir()
+        for path in set(directory.iterdir()) - {*own} if is_new else ():
+            path.rmdir()
         own[0].unlink()
         shutil.rmtree(own[1], ignore_errors=True)
 

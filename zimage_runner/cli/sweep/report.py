@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import logging
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -22,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from zimage_runner.cli.hydra_patches import parse_override, split_sweep
 from zimage_runner.cli.quoting import hydra_quote
+from zimage_runner.cli.resume.saved import SETTINGS
 from zimage_runner.cli.resume.sweep import is_sweep
 from zimage_runner.collect.overrides import inert, overrides_by_field, varying_fields
 from zimage_runner.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_ITEMS_FAILED, EXIT_OK
@@ -107,13 +109,13 @@ class SweepReport(Callback):
         """Hydra makes the run's directory next."""
         with contextlib.suppress(OmegaConfBaseException):  # as it tells then
             directory = str(config.hydra.run.dir)
-            begun.append((Path(directory).absolute(), folder_there(directory)))
+            begun.append((Path(os.path.realpath(directory)), folder_there(directory)))
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Keep all jobs in one directory: what a job varies (its name, its experiment) would else lead it elsewhere."""
         directory = str(config.hydra.sweep.dir)
         if not is_sweep(Path(directory)):
-            begun.append((Path(directory).absolute(), folder_there(directory)))
+            begun.append((Path(os.path.realpath(directory)), folder_there(directory)))
         # Not resolved: ${hydra.job.num} is not known yet.
         given: Any = OmegaConf.to_container(config.hydra.overrides.hydra, resolve=False)
         others = [text for text in given if not text.lstrip("+").startswith("hydra.sweep.dir=")]
@@ -192,7 +194,7 @@ def _changed(file: Path) -> int:
 
 
 def _is_job(path: Path) -> bool:
-    return path.name.isdigit() and path.is_dir() and not path.is_symlink()
+    return path.name.isdigit() and not path.is_symlink() and os.path.lexists(path / SETTINGS)
 
 
 def read_job(path: Path, number: int | None = None) -> JobResult:
