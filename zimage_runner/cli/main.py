@@ -134,9 +134,13 @@ def main(
 def _remove_what_never_began() -> None:
     """Remove what was made for a run or multirun that was refused or planned."""
     if {*map(known_code, _exit_codes), *exit_codes} <= {EXIT_OK, EXIT_BAD_INPUT}:
-        for directory, there in begun:
-            empty_if_unbegun(directory, is_new=there != directory)
-            remove_if_empty(directory, there)
+        _remove_if_unbegun()
+
+
+def _remove_if_unbegun() -> None:
+    for directory, there in begun:
+        empty_if_unbegun(directory, is_new=there != directory)
+        remove_if_empty(directory, there)
 
 
 def _format_of(argv: Sequence[str]) -> LogFormat:
@@ -231,8 +235,9 @@ def composed_files(cfg: DictConfig) -> dict[str, str]:
 
 
 def remove_unused_directory() -> None:
-    """For a signal that ends the process: Hydra may just have made the run directory."""
+    """For a signal that ends the process: Hydra may just have made the run directory, or a multirun's."""
     with contextlib.suppress(Exception):
+        _remove_if_unbegun()
         if HydraConfig.initialized():
             directory = Path(HydraConfig.get().runtime.output_dir)
             remove_if_empty(directory, _there(directory))

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.command import SMALL, command
+from zimage_runner.cli.main import remove_unused_directory
 from zimage_runner.cli.resume.command_line import find_latest
 from zimage_runner.config.paths import CONFIG_DIR
 from zimage_runner.errors import UserError
@@ -597,12 +598,29 @@ class TestGivenAgain:
         Path("mine").mkdir()
         code, _, err = cli("-m", "prompt=a cat", "seeds=-1,-2", *FAST, "continue=mine")
         assert (code, list(Path("mine").iterdir())) == (2, []), err
+        Path("photos/2024").mkdir(parents=True)
+        code, _, err = cli("-m", "prompt=a cat", "seeds=-1,-2", *FAST, "hydra.sweep.dir=photos")
+        assert (code, list(Path("photos").rglob("*"))) == (2, [Path("photos/2024")]), err
+        code, _, err = cli("-m", "prompt=a cat", "seeds=1,2", *FAST, "hydra.sweep.dir=photos")
+        assert code == 0, "a folder of the user's is no job"
         code, _, err = cli("-m", "prompt=a cat", "seeds=1,2", *FAST, "continue=mine")
         assert code == 0, err
         shutil.rmtree("mine/1")
         code, _, err = cli("-m", "prompt=a cat", "seeds='1-1','2-2'", *FAST, "continue=mine")
         assert code == 0, err
         assert len(list(Path("mine").glob("*/items/*/*/image.png"))) == 2
+
+    def test_a_multirun_that_a_signal_ends_before_its_first_job_leaves_nothing(
+        self, cli: Cli, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def stopped(*_: object) -> None:
+            assert Path("runs/all/multirun.yaml").is_file()
+            remove_unused_directory()
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("zimage_runner.cli.sweep.launcher.keep_jobs", stopped)
+        assert cli("-m", "prompt=a cat", "seeds=1,2", *FAST, "continue=runs/all")[0] == 130
+        assert not Path("runs").exists()
 
     def test_a_multirun_of_a_config_of_ones_own_is_resumed_as_it_says(self, cli: Cli) -> None:
         Path("c").mkdir()
