@@ -134,6 +134,21 @@ def test_seeds_replace_those_of_another_form(
 
 
 @pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["seeds.count=4"], "seeds.count: seeds is a list here, and has no names: give it as a whole, seeds=..."),
+        (["++loras.a=1"], "loras.a: loras is a list here, and has no names: give it as a whole, loras=..."),
+        (["-m", "seeds.count=4,5"], "seeds.count: seeds is a list here"),
+        (["seeds=1", "seeds.count=4"], "seeds.count: no such field; give it as a whole, seeds=..."),
+    ],
+)
+def test_a_name_within_what_has_none(cli, tmp_path: Path, words: list[str], told: str) -> None:
+    code, out, err = cli(in_folder(tmp_path, mine=LIST), "+experiment=mine", *words)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"zimage_runner: {told}")
+
+
+@pytest.mark.parametrize(
     ("text", "which"),
     [
         ("prompt: a fox\nprompts: {texts: [a]}", "prompts.texts"),

@@ -28,11 +28,14 @@ from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
+from hydra.errors import ConfigCompositionException
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf._utils import is_float, is_int, yaml_is_bool
+from omegaconf.errors import OmegaConfBaseException
 
 from zimage_runner.config.paths import CONFIG_DIR
+from zimage_runner.errors import UserError
 
 _BaseDumper: Any = getattr(yaml, "CDumper", yaml.Dumper)
 """libyaml's, where PyYAML was built with it."""
@@ -164,6 +167,34 @@ def copied_quickly() -> contextlib.AbstractContextManager[None]:
 def parse_override(text: str) -> Override:
     """One word of a command line as Hydra reads it. Raises HydraException."""
     return OverridesParser.create().parse_override(text)
+
+
+def names_in_lists_are_refused() -> contextlib.AbstractContextManager[None]:
+    """For ``seeds.count=4`` where seeds are a list: Hydra would end in a traceback."""
+    apply = ConfigLoaderImpl._apply_overrides_to_config
+
+    def apply_each(overrides: list[Override], config: DictConfig) -> None:
+        for override in overrides:
+            try:
+                apply([override], config)
+            except (ValueError, ConfigCompositionException):
+                key = override.key_or_group
+                field, _, name = key.rpartition(".")
+                entries = _selected(config, field)
+                if isinstance(entries, ListConfig) and not is_int(name):
+                    whole = f"give it as a whole, {field}=..."
+                    raise UserError(f"{key}: {field} is a list here, and has no names: {whole}") from None
+                raise
+
+    return replaced(ConfigLoaderImpl, "_apply_overrides_to_config", staticmethod(apply_each))
+
+
+def _selected(config: DictConfig, key: str) -> Any:
+    """What is at ``key``; None where nothing can be."""
+    try:
+        return OmegaConf.select(config, key) if key else None
+    except OmegaConfBaseException:
+        return None
 
 
 def apply_overrides(overrides: list[Override], config: DictConfig) -> None:

@@ -22,7 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from zimage_runner.cli.foreign import TRUST, files_are_data
-from zimage_runner.cli.hydra_patches import composed_once, copied_quickly, to_yaml
+from zimage_runner.cli.hydra_patches import composed_once, copied_quickly, names_in_lists_are_refused, to_yaml
 from zimage_runner.cli.interpolation import literal
 from zimage_runner.cli.layers import files_read, later_choices_replace, said_by_experiments
 from zimage_runner.cli.messages import CONFIG_ERRORS, explain, typed
@@ -114,6 +114,7 @@ def main(
             later_choices_replace(words, earlier_fields(typed_words, words)),
             composed_once(words),
             copied_quickly(),
+            names_in_lists_are_refused(),
         ):
             job()
     except (UserError, *CONFIG_ERRORS, UnicodeDecodeError) as error:

@@ -260,7 +260,11 @@ def _unknown_field(text: str) -> str | None:
     hint = (
         f"; did you mean {close}?{cfg_hint(match['key'])}"
         if close
-        else (f"; fields here: {', '.join(known)}" if known else "")
+        else f"; fields here: {', '.join(known)}"
+        if known
+        else f"; give it as a whole, {parent}=..."
+        if parent in known_fields("")
+        else ""
     )
     return f"{where}{full}: no such field{hint}"
 
