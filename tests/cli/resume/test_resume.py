@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from tests.support.command import SMALL, command
 from zimage_runner.cli.main import remove_unused_directory
@@ -692,6 +693,36 @@ class TestGivenAgain:
         code, _, err = cli("prompts.path=link.txt", *argv)
         assert code == 0, err
         assert Path("runs/several/1/items/00000_a_cat/seed_2/image.png").is_file()
+
+    def test_files_of_prompts_are_the_same_under_another_pattern(self, cli: Cli) -> None:
+        for folder in ("a", "b"):
+            Path(folder).mkdir()
+            Path(folder, "1.txt").write_text("a cat\n", encoding="utf-8")
+        argv = ("prompts=files", *FAST, "continue=runs/all")
+        assert cli("prompts.glob=a/*.txt", *argv)[0] == 0
+        for pattern in ("./a/*.txt", f"{Path('a').absolute()}/*.txt", "b/*.txt"):
+            code, _, err = cli(f"prompts.glob={pattern}", *argv)
+            assert code == 0, err
+        code, _, err = cli("prompts.glob=gone/*.txt", *argv)
+        assert (code, "prompts.glob was 'a/*.txt', now 'gone/*.txt'" in err) == (2, True)
+        Path("b/2.txt").write_text("a dog\n", encoding="utf-8")
+        code, _, err = cli("prompts.glob=b/*.txt", *argv)
+        assert (code, "b/*.txt has other prompts than the run began with (1 then, 2 now" in err) == (2, True)
+
+    @pytest.mark.parametrize(("row", "goes_on"), [({"image": "x.png", "strength": 0.5}, False), ({}, True)])
+    def test_a_file_of_prompts_that_names_pictures_is_another_one_beside_others(
+        self, cli: Cli, row: dict[str, object], goes_on: bool
+    ) -> None:
+        for folder in ("a", "b"):
+            Path(folder).mkdir()
+            Path(folder, "p.jsonl").write_text(json.dumps({"prompt": "a cat", **row}), encoding="utf-8")
+            Image.new("RGB", (128, 128), "red" if folder == "a" else "blue").save(f"{folder}/x.png")
+        argv = ("-m", "prompts=jsonl", "seeds=1,2", *FAST, "continue=runs/all")
+        assert cli("prompts.path=a/p.jsonl", *argv)[0] == 0
+        shutil.rmtree("runs/all/1")
+        code, _, err = cli("prompts.path=b/p.jsonl", *argv)
+        assert (code, "prompts.path was 'a/p.jsonl', now 'b/p.jsonl'" in err) == ((0, False) if goes_on else (2, True))
+        assert Path("runs/all/1").exists() == goes_on
 
     @pytest.mark.parametrize(
         ("name", "expected"),

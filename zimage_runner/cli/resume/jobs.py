@@ -57,7 +57,8 @@ def check_unchanged(directory: Path, configs: Sequence[DictConfig]) -> None:
             continue
         for field in ("prompts.path", *(f"sampling.{name}" for name in PICTURE_FILES)):
             old, new = was["config"].get(field), now["config"].get(field)
-            if old != new and old in was["files"] and was["files"][old] == now["files"].get(new):
+            is_same = old != new and old in was["files"] and was["files"][old] == now["files"].get(new)
+            if is_same and (field != "prompts.path" or _means_the_same(old, new, config)):
                 was["config"][field], was["files"][new] = new, was["files"].pop(old)  # the same file under another path
         changes = changed_fields(was["config"], now["config"])
         for file in sorted({*was["files"], *now["files"]}):
@@ -71,6 +72,17 @@ def check_unchanged(directory: Path, configs: Sequence[DictConfig]) -> None:
                 f"resume={directory}: job {number} was never begun, and would not draw what it was to draw when the "
                 f"multirun began: {'; '.join(changes)}: put that back, or start a new multirun"
             )
+
+
+def _means_the_same(old: str, new: str, config: DictConfig) -> bool:
+    """Whether a prompt file that has moved names no pictures by paths beside it: there may be others here."""
+    from zimage_runner.cli.sweep.check import typed_run
+    from zimage_runner.prompts.select import read_prompts
+
+    folders = {os.path.dirname(os.path.abspath(os.path.expanduser(path))) for path in (old, new)}
+    return len(folders) == 1 or not any(
+        not prompt.overrides.keys().isdisjoint(PICTURE_FILES) for prompt in read_prompts(typed_run(config).prompts)
+    )
 
 
 def _described(config: DictConfig) -> dict[str, Any] | None:
