@@ -207,6 +207,7 @@ def test_bad_prompts(cli: Cli, tmp_path: Path, argv: list[str], content: bytes |
         ["-m", "seeds=1,2", "hydra.sweep.dir=mine/../a/b"],
         ["-m", "seeds=1,2", "output.root=$PWD/mine/a/b"],
         ["-m", "seeds=1,2", "output.root=mine"],
+        ["-m", "seeds=1,2", "output.root=mine", "hydra.launcher.keep_going=false"],
     ],
 )
 def test_of_the_folders_above_a_refused_run_those_that_were_there_stay(

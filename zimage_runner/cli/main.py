@@ -134,7 +134,8 @@ def main(
 
 def _remove_what_never_began() -> None:
     """Remove what was made for a run or multirun that was refused or planned."""
-    if {*map(known_code, _exit_codes), *exit_codes} <= {EXIT_OK, EXIT_BAD_INPUT}:
+    # Where a job ended here, those that were not run (keep_going=false) begin nowhere else.
+    if {*map(known_code, _exit_codes or exit_codes)} <= {EXIT_OK, EXIT_BAD_INPUT}:
         _remove_if_unbegun()
 
 
