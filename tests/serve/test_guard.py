@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
+import zimage_runner.cli.main
 from tests.support.gated_session import GatedSession
 from tests.support.serving import body, served
 from zimage_runner.errors import UserError
@@ -144,3 +147,15 @@ def test_the_kept_pictures_are_bounded():
     assert kept.get(second) == ("image/png", b"def")
     now = 11.0
     assert (kept.get(second), kept.bytes) == (None, 0)
+
+
+def test_a_signal_while_it_is_composed_leaves_no_folder(tmp_path, monkeypatch):
+    from zimage_runner.serve.__main__ import _ends_at_once
+
+    directory = tmp_path / "new/er"
+    directory.mkdir(parents=True)
+    monkeypatch.setattr(zimage_runner.cli.main, "begun", [(directory, tmp_path)])
+    monkeypatch.setattr(os, "_exit", lambda code: (_ for _ in ()).throw(SystemExit(code)))
+    with _ends_at_once(), pytest.raises(SystemExit):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert list(tmp_path.iterdir()) == []

@@ -74,6 +74,9 @@ def _ends_at_once() -> Iterator[None]:
     """A signal ends the process cleanly, also where the service does not listen to signals yet, or no more."""
 
     def leave(number: int, frame: Any) -> None:
+        remove = getattr(sys.modules.get("zimage_runner.cli.main"), "remove_unused_directory", None)
+        if remove is not None:
+            remove()
         os._exit(EXIT_OK)
 
     if threading.current_thread() is not threading.main_thread():
