@@ -358,12 +358,18 @@ def test_formats_that_are_refused(
     assert not Path("all").exists()
 
 
-def test_another_quality_is_made_when_asked(run: Path) -> None:
-    sizes = []
-    for quality in ("100", "1"):
-        assert main([str(run), "into=all", "format=jpeg", f"quality={quality}", "overwrite=true"]) == 0
-        sizes.append(sum(path.stat().st_size for path in Path("all").glob("*.jpg")))
-    assert sizes[1] < sizes[0]
+def test_another_quality_is_made_when_asked(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def size() -> int:
+        return sum(path.stat().st_size for path in Path("all").glob("*.jpg"))
+
+    options = [str(run), "into=all", "format=jpeg"]
+    assert main([*options, "quality=100"]) == 0
+    best = size()
+    assert main([*options, "quality=1"]) == 2
+    assert "converted otherwise (quality): use another folder, or overwrite=true" in capsys.readouterr().err
+    assert size() == best
+    assert main([*options, "quality=1", "overwrite=true"]) == 0
+    assert size() < best
 
 
 def test_a_copy_that_was_begun_is_no_picture(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

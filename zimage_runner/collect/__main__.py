@@ -11,7 +11,7 @@ into    hard links to the pictures (copies on another disk) under names of your 
 name    of index, slug (of the id or prompt), id (of prompts that have one), seed, run and job (the run's folder name),
         text, width, height ...
 format  png, jpeg or webp for all; without it they stay as they are. quality: 1 to 100 (usually 90), for webp also
-        lossless. Pictures that were converted earlier stay as they are, unless overwrite=true
+        lossless
 starred true: only pictures that were starred in the gallery. rejected=false: all but those that were rejected there
 layout  of into: imagefolder (usual), webdataset (00000.tar with .png, .txt and .json of each picture, and the table
         00000.parquet) or parquet (data/train-00000-of-00003.parquet, as Hugging Face has it): these two hold copies

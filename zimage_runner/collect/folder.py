@@ -65,6 +65,7 @@ def collect_into(
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             # A refusal leaves nothing behind.
             done = list(pool.map(lambda job: _is_done(*job, overwrite=overwrite), jobs))
+            _check_conversion([job for job, is_done in zip(jobs, done, strict=True) if is_done])
             missing = [job for job, is_done in zip(jobs, done, strict=True) if not is_done]
             list(pool.map(lambda job: _put(*job), missing))
         lines = [*before, *map(compact_json, rows), *after]
@@ -222,6 +223,18 @@ def _is_done(conversion: Output | None, picture: Picture, target: Path, *, overw
     if not same and not overwrite:
         raise UserError(f"{target} is there already, and another picture: use another folder, or overwrite=true")
     return same and not (overwrite and conversion is not None)  # converted anew, perhaps to another quality
+
+
+def _check_conversion(done: Sequence[tuple[Output | None, Picture, Path]]) -> None:
+    """Raise UserError where an earlier call converted to another quality, by the first of its pictures."""
+    for conversion, picture, target in done:
+        if conversion is not None:
+            with picture.image.open() as opened:
+                if convert(opened, conversion) != target.read_bytes():
+                    raise UserError(
+                        f"{target} is there already, converted otherwise (quality): use another folder, or overwrite=true"
+                    )
+            return
 
 
 def _put(conversion: Output | None, picture: Picture, target: Path) -> None:

@@ -694,21 +694,6 @@ class TestGivenAgain:
         assert code == 0, err
         assert Path("runs/several/1/items/00000_a_cat/seed_2/image.png").is_file()
 
-    def test_files_of_prompts_are_the_same_under_another_pattern(self, cli: Cli) -> None:
-        for folder in ("a", "b"):
-            Path(folder).mkdir()
-            Path(folder, "1.txt").write_text("a cat\n", encoding="utf-8")
-        argv = ("prompts=files", *FAST, "continue=runs/all")
-        assert cli("prompts.glob=a/*.txt", *argv)[0] == 0
-        for pattern in ("./a/*.txt", f"{Path('a').absolute()}/*.txt", "b/*.txt"):
-            code, _, err = cli(f"prompts.glob={pattern}", *argv)
-            assert code == 0, err
-        code, _, err = cli("prompts.glob=gone/*.txt", *argv)
-        assert (code, "prompts.glob was 'a/*.txt', now 'gone/*.txt'" in err) == (2, True)
-        Path("b/2.txt").write_text("a dog\n", encoding="utf-8")
-        code, _, err = cli("prompts.glob=b/*.txt", *argv)
-        assert (code, "b/*.txt has other prompts than the run began with (1 then, 2 now" in err) == (2, True)
-
     @pytest.mark.parametrize(("row", "goes_on"), [({"image": "x.png", "strength": 0.5}, False), ({}, True)])
     def test_a_file_of_prompts_that_names_pictures_is_another_one_beside_others(
         self, cli: Cli, row: dict[str, object], goes_on: bool
