@@ -232,7 +232,8 @@ def _check_conversion(done: Sequence[tuple[Output | None, Picture, Path]]) -> No
             with picture.image.open() as opened:
                 if convert(opened, conversion) != target.read_bytes():
                     raise UserError(
-                        f"{target} is there already, converted otherwise (quality): use another folder, or overwrite=true"
+                        f"{target} is there already, converted otherwise (quality): use another "
+                        "folder, or overwrite=true"
                     )
             return
 
