@@ -380,3 +380,22 @@ def test_an_index_that_is_damaged_is_built_again(root: Path, gallery: Any, monke
     run.add(0, 3)
     client.gallery.watcher.look()
     assert seeds(client) == [(0, 1), (0, 2), (0, 3)]
+    with client.gallery.index._writer as db:
+        db.execute("UPDATE runs SET ledger=CAST(X'31FF' AS TEXT)")  # no UTF-8
+    run.add(0, 4)
+    client.gallery.watcher.look()
+    assert seeds(client) == [(0, 1), (0, 2), (0, 3), (0, 4)]
+
+
+def test_an_index_that_is_locked_is_not_built_again(root: Path, gallery: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    MadeRun(root / "a", ["x"], [1])
+    client = gallery(root)
+    index = client.gallery.index
+    monkeypatch.setattr(index, "begin_anew", lambda: pytest.fail("nothing is wrong with it"))
+    with sqlite3.connect(root / "other.sqlite", timeout=0) as one, sqlite3.connect(root / "other.sqlite") as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(sqlite3.OperationalError, match="locked") as locked:
+            one.execute("CREATE TABLE x (y)")
+    monkeypatch.setattr(client.gallery.watcher, "_look", lambda: (_ for _ in ()).throw(locked.value))
+    with pytest.raises(sqlite3.OperationalError, match="locked"):
+        client.gallery.watcher.look()

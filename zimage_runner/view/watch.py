@@ -68,9 +68,12 @@ class Watcher(threading.Thread):
             if self._is_damaged:
                 raise ValueError("a reader of the index could not go on")
             self._look()
-        except (sqlite3.OperationalError, OSError):  # a full disk, a lock: nothing is wrong with what is there
+        except OSError:
             raise
         except Exception as error:
+            # A full disk, a lock: nothing is wrong with what is there. Without SQLite's code, it could not be decoded.
+            if isinstance(error, sqlite3.OperationalError) and hasattr(error, "sqlite_errorcode"):
+                raise
             log.warning("the gallery's index is damaged and is built again (%s)", error_text(error))
             self._index.begin_anew()
             with self._lock:

@@ -84,6 +84,10 @@ FILES = {
     "overlap": (
         header({"a": entry("F32", [2], 0, 8), "b": entry("F32", [2], 4, 12)}) + bytes(12), "overlaps its neighbour"
     ),
+    "a name of two lines": (
+        header({"layers.0.atte\ntion.qkv.weight": entry("F32", [4, 32], 0, 512)}) + bytes(512),
+        "or damaged (it holds layers.0.atte tion.qkv.weight)",
+    ),
     "no tensors": (header({}), "holds no part of Z-Image (no tensors)"),
 }  # fmt: skip
 

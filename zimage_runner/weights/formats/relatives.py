@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from zimage_runner.errors import UserError, counted
+from zimage_runner.errors import UserError, counted, one_line
 from zimage_runner.weights.formats.files import StoredFile
 from zimage_runner.weights.formats.names import component_of
 
@@ -60,7 +60,7 @@ def is_adapter(names: Mapping[str, object]) -> bool:
 
 def kinds_of_names(names: Sequence[str]) -> str:
     """A few names, for messages."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(map(one_line, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def refuse_names(file: object, owner: str, whole: str, missing: Sequence[str], strays: Sequence[str]) -> None:
