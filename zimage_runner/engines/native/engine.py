@@ -26,7 +26,6 @@ from zimage_runner.engines.native.assembly import (
 )
 from zimage_runner.engines.native.config import NativeEngine
 from zimage_runner.engines.native.controlnet import condition_of
-from zimage_runner.engines.native.images import HostCopy, Ready
 from zimage_runner.engines.native.model import Control, Options
 from zimage_runner.engines.native.sampler import Guidance, Start
 from zimage_runner.engines.native.streaming import BlockStream
@@ -43,16 +42,6 @@ from zimage_runner.weights.safetensors_file import BadWeightsFile
 
 HIDDEN = 1.1
 """With memory=streamed: computing should take this many times as long as the copying that it hides."""
-
-
-class NativePending(PendingImages):
-    """Pictures on their way to the host."""
-
-    def __init__(self, pending: HostCopy | Ready) -> None:
-        self._pending = pending
-
-    def wait(self) -> np.ndarray:
-        return self._pending.wait()
 
 
 class NativeEngineAdapter(Engine):
@@ -188,11 +177,11 @@ class NativeEngineAdapter(Engine):
 
     def decode(self, latents: torch.Tensor) -> PendingImages:
         self._load_denoiser()
-        return NativePending(self.model.decode(latents))
+        return self.model.decode(latents)
 
     def decode_carefully(self, latents: torch.Tensor, *, float32: bool = False, tiled: bool = False) -> PendingImages:
         self._load_denoiser()
-        return NativePending(self.model.decode(latents, float32=float32))
+        return self.model.decode(latents, float32=float32)
 
     def synchronize(self) -> None:
         if self.device != "cuda":

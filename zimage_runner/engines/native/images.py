@@ -32,7 +32,7 @@ def page_locked(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype)  # a copy to it makes the host wait, and is otherwise the same
 
 
-class HostCopy:
+class HostCopy(PendingImages):
     """Pictures being copied to page-locked memory on a stream of their own."""
 
     def __init__(self, pixels: torch.Tensor, stream: torch.cuda.Stream) -> None:

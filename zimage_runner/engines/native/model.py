@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from zimage_runner.engines.base import PendingImages
 from zimage_runner.engines.caption_features import REFINED
 from zimage_runner.engines.native.controlnet import ControlModulation, ControlNet, Steering
 from zimage_runner.engines.native.graphs import GraphCache
@@ -213,7 +214,7 @@ class NativeModel:
             return euler(latents, schedule, guidance, predict, keep if keep and keep.mask is not None else None)
 
     @torch.inference_mode()
-    def decode(self, latents: torch.Tensor, float32: bool = False) -> HostCopy | Ready:
+    def decode(self, latents: torch.Tensor, float32: bool = False) -> PendingImages:
         """Pictures of the latents, on their way to the host: ``wait()`` gives uint8 [batch, height, width, 3].
 
         Decoded one by one: a picture fills the device, and more at a time would only take more memory.
@@ -224,7 +225,7 @@ class NativeModel:
         self._rehearsals.decoded(latents)
         return self._to_host([vae(one) for one in latents.split(1)])
 
-    def _to_host(self, decoded: list[torch.Tensor]) -> HostCopy | Ready:
+    def _to_host(self, decoded: list[torch.Tensor]) -> PendingImages:
         pixels = torch.cat(decoded)
         return Ready(pixels) if self._copy_stream is None else HostCopy(pixels, self._copy_stream)
 
