@@ -152,8 +152,7 @@ def measure(scenario: Scenario, results: Results, seconds: float) -> None:
             if cache == "warm":
                 machine.fill_page_cache(scenario.work.model, libraries=scenario.work.device == "cuda")
                 if scenario.settles:
-                    run = run_once(scenario, scenario.variants[0], cache, -1, budget.left, kept)
-                    print(f"{line(run)}  (uncounted)", flush=True)
+                    _run_uncounted(scenario, scenario.variants[0], budget, kept)
             for number in range(scenario.rounds):
                 # Every other round backwards, so that a drift of the machine meets all of them alike.
                 for variant in in_turn(scenario.variants, number):
@@ -172,13 +171,16 @@ def _turn(
         print(f"{cache:8}{number} {variant.name:45} no time left", flush=True)
         return
     if priming:
-        run = run_once(scenario, variant, "warm", -1, budget.left, kept)
-        print(f"{line(run)}  (uncounted)", flush=True)
+        _run_uncounted(scenario, variant, budget, kept)
     started = time.monotonic()
     run = run_once(scenario, variant, cache, number, budget.left, kept)
     budget.took(key, time.monotonic() - started)
     results.add(run)
     print(line(run), flush=True)
+
+
+def _run_uncounted(scenario: Scenario, variant: Variant, budget: Budget, kept: Path) -> None:
+    print(f"{line(run_once(scenario, variant, 'warm', -1, budget.left, kept))}  (uncounted)", flush=True)
 
 
 def _is_filled(folder: Path) -> bool:

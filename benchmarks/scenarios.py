@@ -18,6 +18,10 @@ STEP_1 = (
 STEP_2 = ("memory.device_map=cpu", "memory.low_cpu_mem_usage=true")
 STEP_4 = ("warmup=hardware",)
 GENERATE = ("warmup=generate",)
+REGIONAL = ("compile=regional", *GENERATE)
+STEPS_1_TO_3 = (*PLAIN, *STEP_1, *STEP_2, *REGIONAL)
+COMPILED = {"compile.cache_dir": "regional"}
+"""Of variants that share compiled code."""
 FP8 = ("engine.precision=fp8",)
 SMALL = 512
 """Pixels a side up to which batches are measured too."""
@@ -158,9 +162,6 @@ def control(work: Work) -> Scenario:
 
 def ablation(work: Work) -> Scenario:
     """The article's four steps, alone and added up, each against doing without."""
-    regional = ("compile=regional", *GENERATE)
-    compiled = {"compile.cache_dir": "regional"}
-    article = (*PLAIN, *STEP_1, *STEP_2, *regional)
     return Scenario(
         name="ablation",
         title="The article's four steps, alone and added up",
@@ -172,17 +173,17 @@ def ablation(work: Work) -> Scenario:
         ),
         variants=[
             ours("plain", *PLAIN),
-            ours("step 3 corrected: compile, then warm up", *PLAIN, *regional, keeps=compiled, starts_empty=True,
+            ours("step 3 corrected: compile, then warm up", *PLAIN, *REGIONAL, keeps=COMPILED, starts_empty=True,
                  images=2),
-            ours("steps 1+2+3+4", *article, "warmup=article", keeps=compiled),
+            ours("steps 1+2+3+4", *STEPS_1_TO_3, "warmup=article", keeps=COMPILED),
             ours("step 4: wake the hardware", *PLAIN, *STEP_4, images=2),
-            ours("step 3 corrected, compiled before", *PLAIN, *regional, keeps=compiled, primed=True),
+            ours("step 3 corrected, compiled before", *PLAIN, *REGIONAL, keeps=COMPILED, primed=True),
             ours("step 1: allocator", *PLAIN, *STEP_1),
             ours("step 2: CPU first", *PLAIN, *STEP_2, images=2),
             ours("direct loading", *PLAIN, "memory.loading=direct", images=2),
             ours("step 3 as printed: sequential offload", *PLAIN, "memory=sequential_offload", images=2, rounds=1),
             ours("warm-up without compiling", *PLAIN, *GENERATE),
-            ours("steps 1+2+3", *article, keeps=compiled, images=2),
+            ours("steps 1+2+3", *STEPS_1_TO_3, keeps=COMPILED, images=2),
             ours("steps 1+2", *PLAIN, *STEP_1, *STEP_2, images=2),
         ],
         work=work,
@@ -192,7 +193,6 @@ def ablation(work: Work) -> Scenario:
 
 def article_start(work: Work) -> Scenario:
     """The article's steps as far as they are about the start, with less noise: more and shorter processes."""
-    regional = ("compile=regional", *GENERATE)
     return Scenario(
         name="article_start",
         title="The article's steps: from process start to the first picture",
@@ -202,8 +202,7 @@ def article_start(work: Work) -> Scenario:
         ),
         variants=[
             ours("plain", *PLAIN),
-            ours("steps 1+2+3+4", *PLAIN, *STEP_1, *STEP_2, *regional, "warmup=article",
-                 keeps={"compile.cache_dir": "regional"}, primed=True),
+            ours("steps 1+2+3+4", *STEPS_1_TO_3, "warmup=article", keeps=COMPILED, primed=True),
             ours("step 2: CPU first", *PLAIN, *STEP_2),
             ours("direct loading", *PLAIN, "memory.loading=direct"),
             ours("step 4: wake the hardware", *PLAIN, *STEP_4),

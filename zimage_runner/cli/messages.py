@@ -257,15 +257,13 @@ def _unknown_field(text: str) -> str | None:
     if not parent and (groups := groups_with(match["key"])):
         return f"{where}{full}: no such field; did you mean {' or '.join(groups)}?{cfg_hint(match['key'])}"
     close = closest(match["key"], parent)
-    hint = (
-        f"; did you mean {close}?{cfg_hint(match['key'])}"
-        if close
-        else f"; fields here: {', '.join(known)}"
-        if known
-        else f"; give it as a whole, {parent}=..."
-        if parent in known_fields("")
-        else ""
-    )
+    hint = ""
+    if close:
+        hint = f"; did you mean {close}?{cfg_hint(match['key'])}"
+    elif known:
+        hint = f"; fields here: {', '.join(known)}"
+    elif parent in known_fields(""):
+        hint = f"; give it as a whole, {parent}=..."
     return f"{where}{full}: no such field{hint}"
 
 

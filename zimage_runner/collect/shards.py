@@ -31,8 +31,6 @@ from zimage_runner.outputs.shard_tables import GROUP_BYTES, as_img2dataset, inde
 NAME = "{run}_{job}_{index:05d}_{slug}_seed_{seed}"
 """Tells apart what is collected; no file is called so."""
 OWN = re.compile(r"[0-9]{5}\.(tar|parquet)|train-[0-9]{5}-of-[0-9]{5}\.parquet")
-UNFINISHED = re.compile(r"\.zimage_runner\.[0-9a-f]{16}\.tmp")
-"""Of a call that was killed, by ``atomic.own_temporary``: no other one writes there now."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +83,8 @@ def collect_shards(
 
 def _make_empty(folder: Path, *, overwrite: bool) -> None:
     there = sorted(entry.name for entry in folder.iterdir() if entry.name != LOCK)
-    finished = [name for name in there if not UNFINISHED.fullmatch(name)]
+    # What is not finished is of a call that was killed: no other one writes there now.
+    finished = [name for name in there if not atomic.is_own_temporary(name)]
     if finished and not overwrite:
         raise UserError(f"{folder} has {finished[0]} already: use another folder, or overwrite=true")
     foreign = [name for name in finished if not OWN.fullmatch(name)]

@@ -12,6 +12,7 @@ import ctypes
 import errno
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,6 +83,11 @@ def naming(path: Path) -> Iterator[None]:
 def own_temporary(name: str) -> str:
     """What ``name`` is called in a user's folder until it is complete: never the name of a file of the user's."""
     return f".zimage_runner.{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}{TMP_SUFFIX}"
+
+
+def is_own_temporary(name: str) -> bool:
+    """Whether ``own_temporary`` gave this name."""
+    return re.fullmatch(rf"\.zimage_runner\.[0-9a-f]{{16}}{re.escape(TMP_SUFFIX)}", name) is not None
 
 
 def write_as(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import io
 import os
 import re
@@ -80,6 +81,12 @@ def check_characters(text: str, where: str) -> None:
 def shown(path: str | os.PathLike[str]) -> str:
     r"""A file's name as text that can be written anywhere: bytes that are not UTF-8 appear as ``\xe9``."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def is_there(place: str) -> bool:
+    """Whether a name, or a pattern, is that of a file or folder."""
+    place = os.path.expanduser(place)
+    return os.path.exists(place) or any(glob.iglob(place, recursive=True))
 
 
 def input_path(path: str | None, option: str) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +26,7 @@ from zimage_runner.prompts.inline import Inline
 from zimage_runner.prompts.notes import warn_once
 from zimage_runner.prompts.seeds import Seeds, parse_seeds
 from zimage_runner.prompts.snapshot import SNAPSHOT_NAME, TYPED_NAME, Snapshot, snapshot
-from zimage_runner.prompts.text import shown
+from zimage_runner.prompts.text import is_there, shown
 from zimage_runner.sampling import PICTURE_FIELDS, SamplingParams, resolve_sampling
 from zimage_runner.session import SessionConfig
 from zimage_runner.warmup import WarmupShape
@@ -286,8 +285,7 @@ def check_same_prompts(config: RunConfig, directory: Path) -> None:
     try:
         now = _rows(snapshot(read_prompts(config.prompts, lora_tags=_reads_lora_tags(config))))
     except UserError:
-        place = os.path.expanduser(where)
-        if os.path.exists(place) or glob.glob(place, recursive=True):
+        if is_there(where):
             raise
         return
     finally:

@@ -73,10 +73,10 @@ def main(argv: Sequence[str]) -> int:
 def _ends_at_once() -> Iterator[None]:
     """A signal ends the process cleanly, also where the service does not listen to signals yet, or no more."""
 
+    from zimage_runner.cli.main import remove_unused_directory
+
     def leave(number: int, frame: Any) -> None:
-        remove = getattr(sys.modules.get("zimage_runner.cli.main"), "remove_unused_directory", None)
-        if remove is not None:
-            remove()
+        remove_unused_directory()
         os._exit(EXIT_OK)
 
     if threading.current_thread() is not threading.main_thread():

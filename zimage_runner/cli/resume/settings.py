@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import glob
 import io
 import os
 from collections.abc import Collection, Iterator, Mapping
@@ -25,6 +24,7 @@ from zimage_runner.outputs.ledger import RECORDS, Ledger
 from zimage_runner.outputs.parsed import CONSTRUCTORS_RAISE, check_yaml, from_json
 from zimage_runner.outputs.place import record_at
 from zimage_runner.prompts.seeds import parse_seeds
+from zimage_runner.prompts.text import is_there
 from zimage_runner.sampling import PICTURE_FILES
 
 
@@ -119,9 +119,9 @@ def _refuse_other_pictures(
         old, new = was.get(field), now.get(field)
         if isinstance(old, str) and isinstance(new, str) and old != new and _is_same_file(directory, field, old, new):
             was[field] = new  # where it lies changes no picture
-    for field, is_there in (("prompts.path", os.path.exists), ("prompts.glob", _matches)):
+    for field in ("prompts.path", "prompts.glob"):
         old, new = was.get(field), now.get(field)
-        if isinstance(old, str) and isinstance(new, str) and is_there(os.path.expanduser(new)):
+        if isinstance(old, str) and isinstance(new, str) and is_there(new):
             was[field] = new  # what it holds is compared once the settings are: check_same_prompts
     changes = {entry: found for entry, names in given.items() if (found := changed_fields(was, now, names))}
     if changes:
@@ -130,10 +130,6 @@ def _refuse_other_pictures(
             f"resume={directory}: {' '.join(changes)} would mix other pictures into the run: {'; '.join(fields)}: "
             f"leave {'it' if len(changes) == 1 else 'them'} out, or start a new run"
         )
-
-
-def _matches(pattern: str) -> bool:
-    return bool(glob.glob(pattern, recursive=True))
 
 
 def _are_same_seeds(one: Any, other: Any) -> bool:

@@ -108,14 +108,13 @@ class SweepReport(Callback):
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Hydra makes the run's directory next."""
         with contextlib.suppress(OmegaConfBaseException):  # as it tells then
-            directory = str(config.hydra.run.dir)
-            begun.append((Path(os.path.realpath(directory)), folder_there(directory)))
+            _note_begun(str(config.hydra.run.dir))
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Keep all jobs in one directory: what a job varies (its name, its experiment) would else lead it elsewhere."""
         directory = str(config.hydra.sweep.dir)
         if not is_sweep(Path(directory)):
-            begun.append((Path(os.path.realpath(directory)), folder_there(directory)))
+            _note_begun(directory)
         # Not resolved: ${hydra.job.num} is not known yet.
         given: Any = OmegaConf.to_container(config.hydra.overrides.hydra, resolve=False)
         others = [text for text in given if not text.lstrip("+").startswith("hydra.sweep.dir=")]
@@ -191,6 +190,10 @@ def _changed(file: Path) -> int:
         return file.stat().st_mtime_ns
     except OSError:
         return 0
+
+
+def _note_begun(directory: str) -> None:
+    begun.append((Path(os.path.realpath(directory)), folder_there(directory)))
 
 
 def _is_job(path: Path) -> bool:
