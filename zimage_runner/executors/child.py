@@ -83,7 +83,7 @@ class Child:
                 return message.report
 
     def send(self, message: Any) -> None:
-        """Of a worker that has ended, ``receive`` tells, after all that it said before."""
+        """Send it. That a worker has ended is told by ``receive``, after all that the worker said before."""
         with contextlib.suppress(OSError):
             self._connection.send(message)
 
